@@ -1,0 +1,43 @@
+"""moefy turns a dense LLaMA-family language model into a Mixture-of-Experts model.
+
+>>> import moefy
+>>> moefy.convert("smollm2-135m", "out/moe", experts=16, active=4)   # doctest: +SKIP
+
+The verbs of the command line are functions of this module. Importing it imports neither torch nor
+transformers: each verb brings what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moefy.construct.convert import convert
+    from moefy.demo import demo
+    from moefy.errors import MoefyError
+    from moefy.evaluate.compare import evaluate
+    from moefy.evaluate.inspect import inspect
+    from moefy.train.run import train
+
+__version__ = "0.1.0"
+__all__ = ["MoefyError", "convert", "demo", "evaluate", "inspect", "train"]
+
+_HOME = {
+    "MoefyError": "moefy.errors",
+    "convert": "moefy.construct.convert",
+    "demo": "moefy.demo",
+    "evaluate": "moefy.evaluate.compare",
+    "inspect": "moefy.evaluate.inspect",
+    "train": "moefy.train.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'moefy' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

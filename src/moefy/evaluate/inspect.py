@@ -1,0 +1,108 @@
+"""What a model is and what its splits would cost, from config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.targets import MIXTRAL, target_config
+from moefy.errors import CheckpointError, UsageError
+from moefy.evaluate.cost import Cost, cost
+from moefy.recipe import check_split
+
+PAPER_SPLITS = ((2, 16), (4, 16), (2, 8))
+"""Active and total experts of the paper's three models."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+}
+"""Shapes that `inspect` knows by name, so that it needs no file and no network."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The costs of a model and of its splits.
+
+    Attributes:
+        name: what was inspected.
+        config: its config.json.
+        costs: by label: "dense" and "k/E", or the model's own "k/E" alone.
+    """
+
+    name: str
+    config: dict[str, Any]
+    costs: dict[str, Cost]
+
+
+def inspect(
+    source: str | Path,
+    *,
+    experts: int | None = None,
+    active: int | None = None,
+    context: int | None = None,
+) -> Inspection:
+    """Count parameters and FLOPs of a model and of its Mixture-of-Experts splits.
+
+    Reads config.json only. A dense model is shown beside the given split, or beside the paper's
+    three (2/16, 4/16, 2/8); a converted model is shown alone.
+
+    Args:
+        source: a model folder, a config.json, or a name in `SHAPES`.
+        experts: E of a split, with `active`.
+        active: k of a split, with `experts`.
+        context: sequence length for attention's FLOPs; default 4096 or the model's own if smaller.
+
+    Raises:
+        UsageError: no such model, or an impossible split.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        config = read_config(path)
+    elif str(source) in SHAPES:
+        config = SHAPES[str(source)]
+    else:
+        raise CheckpointError(
+            f"{source} does not exist; inspect takes a model folder, a config.json, or one of "
+            f"{', '.join(SHAPES)}"
+        )
+    if (experts is None) != (active is None):
+        raise UsageError("--experts and --active go together: give both or neither")
+    length = context or min(4096, config.get("max_position_embeddings") or 4096)
+    counted = cost(config, context=length)
+    if config["model_type"] not in FAMILIES:
+        if experts is not None:
+            raise UsageError(f"{source} is already split; --experts and --active need a dense model")
+        label = f"{counted.active_experts}/{counted.experts}"
+        return Inspection(str(source), config, {label: counted})
+
+    splits = PAPER_SPLITS if experts is None or active is None else ((active, experts),)
+    costs = {"dense": counted}
+    for k, num_experts in splits:
+        check_split(config["intermediate_size"], num_experts, k)
+        split = target_config(MIXTRAL, config, experts=num_experts, active=k, dtype="bfloat16")
+        costs[f"{k}/{num_experts}"] = cost(split, context=length)
+    return Inspection(str(source), config, costs)

@@ -1,0 +1,169 @@
+"""What a run is: frozen pydantic models that forbid unknown keys, YAML in, YAML out.
+
+A recipe holds every choice that changes the result. Paths and progress are not part of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moefy.errors import UsageError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Recipe(BaseModel):
+    """Base of all recipes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def build(cls, file: str | Path | None = None, /, **choices: Any) -> Self:
+        """Make a recipe from a YAML file and from choices that override it.
+
+        Args:
+            file: a YAML file of this recipe's keys, or None for the defaults.
+            **choices: single keys; None means "not given".
+
+        Raises:
+            UsageError: the file cannot be read, or a key or value is not allowed.
+        """
+        values: dict[str, Any] = {}
+        if file is not None:
+            try:
+                values = yaml.safe_load(Path(file).read_text()) or {}
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise UsageError(f"recipe {file} cannot be read: {error}") from error
+            if not isinstance(values, dict):
+                raise UsageError(f"recipe {file} must be a mapping of keys to values")
+        values |= {key: value for key, value in choices.items() if value is not None}
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UsageError(_explain(cls, error)) from error
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that `build` reads back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class ConvertRecipe(Recipe):
+    """How a dense model is split; the defaults are LLaMA-MoE-3.5B (4/16), arXiv 2406.16554."""
+
+    experts: int = 16
+    active: int = 4
+    partition: Literal["random"] = "random"
+    router: Literal["random"] = "random"
+    rescale: Literal["paper", "none"] = "paper"
+    target: Literal["mixtral"] = "mixtral"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+
+class TrainRecipe(Recipe):
+    """Continual pre-training.
+
+    Schedule and optimizer are the paper's (AdamW 0.9/0.95, weight decay 0.1, clip 1, cosine to
+    10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
+    a small model and thousands of tokens.
+    """
+
+    tokens: Positive = 65_536
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequences_per_step: Positive = 4
+    sequences_per_pass: Positive = 1
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_fraction: Fraction = 0.1
+    final_learning_rate_fraction: Fraction = 0.1
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    balance_coefficient: Annotated[float, Field(ge=0)] = 1e-2
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.tokens < self.sequence_length:
+            raise ValueError(
+                f"--tokens {self.tokens} is less than one sequence of {self.sequence_length} "
+                "tokens: raise --tokens or lower --sequence-length"
+            )
+        if self.sequences_per_step % self.sequences_per_pass:
+            raise ValueError(
+                f"sequences_per_step {self.sequences_per_step} must be a multiple of "
+                f"sequences_per_pass {self.sequences_per_pass}"
+            )
+        if self.weights is not None and sum(self.weights.values()) <= 0:
+            raise ValueError("the domain weights sum to 0: at least one must be positive")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: the tokens asked for, rounded up to whole steps."""
+        return -(-self.tokens // (self.sequence_length * self.sequences_per_step))
+
+
+def check_split(intermediate_size: int, experts: int, active: int) -> None:
+    """Refuse a split that cannot be made.
+
+    Raises:
+        UsageError: E does not divide d_ff (the nearest counts that do are named), or not
+            1 <= k <= E.
+    """
+    if not 1 <= active <= experts:
+        raise UsageError(
+            f"{active} active experts of {experts} is impossible: --active must be between 1 and "
+            f"--experts ({experts})"
+        )
+    if intermediate_size % experts == 0:
+        return
+    divisors = [n for n in range(1, intermediate_size + 1) if intermediate_size % n == 0]
+    below = max(n for n in divisors if n < experts)
+    above = min((n for n in divisors if n > experts), default=None)
+    counts = f"{below} and {above}" if above else f"{below}"
+    flags = f"--experts {below}" + (f" or --experts {above}" if above else "")
+    raise UsageError(
+        f"intermediate_size {intermediate_size} cannot be split into {experts} equal experts; "
+        f"the nearest counts that can are {counts}: pass {flags}"
+    )
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Read `wikipedia=0.4,book=0.6` as domain weights.
+
+    Raises:
+        UsageError: an entry is not NAME=NUMBER.
+    """
+    weights: dict[str, float] = {}
+    for entry in text.split(","):
+        name, separator, number = entry.partition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError:
+            separator = ""
+        if not (separator and name.strip()):
+            raise UsageError(f"--weights {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3")
+    return weights
+
+
+def _explain(recipe: type[Recipe], error: ValidationError) -> str:
+    """Turn pydantic's report into one line."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            allowed = ", ".join(recipe.model_fields)
+            lines.append(f"unknown key {where!r}; allowed: {allowed}")
+        elif where:
+            lines.append(f"{where} = {item['input']!r}: {item['msg'].lower()}")
+        else:
+            lines.append(item["msg"].removeprefix("Value error, "))
+    return "; ".join(lines)

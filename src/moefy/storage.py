@@ -1,0 +1,169 @@
+"""Outputs appear whole or not at all.
+
+A folder is written beside its final place under a hidden name and renamed when it is complete, so
+a crash, a kill or a full disk at any moment leaves either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moefy.errors import OutputError, StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def cache_folder() -> Path:
+    """Return the folder for fetched and derived files: $MOEFY_CACHE, else the user's cache."""
+    if chosen := os.environ.get("MOEFY_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "moefy"
+
+
+def check_output(out: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> None:
+    """Refuse an output folder that is in the way, before any work is done.
+
+    Raises:
+        OutputError: `out` is a file, holds files and `overwrite` is not set, holds something that
+            is no model folder, or is (or contains) one of `sources`.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
+    resolved = out.resolve()
+    for source in sources:
+        if resolved == source.resolve() or resolved in source.resolve().parents:
+            raise OutputError(
+                f"the output {out} would replace its own source {source}: choose another folder"
+            )
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise OutputError(
+                f"{out} exists and is not empty: choose another folder or pass --overwrite"
+            )
+        if not any((out / name).exists() for name in ("config.json", "moefy.json", "recipe.yaml")):
+            raise OutputError(
+                f"{out} holds files but no model, so --overwrite will not delete it: "
+                "choose another folder or empty it yourself"
+            )
+
+
+@contextmanager
+def whole_folder(out: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """Give a folder to write in; on success it becomes `out`, on any error it vanishes.
+
+    An existing `out` is replaced (see `check_output`). What a killed process of this host left
+    behind is removed first.
+
+    Args:
+        out: the final place.
+        needed_bytes: what will be written, to fail before the work when it cannot fit.
+
+    Raises:
+        StorageError: the disk is full, or the place cannot be written.
+    """
+    parent = out.parent
+    with storage_errors(out):
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        free_bytes = shutil.disk_usage(parent).free
+        if needed_bytes > free_bytes:
+            raise StorageError(
+                f"{out} needs {needed_bytes / 1e9:.2f} GB and the disk has {free_bytes / 1e9:.2f} "
+                "GB free: free some space or choose a folder on another disk"
+            )
+        partial = parent / f".{out.name}.partial-{socket.gethostname()}-{os.getpid()}"
+        partial.mkdir()
+    try:
+        with storage_errors(out):
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if out.exists():
+                old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+                out.rename(old)
+                partial.rename(out)
+                shutil.rmtree(old)
+            else:
+                partial.rename(out)
+            _sync(parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a text file so that readers see the old content or the new one.
+
+    Raises:
+        StorageError: the disk is full, or the place cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with storage_errors(path):
+        try:
+            partial.write_text(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_errors(out: Path) -> Iterator[None]:
+    """Translate "disk full" and "permission denied", however a library reports them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(_full(out)) from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise StorageError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+        raise
+    except Exception as error:
+        # safetensors and torch report operating system errors as text only
+        text = str(error)
+        if "No space left" in text or "File too large" in text or "PytorchStreamWriter" in text:
+            raise StorageError(_full(out)) from error
+        raise
+
+
+def _full(out: Path) -> str:
+    return f"the disk filled up while {out} was written; nothing was left behind: free some space"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot sync a folder
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Undo what a killed process left: an old output in mid-swap goes back, the rest goes away."""
+    for kind in ("old", "partial"):
+        mark = f".{out.name}.{kind}-{socket.gethostname()}-"
+        for folder in out.parent.glob(f".{out.name}.{kind}-*"):
+            pid = folder.name.removeprefix(mark)
+            if not pid.isdigit() or _is_running(int(pid)):
+                continue
+            if kind == "old" and not out.exists():
+                folder.rename(out)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
