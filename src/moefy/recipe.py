@@ -64,7 +64,6 @@ class ConvertRecipe(Recipe):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-
 class TrainRecipe(Recipe):
     """Continual pre-training.
 
@@ -150,7 +149,9 @@ def parse_weights(text: str) -> dict[str, float]:
         except ValueError:
             separator = ""
         if not (separator and name.strip()):
-            raise UsageError(f"--weights {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3")
+            raise UsageError(
+                f"--weights {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3"
+            )
     return weights
 
 

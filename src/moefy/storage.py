@@ -122,7 +122,9 @@ def storage_errors(out: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise StorageError(_full(out)) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise StorageError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+            raise StorageError(
+                f"{error.filename or out} cannot be written: {error.strerror}"
+            ) from error
         raise
     except Exception as error:
         # safetensors and torch report operating system errors as text only

@@ -63,6 +63,15 @@ def side_files(source: Path) -> list[Path]:
     return sorted(file for glob in _SIDE_FILES for file in source.glob(glob) if file.is_file())
 
 
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of a model folder's config.json and of every weight file."""
+    hashes = {}
+    for name in ["config.json", *_weight_files(folder)]:
+        with (folder / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
 class DenseCheckpoint:
     """A Hugging Face folder of a dense model, checked when it is opened.
 
@@ -118,14 +127,6 @@ class DenseCheckpoint:
     def total_bytes(self) -> int:
         """Return the size of all weight files."""
         return sum((self.folder / name).stat().st_size for name in _weight_files(self.folder))
-
-    def fingerprint(self) -> dict[str, str]:
-        """Return the SHA-256 of config.json and of every weight file."""
-        hashes = {}
-        for name in ["config.json", *_weight_files(self.folder)]:
-            with (self.folder / name).open("rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
 
     def _open(self, path: Path) -> None:
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moefy.checkpoint.reader import DenseCheckpoint, side_files
+from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import TARGETS, NativeTarget, target_config
 from moefy.checkpoint.writer import ShardWriter
@@ -125,9 +125,7 @@ def _convert_layer(
     else:
         norm_gain = dense[prefix + family.ffn_norm]
         router = random_router(norm_gain, recipe.experts, seed=recipe.seed, layer_idx=layer_idx)
-    factor = down_proj_factor(
-        recipe.rescale, num_experts=recipe.experts, num_active=recipe.active
-    )
+    factor = down_proj_factor(recipe.rescale, num_experts=recipe.experts, num_active=recipe.active)
 
     writer.add(prefix + target.router, router.to(gate.dtype))
     for expert, neurons in enumerate(torch.from_numpy(partition)):
@@ -145,7 +143,7 @@ def _provenance(source: str | Path, dense: DenseCheckpoint, recipe: ConvertRecip
         "moefy": version("moefy"),
         "stage": "convert",
         "recipe": recipe.model_dump(mode="json"),
-        "source": {"name": Path(source).name, "sha256": dense.fingerprint()},
+        "source": {"name": Path(source).name, "sha256": fingerprint(dense.folder)},
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
     return json.dumps(record, indent=2) + "\n"

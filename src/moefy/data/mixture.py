@@ -67,9 +67,7 @@ class Mixture:
 
     def epochs(self) -> dict[str, float]:
         """Return, by domain, how often its windows have been seen on average."""
-        return {
-            name: self._drawn[name] / max(len(self._windows[name]), 1) for name in self.names
-        }
+        return {name: self._drawn[name] / max(len(self._windows[name]), 1) for name in self.names}
 
     @lru_cache(maxsize=64)  # noqa: B019 - one mixture lives as long as its run
     def _order(self, name: str, epoch: int) -> Int[np.ndarray, " windows"]:

@@ -95,7 +95,9 @@ def inspect(
     counted = cost(config, context=length)
     if config["model_type"] not in FAMILIES:
         if experts is not None:
-            raise UsageError(f"{source} is already split; --experts and --active need a dense model")
+            raise UsageError(
+                f"{source} is already split; --experts and --active need a dense model"
+            )
         label = f"{counted.active_experts}/{counted.experts}"
         return Inspection(str(source), config, {label: counted})
 

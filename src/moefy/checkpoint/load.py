@@ -1,0 +1,62 @@
+"""Models and tokenizers through transformers, with one clear error when a folder is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.targets import TARGETS
+from moefy.errors import ArchitectureError, CheckpointError
+
+
+def device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(folder: Path, *, dtype: torch.dtype) -> Any:
+    """Load a dense or converted model, on the CPU, in evaluation mode.
+
+    Experts run as grouped matrix products: transformers' fastest form on a CPU (see
+    docs/experiments.md).
+
+    Raises:
+        CheckpointError: the folder is no model, or a damaged one.
+        ArchitectureError: a model that moefy neither converts nor writes.
+    """
+    model_type = read_config(folder).get("model_type")
+    if model_type not in {**FAMILIES, **TARGETS}:
+        known = ", ".join(sorted({**FAMILIES, **TARGETS}))
+        raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
+    from transformers import AutoModelForCausalLM
+
+    experts = {"experts_implementation": "grouped_mm"} if model_type in TARGETS else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **experts).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({first_line}): it is incomplete or damaged"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizer libraries have no common error type
+        raise CheckpointError(
+            f"{folder} has no readable tokenizer ({str(error).partition(chr(10))[0]}): "
+            "copy the dense model's tokenizer files into it"
+        ) from error

@@ -1,0 +1,305 @@
+"""The command line: one short function per command; the only place that prints or exits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moefy.errors import MoefyError, UsageError
+from moefy.progress import Progress, ProgressFn
+
+app = typer.Typer(
+    name="moefy",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
+)
+_debug = False
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model in OUT.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting.")
+]
+Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, or 'demo'.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Model folder, config.json, or llama-2-7b.")],
+    experts: Annotated[int | None, typer.Option(help="Experts per layer of a split.")] = None,
+    active: Annotated[int | None, typer.Option(help="Experts per token of a split.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens, for attention.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count parameters and FLOPs of a model and its splits, without weights.
+
+    Example: `moefy inspect llama-2-7b`
+    """
+    from moefy.evaluate.inspect import inspect as run
+    from moefy.report.tables import inspection_rows
+
+    found = run(source, experts=experts, active=active, context=context)
+    if as_json:
+        _print_json({label: vars(cost) for label, cost in found.costs.items()})
+        return
+    context = next(iter(found.costs.values())).context
+    _print_table(inspection_rows(found), f"{found.name}, FLOPs at a context of {context:,} tokens")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Model folder, .gguf, hub name or smollm2-135m.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    experts: Annotated[int | None, typer.Option(help="Experts per layer, E. [16]")] = None,
+    active: Annotated[int | None, typer.Option(help="Experts per token, k. [4]")] = None,
+    rescale: Annotated[str | None, typer.Option(help="paper (E/k) or none. [paper]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random split. [0]")] = None,
+    recipe: RecipeFile = None,
+    settings: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Split a dense model into experts; the result loads with plain transformers.
+
+    Example: `moefy convert smollm2-135m out/moe --experts 16 --active 4`
+    """
+    choices = _parse_settings(settings) | _given(
+        experts=experts, active=active, rescale=rescale, seed=seed
+    )
+    from moefy.construct.convert import convert as run
+
+    with _bars() as report:
+        done = run(source, out, recipe=recipe, overwrite=overwrite, report=report, **choices)
+    if as_json:
+        _print_json(
+            {
+                "folder": str(done.folder),
+                "num_layers": done.num_layers,
+                "expert_size": done.expert_size,
+                "written_bytes": done.written_bytes,
+                "recipe": done.recipe.model_dump(mode="json"),
+            }
+        )
+        return
+    print(
+        f"{done.folder}: {done.num_layers} layers of {done.recipe.experts} experts "
+        f"({done.expert_size} neurons each), {done.recipe.active} active, "
+        f"{done.written_bytes / 1e6:.0f} MB. A fresh random split needs training: "
+        f"moefy train {done.folder} OUT"
+    )
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="Converted model folder.")],
+    out: Annotated[Path, typer.Argument(help="The run's folder; the same command resumes it.")],
+    data: Data = "demo",
+    tokens: Annotated[int | None, typer.Option(help="Training tokens. [65536]")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Per window. [512]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak. [1e-3]")] = None,
+    weights: Annotated[str | None, typer.Option(help="As in wikipedia=0.7,book=0.3.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sample order. [0]")] = None,
+    recipe: RecipeFile = None,
+    settings: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Continue pre-training on a mixture of domains.
+
+    Example: `moefy train out/moe out/trained --data demo --tokens 65536`
+    """
+    from moefy.recipe import parse_weights
+
+    choices = _parse_settings(settings) | _given(
+        tokens=tokens,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        weights=parse_weights(weights) if weights else None,
+        seed=seed,
+    )
+    from moefy.train.run import train as run
+
+    with _bars() as report:
+        done = run(
+            model, out, data=data, recipe=recipe, overwrite=overwrite, report=report, **choices
+        )
+    if as_json:
+        _print_json({**vars(done), "folder": str(out), "recipe": done.recipe.model_dump("json")})
+        return
+    print(
+        f"{done.folder}: training loss {done.first_loss:.3f} → {done.last_loss:.3f} in "
+        f"{done.recipe.num_steps} steps ({done.elapsed_s:.0f} s); every step is in "
+        f"{done.folder / 'log.jsonl'}"
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")],
+    data: Data = "demo",
+    split: Annotated[str, typer.Option(help="heldout, train or all.")] = "heldout",
+    windows: Annotated[int, typer.Option(min=1, help="Per domain.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compare models: held-out perplexity, KL to the dense model, cost, speed.
+
+    Example: `moefy eval smollm2-135m out/moe out/trained`
+    """
+    if split not in {"heldout", "train", "all"}:
+        raise UsageError(f"--split {split}: allowed are heldout, train and all")
+    from moefy.evaluate.compare import evaluate as run
+    from moefy.report.tables import comparison_rows
+
+    with _bars() as report:
+        done = run(
+            models,
+            data=data,
+            split=split,  # type: ignore[arg-type]
+            windows=windows,
+            sequence_length=sequence_length,
+            decode=decode,
+            report=report,
+        )
+    if as_json:
+        _print_json(done.to_dict())
+        return
+    _print_table(comparison_rows(done), f"{done.tokens:,} held-out tokens per model")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("moefy-demo"),
+    experts: Annotated[int, typer.Option(help="Experts per layer, E.")] = 16,
+    active: Annotated[int, typer.Option(help="Experts per token, k.")] = 4,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens. [65536]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of split and training.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Do the whole job on SmolLM2-135M and write a report.
+
+    Example: `moefy demo --out moefy-demo`
+    """
+    from moefy.demo import demo as run
+    from moefy.demo import headline
+    from moefy.report.tables import comparison_rows
+
+    with _bars() as report:
+        done = run(
+            out,
+            experts=experts,
+            active=active,
+            seed=seed,
+            overwrite=overwrite,
+            report=report,
+            **_given(tokens=tokens),
+        )
+    _print_table(comparison_rows(done.comparison), "SmolLM2-135M, held-out text")
+    print(headline(done.comparison))
+    print(
+        f"{done.elapsed_s / 60:.1f} minutes, {done.peak_rss_bytes / 2**30:.1f} GiB. "
+        f"Report: {done.folder / 'report.html'}"
+    )
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 for run time errors, 2 for usage errors."""
+    try:
+        app()
+    except MoefyError as error:
+        if _debug:
+            raise
+        print(f"moefy: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _given(**choices: Any) -> dict[str, Any]:
+    return {key: value for key, value in choices.items() if value is not None}
+
+
+def _parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    choices = {}
+    for setting in settings or []:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise UsageError(f"--set {setting}: write KEY=VALUE")
+        try:
+            choices[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {setting}: {value!r} is not valid YAML") from error
+    return choices
+
+
+@contextmanager
+def _bars() -> Iterator[ProgressFn]:
+    """Draw one bar per stage, on standard error so that output stays clean."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    _quiet_libraries()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    tasks: dict[str, Any] = {}
+    console = Console(stderr=True)
+    with Bars(
+        *columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console
+    ) as bars:
+
+        def report(progress: Progress) -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bars.add_task(progress.stage, note="")
+            bars.update(
+                tasks[progress.stage],
+                total=progress.total,
+                completed=progress.done,
+                note=progress.note,
+            )
+
+        yield report
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' own bars and advice out of ours; its errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _print_table(rows: list[list[str]], title: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console()
+    if console.width < 100 and not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)

@@ -1,0 +1,254 @@
+"""Models side by side: perplexity, divergence from the dense model, cost and measured speed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.source import resolve
+from moefy.data.domains import Split, documents_of, open_domains
+from moefy.data.packing import pack
+from moefy.errors import CorpusError, UsageError
+from moefy.evaluate.cost import Cost, cost
+from moefy.progress import Progress, ProgressFn, silent
+
+_DECODE_TOKENS = 24
+_DECODE_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's row.
+
+    Attributes:
+        name: as given.
+        perplexity: over all tokens of all domains.
+        domain_perplexity: by domain.
+        kl_to_reference: mean over tokens of KL(reference ‖ model), nats; None without a reference.
+        cost: parameters and FLOPs.
+        prefill_tokens_per_s: median over the evaluation windows.
+        decode_tokens_per_s: median of greedy generation, batch 1; None if not measured.
+    """
+
+    name: str
+    perplexity: float
+    domain_perplexity: dict[str, float]
+    kl_to_reference: float | None
+    cost: Cost
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `evaluate` measured.
+
+    Attributes:
+        reference: the dense model that the KL is taken to, or None.
+        tokens: predicted tokens per model.
+        sequence_length: tokens per window.
+        results: one per model, in the order given.
+    """
+
+    reference: str | None
+    tokens: int
+    sequence_length: int
+    results: list[Result]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def token_losses(
+    logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]
+) -> Float[Tensor, " predicted"]:
+    """Return −log p of every token but the first, in nats."""
+    return F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+
+
+def token_divergences(
+    reference: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
+) -> Float[Tensor, " tokens"]:
+    """Return KL(p ‖ q) = Σ p·(log p − log q) for every position, in nats.
+
+    Args:
+        reference: logits of p.
+        logits: logits of q.
+    """
+    log_p, log_q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+@torch.inference_mode()
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    *,
+    data: str | Path = "demo",
+    split: Split = "heldout",
+    windows: int = 8,
+    sequence_length: int = 512,
+    decode: bool = True,
+    names: Sequence[str] | None = None,
+    report: ProgressFn = silent,
+) -> Comparison:
+    """Measure models on the same windows of held-out text, in one run.
+
+    All models are in memory together, in float32, and take turns on every window and every timed
+    generation, so that a busy machine disturbs all of them alike. The first dense model among
+    them is the reference of the KL.
+
+    Args:
+        models: model folders, or anything `convert` takes as a source.
+        data: a folder of `<domain>.jsonl(.gz)` files, or `demo`.
+        split: `heldout` (the documents `train` leaves out), `train`, or `all`.
+        windows: per domain; fewer where a domain has less text.
+        sequence_length: tokens per window.
+        decode: measure generation too.
+        names: to show instead of `models`.
+        report: told about progress.
+
+    Raises:
+        UsageError: a model or the text is not usable, or the models' vocabularies differ.
+    """
+    given = [models] if isinstance(models, str | Path) else list(models)
+    if not given:
+        raise UsageError("name at least one model")
+    shown = list(names) if names else [str(model) for model in given]
+    folders = [resolve(model, report=report) for model in given]
+    configs = [read_config(folder) for folder in folders]
+    costs = [cost(config, context=sequence_length) for config in configs]
+    vocabs = {config["vocab_size"] for config in configs}
+    if len(vocabs) > 1:
+        raise UsageError(
+            f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
+            "models with the same tokenizer can be compared"
+        )
+    text = _windows(data, split, folders[0], windows, sequence_length, report)
+    networks = []
+    for done, folder in enumerate(folders):
+        report(Progress("load", done, len(folders), shown[done]))
+        networks.append(load_model(folder, dtype=torch.float32).to(device()))
+    report(Progress("load", len(folders), len(folders)))
+    reference = next((i for i, c in enumerate(costs) if c.experts == 0), None)
+
+    losses: list[dict[str, list[float]]] = [{name: [] for name in text} for _ in networks]
+    divergences: list[list[float]] = [[] for _ in networks]
+    seconds: list[list[float]] = [[] for _ in networks]
+    order = sorted(range(len(networks)), key=lambda i: i != reference)
+    total, done = sum(map(len, text.values())), 0
+    for domain, rows in text.items():
+        for row in rows:
+            ids = torch.from_numpy(row).to(device())
+            reference_logits: Tensor | None = None
+            for i in order:
+                logits, elapsed_s = _forward(networks[i], ids)
+                seconds[i].append(elapsed_s)
+                losses[i][domain] += token_losses(logits, ids).tolist()
+                if i == reference:
+                    reference_logits = logits
+                elif reference_logits is not None:
+                    divergences[i] += token_divergences(reference_logits, logits).tolist()
+            done += 1
+            report(Progress("evaluate", done, total, domain))
+
+    decoded = _decode_speeds(networks, next(iter(text.values()))[0], report) if decode else None
+    results = []
+    for i, name in enumerate(shown):
+        every = [loss for domain in losses[i].values() for loss in domain]
+        kl = None if reference is None else statistics.fmean(divergences[i] or [0.0])
+        results.append(
+            Result(
+                name=name,
+                perplexity=_perplexity(every),
+                domain_perplexity={d: _perplexity(values) for d, values in losses[i].items()},
+                kl_to_reference=kl,
+                cost=costs[i],
+                prefill_tokens_per_s=sequence_length / statistics.median(seconds[i]),
+                decode_tokens_per_s=decoded[i] if decoded else None,
+            )
+        )
+    tokens = total * (sequence_length - 1)
+    label = None if reference is None else shown[reference]
+    return Comparison(label, tokens, sequence_length, results)
+
+
+def _perplexity(losses: list[float]) -> float:
+    mean = statistics.fmean(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _windows(
+    data: str | Path,
+    split: Split,
+    folder: Path,
+    windows: int,
+    sequence_length: int,
+    report: ProgressFn,
+) -> dict[str, Int[np.ndarray, "windows sequence"]]:
+    tokenizer = load_tokenizer(folder)
+    domains = open_domains(data, report=report)
+    text = {}
+    for done, domain in enumerate(domains):
+        report(Progress("tokenise", done, len(domains), domain.name))
+        packed = pack(
+            documents_of(domain, split),
+            tokenizer,
+            sequence_length=sequence_length,
+            max_windows=windows,
+        )
+        if not len(packed):
+            raise CorpusError(
+                f"the {split} documents of the domain {domain.name!r} are shorter than one window "
+                f"of {sequence_length} tokens: add text, lower --sequence-length, or pass "
+                "--split all"
+            )
+        text[domain.name] = packed
+    report(Progress("tokenise", len(domains), len(domains)))
+    return text
+
+
+def _synchronise() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _forward(network: Any, ids: Tensor) -> tuple[Tensor, float]:
+    _synchronise()
+    started = time.perf_counter()
+    logits = network(ids[None], use_cache=False).logits[0]
+    _synchronise()
+    return logits, time.perf_counter() - started
+
+
+def _decode_speeds(
+    networks: list[Any], window: Int[np.ndarray, " sequence"], report: ProgressFn
+) -> list[float]:
+    """Time greedy generation, the models taking turns; the prompt's pass is not counted."""
+    prompt = torch.from_numpy(window[:32])[None].to(device())
+    speeds: list[list[float]] = [[] for _ in networks]
+    for round_idx in range(_DECODE_ROUNDS):
+        for i, network in enumerate(networks):
+            out = network(prompt, use_cache=True)
+            _synchronise()
+            started = time.perf_counter()
+            for _ in range(_DECODE_TOKENS):
+                token = out.logits[:, -1:].argmax(-1)
+                out = network(token, past_key_values=out.past_key_values, use_cache=True)
+            _synchronise()
+            speeds[i].append(_DECODE_TOKENS / (time.perf_counter() - started))
+        report(Progress("time decoding", round_idx + 1, _DECODE_ROUNDS))
+    return [statistics.median(values) for values in speeds]

@@ -1,0 +1,52 @@
+"""Figures of a training run, without a display."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def loss_curve(log: list[dict[str, Any]], *, dense_loss: float | None = None) -> Figure:
+    """Draw the training loss over tokens.
+
+    Args:
+        log: a run's steps (see `train.state.read_log`).
+        dense_loss: held-out loss of the dense model, nats per token, drawn as a line.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    tokens = [line["tokens"] / 1e3 for line in log]
+    axes.plot(tokens, [line["loss"] for line in log], label="training, all domains")
+    if dense_loss is not None:
+        axes.axhline(dense_loss, color="0.4", linestyle="--", label="dense model, held out")
+    axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
+    """Draw how often each expert is chosen, per layer, averaged over the run's last quarter.
+
+    1 is even use. The scale is fixed from 0 to 3, so that two runs can be compared by eye.
+    """
+    last = log[-max(1, len(log) // 4) :]
+    load = np.mean([line["expert_load"] for line in last], axis=0)
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        load * load.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
+    )
+    axes.set(xlabel="expert", ylabel="layer")
+    figure.colorbar(image, ax=axes, label="load (1 = even)")
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element, for a page of its own."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,66 @@
+"""Results as tables: one list of columns for the terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from moefy.evaluate.compare import Comparison
+from moefy.evaluate.inspect import Inspection
+
+Rows = list[list[str]]
+
+
+def comparison_rows(comparison: Comparison) -> Rows:
+    """Return header and rows of a comparison, every cell as text."""
+    domains = list(comparison.results[0].domain_perplexity)
+    header = ["model", "perplexity", *domains, "KL to dense", "params", "active", "GFLOP/token"]
+    header += ["prefill tok/s", "decode tok/s"]
+    rows = [header]
+    for result in comparison.results:
+        counted = result.cost
+        kl = result.kl_to_reference
+        decode = result.decode_tokens_per_s
+        rows.append(
+            [
+                result.name,
+                _number(result.perplexity),
+                *(_number(result.domain_perplexity[domain]) for domain in domains),
+                "–" if kl is None else f"{kl:.3f}",
+                _millions(counted.total_params),
+                _millions(counted.active_params),
+                f"{counted.flops_per_token / 1e9:.3f}",
+                f"{result.prefill_tokens_per_s:.0f}",
+                "–" if decode is None else f"{decode:.1f}",
+            ]
+        )
+    return rows
+
+
+def inspection_rows(inspection: Inspection) -> Rows:
+    """Return header and rows of an inspection: each split beside the dense model."""
+    rows = [["split", "total", "active", "GFLOP/token", "of dense"]]
+    baseline = inspection.costs.get("dense")
+    for label, counted in inspection.costs.items():
+        share = f"{counted.flops_per_token / baseline.flops_per_token:.0%}" if baseline else "–"
+        rows.append(
+            [
+                label,
+                _millions(counted.total_params),
+                _millions(counted.active_params),
+                f"{counted.flops_per_token / 1e9:.3f}",
+                share,
+            ]
+        )
+    return rows
+
+
+def markdown(rows: Rows) -> str:
+    """Return rows as a Markdown table, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
