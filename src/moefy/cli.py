@@ -143,7 +143,9 @@ def train(
             model, out, data=data, recipe=recipe, overwrite=overwrite, report=report, **choices
         )
     if as_json:
-        _print_json({**vars(done), "folder": str(out), "recipe": done.recipe.model_dump("json")})
+        _print_json(
+            {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")}
+        )
         return
     print(
         f"{done.folder}: training loss {done.first_loss:.3f} → {done.last_loss:.3f} in "

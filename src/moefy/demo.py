@@ -65,7 +65,8 @@ def demo(
     Args:
         out: gets `converted/`, `recovered/`, `report.html`, `results.json`, `results.md` and the
             two figures.
-        experts, active: the split E and k.
+        experts: per layer, E.
+        active: per token, k.
         tokens: training tokens.
         seed: of split and training.
         overwrite: replace an earlier demo in `out`.

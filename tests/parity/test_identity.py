@@ -12,7 +12,7 @@ import moefy
 from moefy.errors import OutputError, UsageError
 
 
-@pytest.mark.parametrize("experts", [1, 4, 8])
+@pytest.mark.parametrize("experts", [1, 4, 12])
 def test_all_experts_active_equals_dense(tiny_llama: Path, tmp_path: Path, experts: int) -> None:
     out = tmp_path / "moe"
     moefy.convert(tiny_llama, out, experts=experts, active=experts, rescale="none")
@@ -30,7 +30,7 @@ def test_same_seed_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     assert a == b != c
 
 
-@pytest.mark.parametrize("experts, active", [(7, 2), (4, 5), (4, 0)])
+@pytest.mark.parametrize(("experts", "active"), [(7, 2), (4, 5), (4, 0)])
 def test_impossible_split_writes_nothing(
     tiny_llama: Path, tmp_path: Path, experts: int, active: int
 ) -> None:

@@ -22,20 +22,23 @@ def device() -> torch.device:
 def load_model(folder: Path, *, dtype: torch.dtype) -> Any:
     """Load a dense or converted model, on the CPU, in evaluation mode.
 
-    Experts run as grouped matrix products: transformers' fastest form on a CPU (see
-    docs/experiments.md).
+    Experts run as grouped matrix products, or one by one where their rows are not a multiple of
+    16 bytes, which torch's grouped product refuses.
 
     Raises:
         CheckpointError: the folder is no model, or a damaged one.
         ArchitectureError: a model that moefy neither converts nor writes.
     """
-    model_type = read_config(folder).get("model_type")
+    config = read_config(folder)
+    model_type = config.get("model_type")
     if model_type not in {**FAMILIES, **TARGETS}:
         known = ", ".join(sorted({**FAMILIES, **TARGETS}))
         raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
     from transformers import AutoModelForCausalLM
 
-    experts = {"experts_implementation": "grouped_mm"} if model_type in TARGETS else {}
+    aligned = config.get("intermediate_size", 0) % 8 == 0 and config.get("hidden_size", 0) % 8 == 0
+    form = "grouped_mm" if aligned else "eager"
+    experts = {"experts_implementation": form} if model_type in TARGETS else {}
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **experts).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

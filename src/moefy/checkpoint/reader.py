@@ -97,7 +97,7 @@ class DenseCheckpoint:
                 raise CheckpointError(
                     f"{folder}/config.json has {key} = {value!r}: a positive integer is needed"
                 )
-        self._files = {}
+        self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.dtype = ""
         for name in _weight_files(folder):
