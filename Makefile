@@ -20,8 +20,8 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY)  ## create .venv with the pinned versions
 
-demo: $(READY)  ## the main job on a real model: convert, train, compare (about 9 minutes)
-	$(BIN)/moefy demo $(ARGS)
+demo: $(READY)  ## the main job on a real model: convert, train, compare (minutes; see README)
+	$(BIN)/moefy demo --overwrite $(ARGS)
 
 test: check  ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -231,8 +231,17 @@ def main() -> None:
     except MoefyError as error:
         if _debug:
             raise
-        print(f"moefy: {error}", file=sys.stderr)
+        print(f"moefy: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if _debug:
+            raise
+        print(
+            f"moefy: unexpected {type(error).__name__}: {' '.join(str(error).split())} "
+            "(this is a bug: run `moefy --debug …` for the traceback and report it)",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def _given(**choices: Any) -> dict[str, Any]:

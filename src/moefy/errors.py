@@ -2,9 +2,9 @@
 
     MoefyError                  run time, exit code 1
     ├── AssetError              something could not be fetched or its hash is wrong
-    ├── StorageError            the disk is full or refuses to be written
     ├── TrainingError           training stopped because it could not go on (a NaN loss)
-    └── UsageError              what was asked for cannot be done, exit code 2
+    └── UsageError              what was asked for cannot be done here, exit code 2
+        ├── StorageError        the disk is full or refuses to be written
         ├── CheckpointError     the folder or file is no model, or a broken one
         ├── ArchitectureError   a model, but not one that can be converted exactly
         ├── CorpusError         text that cannot be read or is too little
@@ -26,18 +26,18 @@ class AssetError(MoefyError):
     """A pinned archive could not be fetched, or is not the one that was pinned."""
 
 
-class StorageError(MoefyError):
-    """The disk is full or the place cannot be written."""
-
-
 class TrainingError(MoefyError):
     """Training cannot go on."""
 
 
 class UsageError(MoefyError):
-    """What was asked for cannot be done; nothing was written."""
+    """What was asked for cannot be done; nothing half-written is left."""
 
     exit_code = 2
+
+
+class StorageError(UsageError):
+    """The disk is full or the place cannot be written."""
 
 
 class CheckpointError(UsageError):

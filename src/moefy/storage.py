@@ -38,7 +38,7 @@ def check_output(out: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) 
         raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
     resolved = out.resolve()
     for source in sources:
-        if resolved == source.resolve() or resolved in source.resolve().parents:
+        if source.exists() and resolved in (source.resolve(), *source.resolve().parents):
             raise OutputError(
                 f"the output {out} would replace its own source {source}: choose another folder"
             )

@@ -22,9 +22,6 @@ def device() -> torch.device:
 def load_model(folder: Path, *, dtype: torch.dtype) -> Any:
     """Load a dense or converted model, on the CPU, in evaluation mode.
 
-    Experts run as grouped matrix products, or one by one where their rows are not a multiple of
-    16 bytes, which torch's grouped product refuses.
-
     Raises:
         CheckpointError: the folder is no model, or a damaged one.
         ArchitectureError: a model that moefy neither converts nor writes.
@@ -36,11 +33,8 @@ def load_model(folder: Path, *, dtype: torch.dtype) -> Any:
         raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
     from transformers import AutoModelForCausalLM
 
-    aligned = config.get("intermediate_size", 0) % 8 == 0 and config.get("hidden_size", 0) % 8 == 0
-    form = "grouped_mm" if aligned else "eager"
-    experts = {"experts_implementation": form} if model_type in TARGETS else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **experts).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(

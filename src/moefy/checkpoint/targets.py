@@ -95,7 +95,9 @@ def target_config(
     """Return the config.json of a converted model.
 
     The rotary settings are written in both spellings: transformers 5 reads `rope_parameters`,
-    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`.
+    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`. Where an expert's rows are
+    not a multiple of 16 bytes, which torch's grouped matrix product refuses, the config tells
+    transformers to run the experts one by one.
 
     Args:
         target: the architecture to write.
@@ -124,4 +126,6 @@ def target_config(
     }
     if rope["rope_type"] != "default":
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if config["intermediate_size"] % 8 or config["hidden_size"] % 8:
+        config["experts_implementation"] = "eager"
     return config

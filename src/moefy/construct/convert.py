@@ -71,8 +71,8 @@ def convert(
     """
     out = Path(out).expanduser()
     choice = ConvertRecipe.build(recipe, **choices)
+    check_output(out, overwrite=overwrite, sources=(Path(source).expanduser(),))
     folder = resolve(source, report=report)
-    check_output(out, overwrite=overwrite, sources=(folder,))
     dense = DenseCheckpoint(folder)
     check_split(dense.config["intermediate_size"], choice.experts, choice.active)
 

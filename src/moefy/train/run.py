@@ -88,11 +88,10 @@ def train(
     out = Path(out).expanduser()
     choice = TrainRecipe.build(recipe, **choices)
     choice = choice.model_copy(update={"precision": _precision(choice)})
+    is_fresh = overwrite or not _is_unfinished(out)
+    if is_fresh:
+        check_output(out, overwrite=overwrite, sources=(Path(model).expanduser(),))
     source = resolve(model, report=report)
-    if overwrite or not _is_unfinished(out):
-        check_output(out, overwrite=overwrite, sources=(source,))
-        shutil.rmtree(out, ignore_errors=True)
-
     domains = open_domains(data, report=report)
     normalised_weights([domain.name for domain in domains], choice.weights)
     network = load_model(source, dtype=torch.float32).to(device()).train()
@@ -103,6 +102,8 @@ def train(
         "data": str(data),
         **choice.model_dump(mode="json"),
     }
+    if is_fresh:  # only now is it sure that this run can begin
+        shutil.rmtree(out, ignore_errors=True)
     first_step = load_state(out, identity=identity, model=network, optimizer=optimizer)
     mixture.skip(first_step * choice.sequences_per_step)
     with storage_errors(out):
