@@ -1,26 +1,72 @@
-"""Tiny real models, built on the fly."""
+"""Tiny real models, text and a tokenizer, built on the fly."""
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 257
+
+
+def write_tiny_llama(folder: Path, **settings: Any) -> Path:
+    """Write a random LLaMA with grouped-query attention and a byte tokenizer."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 512,
+    }
+    LlamaForCausalLM(LlamaConfig(**shape | settings)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and an end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 @pytest.fixture(params=["tied", "untied"])
 def tiny_llama(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=request.param == "tied",
-    )
-    folder = tmp_path / "dense"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return write_tiny_llama(tmp_path / "dense", tie_word_embeddings=request.param == "tied")
+
+
+@pytest.fixture
+def make_llama(tmp_path: Path) -> Callable[..., Path]:
+    return lambda name="dense", **settings: write_tiny_llama(tmp_path / name, **settings)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Two domains that differ in their letters, one of them compressed."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, letters in {"ab": "aabb ", "xyz": "xyz xz "}.items():
+        texts = ["".join(generator.choice(list(letters), 300)) for _ in range(80)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        if name == "ab":
+            (folder / "ab.jsonl").write_bytes(lines)
+        else:
+            (folder / "xyz.jsonl.gz").write_bytes(gzip.compress(lines))
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,14 +266,21 @@ def _parse_settings(settings: list[str] | None) -> dict[str, Any]:
 
 @contextmanager
 def _bars() -> Iterator[ProgressFn]:
-    """Draw one bar per stage, on standard error so that output stays clean."""
+    """Draw one bar per stage on a terminal, print a line now and then into a log.
+
+    Both go to standard error, so that output stays clean.
+    """
+    _quiet_libraries()
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _log_lines()
+        return
+
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    _quiet_libraries()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     tasks: dict[str, Any] = {}
-    console = Console(stderr=True)
     with Bars(
         *columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console
     ) as bars:
@@ -288,6 +296,23 @@ def _bars() -> Iterator[ProgressFn]:
             )
 
         yield report
+
+
+def _log_lines(every_s: float = 10.0) -> ProgressFn:
+    """Return a reporter that prints a line when a stage ends, and every ten seconds between."""
+    last_s = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        nonlocal last_s
+        finished = progress.done >= progress.total
+        now_s = time.monotonic()
+        if finished or now_s - last_s >= every_s:
+            note = f"  {progress.note}" if progress.note else ""
+            count = f"{progress.done:,}/{progress.total:,}"
+            print(f"{progress.stage} {count}{note}", file=sys.stderr, flush=True)
+            last_s = now_s
+
+    return report
 
 
 def _quiet_libraries() -> None:

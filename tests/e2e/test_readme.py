@@ -1,0 +1,106 @@
+"""The README's own commands, run as written, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def block(language: str, containing: str) -> str:
+    found = [
+        text
+        for name, text in re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+        if name == language and containing in text
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_four_commands(tmp_path: Path) -> None:
+    lines = block("bash", "moefy convert").splitlines()
+    assert [line.split()[1] for line in lines] == ["inspect", "convert", "train", "eval"]
+    outputs = [run(["bash", "-c", line], tmp_path) for line in lines]
+    for number in ("6.74B", "2.95B", "3.49B"):
+        assert number in outputs[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/trained")
+    assert model.config.model_type == "mixtral"
+    first, last = re.search(r"loss ([\d.]+) → ([\d.]+)", outputs[2]).groups()  # type: ignore[union-attr]
+    assert float(last) < float(first)
+    rows = [line for line in outputs[3].splitlines() if line.startswith("│")]
+    perplexities = [float(row.split("│")[2].replace(",", "")) for row in rows]
+    dense, converted, trained = perplexities
+    assert dense < trained < converted
+
+
+def test_the_python_lines(tmp_path: Path) -> None:
+    code = block("python", "import moefy")
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
+    run([sys.executable, "-c", code], tmp_path)
+
+
+def test_make_demo(tmp_path: Path) -> None:
+    """`make demo` as in the README, with less training so that the tests end sooner."""
+    assert "make demo" in block("bash", "make demo")
+    out = tmp_path / "demo"
+    arguments = f"ARGS=--tokens 4096 --out {out}"
+    printed = run(["make", "demo", f"VENV={sys.prefix}", arguments], ROOT)
+    assert "Report:" in printed
+    results = json.loads((out / "results.json").read_text())
+    dense, converted, recovered = (r["perplexity"] for r in results["comparison"]["results"])
+    assert dense < recovered < converted
+    assert results["peak_rss_bytes"] < 6 * 2**30
+    AutoModelForCausalLM.from_pretrained(out / "recovered")
+    for name in ("loss.png", "expert-load.png", "results.md"):
+        assert (out / name).stat().st_size > 0
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    assert page.figures == 2
+    assert not page.outside, "the report must not need anything from elsewhere"
+
+
+class Page(HTMLParser):
+    """Counts figures and collects what a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures = 0
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.figures += tag == "svg"
+        values = dict(attrs)
+        target = values.get("src") or values.get("href") or values.get("xlink:href") or "#"
+        if tag in {"script", "link", "img", "iframe"} or not target.startswith("#"):
+            self.outside.append(f"{tag} {target}")
+
+
+def test_the_readmes_table_is_the_committed_result() -> None:
+    shown = re.search(r"<!-- demo -->\n(.*?)<!-- /demo -->", README, re.DOTALL)
+    assert shown is not None
+    assert (ROOT / "docs/demo/results.md").read_text() in shown[1]
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert link.startswith("https://") or (ROOT / link).exists()

@@ -1,0 +1,81 @@
+"""Perplexity is transformers' own; the divergence is that of float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moefy
+from moefy.checkpoint.load import load_tokenizer
+from moefy.data.domains import documents_of, open_domains
+from moefy.data.packing import pack
+from moefy.errors import CorpusError, UsageError
+from moefy.evaluate.compare import token_divergences
+
+
+def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
+    dense = make_llama()
+    for name, active in {"half": 2, "all": 4}.items():
+        moefy.convert(dense, tmp_path / name, experts=4, active=active, rescale="none")
+    done = moefy.evaluate(
+        [tmp_path / "half", dense, tmp_path / "all"],
+        data=corpus,
+        windows=3,
+        sequence_length=48,
+    )
+    assert done.reference == str(dense)
+    assert done.tokens == 2 * 3 * 47
+    half, reference, every = done.results
+    assert reference.kl_to_reference == 0
+    assert abs(every.kl_to_reference) < 1e-6
+    assert every.perplexity == pytest.approx(reference.perplexity, rel=1e-5)
+    assert half.cost.active_params < reference.cost.active_params < half.cost.total_params
+    assert all(r.prefill_tokens_per_s > 0 and r.decode_tokens_per_s > 0 for r in done.results)
+
+    tokenizer = load_tokenizer(dense)
+    windows = {
+        domain.name: torch.from_numpy(
+            pack(documents_of(domain, "heldout"), tokenizer, sequence_length=48, max_windows=3)
+        )
+        for domain in open_domains(corpus)
+    }
+    p, q = (AutoModelForCausalLM.from_pretrained(f).double() for f in (dense, tmp_path / "half"))
+    divergences = []
+    with torch.inference_mode():
+        for name, ids in windows.items():
+            assert half.domain_perplexity[name] == pytest.approx(
+                math.exp(q(ids, labels=ids).loss), rel=1e-5
+            )
+            log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (p, q))
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    assert half.kl_to_reference == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
+
+
+def test_divergence_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert token_divergences(p, q).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_vocabularies_are_refused(make_llama: Callable[..., Path], corpus: Path) -> None:
+    models = [make_llama("a"), make_llama("b", vocab_size=300)]
+    with pytest.raises(UsageError, match="257, 300"):
+        moefy.evaluate(models, data=corpus)
+
+
+def test_too_little_text_is_refused(make_llama: Callable[..., Path], corpus: Path) -> None:
+    with pytest.raises(CorpusError, match="shorter than one window"):
+        moefy.evaluate(make_llama(), data=corpus, sequence_length=100_000)
+
+
+def test_a_model_without_tokenizer_is_named(make_llama: Callable[..., Path], corpus: Path) -> None:
+    dense = make_llama()
+    for file in dense.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UsageError, match="no readable tokenizer"):
+        moefy.evaluate(dense, data=corpus)

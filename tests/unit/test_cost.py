@@ -1,0 +1,71 @@
+"""Counts against transformers' own parameters and PyTorch's own FLOP counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import moefy
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.targets import MIXTRAL, target_config
+from moefy.errors import ArchitectureError, UsageError
+from moefy.evaluate.cost import cost
+from moefy.evaluate.inspect import SHAPES
+
+
+def test_llama_2_7b_counts_are_the_papers() -> None:
+    costs = moefy.inspect("llama-2-7b").costs
+    assert f"{costs['dense'].total_params / 1e9:.2f}" == "6.74"
+    active = {name: f"{cost.active_params / 1e9:.2f}" for name, cost in costs.items()}
+    assert active == {"dense": "6.74", "2/16": "2.95", "4/16": "3.49", "2/8": "3.49"}
+    dense = costs["dense"].flops_per_token
+    assert all(cost.flops_per_token < 0.56 * dense for k, cost in costs.items() if k != "dense")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("experts", [0, 16])
+def test_total_parameters_are_those_of_the_real_architecture(name: str, experts: int) -> None:
+    config = SHAPES[name]
+    if experts:
+        config = target_config(MIXTRAL, config, experts=experts, active=2, dtype="float32")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert cost(config).total_params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("context", [16, 64])
+@pytest.mark.parametrize("active", [None, 1, 3])
+def test_flops_are_those_pytorch_counts(
+    make_llama: Callable[..., Path], tmp_path: Path, active: int | None, context: int
+) -> None:
+    folder = make_llama()
+    if active is not None:
+        moefy.convert(folder, tmp_path / "moe", experts=4, active=active)
+        folder = tmp_path / "moe"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="eager", attn_implementation="eager"
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, context, dtype=torch.long), use_cache=False)
+    attention = 4 * 2 * 32  # per query and key: two products, 2 layers, hidden 32
+    counted = cost(read_config(folder), context=context).flops_per_token
+    # PyTorch counts all context² pairs of attention, we count the causal half
+    expected = counter.get_total_flops() - attention * context**2
+    assert context * counted - attention * context * (context + 1) // 2 == pytest.approx(
+        expected, rel=1e-3
+    )
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match="gpt2"):
+        cost({"model_type": "gpt2"})
+
+
+def test_half_a_split_is_refused() -> None:
+    with pytest.raises(UsageError, match="go together"):
+        moefy.inspect("llama-2-7b", experts=8)

@@ -1,0 +1,123 @@
+"""Documents, held-out split, packing and mixture."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.conftest import byte_tokenizer
+
+from moefy.data.demo_text import _plain
+from moefy.data.domains import documents_of, is_held_out, open_domains
+from moefy.data.mixture import Mixture
+from moefy.data.packing import pack
+from moefy.errors import CorpusError
+
+
+def test_domains_are_the_files_names(corpus: Path) -> None:
+    assert [domain.name for domain in open_domains(corpus)] == ["ab", "xyz"]
+
+
+def test_held_out_documents_are_never_trained_on(corpus: Path) -> None:
+    for domain in open_domains(corpus):
+        train, held = (set(documents_of(domain, side)) for side in ("train", "heldout"))
+        assert train | held == set(domain.documents())
+        assert not train & held
+        assert held
+
+
+def test_one_document_in_twenty_is_held_out() -> None:
+    count = sum(is_held_out(f"document {i}") for i in range(20_000))
+    assert abs(count - 1000) < 4 * (20_000 * 0.05 * 0.95) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\nnot json\n', "line 2"),
+        (b'{"body": "a"}\n', "line 1"),
+        (b'{"text": 3}\n', "not a string"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "book.jsonl").write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        list(open_domains(tmp_path)[0].documents())
+
+
+def test_a_truncated_gzip_file_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(json.dumps({"text": "a" * 10_000}).encode() * 50)
+    (tmp_path / "book.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(CorpusError, match="damaged"):
+        list(open_domains(tmp_path)[0].documents())
+
+
+def test_no_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="no folder"):
+        open_domains(tmp_path / "none")
+    with pytest.raises(CorpusError, match="holds no"):
+        open_domains(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "a.jsonl.gz").touch()
+    with pytest.raises(CorpusError, match="both the domain 'a'"):
+        open_domains(tmp_path)
+
+
+def test_packing_joins_documents_and_loses_nothing_before_the_end() -> None:
+    tokenizer = byte_tokenizer()
+    documents = ["hello", "wörld!", "x" * 30]
+    windows = pack(iter(documents), tokenizer, sequence_length=7, max_windows=100)
+    eos = tokenizer.eos_token_id
+    stream = [
+        token
+        for text in documents
+        for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
+    ]
+    assert windows.ravel().tolist() == stream[: len(stream) // 7 * 7]
+    assert len(stream) % 7  # the test cuts something off
+
+
+def test_packing_reads_only_what_it_needs() -> None:
+    read = 0
+
+    def documents() -> object:
+        nonlocal read
+        while True:
+            read += 1
+            yield "y" * 1000
+
+    assert pack(documents(), byte_tokenizer(), sequence_length=10, max_windows=3).shape == (3, 10)
+    assert read < 1000
+
+
+def test_mixture_follows_its_weights_and_visits_every_window_once_an_epoch() -> None:
+    windows = {"a": np.arange(50)[:, None], "b": np.arange(400)[:, None]}
+    mixture = Mixture(windows, {"a": 3, "b": 1}, seed=0)
+    drawn = [mixture.sample()[:2] for _ in range(1000)]
+    names = Counter(name for name, _ in drawn)
+    assert abs(names["a"] - 750) < 4 * (1000 * 0.75 * 0.25) ** 0.5
+    first_epoch = [index for name, index in drawn if name == "a"][:50]
+    second_epoch = [index for name, index in drawn if name == "a"][50:100]
+    assert sorted(first_epoch) == sorted(second_epoch) == list(range(50))
+    assert first_epoch != second_epoch
+
+
+def test_mixture_weights_name_the_domains() -> None:
+    windows = {"a": np.zeros((1, 2)), "b": np.zeros((0, 2))}
+    with pytest.raises(CorpusError, match="the corpus has a, b"):
+        Mixture(windows, {"a": 1}, seed=0)
+    with pytest.raises(CorpusError, match="'b' has not enough text"):
+        Mixture(windows, None, seed=0)
+    assert Mixture(windows, {"a": 1, "b": 0}, seed=0).sample()[0] == "a"
+
+
+def test_wiki_markup_goes() -> None:
+    source = (
+        "'''Moe''' is a {{cn|a {{b}}}}[[bar (law)|bar]] in [[Springfield]].<ref>x</ref>"
+    source += "\n== A =="
+    )
+    assert _plain(source) == "Moe is a bar in Springfield.\nA"

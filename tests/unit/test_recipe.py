@@ -1,0 +1,72 @@
+"""Recipes refuse what they do not know and say what they allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moefy.errors import UsageError
+from moefy.recipe import ConvertRecipe, TrainRecipe, check_split, parse_weights
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    recipe = TrainRecipe.build(tokens=9999, weights={"a": 1.0}, learning_rate=3e-4)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert TrainRecipe.build(file) == recipe
+    assert TrainRecipe.build(file, tokens=5000).tokens == 5000
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"expert": 4}, "unknown key 'expert'; allowed: experts, active"),
+        ({"rescale": "maybe"}, "rescale = 'maybe'"),
+        ({"experts": "many"}, "experts = 'many'"),
+        ({"seed": -1}, "seed = -1"),
+    ],
+)
+def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ConvertRecipe.build(**choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"tokens": 100}, "less than one sequence"),
+        ({"sequences_per_step": 3, "sequences_per_pass": 2}, "multiple"),
+        ({"weights": {"a": 0.0}}, "sum to 0"),
+        ({"learning_rate": 0.0}, "greater than 0"),
+    ],
+)
+def test_bad_training_is_refused(choices: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainRecipe.build(**choices)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "{", "\tx: 1"])
+def test_a_broken_recipe_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"r\.yaml"):
+        TrainRecipe.build(tmp_path / "r.yaml")
+
+
+def test_steps_round_up() -> None:
+    recipe = TrainRecipe.build(tokens=1025, sequence_length=512, sequences_per_step=1)
+    assert recipe.num_steps == 3
+
+
+def test_a_split_that_does_not_divide_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="pass --experts 8 or --experts 16"):
+        check_split(11008, 12, 2)
+    with pytest.raises(UsageError, match=r"pass --experts 7$"):
+        check_split(7, 9, 2)
+
+
+def test_weights_as_text() -> None:
+    assert parse_weights("a=0.5, b=2") == {"a": 0.5, "b": 2.0}
+    for text in ("a", "a=", "=1", "a=x", ""):
+        with pytest.raises(UsageError, match="NAME=NUMBER"):
+            parse_weights(text)

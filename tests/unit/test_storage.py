@@ -1,0 +1,75 @@
+"""Outputs appear whole or not at all."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from moefy.errors import OutputError, StorageError
+from moefy.storage import cache_folder, check_output, whole_folder
+
+
+def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with pytest.raises(FileNotFoundError), whole_folder(out) as partial:  # noqa: PT012
+        (partial / "config.json").write_text("new")
+        (partial / "missing").read_text()
+    assert (out / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+    with whole_folder(out) as partial:
+        (partial / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_too_little_space_is_seen_before_the_work(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StorageError, match="GB free"),
+        whole_folder(tmp_path / "out", needed_bytes=1 << 60),
+    ):
+        raise AssertionError("the work began")
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path: Path) -> None:
+    host, dead = socket.gethostname(), 2**22 + 1  # above any Linux process id
+    (tmp_path / f".out.partial-{host}-{dead}").mkdir()
+    alive = tmp_path / f".out.partial-{host}-1"
+    other_host = tmp_path / f".out.partial-not-{host}-{dead}"
+    old = tmp_path / f".out.old-{host}-{dead}"
+    for folder in (alive, other_host, old):
+        folder.mkdir()
+    (old / "config.json").write_text("old")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert set(tmp_path.iterdir()) == {alive, other_host, tmp_path / "out"}
+    assert (tmp_path / "out/config.json").read_text() == "old"  # it was in mid-swap
+
+
+def test_an_output_never_replaces_its_source(tmp_path: Path) -> None:
+    source = tmp_path / "models" / "dense"
+    source.mkdir(parents=True)
+    (source / "config.json").touch()
+    for out in (source, source.parent, source / ".." / "dense"):
+        with pytest.raises(OutputError, match="its own source"):
+            check_output(out, overwrite=True, sources=(source,))
+
+
+def test_a_file_or_link_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="not a plain folder"):
+            check_output(tmp_path / name, overwrite=True)
+
+
+def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOEFY_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("MOEFY_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/moefy")
