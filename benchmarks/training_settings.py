@@ -1,9 +1,8 @@
 """Learning rate and batch size for the demo's short training: docs/experiments.md, section 1.
 
-    python benchmarks/training_settings.py WORK    # about 25 minutes on two cores; resumes
+    python benchmarks/training_settings.py WORK    # about 40 minutes on two cores; resumes
 
-Trains SmolLM2-135M, split 4/16, on 32,768 tokens of the demo text with every setting, compares all
-of them on held-out documents in one run, and writes docs/experiments/training-settings.csv.
+Trains SmolLM2-135M, split 4/16, on the demo text with every setting, compares all of them on held-out documents in one run, and writes docs/experiments/training-settings.csv.
 """
 
 from __future__ import annotations
@@ -15,18 +14,20 @@ from pathlib import Path
 import moefy
 from moefy.train.state import read_log
 
-TOKENS = 32_768
-SETTINGS = [  # learning rate, sequences of 512 tokens per step
-    (3e-3, 4),
-    (1e-3, 4),
-    (3e-3, 2),
-    (1e-3, 2),
-    (3e-4, 2),
-    (1e-3, 1),
-    (5e-4, 1),
-    (3e-4, 1),
-    (2e-4, 1),
-    (1e-4, 1),
+SETTINGS = [  # tokens, learning rate, sequences of 512 tokens per step
+    (32_768, 3e-3, 4),
+    (32_768, 1e-3, 4),
+    (32_768, 3e-3, 2),
+    (32_768, 1e-3, 2),
+    (32_768, 3e-4, 2),
+    (32_768, 1e-3, 1),
+    (32_768, 5e-4, 1),
+    (32_768, 3e-4, 1),
+    (32_768, 2e-4, 1),
+    (32_768, 1e-4, 1),
+    (65_536, 1e-3, 2),
+    (65_536, 1e-3, 1),
+    (65_536, 3e-4, 1),
 ]
 RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "training-settings.csv"
 
@@ -35,12 +36,12 @@ def main(work: Path) -> None:
     if not (work / "moe").exists():
         moefy.convert("smollm2-135m", work / "moe", experts=16, active=4)
     runs = []
-    for learning_rate, sequences in SETTINGS:
-        out = work / f"lr{learning_rate:g}-s{sequences}"
+    for tokens, learning_rate, sequences in SETTINGS:
+        out = work / f"{tokens}-lr{learning_rate:g}-s{sequences}"
         runs.append(out)
         if not (out / "config.json").exists():
             settings = {"learning_rate": learning_rate, "sequences_per_step": sequences}
-            moefy.train(work / "moe", out, tokens=TOKENS, **settings)
+            moefy.train(work / "moe", out, tokens=tokens, **settings)
     models = ["smollm2-135m", work / "moe", *runs]
     rows = moefy.evaluate(models, decode=False).results
     with RESULT.open("w", newline="") as file:

@@ -117,7 +117,6 @@ def test_mixture_weights_name_the_domains() -> None:
 
 def test_wiki_markup_goes() -> None:
     source = (
-        "'''Moe''' is a {{cn|a {{b}}}}[[bar (law)|bar]] in [[Springfield]].<ref>x</ref>"
-    source += "\n== A =="
+        "'''Moe''' is a {{cn|a {{b}}}}[[bar (law)|bar]] in [[Springfield]].<ref>x</ref>\n== A =="
     )
     assert _plain(source) == "Moe is a bar in Springfield.\nA"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -54,7 +54,7 @@ class RouterTrace:
         self.logits: list[Tensor] = []
         self.chosen: list[Tensor] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RouterTrace:
         self._handles = [router.register_forward_hook(self._note) for router in self._routers]
         return self
 
