@@ -2,7 +2,8 @@
 
     python benchmarks/training_settings.py WORK    # about 40 minutes on two cores; resumes
 
-Trains SmolLM2-135M, split 4/16, on the demo text with every setting, compares all of them on held-out documents in one run, and writes docs/experiments/training-settings.csv.
+Trains SmolLM2-135M, split 4/16, on the demo text with every setting, compares all of them on
+held-out documents in one run, and writes docs/experiments/training-settings.csv.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 import moefy
-from moefy.train.state import read_log
+from moefy.training.state import read_log
 
 SETTINGS = [  # tokens, learning rate, sequences of 512 tokens per step
     (32_768, 3e-3, 4),

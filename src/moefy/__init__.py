@@ -14,22 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moefy.construct.convert import convert
-    from moefy.demo import demo
     from moefy.errors import MoefyError
-    from moefy.evaluate.compare import evaluate
-    from moefy.evaluate.inspect import inspect
-    from moefy.train.run import train
+    from moefy.evaluation.compare import evaluate
+    from moefy.evaluation.inspect import inspect
+    from moefy.training.run import train
 
 __version__ = "0.1.0"
-__all__ = ["MoefyError", "convert", "demo", "evaluate", "inspect", "train"]
+__all__ = ["MoefyError", "convert", "evaluate", "inspect", "train"]
 
 _HOME = {
     "MoefyError": "moefy.errors",
     "convert": "moefy.construct.convert",
-    "demo": "moefy.demo",
-    "evaluate": "moefy.evaluate.compare",
-    "inspect": "moefy.evaluate.inspect",
-    "train": "moefy.train.run",
+    "evaluate": "moefy.evaluation.compare",
+    "inspect": "moefy.evaluation.inspect",
+    "train": "moefy.training.run",
 }
 
 

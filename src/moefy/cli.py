@@ -55,7 +55,7 @@ def inspect(
 
     Example: `moefy inspect llama-2-7b`
     """
-    from moefy.evaluate.inspect import inspect as run
+    from moefy.evaluation.inspect import inspect as run
     from moefy.report.tables import inspection_rows
 
     found = run(source, experts=experts, active=active, context=context)
@@ -137,7 +137,7 @@ def train(
         weights=parse_weights(weights) if weights else None,
         seed=seed,
     )
-    from moefy.train.run import train as run
+    from moefy.training.run import train as run
 
     with _bars() as report:
         done = run(
@@ -171,7 +171,7 @@ def evaluate(
     """
     if split not in {"heldout", "train", "all"}:
         raise UsageError(f"--split {split}: allowed are heldout, train and all")
-    from moefy.evaluate.compare import evaluate as run
+    from moefy.evaluation.compare import evaluate as run
     from moefy.report.tables import comparison_rows
 
     with _bars() as report:

@@ -19,15 +19,15 @@ from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import BUILTIN, resolve
 from moefy.construct.convert import convert
 from moefy.errors import OutputError
-from moefy.evaluate.compare import Comparison, evaluate
+from moefy.evaluation.compare import Comparison, evaluate
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import TrainRecipe
 from moefy.report.figures import expert_load_heatmap, loss_curve, svg
 from moefy.report.page import html_figure, html_page, html_table
 from moefy.report.tables import comparison_rows, markdown
 from moefy.storage import check_output, replace_file
-from moefy.train.run import train
-from moefy.train.state import read_log
+from moefy.training.run import train
+from moefy.training.state import read_log
 
 _PROMPT = "The history of the city begins"
 _EVAL_WINDOWS = 4

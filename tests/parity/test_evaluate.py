@@ -15,7 +15,7 @@ from moefy.checkpoint.load import load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
-from moefy.evaluate.compare import token_divergences
+from moefy.evaluation.compare import token_divergences
 
 
 def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:

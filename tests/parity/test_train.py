@@ -22,7 +22,7 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.mixture import Mixture
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
-from moefy.train.state import read_log
+from moefy.training.state import read_log
 
 SHORT: dict[str, Any] = {"sequence_length": 32, "precision": "float32", "learning_rate": 3e-3}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moefy.train.balance import expert_load, switch_balance_loss
+from moefy.training.balance import expert_load, switch_balance_loss
 
 
 def test_even_use_is_one_and_collapse_is_the_number_of_experts() -> None:

@@ -14,8 +14,8 @@ import moefy
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import MIXTRAL, target_config
 from moefy.errors import ArchitectureError, UsageError
-from moefy.evaluate.cost import cost
-from moefy.evaluate.inspect import SHAPES
+from moefy.evaluation.cost import cost
+from moefy.evaluation.inspect import SHAPES
 
 
 def test_llama_2_7b_counts_are_the_papers() -> None:

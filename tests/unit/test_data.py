@@ -107,7 +107,7 @@ def test_mixture_follows_its_weights_and_visits_every_window_once_an_epoch() -> 
 
 
 def test_mixture_weights_name_the_domains() -> None:
-    windows = {"a": np.zeros((1, 2)), "b": np.zeros((0, 2))}
+    windows = {"a": np.zeros((1, 2), int), "b": np.zeros((0, 2), int)}
     with pytest.raises(CorpusError, match="the corpus has a, b"):
         Mixture(windows, {"a": 1}, seed=0)
     with pytest.raises(CorpusError, match="'b' has not enough text"):

@@ -30,7 +30,7 @@ class Mixture:
 
     def __init__(
         self,
-        windows: Mapping[str, Int[np.ndarray, "windows sequence"]],
+        windows: Mapping[str, Int[np.ndarray, "_windows sequence"]],
         weights: Mapping[str, float] | None,
         *,
         seed: int,

@@ -13,7 +13,7 @@ def loss_curve(log: list[dict[str, Any]], *, dense_loss: float | None = None) ->
     """Draw the training loss over tokens.
 
     Args:
-        log: a run's steps (see `train.state.read_log`).
+        log: a run's steps (see `training.state.read_log`).
         dense_loss: held-out loss of the dense model, nats per token, drawn as a line.
     """
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")

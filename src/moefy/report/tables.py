@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moefy.evaluate.compare import Comparison
-from moefy.evaluate.inspect import Inspection
+from moefy.evaluation.compare import Comparison
+from moefy.evaluation.inspect import Inspection
 
 Rows = list[list[str]]
 

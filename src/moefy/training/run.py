@@ -26,9 +26,9 @@ from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import TrainRecipe
 from moefy.storage import check_output, replace_file, storage_errors
-from moefy.train.balance import RouterTrace
-from moefy.train.schedule import learning_rate
-from moefy.train.state import LOG, load_state, read_log, remove_state, save_state
+from moefy.training.balance import RouterTrace
+from moefy.training.schedule import learning_rate
+from moefy.training.state import LOG, load_state, read_log, remove_state, save_state
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def train(
     """Continue pre-training on a mixture of domains and write the trained model.
 
     The loss is next-token cross-entropy on packed windows plus `balance_coefficient` times the
-    mean over layers of the load-balancing loss (see `train.balance`). Weights and optimizer are
+    mean over layers of the load-balancing loss (see `training.balance`). Weights and optimizer are
     float32; matrix products run in bfloat16 where the processor has them. One document in twenty
     is held out (see `data.domains.is_held_out`).
 

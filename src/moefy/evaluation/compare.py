@@ -22,7 +22,7 @@ from moefy.checkpoint.source import resolve
 from moefy.data.domains import Split, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
-from moefy.evaluate.cost import Cost, cost
+from moefy.evaluation.cost import Cost, cost
 from moefy.progress import Progress, ProgressFn, silent
 
 _DECODE_TOKENS = 24

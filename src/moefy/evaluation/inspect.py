@@ -10,7 +10,7 @@ from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import MIXTRAL, target_config
 from moefy.errors import CheckpointError, UsageError
-from moefy.evaluate.cost import Cost, cost
+from moefy.evaluation.cost import Cost, cost
 from moefy.recipe import check_split
 
 PAPER_SPLITS = ((2, 16), (4, 16), (2, 8))
