@@ -96,7 +96,7 @@ def test_packing_reads_only_what_it_needs() -> None:
 
 def test_mixture_follows_its_weights_and_visits_every_window_once_an_epoch() -> None:
     windows = {"a": np.arange(50)[:, None], "b": np.arange(400)[:, None]}
-    mixture = Mixture(windows, {"a": 3, "b": 1}, seed=0)
+    mixture = Mixture(windows, {"a": 3.0, "b": 1.0}, seed=0)
     drawn = [mixture.sample()[:2] for _ in range(1000)]
     names = Counter(name for name, _ in drawn)
     assert abs(names["a"] - 750) < 4 * (1000 * 0.75 * 0.25) ** 0.5
@@ -109,10 +109,10 @@ def test_mixture_follows_its_weights_and_visits_every_window_once_an_epoch() -> 
 def test_mixture_weights_name_the_domains() -> None:
     windows = {"a": np.zeros((1, 2), int), "b": np.zeros((0, 2), int)}
     with pytest.raises(CorpusError, match="the corpus has a, b"):
-        Mixture(windows, {"a": 1}, seed=0)
+        Mixture(windows, {"a": 1.0}, seed=0)
     with pytest.raises(CorpusError, match="'b' has not enough text"):
         Mixture(windows, None, seed=0)
-    assert Mixture(windows, {"a": 1, "b": 0}, seed=0).sample()[0] == "a"
+    assert Mixture(windows, {"a": 1.0, "b": 0.0}, seed=0).sample()[0] == "a"
 
 
 def test_wiki_markup_goes() -> None:
