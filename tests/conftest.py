@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 257
+torch.set_num_threads(1)  # tiny models are slower on more
 
 
 def write_tiny_llama(folder: Path, **settings: Any) -> Path:

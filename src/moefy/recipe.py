@@ -74,7 +74,7 @@ class TrainRecipe(Recipe):
 
     tokens: Positive = 65_536
     sequence_length: Annotated[int, Field(ge=2)] = 512
-    sequences_per_step: Positive = 4
+    sequences_per_step: Positive = 2
     sequences_per_pass: Positive = 1
     weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3

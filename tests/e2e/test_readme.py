@@ -91,7 +91,7 @@ class Page(HTMLParser):
         self.figures += tag == "svg"
         values = dict(attrs)
         target = values.get("src") or values.get("href") or values.get("xlink:href") or "#"
-        if tag in {"script", "link", "img", "iframe"} or not target.startswith("#"):
+        if tag in {"script", "link", "iframe"} or not target.startswith(("#", "data:")):
             self.outside.append(f"{tag} {target}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +25,12 @@ from moefy.data.packing import pack
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 from moefy.training.state import read_log
 
-SHORT: dict[str, Any] = {"sequence_length": 32, "precision": "float32", "learning_rate": 3e-3}
+SHORT: dict[str, Any] = {
+    "sequence_length": 32,
+    "sequences_per_step": 4,
+    "precision": "float32",
+    "learning_rate": 3e-3,
+}
 
 
 @pytest.fixture
@@ -61,9 +67,8 @@ def test_training_lowers_the_loss_and_keeps_the_form(
 
 
 def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: Path) -> None:
-    moefy.train(
-        moe, tmp_path / "out", data=corpus, tokens=32, sequences_per_step=1, seed=5, **SHORT
-    )
+    one = SHORT | {"sequences_per_step": 1}
+    moefy.train(moe, tmp_path / "out", data=corpus, tokens=32, seed=5, **one)
     windows = {
         domain.name: pack(
             documents_of(domain, "train"), load_tokenizer(moe), sequence_length=32, max_windows=1
@@ -96,23 +101,32 @@ def test_several_passes_are_one_batch(moe: Path, corpus: Path, tmp_path: Path) -
 
 def test_a_killed_run_ends_as_if_uninterrupted(moe: Path, corpus: Path, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
-        settings = {"checkpoint_every_steps": 20, "precision": "float32"}
+        settings = {
+            "checkpoint_every_steps": 20,
+            "sequences_per_step": 4,
+            "precision": "float32",
+        }
         chosen = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
-        options = ["--data", str(corpus), "--tokens", str(32 * 4 * 300), "--sequence-length", "32"]
+        options = ["--data", str(corpus), "--tokens", str(32 * 4 * 160), "--sequence-length", "32"]
         moefy_script = Path(sys.executable).with_name("moefy")
         return [str(moefy_script), "train", str(moe), str(out), *options, *chosen, "--json"]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), check=True, capture_output=True)
-    process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(whole), env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log = killed / "log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 50):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (killed / "config.json").exists(), "the run was over before it was killed"
 
-    resumed = subprocess.run(command(killed), check=True, capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(killed), env=environment, check=True, capture_output=True, text=True
+    )
     assert json.loads(resumed.stdout)["resumed_from_step"] >= 40
     assert weights(killed) == weights(whole)
     assert without_time(read_log(killed)) == without_time(read_log(whole))
