@@ -168,14 +168,19 @@ def _write_report(done: Demo, samples: dict[str, str], recipe: TrainRecipe, seed
         f"threads, {minutes:.1f} minutes, {done.peak_rss_bytes / 2**30:.1f} GiB."
     )
     texts = "".join(
-        f"<h3>{escape(name)}</h3><pre>{escape(text)}</pre>" for name, text in samples.items()
+        f"<h3>{escape(name)}</h3><pre>{escape(text.replace(chr(10), ' ⏎ '))}</pre>"
+        for name, text in samples.items()
     )
     parts = [
         f"<p>{escape(headline(comparison))}</p>",
         html_table(rows),
         f"<p>{escape(facts)} Made with <code>moefy demo</code>.</p>",
         html_figure(svg(curve), "Training loss."),
-        html_figure(svg(heatmap), "How often each expert is chosen, last quarter of the run."),
+        html_figure(
+            svg(heatmap),
+            "How often each expert is chosen, last quarter of the run. A random router starts far "
+            "from even use: all tokens share a large mean, and this run is too short to undo it.",
+        ),
         f"<h2>What the models write</h2>{texts}",
     ]
     replace_file(

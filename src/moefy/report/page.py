@@ -7,7 +7,7 @@ from html import escape
 from moefy.report.tables import Rows
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem;
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem;
        padding: 0 1rem; color: #1a1a1a; background: #fff; }
 h1 { line-height: 1.2; } figure { margin: 1.5rem 0; } figcaption { color: #555; }
 svg { max-width: 100%; height: auto; }
@@ -15,7 +15,8 @@ svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; white-space: pre-wrap;
+      overflow-wrap: anywhere; }
 """
 
 
