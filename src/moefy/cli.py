@@ -72,7 +72,23 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     experts: Annotated[int | None, typer.Option(help="Experts per layer, E. [16]")] = None,
     active: Annotated[int | None, typer.Option(help="Experts per token, k. [4]")] = None,
-    rescale: Annotated[str | None, typer.Option(help="paper (E/k) or none. [paper]")] = None,
+    shared: Annotated[int | None, typer.Option(help="Of the active ones, always on. [0]")] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            help="random, clustering-up, clustering-gate, coactivation, carve or alternating. "
+            "[random]"
+        ),
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="random, mean-gate, representative, ridge or ridge-log. [random]"),
+    ] = None,
+    repair: Annotated[
+        str | None,
+        typer.Option("--repair", "--rescale", help="none, paper (E/k), scale or refit. [paper]"),
+    ] = None,
+    data: Data = "demo",
     seed: Annotated[int | None, typer.Option(help="Of the random split. [0]")] = None,
     recipe: RecipeFile = None,
     settings: Set = None,
@@ -84,12 +100,20 @@ def convert(
     Example: `moefy convert smollm2-135m out/moe --experts 16 --active 4`
     """
     choices = _parse_settings(settings) | _given(
-        experts=experts, active=active, rescale=rescale, seed=seed
+        experts=experts,
+        active=active,
+        shared=shared,
+        partition=partition,
+        router=router,
+        repair=repair,
+        seed=seed,
     )
     from moefy.construct.convert import convert as run
 
     with _bars() as report:
-        done = run(source, out, recipe=recipe, overwrite=overwrite, report=report, **choices)
+        done = run(
+            source, out, data=data, recipe=recipe, overwrite=overwrite, report=report, **choices
+        )
     if as_json:
         _print_json(
             {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moefy.errors import UsageError
 
@@ -53,15 +53,34 @@ class Recipe(BaseModel):
 
 
 class ConvertRecipe(Recipe):
-    """How a dense model is split; the defaults are LLaMA-MoE-3.5B (4/16), arXiv 2406.16554."""
+    """How a dense model is split; the defaults are LLaMA-MoE-3.5B (4/16), arXiv 2406.16554.
+
+    `experts` and `active` count the `shared` slices too: 4 of 16 with 2 shared is one shared expert
+    of two slices, and 2 of 14 routed ones.
+    """
 
     experts: int = 16
     active: int = 4
-    partition: Literal["random"] = "random"
-    router: Literal["random"] = "random"
-    rescale: Literal["paper", "none"] = "paper"
-    target: Literal["mixtral"] = "mixtral"
+    shared: Annotated[int, Field(ge=0)] = 0
+    partition: Literal[
+        "random", "clustering-up", "clustering-gate", "coactivation", "carve", "alternating"
+    ] = "random"
+    router: Literal["random", "mean-gate", "representative", "ridge", "ridge-log"] = "random"
+    repair: Literal["none", "paper", "scale", "refit"] = Field(
+        default="paper", validation_alias=AliasChoices("repair", "rescale")
+    )
+    calibration_tokens: Positive = 28_672
+    calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a choice needs calibration tokens."""
+        return (
+            self.partition in ("coactivation", "carve", "alternating")
+            or self.router in ("representative", "ridge", "ridge-log")
+            or self.repair in ("scale", "refit")
+        )
 
 
 class TrainRecipe(Recipe):
@@ -110,17 +129,22 @@ class TrainRecipe(Recipe):
         return -(-self.tokens // (self.sequence_length * self.sequences_per_step))
 
 
-def check_split(intermediate_size: int, experts: int, active: int) -> None:
+def check_split(intermediate_size: int, experts: int, active: int, shared: int = 0) -> None:
     """Refuse a split that cannot be made.
 
     Raises:
         UsageError: E does not divide d_ff (the nearest counts that do are named), or not
-            1 <= k <= E.
+            1 <= k <= E, or the shared slices leave nothing to route.
     """
     if not 1 <= active <= experts:
         raise UsageError(
             f"{active} active experts of {experts} is impossible: --active must be between 1 and "
             f"--experts ({experts})"
+        )
+    if shared and not 0 <= shared < active:
+        raise UsageError(
+            f"{shared} shared of {active} active experts leaves none to route: --shared must be "
+            f"between 0 and {active - 1}"
         )
     if intermediate_size % experts == 0:
         return

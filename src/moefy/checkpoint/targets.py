@@ -19,7 +19,11 @@ class NativeTarget:
         model_type, architecture: `model_type` and `architectures[0]` in config.json.
         router: name of the router's matrix behind the layer prefix, [num_experts, hidden_size].
         gate, up, down: names of an expert's matrices behind the layer prefix, with `{expert}`;
-            shapes as in the dense family with the expert's size for intermediate_size.
+            shapes as in the dense family with the expert's size for intermediate_size. Without
+            `{expert}` the tensors of all experts are one, [num_experts, …]; where `gate` and `up`
+            are the same name, gate lies above up.
+        shared_gate_up, shared_down: names of the shared expert's matrices, or None if the
+            architecture has none.
         num_experts_key: config key of the number of routed experts.
         settings: config values that make the target compute what the conversion relies on.
     """
@@ -30,6 +34,8 @@ class NativeTarget:
     gate: str
     up: str
     down: str
+    shared_gate_up: str | None
+    shared_down: str | None
     num_experts_key: str
     settings: Mapping[str, Any]
 
@@ -41,6 +47,8 @@ MIXTRAL = NativeTarget(
     gate="block_sparse_moe.experts.{expert}.w1.weight",
     up="block_sparse_moe.experts.{expert}.w3.weight",
     down="block_sparse_moe.experts.{expert}.w2.weight",
+    shared_gate_up=None,
+    shared_down=None,
     num_experts_key="num_local_experts",
     settings={
         "sliding_window": None,
@@ -50,7 +58,33 @@ MIXTRAL = NativeTarget(
     },
 )
 
-TARGETS = {target.model_type: target for target in (MIXTRAL,)}
+GRANITEMOESHARED = NativeTarget(
+    model_type="granitemoeshared",
+    architecture="GraniteMoeSharedForCausalLM",
+    router="block_sparse_moe.router.layer.weight",
+    gate="block_sparse_moe.input_linear.weight",
+    up="block_sparse_moe.input_linear.weight",
+    down="block_sparse_moe.output_linear.weight",
+    shared_gate_up="shared_mlp.input_linear.weight",
+    shared_down="shared_mlp.output_linear.weight",
+    num_experts_key="num_local_experts",
+    settings={
+        "attention_bias": False,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "router_aux_loss_coef": 0.01,
+        "output_router_logits": False,
+    },
+)
+
+TARGETS = {target.model_type: target for target in (MIXTRAL, GRANITEMOESHARED)}
+
+
+def native_target(shared: int) -> NativeTarget:
+    """Return the architecture for a number of shared slices: Mixtral has none."""
+    return GRANITEMOESHARED if shared else MIXTRAL
+
 
 _COPIED = (
     "attention_dropout",
@@ -90,7 +124,13 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def target_config(
-    target: NativeTarget, dense: Mapping[str, Any], *, experts: int, active: int, dtype: str
+    target: NativeTarget,
+    dense: Mapping[str, Any],
+    *,
+    experts: int,
+    active: int,
+    dtype: str,
+    shared: int = 0,
 ) -> dict[str, Any]:
     """Return the config.json of a converted model.
 
@@ -102,8 +142,9 @@ def target_config(
     Args:
         target: the architecture to write.
         dense: the dense model's config.json.
-        experts: number of routed experts E.
-        active: experts per token k.
+        experts: E, slices that the dense FFN is cut into, the shared ones included.
+        active: k, slices that run for a token, the shared ones included.
+        shared: slices that always run.
         dtype: of the stored weights ("float32", "bfloat16", "float16").
     """
     rope = rope_parameters(dense)
@@ -116,14 +157,17 @@ def target_config(
         "num_key_value_heads": dense.get("num_key_value_heads") or heads,
         "head_dim": dense.get("head_dim") or dense["hidden_size"] // heads,
         "intermediate_size": dense["intermediate_size"] // experts,
-        target.num_experts_key: experts,
-        "num_experts_per_tok": active,
+        target.num_experts_key: experts - shared,
+        "num_experts_per_tok": active - shared,
         **target.settings,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if target.shared_down:
+        config["shared_intermediate_size"] = shared * config["intermediate_size"]
+        config["attention_multiplier"] = config["head_dim"] ** -0.5
     if rope["rope_type"] != "default":
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     if config["intermediate_size"] % 8 or config["hidden_size"] % 8:

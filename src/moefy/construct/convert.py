@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from moefy.calibrate.replay import ModelReplay
+from moefy.calibrate.sample import FfnSample
+from moefy.calibrate.text import calibration_windows
+from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
-from moefy.checkpoint.targets import TARGETS, NativeTarget, target_config
+from moefy.checkpoint.targets import NativeTarget, native_target, target_config
 from moefy.checkpoint.writer import ShardWriter
-from moefy.construct.partition.random import independent_random
-from moefy.construct.repair.rescale import down_proj_factor
-from moefy.construct.router.random import random_router, zero_router
+from moefy.construct.pipeline import split_ffn
+from moefy.construct.split import SplitFfn
+from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, check_split
 from moefy.storage import check_output, whole_folder
@@ -46,6 +54,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
+    data: str | Path = "demo",
     recipe: str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
@@ -54,11 +63,14 @@ def convert(
     """Split every FFN of a dense model into experts and write a native MoE checkpoint.
 
     The output loads with plain `AutoModelForCausalLM.from_pretrained(out)`, in the weights'
-    original dtype. The same seed gives the same bytes, whatever the number of threads.
+    original dtype. The same seed gives the same bytes, for weight-only methods whatever the number
+    of threads; calibrated methods promise that for the same machine and number of threads.
 
     Args:
         source: a model folder, a `.gguf` file, `smollm2-135m`, or a hub name.
         out: folder to write; it appears whole or not at all.
+        data: calibration text for the methods that need it: a folder of `<domain>.jsonl(.gz)`
+            files, or `demo`; held-out documents are left out.
         recipe: a YAML file with `ConvertRecipe` keys.
         overwrite: replace an existing model in `out`.
         report: told about progress.
@@ -74,24 +86,35 @@ def convert(
     check_output(out, overwrite=overwrite, sources=(Path(source).expanduser(),))
     folder = resolve(source, report=report)
     dense = DenseCheckpoint(folder)
-    check_split(dense.config["intermediate_size"], choice.experts, choice.active)
+    check_split(dense.config["intermediate_size"], choice.experts, choice.active, choice.shared)
 
-    target = TARGETS[choice.target]
+    target = native_target(choice.shared)
     config = target_config(
         target,
         dense.config,
         experts=choice.experts,
         active=choice.active,
+        shared=choice.shared,
         dtype=dense.dtype,
     )
+    windows = None
+    if choice.calibrated:
+        windows = calibration_windows(
+            data,
+            load_tokenizer(folder),
+            tokens=choice.calibration_tokens,
+            sequence_length=choice.calibration_length,
+            needed_tokens=dense.config["intermediate_size"],
+            report=report,
+        )
     with whole_folder(out, needed_bytes=dense.total_bytes()) as partial:
         for file in side_files(folder):
             shutil.copyfile(file, partial / file.name)
         writer = ShardWriter(partial)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
-        for layer_idx in range(dense.num_layers):
-            _convert_layer(dense, layer_idx, target, choice, writer)
+        for layer_idx, split in enumerate(split_layers(dense, choice, windows)):
+            _write_layer(dense, layer_idx, split, target, writer)
             report(Progress("convert", layer_idx + 1, dense.num_layers))
         (partial / "moefy.json").write_text(_provenance(source, dense, choice))
         writer.finish(config)
@@ -104,34 +127,94 @@ def convert(
     )
 
 
-def _convert_layer(
+def split_layers(
+    dense: DenseCheckpoint,
+    recipe: ConvertRecipe,
+    windows: Int[np.ndarray, "windows sequence"] | None,
+) -> Iterator[SplitFfn]:
+    """Split the FFNs in the order of the layers.
+
+    With calibration windows, each layer is fitted on the inputs that the layers already converted
+    give it, its target being the dense FFN's output for those inputs.
+
+    Args:
+        dense: the source.
+        recipe: the choices.
+        windows: calibration tokens, or None for weight-only methods.
+
+    Raises:
+        CorpusError: an activation is not finite.
+    """
+    if windows is None:
+        for layer_idx in range(dense.num_layers):
+            yield split_ffn(_weights_alone(dense, layer_idx), recipe, layer_idx)
+        return
+    replay = ModelReplay(dense)
+    hidden = replay.embed(torch.from_numpy(windows))
+    for layer_idx in range(dense.num_layers):
+        layer = replay.layer(layer_idx)
+        hidden = layer.attend(hidden)
+        sample = layer.sample(hidden)
+        split = split_ffn(sample, recipe, layer_idx)
+        hidden += split(sample.inputs).view_as(hidden)
+        if not hidden.isfinite().all():
+            raise CorpusError(
+                f"the activations of layer {layer_idx} are not finite on the calibration tokens: "
+                "the checkpoint is damaged or its weights overflow float32"
+            )
+        yield split
+
+
+def _weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
+    family = dense.family
+    prefix = family.layer.format(layer=layer_idx)
+    gate, up, down, gain = (
+        dense[prefix + name].float()
+        for name in (family.gate, family.up, family.down, family.ffn_norm)
+    )
+    return FfnSample(gate, up, down, gain, gate.new_zeros(0, gate.shape[1]), gate.new_zeros(0))
+
+
+def _write_layer(
     dense: DenseCheckpoint,
     layer_idx: int,
+    split: SplitFfn,
     target: NativeTarget,
-    recipe: ConvertRecipe,
     writer: ShardWriter,
 ) -> None:
+    """Write one layer in the target's form.
+
+    The native softmax weights of k chosen experts sum to 1, those of `split` to k: the factor goes
+    into the routed experts' `down`.
+    """
     family = dense.family
     prefix = family.layer.format(layer=layer_idx)
     for name in family.layer_tensors:
         writer.add(prefix + name, dense[prefix + name])
-    gate, up, down = (dense[prefix + name] for name in (family.gate, family.up, family.down))
 
-    partition = independent_random(
-        gate.shape[0], recipe.experts, seed=recipe.seed, layer_idx=layer_idx
-    )
-    if recipe.active == recipe.experts:
-        router = zero_router(recipe.experts, gate.shape[1])
-    else:
-        norm_gain = dense[prefix + family.ffn_norm]
-        router = random_router(norm_gain, recipe.experts, seed=recipe.seed, layer_idx=layer_idx)
-    factor = down_proj_factor(recipe.rescale, num_experts=recipe.experts, num_active=recipe.active)
+    dtype = dense[prefix + family.down].dtype
+    num_shared = len(split.partition.shared)
+    experts = split.partition.routed.shape[0]
+    gate, up, down = split.gate, split.up, split.down
 
-    writer.add(prefix + target.router, router.to(gate.dtype))
-    for expert, neurons in enumerate(torch.from_numpy(partition)):
-        writer.add(prefix + target.gate.format(expert=expert), gate[neurons])
-        writer.add(prefix + target.up.format(expert=expert), up[neurons])
-        writer.add(prefix + target.down.format(expert=expert), down[:, neurons] * factor)
+    def add(name: str, tensor: Tensor) -> None:
+        writer.add(prefix + name, tensor.to(dtype))
+
+    add(target.router, split.routing.router)
+    if target.shared_gate_up and target.shared_down:
+        add(target.shared_gate_up, torch.cat([gate[:num_shared], up[:num_shared]]))
+        add(target.shared_down, down[:, :num_shared])
+    gates = gate[num_shared:].unflatten(0, (experts, -1))
+    ups = up[num_shared:].unflatten(0, (experts, -1))
+    downs = split.routing.active * down[:, num_shared:].unflatten(1, (experts, -1)).transpose(0, 1)
+    if target.gate == target.up:
+        add(target.gate, torch.cat([gates, ups], dim=1))
+        add(target.down, downs)
+        return
+    for expert in range(experts):
+        add(target.gate.format(expert=expert), gates[expert])
+        add(target.up.format(expert=expert), ups[expert])
+        add(target.down.format(expert=expert), downs[expert])
 
 
 def _provenance(source: str | Path, dense: DenseCheckpoint, recipe: ConvertRecipe) -> str:

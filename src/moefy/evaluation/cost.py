@@ -16,8 +16,8 @@ class Cost:
     """What one model costs.
 
     Attributes:
-        experts: routed experts per layer, 0 for a dense model.
-        active_experts: experts that run for one token, 0 for a dense model.
+        experts: routed experts per layer (a shared one is not counted), 0 for a dense model.
+        active_experts: routed experts that run for one token, 0 for a dense model.
         total_params: all parameters; tied embeddings count once.
         active_params: parameters that one token uses: all but the experts it is not routed to
             (the count of the LLaMA-MoE paper, embeddings included).
@@ -66,14 +66,15 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
 
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     ffn = 3 * hidden * config["intermediate_size"]  # of one expert, or of the dense layer
+    shared = 3 * hidden * config.get("shared_intermediate_size", 0)
     router = hidden * experts
     norms = 2 * hidden
     outside = vocab * hidden * (1 if tied else 2) + hidden
 
     def params(num_ffns: int) -> int:
-        return outside + layers * (attention + num_ffns * ffn + router + norms)
+        return outside + layers * (attention + shared + num_ffns * ffn + router + norms)
 
-    met = vocab * hidden + layers * (attention + max(active, 1) * ffn + router)
+    met = vocab * hidden + layers * (attention + shared + max(active, 1) * ffn + router)
     attended = 2 * layers * heads * head_dim * (context + 1)
     return Cost(
         experts=experts,

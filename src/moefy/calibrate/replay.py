@@ -1,0 +1,118 @@
+"""A dense model, one layer at a time: transformers' own modules, weights read when they are needed.
+
+Memory is one layer plus the hidden states that the caller keeps, never the whole model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moefy.calibrate.sample import FfnSample
+from moefy.checkpoint.reader import DenseCheckpoint
+
+_WINDOWS_AT_ONCE = 8
+
+
+class LayerReplay:
+    """One layer of a dense model in float32.
+
+    Attributes:
+        gate, up: [d_ff, hidden].
+        down: [hidden, d_ff].
+        norm_gain: of the RMSNorm in front of the FFN, [hidden].
+    """
+
+    def __init__(self, module: Any, rotary: Any, dense: DenseCheckpoint, layer_idx: int) -> None:
+        family = dense.family
+        prefix = family.layer.format(layer=layer_idx)
+        names = (*family.layer_tensors, family.gate, family.up, family.down)
+        state = {name: dense[prefix + name].float() for name in names}
+        module.load_state_dict(state, assign=True)
+        self._module, self._rotary = module, rotary
+        self.gate, self.up, self.down = state[family.gate], state[family.up], state[family.down]
+        self.norm_gain = state[family.ffn_norm]
+
+    @torch.no_grad()
+    def attend(
+        self, hidden: Float[Tensor, "windows sequence hidden"]
+    ) -> Float[Tensor, "windows sequence hidden"]:
+        """Return the residual stream after attention: x + attention(norm(x))."""
+        positions = torch.arange(hidden.shape[1])[None]
+        rotary = self._rotary(hidden, positions)
+        out = torch.empty_like(hidden)
+        for part, into in zip(
+            hidden.split(_WINDOWS_AT_ONCE), out.split(_WINDOWS_AT_ONCE), strict=True
+        ):
+            normed = self._module.input_layernorm(part)
+            attention, _ = self._module.self_attn(
+                hidden_states=normed, position_embeddings=rotary, attention_mask=None
+            )
+            torch.add(part, attention, out=into)
+        return out
+
+    @torch.no_grad()
+    def sample(self, residual: Float[Tensor, "windows sequence hidden"]) -> FfnSample:
+        """Return the FFN with its inputs, all windows in one row of tokens.
+
+        A token's error counts by ω = 1/mean(x²), x the residual stream that the FFN's output is
+        added to, scaled to the mean 1: the next norm divides by that size, so an equal error
+        matters less where the stream is large.
+        """
+        inputs = self._module.post_attention_layernorm(residual).flatten(0, 1)
+        weights = 1 / residual.flatten(0, 1).square().mean(dim=1).clamp_min(1e-12)
+        return FfnSample(
+            self.gate, self.up, self.down, self.norm_gain, inputs, weights / weights.mean()
+        )
+
+
+class ModelReplay:
+    """A dense checkpoint as embeddings, layers that are loaded one by one, and the output head."""
+
+    def __init__(self, dense: DenseCheckpoint) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._dense = dense
+        config = AutoConfig.from_pretrained(dense.folder)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self._model = AutoModelForCausalLM.from_config(config).float().eval()
+        self._rotary = type(self._model.model.rotary_emb)(config)
+        self.num_layers = dense.num_layers
+
+    def embed(
+        self, ids: Int[Tensor, "windows sequence"]
+    ) -> Float[Tensor, "windows sequence hidden"]:
+        """Return the residual stream in front of the first layer."""
+        return F.embedding(ids, self._dense["model.embed_tokens.weight"].float())
+
+    def layer(self, layer_idx: int) -> LayerReplay:
+        """Load one layer; it is freed with the returned object."""
+        module = type(self._model.model.layers[layer_idx])
+        with torch.device("meta"):
+            fresh = module(self._model.config, layer_idx).eval()
+        return LayerReplay(fresh, self._rotary, self._dense, layer_idx)
+
+    def head(self) -> OutputHead:
+        """Load the final norm and the output matrix."""
+        name = "model.embed_tokens.weight" if self._dense.tied else "lm_head.weight"
+        norm = type(self._model.model.norm)(self._model.config.hidden_size)
+        norm.variance_epsilon = self._model.model.norm.variance_epsilon
+        norm.load_state_dict({"weight": self._dense["model.norm.weight"].float()}, assign=True)
+        return OutputHead(norm, self._dense[name].float())
+
+
+class OutputHead:
+    """The final norm and the output matrix, in float32."""
+
+    def __init__(self, norm: Any, matrix: Float[Tensor, "vocab hidden"]) -> None:
+        self._norm, self._matrix = norm, matrix
+
+    @torch.no_grad()
+    def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+        """Return the model's logits for final hidden states."""
+        return self._norm(hidden) @ self._matrix.T

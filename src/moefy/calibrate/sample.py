@@ -1,0 +1,74 @@
+"""What calibrated methods see of a layer: its FFN and the inputs it meets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+_CHUNK_TOKENS = 4096
+_KEEP_BYTES = 1 << 30
+
+
+@dataclass
+class FfnSample:
+    """A layer's SwiGLU FFN and the calibration tokens' inputs to it.
+
+    The activations h = silu(z·gateᵀ) ⊙ (z·upᵀ) are kept if they fit into 1 GiB, and recomputed in
+    every pass if not: memory does not grow with d_ff times the number of tokens.
+
+    Attributes:
+        gate, up: [d_ff, hidden].
+        down: [hidden, d_ff].
+        norm_gain: of the RMSNorm in front of the FFN, [hidden].
+        inputs: z, the normed residual stream, [tokens, hidden]; no tokens without calibration.
+        token_weights: how much each token's error counts, [tokens], mean 1.
+    """
+
+    gate: Float[Tensor, "neurons hidden"]
+    up: Float[Tensor, "neurons hidden"]
+    down: Float[Tensor, "hidden neurons"]
+    norm_gain: Float[Tensor, " hidden"]
+    inputs: Float[Tensor, "tokens hidden"]
+    token_weights: Float[Tensor, " tokens"]
+    _kept: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of calibration tokens."""
+        return self.inputs.shape[0]
+
+    @property
+    def num_neurons(self) -> int:
+        """The dense layer's d_ff."""
+        return self.gate.shape[0]
+
+    def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "chunk neurons"]]]:
+        """Iterate over the activations h in the order of the tokens."""
+        keep = 4 * self.num_tokens * self.num_neurons <= _KEEP_BYTES
+        for number, start in enumerate(range(0, self.num_tokens, _CHUNK_TOKENS)):
+            tokens = slice(start, min(start + _CHUNK_TOKENS, self.num_tokens))
+            if number < len(self._kept):
+                yield tokens, self._kept[number]
+                continue
+            activations = swiglu(self.inputs[tokens], self.gate, self.up)
+            if keep:
+                self._kept.append(activations)
+            yield tokens, activations
+
+    def outputs(self) -> Float[Tensor, "tokens hidden"]:
+        """Return the dense FFN's outputs."""
+        return torch.cat([activations @ self.down.T for _, activations in self.chunks()])
+
+
+def swiglu(
+    inputs: Float[Tensor, "tokens hidden"],
+    gate: Float[Tensor, "neurons hidden"],
+    up: Float[Tensor, "neurons hidden"],
+) -> Float[Tensor, "tokens neurons"]:
+    """Return h = silu(z·gateᵀ) ⊙ (z·upᵀ), the input of `down_proj`."""
+    return F.silu(inputs @ gate.T) * (inputs @ up.T)

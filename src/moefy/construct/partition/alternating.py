@@ -1,0 +1,79 @@
+"""Alternate router and partition: a neuron goes to the expert that runs when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moefy.calibrate.sample import FfnSample
+from moefy.construct.partition.balanced import balanced_assignment
+from moefy.construct.partition.coactivation import coactivation
+from moefy.construct.router.energy import expert_energies
+from moefy.construct.split import Partition, Routing, Shape
+
+ROUNDS = 8
+
+
+def alternating(
+    sample: FfnSample,
+    shape: Shape,
+    fit_router: Callable[[Float[Tensor, "tokens experts"]], Float[Tensor, "experts hidden"]],
+    *,
+    seed: int,
+    layer_idx: int,
+) -> Partition:
+    """Improve a co-activation partition together with the router that will serve it.
+
+    With e_tj = h_tj²·‖w_j‖² the energy of neuron j at token t, and m_te = 1 where the router
+    chooses expert e, neuron j is worth V_je = Σ_t m_te·e_tj in expert e, and V_j0 = Σ_t e_tj in the
+    shared one. Rounds of
+
+    1. fit the router to the energies of the present experts (`fit_router`),
+    2. give neurons to experts so that Σ_j V_{j,expert(j)} is largest, sizes fixed.
+
+    Step 2 never lowers the energy that this routing keeps. A shared place goes to the neuron that
+    gains most by it over its best routed expert, not to the largest: a large neuron that its
+    expert's router foresees need not always run. The rounds end when fewer than one neuron in 500
+    moves, or after eight.
+
+    Source: none known; moefy's own. The energies ignore that contributions of neurons cancel; the
+    refit of `down_proj` repairs what that costs.
+
+    Args:
+        sample: of the layer.
+        shape: of the experts.
+        fit_router: returns a router for target energies, as the conversion will use it.
+        seed: of the start.
+        layer_idx: each layer has a stream of its own.
+    """
+    partition = coactivation(sample, shape, seed=seed, layer_idx=layer_idx)
+    if shape.active in (0, shape.routed):
+        return partition
+    size = sample.num_neurons // shape.slices
+    capacity = np.array([shape.shared * size, *[size] * shape.routed])
+    column_energy = sample.down.square().sum(0)
+    cluster = _labels(partition)
+    for _ in range(ROUNDS):
+        routing = Routing(fit_router(expert_energies(sample, partition)), shape.active)
+        value = torch.zeros(shape.routed + 1, sample.num_neurons)
+        for tokens, activations in sample.chunks():
+            energy = activations.square() * column_energy
+            energy *= sample.token_weights[tokens, None]
+            chosen = (routing.weights(sample.inputs[tokens]) > 0).float()
+            value += torch.cat([torch.ones_like(chosen[:, :1]), chosen], dim=1).T @ energy
+        new = balanced_assignment(value.T.double().numpy(), capacity)
+        moved = np.mean(new != cluster)
+        cluster, partition = new, Partition.of_clusters(new, shape)
+        if moved < 1 / 500:
+            break
+    return partition
+
+
+def _labels(partition: Partition) -> np.ndarray:
+    labels = np.empty(len(partition.slots), dtype=np.int64)
+    labels[partition.slots] = partition.expert_of_slot
+    return labels

@@ -1,0 +1,43 @@
+"""Balanced k-means, on vectors or on a Gram matrix: every cluster has exactly the same size."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from moefy.construct.partition.balanced import balanced_assignment
+
+_ROUNDS = 25
+
+
+def balanced_kernel_kmeans(
+    gram: Float[np.ndarray, "items items"], num_clusters: int, generator: np.random.Generator
+) -> Int[np.ndarray, " items"]:
+    """Cluster items by their inner products.
+
+    Lloyd's iteration in the space that the Gram matrix K spans: the squared distance of item i to
+    the mean of cluster C is K_ii − 2·mean_{j∈C} K_ij + mean_{j,l∈C} K_jl, so points need no
+    coordinates. The assignment is balanced (see `balanced_assignment`). It stops when nothing
+    moves, or after 25 rounds.
+
+    Args:
+        gram: K, symmetric.
+        num_clusters: must divide the number of items.
+        generator: of the start, a random balanced assignment.
+    """
+    num_items = len(gram)
+    size = num_items // num_clusters
+    capacity = np.full(num_clusters, size)
+    label = generator.permutation(num_items) % num_clusters
+    kernel = torch.from_numpy(gram)
+    for _ in range(_ROUNDS):
+        member = torch.zeros(num_items, num_clusters, dtype=kernel.dtype)
+        member[torch.arange(num_items), torch.from_numpy(label)] = 1 / size
+        nearness = kernel @ member
+        nearness = 2 * nearness - (member * nearness).sum(0)
+        new = balanced_assignment(nearness.numpy(), capacity)
+        if (new == label).all():
+            break
+        label = new
+    return label

@@ -1,0 +1,113 @@
+"""One layer's construction: the only file that knows all partitions, routers and repairs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moefy.calibrate.sample import FfnSample
+from moefy.construct.partition.alternating import alternating
+from moefy.construct.partition.carve import carve
+from moefy.construct.partition.clustering import independent_clustering
+from moefy.construct.partition.coactivation import coactivation
+from moefy.construct.partition.random import independent_random
+from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
+from moefy.construct.repair.rescale import paper_rescale
+from moefy.construct.router.energy import expert_energies, scaled
+from moefy.construct.router.prototype import mean_gate_router, representative_router
+from moefy.construct.router.random import LOGIT_STD, random_router, zero_router
+from moefy.construct.router.ridge import Energy, RidgeRouter
+from moefy.construct.split import Partition, Routing, Shape, SplitFfn
+from moefy.recipe import ConvertRecipe
+
+
+def shape_of(recipe: ConvertRecipe) -> Shape:
+    """Return a recipe's experts, the shared ones apart."""
+    return Shape(
+        shared=recipe.shared,
+        routed=recipe.experts - recipe.shared,
+        active=recipe.active - recipe.shared,
+    )
+
+
+def split_ffn(sample: FfnSample, recipe: ConvertRecipe, layer_idx: int) -> SplitFfn:
+    """Split one FFN.
+
+    Args:
+        sample: of the layer; without calibration tokens, only weight-only methods work.
+        recipe: the choices; checked.
+        layer_idx: keys the random streams.
+    """
+    shape = shape_of(recipe)
+    partition = _partition(sample, recipe, shape, layer_idx)
+    routing = Routing(_router(sample, recipe, shape, partition, layer_idx), shape.active)
+    slots = torch.from_numpy(partition.slots)
+    return SplitFfn(
+        partition=partition,
+        routing=routing,
+        gate=sample.gate[slots],
+        up=sample.up[slots],
+        down=_repaired_down(sample, recipe, shape, partition, routing),
+    )
+
+
+def _partition(sample: FfnSample, recipe: ConvertRecipe, shape: Shape, layer_idx: int) -> Partition:
+    keys = {"seed": recipe.seed, "layer_idx": layer_idx}
+    match recipe.partition:
+        case "random":
+            return independent_random(sample.num_neurons, shape, **keys)
+        case "clustering-up":
+            return independent_clustering(sample.up, shape, **keys)
+        case "clustering-gate":
+            return independent_clustering(sample.gate, shape, **keys)
+        case "coactivation":
+            return coactivation(sample, shape, **keys)
+        case "carve":
+            return carve(sample, shape, **keys)
+        case "alternating":
+            target: Energy = "energy" if recipe.router == "ridge" else "log-energy"
+            ridge = RidgeRouter(sample.inputs, sample.token_weights, target=target)
+            return alternating(sample, shape, ridge, **keys)
+
+
+def _router(
+    sample: FfnSample, recipe: ConvertRecipe, shape: Shape, partition: Partition, layer_idx: int
+) -> Float[Tensor, "experts hidden"]:
+    if shape.active == shape.routed:
+        return zero_router(shape.routed, sample.gate.shape[1])
+    fit = partial(RidgeRouter, sample.inputs, sample.token_weights)
+    match recipe.router:
+        case "random":
+            return random_router(
+                sample.norm_gain, shape.routed, seed=recipe.seed, layer_idx=layer_idx
+            )
+        case "mean-gate":
+            router = mean_gate_router(sample.gate, partition)
+        case "representative":
+            router = representative_router(sample, partition)
+        case "ridge":
+            router = fit(target="energy")(expert_energies(sample, partition))
+        case "ridge-log":
+            router = fit(target="log-energy")(expert_energies(sample, partition))
+    return scaled(router, sample.norm_gain, LOGIT_STD)
+
+
+def _repaired_down(
+    sample: FfnSample, recipe: ConvertRecipe, shape: Shape, partition: Partition, routing: Routing
+) -> Float[Tensor, "hidden slots"]:
+    if recipe.repair == "refit":
+        return refit_down_proj(sample, sample.outputs(), partition, routing)
+    down = sample.down[:, torch.from_numpy(partition.slots)]
+    num_shared = len(partition.shared)
+    match recipe.repair:
+        case "none":
+            return down
+        case "paper":
+            factor = torch.full((down.shape[1],), paper_rescale(shape))
+            factor[:num_shared] = 1.0
+            return down * factor
+        case "scale":
+            return down * least_squares_scale(sample, sample.outputs(), partition, routing)

@@ -1,0 +1,124 @@
+"""A split FFN: which neuron belongs to which expert, who is chosen, and the output weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moefy.calibrate.sample import swiglu
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many experts a layer gets.
+
+    Attributes:
+        shared: slices of d_ff that always run, together one shared expert.
+        routed: experts to choose from.
+        active: routed experts that run for a token.
+    """
+
+    shared: int
+    routed: int
+    active: int
+
+    @property
+    def slices(self) -> int:
+        """Equal slices that d_ff is cut into."""
+        return self.shared + self.routed
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Neuron → expert.
+
+    Attributes:
+        shared: neurons that always run, ascending, [shared].
+        routed: neurons of each routed expert, ascending, [experts, size].
+    """
+
+    shared: Int[np.ndarray, " shared"]
+    routed: Int[np.ndarray, "experts size"]
+
+    @classmethod
+    def of_clusters(cls, cluster: Int[np.ndarray, " neurons"], shape: Shape) -> Partition:
+        """Read a partition from labels: 0 is shared, e + 1 is routed expert e."""
+        order = np.argsort(cluster, kind="stable")
+        num_shared = int((cluster == 0).sum())
+        return cls(order[:num_shared], order[num_shared:].reshape(shape.routed, -1))
+
+    @property
+    def slots(self) -> Int[np.ndarray, " slots"]:
+        """The neuron in every slot: the shared ones, then expert by expert.
+
+        Where experts overlap, a neuron fills several slots.
+        """
+        return np.concatenate([self.shared, self.routed.ravel()])
+
+    @property
+    def expert_of_slot(self) -> Int[np.ndarray, " slots"]:
+        """0 for shared slots, e + 1 for those of routed expert e."""
+        experts, size = self.routed.shape
+        routed = np.repeat(np.arange(1, experts + 1), size)
+        return np.concatenate([np.zeros(len(self.shared), dtype=routed.dtype), routed])
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts run for a token, and with what weight.
+
+    Attributes:
+        router: rows of a linear router, [experts, hidden].
+        active: k.
+    """
+
+    router: Float[Tensor, "experts hidden"]
+    active: int
+
+    def weights(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+        """Return k·softmax over the k largest logits, and 0 for the experts that do not run.
+
+        The native targets compute softmax weights that sum to 1; the factor k is folded into
+        `down_proj`, so that equal weights are 1.
+        """
+        if self.active == 0:
+            return inputs.new_zeros(len(inputs), len(self.router))
+        logits = inputs @ self.router.T
+        top, chosen = logits.topk(self.active, dim=-1)
+        return torch.zeros_like(logits).scatter_(-1, chosen, self.active * top.softmax(-1))
+
+
+@dataclass(frozen=True)
+class SplitFfn:
+    """One converted FFN, in the form that mathematics is done in (weights as in the dense sum).
+
+    Attributes:
+        partition: of the neurons.
+        routing: of the tokens.
+        gate, up: [slots, hidden], the dense rows in the order of `partition.slots`.
+        down: [hidden, slots].
+    """
+
+    partition: Partition
+    routing: Routing
+    gate: Float[Tensor, "slots hidden"]
+    up: Float[Tensor, "slots hidden"]
+    down: Float[Tensor, "hidden slots"]
+
+    def __call__(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        """Return the converted FFN's outputs."""
+        activations = swiglu(inputs, self.gate, self.up)
+        activations *= slot_weights(self.partition, self.routing.weights(inputs))
+        return activations @ self.down.T
+
+
+def slot_weights(
+    partition: Partition, weights: Float[Tensor, "tokens experts"]
+) -> Float[Tensor, "tokens slots"]:
+    """Spread the experts' weights over the slots; shared slots have weight 1."""
+    every = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
+    return every[:, torch.from_numpy(partition.expert_of_slot)]

@@ -1,0 +1,111 @@
+"""The saved checkpoint computes what the research form (mask · dense FFN) computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moefy
+from moefy.calibrate.replay import ModelReplay
+from moefy.calibrate.text import calibration_windows
+from moefy.checkpoint.load import load_tokenizer
+from moefy.checkpoint.reader import DenseCheckpoint
+from moefy.construct.convert import split_layers
+from moefy.errors import CorpusError, UsageError
+from moefy.recipe import ConvertRecipe
+
+CHOICES = [
+    {"partition": "random", "router": "random", "repair": "paper"},
+    {"partition": "clustering-up", "router": "mean-gate", "repair": "none"},
+    {"partition": "clustering-gate", "router": "representative", "repair": "scale"},
+    {"partition": "coactivation", "router": "ridge", "repair": "refit"},
+    {"partition": "carve", "router": "representative", "repair": "none"},
+    {"partition": "alternating", "router": "ridge-log", "repair": "refit"},
+]
+TOKENS = {"calibration_tokens": 2048, "calibration_length": 64}
+
+
+def corpus_windows(dense: Path, corpus: Path) -> np.ndarray:
+    return calibration_windows(
+        corpus, load_tokenizer(dense), tokens=2048, sequence_length=64, needed_tokens=1
+    )
+
+
+def research_logits(
+    dense: Path, recipe: ConvertRecipe, windows: np.ndarray, ids: torch.Tensor
+) -> torch.Tensor:
+    checkpoint = DenseCheckpoint(dense)
+    replay = ModelReplay(checkpoint)
+    hidden = replay.embed(ids)
+    calibration = windows if recipe.calibrated else None
+    for layer_idx, split in enumerate(split_layers(checkpoint, recipe, calibration)):
+        layer = replay.layer(layer_idx)
+        hidden = layer.attend(hidden)
+        hidden = hidden + split(layer.sample(hidden).inputs).view_as(hidden)
+    return replay.head().logits(hidden.flatten(0, 1)).unflatten(0, ids.shape)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("choices", CHOICES, ids=lambda choices: choices["partition"])
+def test_checkpoint_equals_research_form(
+    tiny_llama: Path, corpus: Path, tmp_path: Path, choices: dict[str, Any], shared: int
+) -> None:
+    out = tmp_path / "moe"
+    settings = choices | TOKENS | {"experts": 8, "active": 4, "shared": shared}
+    moefy.convert(tiny_llama, out, data=corpus, **settings)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.model_type == ("granitemoeshared" if shared else "mixtral")
+    windows = corpus_windows(tiny_llama, corpus)
+    ids = torch.from_numpy(windows[:3])
+    expected = research_logits(tiny_llama, ConvertRecipe.build(**settings), windows, ids)
+    with torch.inference_mode():
+        assert (model(ids).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_all_active_with_shared_experts_equals_dense(
+    tiny_llama: Path, tmp_path: Path, shared: int
+) -> None:
+    out = tmp_path / "moe"
+    moefy.convert(tiny_llama, out, experts=6, active=6, shared=shared, repair="none")
+    ids = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        dense, moe = (
+            AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (tiny_llama, out)
+        )
+    assert (dense - moe).abs().max() < 1e-4
+
+
+def test_replay_is_the_model(tiny_llama: Path) -> None:
+    ids = torch.randint(0, 257, (3, 50), generator=torch.Generator().manual_seed(1))
+    recipe = ConvertRecipe.build(experts=1, active=1, repair="none")
+    found = research_logits(tiny_llama, recipe, np.zeros(0), ids)
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_bad_construction_is_refused_before_the_work(
+    make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    dense, out = make_llama(), tmp_path / "moe"
+    with pytest.raises(UsageError, match="leaves none to route"):
+        moefy.convert(dense, out, experts=8, active=4, shared=4)
+    with pytest.raises(CorpusError, match=r"64 calibration tokens are too few.*at least 96"):
+        moefy.convert(
+            make_llama("wide", intermediate_size=96),
+            out,
+            data=corpus,
+            experts=8,
+            active=4,
+            repair="refit",
+            calibration_tokens=64,
+            calibration_length=32,
+        )
+    assert not out.exists()
