@@ -63,7 +63,15 @@ class ConvertRecipe(Recipe):
     active: int = 4
     shared: Annotated[int, Field(ge=0)] = 0
     partition: Literal[
-        "random", "clustering-up", "clustering-gate", "coactivation", "carve", "alternating"
+        "random",
+        "clustering-up",
+        "clustering-gate",
+        "coactivation",
+        "sharing-inner",
+        "sharing-inter",
+        "gradient",
+        "carve",
+        "alternating",
     ] = "random"
     router: Literal["random", "mean-gate", "representative", "ridge", "ridge-log"] = "random"
     repair: Literal["none", "paper", "scale", "refit"] = Field(
@@ -73,11 +81,25 @@ class ConvertRecipe(Recipe):
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="after")
+    def _inner_has_no_shared(self) -> Self:
+        if self.partition == "sharing-inner" and self.shared:
+            raise ValueError(
+                f"sharing-inner has no shared experts, {self.shared} were asked for: pass --shared "
+                "0, or --partition sharing-inter"
+            )
+        return self
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the partition needs the neurons' importance."""
+        return self.partition in ("sharing-inner", "sharing-inter", "gradient")
+
     @property
     def calibrated(self) -> bool:
         """Whether a choice needs calibration tokens."""
         return (
-            self.partition in ("coactivation", "carve", "alternating")
+            self.partition not in ("random", "clustering-up", "clustering-gate")
             or self.router in ("representative", "ridge", "ridge-log")
             or self.repair in ("scale", "refit")
         )

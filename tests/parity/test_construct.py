@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moefy
+from moefy.calibrate.importance import neuron_importance
 from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.text import calibration_windows
 from moefy.checkpoint.load import load_tokenizer
@@ -25,6 +26,8 @@ CHOICES = [
     {"partition": "clustering-up", "router": "mean-gate", "repair": "none"},
     {"partition": "clustering-gate", "router": "representative", "repair": "scale"},
     {"partition": "coactivation", "router": "ridge", "repair": "refit"},
+    {"partition": "sharing-inter", "router": "ridge", "repair": "refit"},
+    {"partition": "gradient", "router": "mean-gate", "repair": "scale"},
     {"partition": "carve", "router": "representative", "repair": "none"},
     {"partition": "alternating", "router": "ridge-log", "repair": "refit"},
 ]
@@ -109,3 +112,24 @@ def test_bad_construction_is_refused_before_the_work(
             calibration_length=32,
         )
     assert not out.exists()
+
+
+def test_importance_is_the_gradient_of_the_whole_model(tiny_llama: Path, corpus: Path) -> None:
+    """Layer by layer backwards, against autograd through transformers in float64."""
+    windows = corpus_windows(tiny_llama, corpus)[:10]
+    found = neuron_importance(ModelReplay(DenseCheckpoint(tiny_llama)), windows, 1, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).double()
+    captured = {}
+    for layer_idx, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _module, args, layer_idx=layer_idx: captured.__setitem__(layer_idx, args[0])
+        )
+    ids = torch.from_numpy(windows)
+    logits = model(ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+    )
+    gradients = torch.autograd.grad(loss, [captured[i] for i in range(2)])
+    for layer_idx, gradient in enumerate(gradients):
+        expected = (captured[layer_idx] * gradient).abs().flatten(0, 1).mean(0)
+        assert torch.allclose(found[layer_idx, 0].double(), expected, rtol=1e-3, atol=1e-7)

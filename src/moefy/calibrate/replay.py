@@ -33,29 +33,26 @@ class LayerReplay:
         names = (*family.layer_tensors, family.gate, family.up, family.down)
         state = {name: dense[prefix + name].float() for name in names}
         module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
         self._module, self._rotary = module, rotary
         self.gate, self.up, self.down = state[family.gate], state[family.up], state[family.down]
         self.norm_gain = state[family.ffn_norm]
 
-    @torch.no_grad()
     def attend(
         self, hidden: Float[Tensor, "windows sequence hidden"]
     ) -> Float[Tensor, "windows sequence hidden"]:
         """Return the residual stream after attention: x + attention(norm(x))."""
         positions = torch.arange(hidden.shape[1])[None]
         rotary = self._rotary(hidden, positions)
-        out = torch.empty_like(hidden)
-        for part, into in zip(
-            hidden.split(_WINDOWS_AT_ONCE), out.split(_WINDOWS_AT_ONCE), strict=True
-        ):
+        parts = []
+        for part in hidden.split(_WINDOWS_AT_ONCE):
             normed = self._module.input_layernorm(part)
             attention, _ = self._module.self_attn(
                 hidden_states=normed, position_embeddings=rotary, attention_mask=None
             )
-            torch.add(part, attention, out=into)
-        return out
+            parts.append(part + attention)
+        return torch.cat(parts)
 
-    @torch.no_grad()
     def sample(self, residual: Float[Tensor, "windows sequence hidden"]) -> FfnSample:
         """Return the FFN with its inputs, all windows in one row of tokens.
 
@@ -103,6 +100,7 @@ class ModelReplay:
         norm = type(self._model.model.norm)(self._model.config.hidden_size)
         norm.variance_epsilon = self._model.model.norm.variance_epsilon
         norm.load_state_dict({"weight": self._dense["model.norm.weight"].float()}, assign=True)
+        norm.requires_grad_(False)
         return OutputHead(norm, self._dense[name].float())
 
 
@@ -112,7 +110,6 @@ class OutputHead:
     def __init__(self, norm: Any, matrix: Float[Tensor, "vocab hidden"]) -> None:
         self._norm, self._matrix = norm, matrix
 
-    @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Return the model's logits for final hidden states."""
         return self._norm(hidden) @ self._matrix.T

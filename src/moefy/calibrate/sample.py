@@ -27,6 +27,8 @@ class FfnSample:
         norm_gain: of the RMSNorm in front of the FFN, [hidden].
         inputs: z, the normed residual stream, [tokens, hidden]; no tokens without calibration.
         token_weights: how much each token's error counts, [tokens], mean 1.
+        importance: of the neurons by cluster of text (see `calibrate.importance`), if it was asked
+            for.
     """
 
     gate: Float[Tensor, "neurons hidden"]
@@ -35,6 +37,7 @@ class FfnSample:
     norm_gain: Float[Tensor, " hidden"]
     inputs: Float[Tensor, "tokens hidden"]
     token_weights: Float[Tensor, " tokens"]
+    importance: Float[Tensor, "clusters neurons"] | None = None
     _kept: list[Tensor] = field(default_factory=list, repr=False)
 
     @property

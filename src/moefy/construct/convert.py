@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moefy.calibrate.importance import neuron_importance
 from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.sample import FfnSample
 from moefy.calibrate.text import calibration_windows
@@ -113,7 +114,7 @@ def convert(
         writer = ShardWriter(partial)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
-        for layer_idx, split in enumerate(split_layers(dense, choice, windows)):
+        for layer_idx, split in enumerate(split_layers(dense, choice, windows, report)):
             _write_layer(dense, layer_idx, split, target, writer)
             report(Progress("convert", layer_idx + 1, dense.num_layers))
         (partial / "moefy.json").write_text(_provenance(source, dense, choice))
@@ -131,6 +132,7 @@ def split_layers(
     dense: DenseCheckpoint,
     recipe: ConvertRecipe,
     windows: Int[np.ndarray, "windows sequence"] | None,
+    report: ProgressFn = silent,
 ) -> Iterator[SplitFfn]:
     """Split the FFNs in the order of the layers.
 
@@ -141,6 +143,7 @@ def split_layers(
         dense: the source.
         recipe: the choices.
         windows: calibration tokens, or None for weight-only methods.
+        report: told about the importance pass; the layers are counted by the caller.
 
     Raises:
         CorpusError: an activation is not finite.
@@ -150,11 +153,17 @@ def split_layers(
             yield split_ffn(_weights_alone(dense, layer_idx), recipe, layer_idx)
         return
     replay = ModelReplay(dense)
+    importance = None
+    if recipe.needs_gradients:
+        clusters = recipe.experts - recipe.shared
+        importance = neuron_importance(replay, windows, clusters, seed=recipe.seed, report=report)
     hidden = replay.embed(torch.from_numpy(windows))
     for layer_idx in range(dense.num_layers):
         layer = replay.layer(layer_idx)
         hidden = layer.attend(hidden)
         sample = layer.sample(hidden)
+        if importance is not None:
+            sample.importance = importance[layer_idx]
         split = split_ffn(sample, recipe, layer_idx)
         hidden += split(sample.inputs).view_as(hidden)
         if not hidden.isfinite().all():

@@ -14,6 +14,7 @@ from moefy.construct.partition.carve import carve
 from moefy.construct.partition.clustering import independent_clustering
 from moefy.construct.partition.coactivation import coactivation
 from moefy.construct.partition.random import independent_random
+from moefy.construct.partition.sharing import gradient_split, sharing_inner, sharing_inter
 from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
 from moefy.construct.repair.rescale import paper_rescale
 from moefy.construct.router.energy import expert_energies, scaled
@@ -71,6 +72,15 @@ def _partition(sample: FfnSample, recipe: ConvertRecipe, shape: Shape, layer_idx
             target: Energy = "energy" if recipe.router == "ridge" else "log-energy"
             ridge = RidgeRouter(sample.inputs, sample.token_weights, target=target)
             return alternating(sample, shape, ridge, **keys)
+    assert sample.importance is not None
+    importance = sample.importance.double().numpy()
+    match recipe.partition:
+        case "sharing-inner":
+            return sharing_inner(importance, shape)
+        case "sharing-inter":
+            return sharing_inter(importance, shape)
+        case "gradient":
+            return gradient_split(importance, shape)
 
 
 def _router(

@@ -1,4 +1,4 @@
-"""Balanced k-means, on vectors or on a Gram matrix: every cluster has exactly the same size."""
+"""Balanced k-means, on vectors or on a Gram matrix: all clusters have the same size."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def balanced_kernel_kmeans(
 
     Args:
         gram: K, symmetric.
-        num_clusters: must divide the number of items.
+        num_clusters: sizes differ by at most one where it does not divide the number of items.
         generator: of the start, a random balanced assignment.
     """
     num_items = len(gram)
-    size = num_items // num_clusters
-    capacity = np.full(num_clusters, size)
     label = generator.permutation(num_items) % num_clusters
+    capacity = np.bincount(label, minlength=num_clusters)
+    size = torch.from_numpy(capacity).double()
     kernel = torch.from_numpy(gram)
     for _ in range(_ROUNDS):
         member = torch.zeros(num_items, num_clusters, dtype=kernel.dtype)
-        member[torch.arange(num_items), torch.from_numpy(label)] = 1 / size
+        member[torch.arange(num_items), torch.from_numpy(label)] = 1.0
+        member /= size
         nearness = kernel @ member
         nearness = 2 * nearness - (member * nearness).sum(0)
         new = balanced_assignment(nearness.numpy(), capacity)

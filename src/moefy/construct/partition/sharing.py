@@ -1,0 +1,79 @@
+"""Importance-based partitions: Sharing-Inner, Sharing-Inter, and the gradient split."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from moefy.construct.split import Partition, Shape
+
+
+def sharing_inner(importance: Float[np.ndarray, "experts neurons"], shape: Shape) -> Partition:
+    """Give each expert the neurons that matter most to its cluster of text.
+
+    Expert i holds the d_ff/E neurons with the largest v_i. Experts may overlap, and neurons that no
+    expert lists are lost: all experts active is not the dense model.
+
+    Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing(Inner)". No deviation.
+
+    Args:
+        importance: v, one row per cluster of text (see `calibrate.importance`).
+        shape: of the experts; no shared ones.
+    """
+    size = importance.shape[1] // shape.slices
+    return Partition(np.zeros(0, dtype=np.int64), _top(importance, size))
+
+
+def sharing_inter(importance: Float[np.ndarray, "experts neurons"], shape: Shape) -> Partition:
+    """Put the neurons that most experts list into the shared block, and let experts take the rest.
+
+    The lists are those of Sharing-Inner. The shared block holds the neurons on most lists (ties:
+    larger summed importance) until it is full; each expert then takes its most important ones of
+    the others. Experts may overlap.
+
+    Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing(Inter)". No deviation.
+
+    Args:
+        importance: v, one row per cluster of text.
+        shape: of the experts.
+    """
+    num_neurons = importance.shape[1]
+    size = num_neurons // shape.slices
+    listed = np.bincount(_top(importance, size).ravel(), minlength=num_neurons)
+    order = np.lexsort((-importance.sum(axis=0), -listed))
+    shared = np.sort(order[: shape.shared * size])
+    rest = importance.copy()
+    rest[:, shared] = -np.inf
+    return Partition(shared, _top(rest, size))
+
+
+def gradient_split(importance: Float[np.ndarray, "experts neurons"], shape: Shape) -> Partition:
+    """Deal the neurons out greedily by importance, without overlap.
+
+    Shared neurons are those with the largest summed importance. The others go, in the order of
+    their largest scores, to the expert that scores them highest and still has room.
+
+    Source: LLaMA-MoE v2 (its repository's gradient split): greedy on the same scores as Sharing,
+    beside one residual expert. Deviation: the size of the shared block is free.
+
+    Args:
+        importance: v, one row per cluster of text.
+        shape: of the experts.
+    """
+    experts, num_neurons = importance.shape
+    size = num_neurons // shape.slices
+    cluster = np.full(num_neurons, -1)
+    cluster[np.argsort(-importance.sum(axis=0), kind="stable")[: shape.shared * size]] = 0
+    room = np.full(experts, size)
+    for flat in np.argsort(-importance, axis=None, kind="stable"):
+        expert, neuron = divmod(int(flat), num_neurons)
+        if cluster[neuron] < 0 and room[expert]:
+            cluster[neuron] = expert + 1
+            room[expert] -= 1
+    return Partition.of_clusters(cluster, shape)
+
+
+def _top(
+    importance: Float[np.ndarray, "experts neurons"], size: int
+) -> Int[np.ndarray, "experts size"]:
+    return np.sort(np.argsort(-importance, axis=1, kind="stable")[:, :size], axis=1)
