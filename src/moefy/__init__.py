@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moefy.construct.convert import convert
+    from moefy.construct.leaderboard import leaderboard
     from moefy.errors import MoefyError
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
     from moefy.training.run import train
 
 __version__ = "0.1.0"
-__all__ = ["MoefyError", "convert", "evaluate", "inspect", "train"]
+__all__ = ["MoefyError", "convert", "evaluate", "inspect", "leaderboard", "train"]
 
 _HOME = {
     "MoefyError": "moefy.errors",
     "convert": "moefy.construct.convert",
     "evaluate": "moefy.evaluation.compare",
     "inspect": "moefy.evaluation.inspect",
+    "leaderboard": "moefy.construct.leaderboard",
     "train": "moefy.training.run",
 }
 

@@ -179,6 +179,54 @@ def train(
     )
 
 
+@app.command()
+def leaderboard(
+    source: Annotated[str, typer.Argument(help="Dense model, as for convert.")],
+    out: Annotated[Path, typer.Argument(help="Folder for table, CSV and figure; resumes.")],
+    data: Data = "demo",
+    experts: Annotated[int, typer.Option(help="Slices of every FFN.")] = 64,
+    active: Annotated[str, typer.Option(help="Shares of the FFN.")] = "0.75,0.5,0.25",
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated parts of methods' names. [all]")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1)] = 28_672,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows per domain.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare ways to build experts on the same tokens.
+
+    Example: `moefy leaderboard smollm2-135m out/leaderboard --active 0.5 --methods refit,FLAP`
+    """
+    try:
+        fractions = [float(part) for part in active.split(",")]
+    except ValueError:
+        raise UsageError(f"--active {active!r}: write shares, as in 0.75,0.5") from None
+    from moefy.construct.leaderboard import leaderboard as run
+    from moefy.report.tables import leaderboard_rows
+
+    with _bars() as report:
+        scores = run(
+            source,
+            out,
+            data=data,
+            experts=experts,
+            fractions=fractions,
+            methods=methods.split(",") if methods else (),
+            calibration_tokens=calibration_tokens,
+            windows=windows,
+            sequence_length=sequence_length,
+            seed=seed,
+            report=report,
+        )
+    if as_json:
+        _print_json([vars(score) for score in scores])
+        return
+    _print_table(leaderboard_rows(scores), f"{source}, {experts} experts")
+    print(f"Table, CSV and figure: {out}")
+
+
 @app.command(name="eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")],

@@ -77,6 +77,7 @@ class ConvertRecipe(Recipe):
     repair: Literal["none", "paper", "scale", "refit"] = Field(
         default="paper", validation_alias=AliasChoices("repair", "rescale")
     )
+    refit_ridge: Annotated[float, Field(gt=0)] = 0.1
     calibration_tokens: Positive = 28_672
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0

@@ -67,6 +67,17 @@ class LayerReplay:
         )
 
 
+def weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
+    """Return a layer's FFN without calibration tokens, for weight-only methods."""
+    family = dense.family
+    prefix = family.layer.format(layer=layer_idx)
+    gate, up, down, gain = (
+        dense[prefix + name].float()
+        for name in (family.gate, family.up, family.down, family.ffn_norm)
+    )
+    return FfnSample(gate, up, down, gain, gate.new_zeros(0, gate.shape[1]), gate.new_zeros(0))
+
+
 class ModelReplay:
     """A dense checkpoint as embeddings, layers that are loaded one by one, and the output head."""
 

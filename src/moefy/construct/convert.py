@@ -16,8 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moefy.calibrate.importance import neuron_importance
-from moefy.calibrate.replay import ModelReplay
-from moefy.calibrate.sample import FfnSample
+from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
@@ -150,7 +149,7 @@ def split_layers(
     """
     if windows is None:
         for layer_idx in range(dense.num_layers):
-            yield split_ffn(_weights_alone(dense, layer_idx), recipe, layer_idx)
+            yield split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx)
         return
     replay = ModelReplay(dense)
     importance = None
@@ -172,16 +171,6 @@ def split_layers(
                 "the checkpoint is damaged or its weights overflow float32"
             )
         yield split
-
-
-def _weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
-    family = dense.family
-    prefix = family.layer.format(layer=layer_idx)
-    gate, up, down, gain = (
-        dense[prefix + name].float()
-        for name in (family.gate, family.up, family.down, family.ffn_norm)
-    )
-    return FfnSample(gate, up, down, gain, gate.new_zeros(0, gate.shape[1]), gate.new_zeros(0))
 
 
 def _write_layer(

@@ -18,6 +18,7 @@ from moefy.construct.partition.sharing import gradient_split, sharing_inner, sha
 from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
 from moefy.construct.repair.rescale import paper_rescale
 from moefy.construct.router.energy import expert_energies, scaled
+from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.random import LOGIT_STD, random_router, zero_router
 from moefy.construct.router.ridge import Energy, RidgeRouter
@@ -34,17 +35,22 @@ def shape_of(recipe: ConvertRecipe) -> Shape:
     )
 
 
-def split_ffn(sample: FfnSample, recipe: ConvertRecipe, layer_idx: int) -> SplitFfn:
+def split_ffn(
+    sample: FfnSample, recipe: ConvertRecipe, layer_idx: int, *, oracle: bool = False
+) -> SplitFfn:
     """Split one FFN.
 
     Args:
         sample: of the layer; without calibration tokens, only weight-only methods work.
         recipe: the choices; checked.
         layer_idx: keys the random streams.
+        oracle: choose by the true energies instead of the router (for evaluation only).
     """
     shape = shape_of(recipe)
     partition = _partition(sample, recipe, shape, layer_idx)
     routing = Routing(_router(sample, recipe, shape, partition, layer_idx), shape.active)
+    if oracle:
+        routing = OracleRouting(routing.router, shape.active, sample, partition)
     slots = torch.from_numpy(partition.slots)
     return SplitFfn(
         partition=partition,
@@ -86,7 +92,7 @@ def _partition(sample: FfnSample, recipe: ConvertRecipe, shape: Shape, layer_idx
 def _router(
     sample: FfnSample, recipe: ConvertRecipe, shape: Shape, partition: Partition, layer_idx: int
 ) -> Float[Tensor, "experts hidden"]:
-    if shape.active == shape.routed:
+    if shape.active in (0, shape.routed):
         return zero_router(shape.routed, sample.gate.shape[1])
     fit = partial(RidgeRouter, sample.inputs, sample.token_weights)
     match recipe.router:
@@ -109,7 +115,9 @@ def _repaired_down(
     sample: FfnSample, recipe: ConvertRecipe, shape: Shape, partition: Partition, routing: Routing
 ) -> Float[Tensor, "hidden slots"]:
     if recipe.repair == "refit":
-        return refit_down_proj(sample, sample.outputs(), partition, routing)
+        return refit_down_proj(
+            sample, sample.outputs(), partition, routing, ridge=recipe.refit_ridge
+        )
     down = sample.down[:, torch.from_numpy(partition.slots)]
     num_shared = len(partition.shared)
     match recipe.repair:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
-from moefy.data.domains import Split, documents_of, open_domains
+from moefy.data.domains import Domain, Split, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
 from moefy.evaluation.cost import Cost, cost
@@ -137,7 +137,14 @@ def evaluate(
             f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
             "models with the same tokenizer can be compared"
         )
-    text = _windows(data, split, folders[0], windows, sequence_length, report)
+    text = evaluation_windows(
+        open_domains(data, report=report),
+        split,
+        load_tokenizer(folders[0]),
+        windows=windows,
+        sequence_length=sequence_length,
+        report=report,
+    )
     networks = []
     for done, folder in enumerate(folders):
         report(Progress("load", done, len(folders), shown[done]))
@@ -191,16 +198,28 @@ def _perplexity(losses: list[float]) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _windows(
-    data: str | Path,
+def evaluation_windows(
+    domains: Sequence[Domain],
     split: Split,
-    folder: Path,
+    tokenizer: Any,
+    *,
     windows: int,
     sequence_length: int,
-    report: ProgressFn,
+    report: ProgressFn = silent,
 ) -> dict[str, Int[np.ndarray, "windows sequence"]]:
-    tokenizer = load_tokenizer(folder)
-    domains = open_domains(data, report=report)
+    """Return evaluation windows by domain.
+
+    Args:
+        domains: of the corpus.
+        split: whose documents to read.
+        tokenizer: of the models.
+        windows: per domain; fewer where a domain has less text.
+        sequence_length: tokens per window.
+        report: told about progress.
+
+    Raises:
+        CorpusError: a domain is shorter than one window.
+    """
     text = {}
     for done, domain in enumerate(domains):
         report(Progress("tokenise", done, len(domains), domain.name))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from moefy.construct.leaderboard import Score
 
 
 def loss_curve(log: list[dict[str, Any]], *, dense_loss: float | None = None) -> Figure:
@@ -42,6 +46,28 @@ def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
     )
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load (1 = even)")
+    return figure
+
+
+def leaderboard_figure(scores: Sequence[Score]) -> Figure:
+    """Draw nats above dense over the active share of the FFN, one line per method.
+
+    The scale is logarithmic; methods are ordered in the legend as they end at the smallest share.
+    """
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for score in scores:
+        if score.experts > 1:
+            point = score.active / score.experts, score.nats_above_dense
+            lines.setdefault(score.method, []).append(point)
+    for place, name in enumerate(sorted(lines, key=lambda name: -min(lines[name])[1])):
+        share, nats = zip(*sorted(lines[name]), strict=True)
+        style = ("-", "--", ":")[place // 10 % 3]
+        axes.plot(share, nats, style, marker="o", markersize=3, label=name)
+    axes.set(xlabel="share of the FFN that runs per token", ylabel="nats above dense", yscale="log")
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

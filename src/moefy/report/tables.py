@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from moefy.evaluation.compare import Comparison
 from moefy.evaluation.inspect import Inspection
+
+if TYPE_CHECKING:
+    from moefy.construct.leaderboard import Score
 
 Rows = list[list[str]]
 
@@ -47,6 +53,34 @@ def inspection_rows(inspection: Inspection) -> Rows:
                 _millions(counted.active_params),
                 f"{counted.flops_per_token / 1e9:.3f}",
                 share,
+            ]
+        )
+    return rows
+
+
+def leaderboard_rows(scores: Sequence[Score]) -> Rows:
+    """Return header and rows of a leaderboard, the best of each active share first."""
+    domains = list(scores[0].domain_loss)
+    header = ["method", "active", "shared", "loss", "nats above dense", *domains, "KL to dense"]
+    header += ["FFN error", "router gap closed", "load max/mean", "construct s", "peak GiB"]
+    rows = [header]
+    for score in sorted(scores, key=lambda score: (-score.active / score.experts, score.loss)):
+        error = sum(score.ffn_error) / len(score.ffn_error)
+        peak = score.peak_rss_bytes
+        rows.append(
+            [
+                score.method,
+                f"{score.active}/{score.experts}",
+                str(score.shared),
+                f"{score.loss:.3f}",
+                f"{score.nats_above_dense:.3f}",
+                *(f"{score.domain_loss[domain]:.3f}" for domain in domains),
+                f"{score.kl_to_dense:.3f}",
+                f"{error:.3f}",
+                "–" if score.router_gap_closed is None else f"{score.router_gap_closed:.0%}",
+                "–" if score.load_imbalance is None else f"{score.load_imbalance:.1f}",
+                f"{score.construct_s:.0f}",
+                "–" if peak is None else f"{peak / 2**30:.1f}",
             ]
         )
     return rows

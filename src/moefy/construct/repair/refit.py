@@ -9,21 +9,20 @@ from torch import Tensor
 from moefy.calibrate.sample import FfnSample
 from moefy.construct.split import Partition, Routing, slot_weights
 
-RIDGE = 1e-2
-"""λ, in units of the mean diagonal of the Gram matrix."""
-
 
 def refit_down_proj(
     sample: FfnSample,
     target: Float[Tensor, "tokens hidden"],
     partition: Partition,
     routing: Routing,
+    *,
+    ridge: float,
 ) -> Float[Tensor, "hidden slots"]:
     """Return the `down_proj` that makes the routed FFN closest to the target.
 
     W = argmin Σ_t ω_t·‖y_t − W·h̃_t‖² + λ̄·‖W − W₀‖², h̃ = h ⊙ the slot's gate weight (0 where its
     expert does not run, 1 for shared slots), W₀ the dense columns: with R = Y − H̃·W₀ᵀ,
-    Wᵀ = W₀ᵀ + (H̃ᵀΩH̃ + λ̄·I)⁻¹·H̃ᵀΩR, λ̄ = 1e-2·mean(diag). Streamed: memory is the Gram matrix and
+    Wᵀ = W₀ᵀ + (H̃ᵀΩH̃ + λ̄·I)⁻¹·H̃ᵀΩR, λ̄ = λ·mean(diag). Streamed: memory is the Gram matrix and
     one chunk of activations. Solved in float64.
 
     W₀ is feasible, so the weighted calibration error never rises; a slot that no token uses keeps
@@ -34,6 +33,7 @@ def refit_down_proj(
         target: y, usually the dense FFN's own outputs.
         partition: of the neurons.
         routing: of the tokens.
+        ridge: λ, in units of the mean diagonal of the Gram matrix.
     """
     slots = torch.from_numpy(partition.slots)
     start = sample.down[:, slots]
@@ -46,7 +46,7 @@ def refit_down_proj(
         gram += weighted.T @ masked
         right += weighted.T @ (target[tokens] - masked @ start.T)
     system = gram.double()
-    system.diagonal().add_(RIDGE * system.diagonal().mean().clone().clamp_min(1e-30))
+    system.diagonal().add_(ridge * system.diagonal().mean().clone().clamp_min(1e-30))
     change = torch.cholesky_solve(right.double(), torch.linalg.cholesky(system))
     return (start.double() + change.T).float()
 

@@ -1,0 +1,84 @@
+"""The leaderboard measures what it says, keeps every row, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moefy
+from moefy.construct.leaderboard import METHODS
+from moefy.errors import OutputError, UsageError
+
+SMALL: dict[str, Any] = {
+    "experts": 8,
+    "calibration_tokens": 1024,
+    "windows": 3,
+    "sequence_length": 64,
+}
+
+
+def test_every_method_gets_a_row(
+    make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "board"
+    dense = make_llama()
+    scores = moefy.leaderboard(dense, out, data=corpus, fractions=[0.5], **SMALL)
+    assert [score.method for score in scores] == ["dense", *(method.name for method in METHODS)]
+    reference = moefy.evaluate(
+        dense, data=corpus, windows=3, sequence_length=64, decode=False
+    ).results[0]
+    by_name = {score.method: score for score in scores}
+    assert by_name["dense"].kl_to_dense == pytest.approx(0, abs=1e-7)
+    assert max(by_name["dense"].ffn_error) == 0
+    assert 2.718281828 ** by_name["dense"].loss == pytest.approx(reference.perplexity, rel=1e-4)
+    refit, plain = (by_name[f"co-activation, ridge{end}"] for end in (" + refit", ""))
+    assert refit.ffn_error[0] < plain.ffn_error[0] < 1
+    oracle = by_name["alternating, oracle + refit"]
+    assert oracle.router_gap_closed == pytest.approx(1)
+    assert by_name["random"].router_gap_closed < by_name["co-activation, ridge"].router_gap_closed
+    assert by_name["FLAP (static)"].router_gap_closed is None
+    with (out / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == [score.method for score in scores]
+    assert {"loss_ab", "loss_xyz", "ffn_error_1"} <= rows[0].keys()
+    assert (out / "leaderboard.png").stat().st_size > 10_000
+    assert "| FLAP (static) | 4/8 | 4 |" in (out / "leaderboard.md").read_text()
+
+
+def test_an_interrupted_leaderboard_continues(
+    make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    dense, out = make_llama(), tmp_path / "board"
+    common = {"data": corpus, "fractions": [0.5], **SMALL}
+    first = moefy.leaderboard(dense, out, methods=["FLAP"], **common)
+    before = (out / "scores.jsonl").read_text()
+    both = moefy.leaderboard(dense, out, methods=["FLAP", "static + refit"], **common)
+    assert both[:2] == first
+    assert (out / "scores.jsonl").read_text().startswith(before)
+    with pytest.raises(OutputError, match="another model, text or seed"):
+        moefy.leaderboard(dense, out, seed=1, **common)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"fractions": [0.3]}, "0.3 of 8 experts is no whole number"),
+        ({"fractions": [1.0]}, "no whole number between 1 and 7"),
+        ({"methods": ["magic"]}, "no method matches magic; there are random;"),
+        ({"experts": 7, "fractions": [3 / 7]}, "cannot be split into 7 equal experts"),
+    ],
+)
+def test_bad_grids_are_refused(
+    make_llama: Callable[..., Path],
+    corpus: Path,
+    tmp_path: Path,
+    choices: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        moefy.leaderboard(make_llama(), tmp_path / "board", data=corpus, **SMALL | choices)
+    assert not (tmp_path / "board").exists()
