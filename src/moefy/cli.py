@@ -88,7 +88,9 @@ def convert(
         str | None,
         typer.Option("--repair", "--rescale", help="none, paper (E/k), scale or refit. [paper]"),
     ] = None,
-    data: Data = "demo",
+    data: Annotated[
+        str, typer.Option(help="Calibration text: folder of DOMAIN.jsonl(.gz), 'demo' or 'self'.")
+    ] = "demo",
     seed: Annotated[int | None, typer.Option(help="Of the random split. [0]")] = None,
     recipe: RecipeFile = None,
     settings: Set = None,

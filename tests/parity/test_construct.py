@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 import moefy
 from moefy.calibrate.importance import neuron_importance
 from moefy.calibrate.replay import ModelReplay
-from moefy.calibrate.text import calibration_windows
-from moefy.checkpoint.load import load_tokenizer
+from moefy.calibrate.text import calibration_windows, self_windows
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.construct.convert import split_layers
 from moefy.errors import CorpusError, UsageError
@@ -35,9 +34,7 @@ TOKENS = {"calibration_tokens": 2048, "calibration_length": 64}
 
 
 def corpus_windows(dense: Path, corpus: Path) -> np.ndarray:
-    return calibration_windows(
-        corpus, load_tokenizer(dense), tokens=2048, sequence_length=64, needed_tokens=1
-    )
+    return calibration_windows(corpus, dense, tokens=2048, sequence_length=64, needed_tokens=1)
 
 
 def research_logits(
@@ -133,3 +130,23 @@ def test_importance_is_the_gradient_of_the_whole_model(tiny_llama: Path, corpus:
     for layer_idx, gradient in enumerate(gradients):
         expected = (captured[layer_idx] * gradient).abs().flatten(0, 1).mean(0)
         assert torch.allclose(found[layer_idx, 0].double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_dense_model_writes_its_own_calibration_text(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Sampled tokens are as likely under the model as its entropy says."""
+    dense = make_llama(initializer_range=0.5)
+    windows = self_windows(dense, tokens=200 * 24, sequence_length=24)
+    assert windows.shape == (200, 24)
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(dense)(torch.from_numpy(windows)).logits
+    log_probs = logits[:, :-1].log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    loss = -log_probs.gather(-1, torch.from_numpy(windows)[:, 1:, None])[..., 0]
+    error = (loss - entropy).mean().abs()
+    assert entropy.mean() < 5
+    assert error < 4 * (loss - entropy).std() / loss.numel() ** 0.5
+    settings = TOKENS | {"experts": 8, "active": 4, "partition": "alternating"}
+    moefy.convert(dense, tmp_path / "moe", data="self", router="ridge", **settings)
+    assert (tmp_path / "moe" / "config.json").is_file()

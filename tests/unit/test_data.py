@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from tests.conftest import byte_tokenizer
 
 from moefy.data.demo_text import _plain
@@ -55,6 +56,17 @@ def test_a_truncated_gzip_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "book.jsonl.gz").write_bytes(whole[:-20])
     with pytest.raises(CorpusError, match="damaged"):
         list(open_domains(tmp_path)[0].documents())
+
+
+def test_a_zstandard_file_reads_like_a_plain_one(tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({"text": f"text {i}"}).encode() + b"\n" for i in range(500))
+    (tmp_path / "book.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (domain,) = open_domains(tmp_path)
+    assert domain.name == "book"
+    assert list(domain.documents()) == [f"text {i}" for i in range(500)]
+    (tmp_path / "book.jsonl.zst").write_bytes(zstandard.compress(lines)[:-30])
+    with pytest.raises(CorpusError, match="damaged"):
+        list(domain.documents())
 
 
 def test_no_corpus_is_refused(tmp_path: Path) -> None:

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 
+SELF = "self"
+_SAMPLES_AT_ONCE = 56
+
 
 def calibration_windows(
     data: str | Path,
-    tokenizer: Any,
+    folder: Path,
     *,
     tokens: int,
     sequence_length: int,
     needed_tokens: int,
     report: ProgressFn = silent,
 ) -> Int[np.ndarray, "windows sequence"]:
-    """Return windows of training documents, as many from each domain.
+    """Return windows of training documents, as many from each domain, or of the model's own text.
 
     Args:
-        data: see `open_domains`.
-        tokenizer: of the model.
+        data: see `open_domains`; or `self`: the dense model samples the text, none is needed.
+        folder: of the dense model.
         tokens: wanted in all, rounded up to whole windows per domain.
         sequence_length: tokens per window.
         needed_tokens: fewer are refused: a least-squares fit of d_ff weights per output needs at
@@ -37,6 +41,10 @@ def calibration_windows(
     Raises:
         CorpusError: the text is not readable or too little.
     """
+    if str(data) == SELF:
+        _check_enough(tokens, needed_tokens, data)
+        return self_windows(folder, tokens=tokens, sequence_length=sequence_length, report=report)
+    tokenizer = load_tokenizer(folder)
     domains = open_domains(data, report=report)
     per_domain = -(-tokens // (sequence_length * len(domains)))
     found = []
@@ -52,10 +60,57 @@ def calibration_windows(
         )
     report(Progress("calibration text", len(domains), len(domains)))
     windows = np.concatenate(found)
-    if windows.size < needed_tokens:
+    _check_enough(windows.size, needed_tokens, data)
+    return windows
+
+
+@torch.inference_mode()
+def self_windows(
+    folder: Path, *, tokens: int, sequence_length: int, seed: int = 0, report: ProgressFn = silent
+) -> Int[np.ndarray, "windows sequence"]:
+    """Let the dense model write its own calibration text: plain sampling at temperature 1.
+
+    Every window starts with the token that begins a text (or ends one, where the model has no
+    other) and is sampled without top-k or top-p, so that the tokens follow the distribution that
+    the model was trained to have. The whole model is in memory meanwhile. A window in which the
+    model ends its text goes on with the next text.
+
+    Args:
+        folder: of the dense model.
+        tokens: wanted, rounded up to whole windows.
+        sequence_length: tokens per window.
+        seed: of the samples.
+        report: told about progress.
+
+    Raises:
+        CheckpointError: the model or its tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype=torch.float32)
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    generator = torch.Generator().manual_seed(seed)
+    num_windows = -(-tokens // sequence_length)
+    batches = []
+    for first in range(0, num_windows, _SAMPLES_AT_ONCE):
+        count = min(_SAMPLES_AT_ONCE, num_windows - first)
+        written = [torch.full((count, 1), 0 if start is None else start)]
+        cache = None
+        for position in range(1, sequence_length):
+            out = model(written[-1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            probs = out.logits[:, -1].softmax(-1)
+            written.append(torch.multinomial(probs, 1, generator=generator))
+            report(Progress("sample text", position, sequence_length - 1, f"from {first + 1}"))
+        batches.append(torch.cat(written, dim=1))
+    return torch.cat(batches).numpy()
+
+
+def _check_enough(tokens: int, needed_tokens: int, data: str | Path) -> None:
+    if tokens < needed_tokens:
         raise CorpusError(
-            f"{windows.size:,} calibration tokens are too few: a stable fit of this model needs at "
+            f"{tokens:,} calibration tokens are too few: a stable fit of this model needs at "
             f"least {needed_tokens:,} (its intermediate_size); add text to {data} or raise "
             "calibration_tokens"
         )
-    return windows

@@ -18,7 +18,6 @@ from torch import Tensor
 from moefy.calibrate.importance import neuron_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
-from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import NativeTarget, native_target, target_config
@@ -70,7 +69,7 @@ def convert(
         source: a model folder, a `.gguf` file, `smollm2-135m`, or a hub name.
         out: folder to write; it appears whole or not at all.
         data: calibration text for the methods that need it: a folder of `<domain>.jsonl(.gz)`
-            files, or `demo`; held-out documents are left out.
+            files, `demo`, or `self` (the dense model samples it); held-out documents are left out.
         recipe: a YAML file with `ConvertRecipe` keys.
         overwrite: replace an existing model in `out`.
         report: told about progress.
@@ -101,7 +100,7 @@ def convert(
     if choice.calibrated:
         windows = calibration_windows(
             data,
-            load_tokenizer(folder),
+            folder,
             tokens=choice.calibration_tokens,
             sequence_length=choice.calibration_length,
             needed_tokens=dense.config["intermediate_size"],

