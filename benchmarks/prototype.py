@@ -1,6 +1,6 @@
 """Ways to build experts on the very tokens of the first prototype: docs/experiments.md, section 3.
 
-    python benchmarks/prototype.py ../shared/data/prototype_windows.npz OUT [PART-OF-NAME …]
+    python benchmarks/prototype.py ../shared/data/prototype_windows.npz OUT [NAME …]
 
 Writes OUT/leaderboard.{csv,md,png}; OUT/scores.jsonl is kept, so that it resumes.
 """
@@ -17,13 +17,14 @@ from moefy.checkpoint.source import resolve
 from moefy.construct.leaderboard import (
     METHODS,
     Bench,
+    key_of,
     read_scores,
     write_leaderboard,
     write_scores,
 )
 
 
-def main(file: str, out: Path, parts: list[str]) -> None:
+def main(file: str, out: Path, names: list[str]) -> None:
     windows = np.load(file)
     domains = windows["domains"].tolist()
     evaluation = windows["evaluation"].astype(np.int64).reshape(len(domains), -1, 512)
@@ -33,21 +34,17 @@ def main(file: str, out: Path, parts: list[str]) -> None:
         dict(zip(domains, evaluation, strict=True)),
     )
     known = read_scores(out, "prototype")
-    known["dense", 1, 1] = bench.dense_score
+    known[key_of(bench.dense_score)] = bench.dense_score
     print(f"dense {bench.dense_score.loss:.4f}", flush=True)
-    for active in (32, 16, 48):
+    for fraction in (0.5, 0.75, 0.25):
         for method in METHODS:
-            if parts and not any(part in method.name for part in parts):
+            if names and method.name not in names:
                 continue
-            if (method.name, 64, active) not in known:
-                score = bench.score(method, 64, active)
-                known[score.method, 64, active] = score
-                write_scores(out, "prototype", known)
-                print(
-                    f"{active}/64 {score.nats_above_dense:.4f} {method.name} "
-                    f"{score.construct_s:.0f} s",
-                    flush=True,
-                )
+            recipe = method.recipe(64, fraction, 0).for_model(1536, static=method.shared == 1)
+            score = bench.score(method, recipe)
+            known[key_of(score)] = score
+            write_scores(out, "prototype", known.values())
+            print(f"{fraction} {score.nats_above_dense:.4f} {method.name}", flush=True)
     write_leaderboard(out, list(known.values()))
 
 

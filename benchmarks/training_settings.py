@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import moefy
+from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
 SETTINGS = [  # tokens, learning rate, sequences of 512 tokens per step
@@ -35,7 +36,7 @@ RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "training-settings
 
 def main(work: Path) -> None:
     if not (work / "moe").exists():
-        moefy.convert("smollm2-135m", work / "moe", experts=16, active=4)
+        moefy.convert("smollm2-135m", work / "moe", experts=16, active=4, **LLAMA_MOE)
     runs = []
     for tokens, learning_rate, sequences in SETTINGS:
         out = work / f"{tokens}-lr{learning_rate:g}-s{sequences}"

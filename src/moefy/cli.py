@@ -32,7 +32,7 @@ RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of the
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting.")
 ]
-Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, or 'demo'.")]
+Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, hf:DATASET or 'demo'.")]
 
 
 @app.callback()
@@ -70,28 +70,31 @@ def inspect(
 def convert(
     source: Annotated[str, typer.Argument(help="Model folder, .gguf, hub name or smollm2-135m.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    experts: Annotated[int | None, typer.Option(help="Experts per layer, E. [16]")] = None,
-    active: Annotated[int | None, typer.Option(help="Experts per token, k. [4]")] = None,
-    shared: Annotated[int | None, typer.Option(help="Of the active ones, always on. [0]")] = None,
+    experts: Annotated[int | None, typer.Option(help="Slices of every FFN, E. [64]")] = None,
+    active: Annotated[int | None, typer.Option(help="Slices that run per token. [half]")] = None,
+    shared: Annotated[int | None, typer.Option(help="Of those, always on. [half]")] = None,
     partition: Annotated[
         str | None,
         typer.Option(
-            help="random, clustering-up, clustering-gate, coactivation, carve or alternating. "
-            "[random]"
+            help="random, clustering-up, clustering-gate, coactivation, sharing-inner, "
+            "sharing-inter, gradient, carve or alternating. [alternating]"
         ),
     ] = None,
     router: Annotated[
         str | None,
-        typer.Option(help="random, mean-gate, representative, ridge or ridge-log. [random]"),
+        typer.Option(help="random, mean-gate, representative, ridge(-log) or ascent. [ascent]"),
     ] = None,
     repair: Annotated[
         str | None,
-        typer.Option("--repair", "--rescale", help="none, paper (E/k), scale or refit. [paper]"),
+        typer.Option("--repair", "--rescale", help="none, paper (E/k), scale or refit. [refit]"),
     ] = None,
     data: Annotated[
-        str, typer.Option(help="Calibration text: folder of DOMAIN.jsonl(.gz), 'demo' or 'self'.")
+        str,
+        typer.Option(
+            help="Calibration text: folder of DOMAIN.jsonl(.gz), hf:DATASET, 'demo' or 'self'."
+        ),
     ] = "demo",
-    seed: Annotated[int | None, typer.Option(help="Of the random split. [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of partition and router. [0]")] = None,
     recipe: RecipeFile = None,
     settings: Set = None,
     overwrite: Overwrite = False,
@@ -99,7 +102,7 @@ def convert(
 ) -> None:
     """Split a dense model into experts; the result loads with plain transformers.
 
-    Example: `moefy convert smollm2-135m out/moe --experts 16 --active 4`
+    Example: `moefy convert smollm2-135m out/moe`
     """
     choices = _parse_settings(settings) | _given(
         experts=experts,
@@ -127,11 +130,12 @@ def convert(
             }
         )
         return
+    made = done.recipe
     print(
-        f"{done.folder}: {done.num_layers} layers of {done.recipe.experts} experts "
-        f"({done.expert_size} neurons each), {done.recipe.active} active, "
-        f"{done.written_bytes / 1e6:.0f} MB. A fresh random split needs training: "
-        f"moefy train {done.folder} OUT"
+        f"{done.folder}: {done.num_layers} layers of {made.experts} slices ({done.expert_size} "
+        f"neurons each), of which {made.active} run per token, {made.shared} of them always; "
+        f"{done.written_bytes / 1e6:.0f} MB. What next: moefy eval {source} {done.folder}, "
+        f"or moefy train {done.folder} OUT"
     )
 
 
@@ -267,8 +271,8 @@ def evaluate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("moefy-demo"),
-    experts: Annotated[int, typer.Option(help="Experts per layer, E.")] = 16,
-    active: Annotated[int, typer.Option(help="Experts per token, k.")] = 4,
+    experts: Annotated[int | None, typer.Option(help="Slices of every FFN. [64]")] = None,
+    active: Annotated[int | None, typer.Option(help="Slices that run per token. [half]")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens. [65536]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of split and training.")] = 0,
     overwrite: Overwrite = False,

@@ -52,16 +52,20 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+REGRESSIONS = ("ridge", "ridge-log", "ascent")
+"""Routers that are fitted to the experts' energies on calibration tokens."""
+
+
 class ConvertRecipe(Recipe):
-    """How a dense model is split; the defaults are LLaMA-MoE-3.5B (4/16), arXiv 2406.16554.
+    """How a dense model is split; the defaults are what won in docs/construction.md.
 
     `experts` and `active` count the `shared` slices too: 4 of 16 with 2 shared is one shared expert
-    of two slices, and 2 of 14 routed ones.
+    of two slices, and 2 of 14 routed ones. What is None depends on the model: see `for_model`.
     """
 
-    experts: int = 16
-    active: int = 4
-    shared: Annotated[int, Field(ge=0)] = 0
+    experts: int | None = None
+    active: int | None = None
+    shared: Annotated[int, Field(ge=0)] | None = None
     partition: Literal[
         "random",
         "clustering-up",
@@ -72,12 +76,16 @@ class ConvertRecipe(Recipe):
         "gradient",
         "carve",
         "alternating",
-    ] = "random"
-    router: Literal["random", "mean-gate", "representative", "ridge", "ridge-log"] = "random"
-    repair: Literal["none", "paper", "scale", "refit"] = Field(
-        default="paper", validation_alias=AliasChoices("repair", "rescale")
+    ] = "alternating"
+    router: Literal["random", "mean-gate", "representative", "ridge", "ridge-log", "ascent"] = (
+        "ascent"
     )
-    refit_ridge: Annotated[float, Field(gt=0)] = 0.1
+    router_ridge: Annotated[float, Field(gt=0)] = 1.0
+    repair: Literal["none", "paper", "scale", "refit"] = Field(
+        default="refit", validation_alias=AliasChoices("repair", "rescale")
+    )
+    refit_ridge: Annotated[float, Field(gt=0)] = 0.3
+    aim: Literal["ffn", "residual"] = "residual"
     calibration_tokens: Positive = 28_672
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
@@ -101,13 +109,53 @@ class ConvertRecipe(Recipe):
         """Whether a choice needs calibration tokens."""
         return (
             self.partition not in ("random", "clustering-up", "clustering-gate")
-            or self.router in ("representative", "ridge", "ridge-log")
+            or self.router in ("representative", *REGRESSIONS)
             or self.repair in ("scale", "refit")
         )
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether a fitted repair aims at the dense residual stream."""
+        return self.aim == "residual" and self.repair in ("scale", "refit")
+
+    def for_model(self, intermediate_size: int, *, static: bool = False) -> Self:
+        """Return the recipe with every count set, checked against the model.
+
+        Not given, `experts` is the largest multiple of 4 up to 64 that leaves experts of a multiple
+        of 8 neurons (grouped matrix products in 16-bit weights need that), `active` half of
+        `experts`, `shared` half of `active`.
+
+        Args:
+            intermediate_size: the dense model's d_ff.
+            static: allow that all active slices are shared, which leaves nothing to route.
+
+        Raises:
+            UsageError: see `check_split`.
+        """
+        experts = _usual_experts(intermediate_size) if self.experts is None else self.experts
+        active = max(1, experts // 2) if self.active is None else self.active
+        shared = self.shared
+        if shared is None:
+            shared = 0 if self.partition == "sharing-inner" else active // 2
+        check_split(intermediate_size, experts, active, 0 if static else shared)
+        return self.model_copy(update={"experts": experts, "active": active, "shared": shared})
+
+
+LLAMA_MOE: dict[str, Any] = {
+    "shared": 0,
+    "partition": "random",
+    "router": "random",
+    "repair": "paper",
+}
+"""The choices of LLaMA-MoE (arXiv 2406.16554)."""
 
 
 class TrainRecipe(Recipe):
     """Continual pre-training.
+
+    Routers learn at `router_rate_fraction` of the rate: a converted router's weights are about a
+    hundred times smaller than other matrices', and Adam's first steps at the common rate would
+    replace the fitted choice by noise.
 
     Schedule and optimizer are the paper's (AdamW 0.9/0.95, weight decay 0.1, clip 1, cosine to
     10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
@@ -125,6 +173,7 @@ class TrainRecipe(Recipe):
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    router_rate_fraction: Annotated[float, Field(ge=0)] = 0.01
     balance_coefficient: Annotated[float, Field(ge=0)] = 1e-2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
@@ -150,6 +199,13 @@ class TrainRecipe(Recipe):
     def num_steps(self) -> int:
         """Optimizer steps: the tokens asked for, rounded up to whole steps."""
         return -(-self.tokens // (self.sequence_length * self.sequences_per_step))
+
+
+def _usual_experts(intermediate_size: int) -> int:
+    for experts in range(64, 0, -4):
+        if intermediate_size % (8 * experts) == 0:
+            return experts
+    return max(n for n in range(1, 65) if intermediate_size % n == 0)
 
 
 def check_split(intermediate_size: int, experts: int, active: int, shared: int = 0) -> None:

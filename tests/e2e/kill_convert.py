@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Any
 
 import torch
 
 import moefy
 import moefy.construct.convert
 from moefy.errors import MoefyError
+from moefy.recipe import LLAMA_MOE
+
+EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 
 WATCHED = ("open", "os.", "shutil.")
 
@@ -32,7 +36,7 @@ def child(source: str, out: str, last: int) -> None:
 
     sys.addaudithook(hook)
     try:
-        moefy.convert(source, out, experts=4, active=4, rescale="none", overwrite=True)
+        moefy.convert(source, out, experts=4, active=4, **EXACT, overwrite=True)
     except MoefyError as error:
         print(error, file=sys.stderr)
         os._exit(1)

@@ -18,6 +18,7 @@ from moefy.checkpoint.source import builtin, dequantised
 from moefy.cli import main
 
 MOEFY = str(Path(sys.executable).with_name("moefy"))
+PAPER = ("--recipe", Path(__file__).parents[2] / "recipes/llama-moe.yaml")
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_impossible_splits(
     active: int,
     message: str,
 ) -> None:
-    command = ["convert", make_llama(), tmp_path / "moe"]
+    command = ["convert", make_llama(), tmp_path / "moe", "--shared", 0]
     assert message in cli(*command, "--experts", experts, "--active", active)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
@@ -117,7 +118,7 @@ def test_an_output_in_the_way(
     dense, out = make_llama(), tmp_path / "moe"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    command = ["convert", dense, out, "--experts", 4, "--active", 2]
+    command = ["convert", dense, out, *PAPER]
     assert "pass --overwrite" in cli(*command)
     assert "no model" in cli(*command, "--overwrite")
     assert (out / "mine.txt").read_text() == "keep"
@@ -170,7 +171,7 @@ def test_gguf_files(
 def test_a_full_disk(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     """The limit on file sizes stops the writing as a full disk does."""
     dense = make_llama(hidden_size=128, intermediate_size=512)
-    for command in ([MOEFY, "convert", dense, tmp_path / "moe", "--experts", 4, "--active", 2],):
+    for command in ([MOEFY, "convert", dense, tmp_path / "moe", *PAPER],):
         words = " ".join(map(str, command))
         done = subprocess.run(
             ["bash", "-c", f"ulimit -f 100; trap '' XFSZ; exec {words}"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
 from moefy.evaluation.compare import token_divergences
+from moefy.recipe import LLAMA_MOE
+
+EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 
 
 def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
     dense = make_llama()
     for name, active in {"half": 2, "all": 4}.items():
-        moefy.convert(dense, tmp_path / name, experts=4, active=active, rescale="none")
+        moefy.convert(dense, tmp_path / name, experts=4, active=active, **EXACT)
     done = moefy.evaluate(
         [tmp_path / "half", dense, tmp_path / "all"],
         data=corpus,

@@ -23,6 +23,7 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.mixture import Mixture
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
+from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
 SHORT: dict[str, Any] = {
@@ -35,7 +36,7 @@ SHORT: dict[str, Any] = {
 
 @pytest.fixture
 def moe(make_llama: Callable[..., Path], tmp_path: Path) -> Path:
-    moefy.convert(make_llama(), tmp_path / "moe", experts=4, active=2)
+    moefy.convert(make_llama(), tmp_path / "moe", experts=4, active=2, **LLAMA_MOE)
     return tmp_path / "moe"
 
 

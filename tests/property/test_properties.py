@@ -18,7 +18,7 @@ from moefy.construct.partition.random import independent_random
 from moefy.construct.split import Shape
 from moefy.data.mixture import Mixture, normalised_weights
 from moefy.errors import CheckpointError, UsageError
-from moefy.recipe import check_split
+from moefy.recipe import LLAMA_MOE, check_split
 
 
 @given(st.integers(1, 32), st.integers(1, 32), st.integers(0, 2**32), st.integers(0, 100))
@@ -90,5 +90,5 @@ def test_a_checkpoint_cut_anywhere_is_refused(data: st.DataObject) -> None:
         whole = weights.read_bytes()
         weights.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
         with pytest.raises(CheckpointError):
-            moefy.convert(dense, Path(folder) / "moe", experts=4, active=2)
+            moefy.convert(dense, Path(folder) / "moe", experts=4, active=2, **LLAMA_MOE)
         assert {path.name for path in Path(folder).iterdir()} == {"dense"}

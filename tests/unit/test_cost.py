@@ -16,6 +16,7 @@ from moefy.checkpoint.targets import MIXTRAL, target_config
 from moefy.errors import ArchitectureError, UsageError
 from moefy.evaluation.cost import cost
 from moefy.evaluation.inspect import SHAPES
+from moefy.recipe import LLAMA_MOE
 
 
 def test_llama_2_7b_counts_are_the_papers() -> None:
@@ -45,7 +46,7 @@ def test_flops_are_those_pytorch_counts(
 ) -> None:
     folder = make_llama()
     if active is not None:
-        moefy.convert(folder, tmp_path / "moe", experts=4, active=active)
+        moefy.convert(folder, tmp_path / "moe", experts=4, active=active, **LLAMA_MOE)
         folder = tmp_path / "moe"
     model = AutoModelForCausalLM.from_pretrained(
         folder, experts_implementation="eager", attn_implementation="eager"

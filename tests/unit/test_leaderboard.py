@@ -25,7 +25,7 @@ def test_every_method_gets_a_row(
     make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "board"
-    dense = make_llama()
+    dense = make_llama(intermediate_size=256)
     scores = moefy.leaderboard(dense, out, data=corpus, fractions=[0.5], **SMALL)
     assert [score.method for score in scores] == ["dense", *(method.name for method in METHODS)]
     reference = moefy.evaluate(
@@ -35,11 +35,14 @@ def test_every_method_gets_a_row(
     assert by_name["dense"].kl_to_dense == pytest.approx(0, abs=1e-7)
     assert max(by_name["dense"].ffn_error) == 0
     assert 2.718281828 ** by_name["dense"].loss == pytest.approx(reference.perplexity, rel=1e-4)
-    refit, plain = (by_name[f"co-activation, ridge{end}"] for end in (" + refit", ""))
+    refit, plain = by_name["moefy, aim at the FFN"], by_name["moefy, no repair"]
     assert refit.ffn_error[0] < plain.ffn_error[0] < 1
-    oracle = by_name["alternating, oracle + refit"]
-    assert oracle.router_gap_closed == pytest.approx(1)
-    assert by_name["random"].router_gap_closed < by_name["co-activation, ridge"].router_gap_closed
+    assert by_name["moefy, oracle router"].router_gap_closed == pytest.approx(1)
+    assert by_name["random"].router_gap_closed < by_name["moefy"].router_gap_closed
+    identity = by_name["all experts (k = E)"]
+    assert abs(identity.nats_above_dense) < 1e-6
+    assert (identity.active, identity.experts) == (8, 8)
+    assert by_name["moefy, 16 slices"].active == 8
     assert by_name["FLAP (static)"].router_gap_closed is None
     with (out / "leaderboard.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -52,11 +55,11 @@ def test_every_method_gets_a_row(
 def test_an_interrupted_leaderboard_continues(
     make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
-    dense, out = make_llama(), tmp_path / "board"
+    dense, out = make_llama(intermediate_size=256), tmp_path / "board"
     common = {"data": corpus, "fractions": [0.5], **SMALL}
     first = moefy.leaderboard(dense, out, methods=["FLAP"], **common)
     before = (out / "scores.jsonl").read_text()
-    both = moefy.leaderboard(dense, out, methods=["FLAP", "static + refit"], **common)
+    both = moefy.leaderboard(dense, out, methods=["FLAP", "no repair"], **common)
     assert both[:2] == first
     assert (out / "scores.jsonl").read_text().startswith(before)
     with pytest.raises(OutputError, match="another model, text or seed"):
@@ -68,7 +71,7 @@ def test_an_interrupted_leaderboard_continues(
     [
         ({"fractions": [0.3]}, "0.3 of 8 experts is no whole number"),
         ({"fractions": [1.0]}, "no whole number between 1 and 7"),
-        ({"methods": ["magic"]}, "no method matches magic; there are random;"),
+        ({"methods": ["magic"]}, "no method matches magic; there are moefy;"),
         ({"experts": 7, "fractions": [3 / 7]}, "cannot be split into 7 equal experts"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,45 +18,78 @@ from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 
 _WINDOWS_AT_ONCE = 8
+_SEGMENT_TOKENS = 128
+"""Texts are clustered in pieces of this length, so that a few windows make many clusters."""
 
 
-def neuron_importance(
+@dataclass(frozen=True)
+class SegmentImportance:
+    """Importance of every neuron in every segment of the calibration text.
+
+    Attributes:
+        scores: [segments, layers, neurons].
+        features: mean final hidden state of each segment, [segments, hidden].
+    """
+
+    scores: Float[Tensor, "segments layers neurons"]
+    features: Float[Tensor, "segments hidden"]
+
+    def clustered(
+        self, num_clusters: int, *, seed: int
+    ) -> Float[Tensor, "layers clusters neurons"]:
+        """Return the mean importance by cluster of segments.
+
+        Segments are clustered by balanced k-means on their features.
+
+        Args:
+            num_clusters: one per routed expert.
+            seed: of the clustering.
+
+        Raises:
+            CorpusError: fewer segments than clusters.
+        """
+        if len(self.scores) < num_clusters:
+            raise CorpusError(
+                f"{len(self.scores)} calibration segments cannot make {num_clusters} clusters of "
+                "text: raise calibration_tokens, or use fewer experts"
+            )
+        features = F.normalize(self.features.double(), dim=1)
+        label = torch.from_numpy(
+            balanced_kernel_kmeans(
+                (features @ features.T).numpy(), num_clusters, stream(seed, "text clusters", 0)
+            )
+        )
+        return torch.stack(
+            [self.scores[label == cluster].mean(dim=0) for cluster in range(num_clusters)], dim=1
+        )
+
+
+def window_importance(
     replay: ModelReplay,
     windows: Int[np.ndarray, "windows sequence"],
-    num_clusters: int,
     *,
-    seed: int,
     report: ProgressFn = silent,
-) -> Float[Tensor, "layers clusters neurons"]:
-    """Return v = Σ_tokens |h ⊙ ∂L/∂h| / tokens for every layer and cluster of windows.
+) -> SegmentImportance:
+    """Return v = Σ_tokens |h ⊙ ∂L/∂h| / tokens for every layer and segment of the windows.
 
     h is the input of `down_proj`, L the next-token loss summed over tokens: |h·∂L/∂h| is the
-    first-order Taylor estimate of what removing the neuron at that token changes. Windows are
-    clustered by balanced k-means on their mean final hidden states.
+    first-order Taylor estimate of what removing the neuron at that token changes.
 
     The gradient goes backwards layer by layer from stored layer inputs, so that memory is one
     layer plus the hidden states of eight windows.
 
-    Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing". Deviation: windows are clustered
-    by this model's hidden states, the paper's documents by an embedding model.
+    Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing". Deviation: the texts that are
+    clustered are segments of 128 tokens by this model's hidden states, the paper's are documents
+    by an embedding model.
 
     Args:
         replay: of the dense model.
         windows: calibration tokens.
-        num_clusters: one per routed expert.
-        seed: of the clustering.
         report: told about progress.
-
-    Raises:
-        CorpusError: fewer windows than clusters.
     """
-    if len(windows) < num_clusters:
-        raise CorpusError(
-            f"{len(windows)} calibration windows cannot make {num_clusters} clusters of text: "
-            "raise calibration_tokens, lower calibration_length, or use fewer experts"
-        )
     head = replay.head()
-    means, parts = [], []
+    features, parts = [], []
+    segments = max(1, windows.shape[1] // _SEGMENT_TOKENS)
     batches = torch.from_numpy(windows).split(_WINDOWS_AT_ONCE)
     for done, ids in enumerate(batches):
         hidden = replay.embed(ids)
@@ -63,9 +98,8 @@ def neuron_importance(
             layer = replay.layer(layer_idx)
             inputs.append(hidden)
             hidden = layer.attend(hidden)
-            sample = layer.sample(hidden)
-            hidden = hidden + sample.outputs().view_as(hidden)
-        means.append(hidden.mean(dim=1))
+            hidden = hidden + layer.sample(hidden).outputs().view_as(hidden)
+        features += [part.mean(dim=1) for part in _segments(hidden, segments)]
         leaf = hidden.requires_grad_()
         with torch.enable_grad():
             logits = head.logits(leaf[:, :-1].flatten(0, 1))
@@ -74,16 +108,14 @@ def neuron_importance(
         scores = []
         for layer_idx in reversed(range(replay.num_layers)):
             gradient, score = _backward(replay, layer_idx, inputs.pop(), gradient)
-            scores.append(score)
+            scores.append(torch.cat([part.mean(dim=1) for part in _segments(score, segments)]))
         parts.append(torch.stack(scores[::-1], dim=1))
         report(Progress("importance", done + 1, len(batches)))
-    by_window = torch.cat(parts)
-    features = F.normalize(torch.cat(means).double(), dim=1)
-    label = balanced_kernel_kmeans(
-        (features @ features.T).numpy(), num_clusters, stream(seed, "text clusters", 0)
-    )
-    clusters = [by_window[torch.from_numpy(label == c)].mean(dim=0) for c in range(num_clusters)]
-    return torch.stack(clusters, dim=1)
+    return SegmentImportance(torch.cat(parts), torch.cat(features))
+
+
+def _segments(tokens: Float[Tensor, "windows sequence size"], count: int) -> tuple[Tensor, ...]:
+    return tokens.tensor_split(count, dim=1)
 
 
 def _backward(
@@ -91,8 +123,8 @@ def _backward(
     layer_idx: int,
     inputs: Float[Tensor, "windows sequence hidden"],
     gradient: Float[Tensor, "windows sequence hidden"],
-) -> tuple[Float[Tensor, "windows sequence hidden"], Float[Tensor, "windows neurons"]]:
-    """Return the gradient at a layer's inputs, and |h ⊙ ∂L/∂h| averaged over each window."""
+) -> tuple[Float[Tensor, "windows sequence hidden"], Float[Tensor, "windows sequence neurons"]]:
+    """Return the gradient at a layer's inputs, and |h ⊙ ∂L/∂h|."""
     layer = replay.layer(layer_idx)
     leaf = inputs.requires_grad_()
     with torch.enable_grad():
@@ -101,5 +133,5 @@ def _backward(
         activations = swiglu(sample.inputs, sample.gate, sample.up)
         outputs = residual + (activations @ sample.down.T).view_as(residual)
     at_inputs, at_activations = torch.autograd.grad(outputs, (leaf, activations), gradient)
-    score = (activations.detach() * at_activations).abs().unflatten(0, inputs.shape[:2])
-    return at_inputs, score.mean(dim=1)
+    score = (activations.detach() * at_activations).abs()
+    return at_inputs, score.unflatten(0, inputs.shape[:2])

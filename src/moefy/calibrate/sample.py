@@ -27,6 +27,7 @@ class FfnSample:
         norm_gain: of the RMSNorm in front of the FFN, [hidden].
         inputs: z, the normed residual stream, [tokens, hidden]; no tokens without calibration.
         token_weights: how much each token's error counts, [tokens], mean 1.
+        desired: what the converted FFN should give, [tokens, hidden], if not the dense outputs.
         importance: of the neurons by cluster of text (see `calibrate.importance`), if it was asked
             for.
     """
@@ -37,6 +38,7 @@ class FfnSample:
     norm_gain: Float[Tensor, " hidden"]
     inputs: Float[Tensor, "tokens hidden"]
     token_weights: Float[Tensor, " tokens"]
+    desired: Float[Tensor, "tokens hidden"] | None = None
     importance: Float[Tensor, "clusters neurons"] | None = None
     _kept: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -66,6 +68,10 @@ class FfnSample:
     def outputs(self) -> Float[Tensor, "tokens hidden"]:
         """Return the dense FFN's outputs."""
         return torch.cat([activations @ self.down.T for _, activations in self.chunks()])
+
+    def target(self) -> Float[Tensor, "tokens hidden"]:
+        """Return what the converted FFN should give."""
+        return self.outputs() if self.desired is None else self.desired
 
 
 def swiglu(

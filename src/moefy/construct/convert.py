@@ -15,18 +15,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moefy.calibrate.importance import neuron_importance
+from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
+from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import NativeTarget, native_target, target_config
 from moefy.checkpoint.writer import ShardWriter
-from moefy.construct.pipeline import split_ffn
+from moefy.construct.pipeline import shape_of, split_ffn
 from moefy.construct.split import SplitFfn
-from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import ConvertRecipe, check_split
+from moefy.recipe import ConvertRecipe
 from moefy.storage import check_output, whole_folder
 
 
@@ -81,19 +81,19 @@ def convert(
         StorageError: the disk is full; nothing was left behind.
     """
     out = Path(out).expanduser()
-    choice = ConvertRecipe.build(recipe, **choices)
+    asked = ConvertRecipe.build(recipe, **choices)
     check_output(out, overwrite=overwrite, sources=(Path(source).expanduser(),))
     folder = resolve(source, report=report)
     dense = DenseCheckpoint(folder)
-    check_split(dense.config["intermediate_size"], choice.experts, choice.active, choice.shared)
-
-    target = native_target(choice.shared)
+    choice = asked.for_model(dense.config["intermediate_size"])
+    shape = shape_of(choice)
+    target = native_target(shape.shared)
     config = target_config(
         target,
         dense.config,
-        experts=choice.experts,
-        active=choice.active,
-        shared=choice.shared,
+        experts=shape.slices,
+        active=shape.running,
+        shared=shape.shared,
         dtype=dense.dtype,
     )
     windows = None
@@ -135,7 +135,7 @@ def split_layers(
     """Split the FFNs in the order of the layers.
 
     With calibration windows, each layer is fitted on the inputs that the layers already converted
-    give it, its target being the dense FFN's output for those inputs.
+    give it (see `calibrate.walk`).
 
     Args:
         dense: the source.
@@ -153,22 +153,15 @@ def split_layers(
     replay = ModelReplay(dense)
     importance = None
     if recipe.needs_gradients:
-        clusters = recipe.experts - recipe.shared
-        importance = neuron_importance(replay, windows, clusters, seed=recipe.seed, report=report)
-    hidden = replay.embed(torch.from_numpy(windows))
+        segments = window_importance(replay, windows, report=report)
+        importance = segments.clustered(shape_of(recipe).routed, seed=recipe.seed)
+    walk = CalibrationWalk(replay, windows, follow_dense=recipe.follows_dense)
     for layer_idx in range(dense.num_layers):
-        layer = replay.layer(layer_idx)
-        hidden = layer.attend(hidden)
-        sample = layer.sample(hidden)
+        sample = walk.enter(replay.layer(layer_idx))
         if importance is not None:
             sample.importance = importance[layer_idx]
         split = split_ffn(sample, recipe, layer_idx)
-        hidden += split(sample.inputs).view_as(hidden)
-        if not hidden.isfinite().all():
-            raise CorpusError(
-                f"the activations of layer {layer_idx} are not finite on the calibration tokens: "
-                "the checkpoint is damaged or its weights overflow float32"
-            )
+        walk.leave(sample, split)
         yield split
 
 

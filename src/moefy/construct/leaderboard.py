@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,91 +17,117 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.importance import neuron_importance
+from moefy.calibrate.importance import SegmentImportance, window_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.sample import FfnSample
 from moefy.calibrate.text import calibration_windows
+from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
 from moefy.checkpoint.source import resolve
-from moefy.construct.pipeline import split_ffn
+from moefy.construct.pipeline import shape_of, split_ffn
 from moefy.construct.router.energy import expert_energies
-from moefy.construct.split import SplitFfn
+from moefy.construct.split import Shape, SplitFfn
 from moefy.construct.static import flap
 from moefy.data.domains import open_domains
 from moefy.errors import OutputError, UsageError
 from moefy.evaluation.compare import evaluation_windows, token_divergences, token_losses
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import ConvertRecipe, check_split
+from moefy.recipe import ConvertRecipe
 from moefy.storage import replace_file
 
 Domains = Mapping[str, Int[np.ndarray, "_windows sequence"]]
-Ffn = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens hidden"]]
+Ffn = Callable[[FfnSample], Float[Tensor, "tokens hidden"]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: how the experts are built.
+    """One way to build experts.
 
     Attributes:
         name: as the table shows it.
-        shared: how many of the active slices always run: "none", "half" or "all" (no routing).
-        choices: of `ConvertRecipe`.
+        choices: of `ConvertRecipe`, on top of its defaults.
+        shared: share of the active slices that always run; 1 means no routing.
+        experts: slices of the FFN, if not those of the other methods.
+        every_expert: all slices run, whatever share the others get.
         oracle: choose experts by their true energies; a ceiling, not a model.
         flap: static pruning with mean compensation instead of a split.
     """
 
     name: str
-    shared: str = "half"
     choices: Mapping[str, Any] = field(default_factory=dict)
+    shared: float = 0.5
+    experts: int | None = None
+    every_expert: bool = False
     oracle: bool = False
     flap: bool = False
 
-    def recipe(self, experts: int, active: int, seed: int) -> ConvertRecipe:
-        """Return the recipe of this method at k of E."""
-        shared = {"none": 0, "half": active // 2, "all": active}[self.shared]
+    def recipe(self, experts: int, fraction: float, seed: int) -> ConvertRecipe:
+        """Return the recipe of this method where a fraction of the FFN runs.
+
+        Raises:
+            UsageError: that fraction of the experts is no whole number.
+        """
+        experts = self.experts or experts
+        active = experts if self.every_expert else round(fraction * experts)
+        if not 0 < fraction < 1 or not (
+            self.every_expert or math.isclose(active, fraction * experts, abs_tol=1e-6)
+        ):
+            raise UsageError(
+                f"{fraction} of {experts} experts is no whole number between 1 and {experts - 1}"
+            )
+        shared = int(self.shared * active)
         counts = {"experts": experts, "active": active, "shared": shared, "seed": seed}
         return ConvertRecipe.build(**counts, **self.choices)
 
 
-def _method(
-    name: str,
-    partition: str,
-    router: str,
-    repair: str,
-    shared: str = "half",
-    *,
-    oracle: bool = False,
-    **more: Any,
+def _published(
+    name: str, partition: str, router: str, repair: str, shared: float = 0.0, **more: Any
 ) -> Method:
-    choices = {"partition": partition, "router": router, "repair": repair, **more}
-    return Method(name, shared, choices, oracle)
+    choices = {"partition": partition, "router": router, "repair": repair, "aim": "ffn", **more}
+    return Method(name, choices, shared)
+
+
+def _variant(what: str, shared: float = 0.5, *, experts: int | None = None, **more: Any) -> Method:
+    return Method(f"moefy, {what}", more, shared, experts)
 
 
 METHODS = (
-    _method("random", "random", "random", "none", "none"),
-    _method("random, paper's rescale", "random", "random", "paper", "none"),
-    _method("clustering (up)", "clustering-up", "random", "paper", "none"),
-    _method("clustering (gate)", "clustering-gate", "random", "paper", "none"),
-    _method("sharing-inner", "sharing-inner", "random", "paper", "none"),
-    _method("sharing-inter", "sharing-inter", "random", "paper"),
-    _method("gradient, mean gate", "gradient", "mean-gate", "none"),
-    _method("CMoE carve", "carve", "representative", "none"),
-    _method("CMoE carve, all shared", "carve", "random", "none", "all"),
-    Method("FLAP (static)", "all", flap=True),
-    _method("static + refit", "coactivation", "random", "refit", "all", refit_ridge=0.01),
-    _method("gradient, ridge + refit", "gradient", "ridge-log", "refit"),
-    _method("CMoE carve, ridge + refit", "carve", "ridge-log", "refit"),
-    _method("co-activation, mean gate", "coactivation", "mean-gate", "none"),
-    _method("co-activation, ridge", "coactivation", "ridge", "none"),
-    _method("co-activation, ridge + scale", "coactivation", "ridge", "scale"),
-    _method("co-activation, ridge + refit", "coactivation", "ridge", "refit"),
-    _method("co-activation, log-ridge + refit", "coactivation", "ridge-log", "refit"),
-    _method("alternating, log-ridge", "alternating", "ridge-log", "none"),
-    _method("alternating, log-ridge + refit", "alternating", "ridge-log", "refit"),
-    _method("alternating, oracle + refit", "alternating", "ridge-log", "refit", oracle=True),
+    Method("moefy"),
+    Method("FLAP (static)", shared=1.0, flap=True),
+    _published("static + refit", "coactivation", "random", "refit", 1.0, refit_ridge=0.01),
+    Method("moefy, oracle router", oracle=True),
+    Method(
+        "all experts (k = E)", {"partition": "random", "repair": "none"}, 0.0, every_expert=True
+    ),
+    _published("random", "random", "random", "none"),
+    _published("random, paper's rescale", "random", "random", "paper"),
+    _published("clustering (up)", "clustering-up", "random", "paper"),
+    _published("clustering (gate)", "clustering-gate", "random", "paper"),
+    _published("CMoE carve", "carve", "representative", "none", 0.5),
+    _published("CMoE carve, all shared", "carve", "random", "none", 1.0),
+    _published("ExpertWeaver's router", "clustering-gate", "mean-gate", "none"),
+    _published("sharing-inner", "sharing-inner", "random", "paper"),
+    _published("sharing-inter", "sharing-inter", "random", "paper", 0.5),
+    _published("gradient, mean gate", "gradient", "mean-gate", "none", 0.5),
+    _variant("no repair", repair="none"),
+    _variant("scale only", repair="scale"),
+    _variant("aim at the FFN", aim="ffn"),
+    _variant("router without ascent", router="ridge-log"),
+    _variant("router on plain energies", router="ridge"),
+    _variant("none shared", 0.0),
+    _variant("quarter shared", 0.25),
+    _variant("three quarters shared", 0.75),
+    _variant("16 slices", experts=16),
+    _variant("32 slices", experts=32),
+    _variant("random partition", partition="random"),
+    _variant("clustering (gate)", partition="clustering-gate"),
+    _variant("co-activation", partition="coactivation"),
+    _variant("CMoE carve", partition="carve"),
+    _variant("gradient", partition="gradient"),
+    Method("static + refit, as moefy", {"partition": "coactivation"}, 1.0),
 )
-"""The published ways, the baselines, and moefy's own.
+"""moefy's default and the baselines; the published ways; the default with one choice changed.
 
 Static pruning gets the smaller ridge because it is better with it: docs/experiments.md, section 3.
 """
@@ -125,6 +151,7 @@ class Score:
         load_imbalance: largest over mean load of a layer's experts, mean over layers; None without
             routing.
         construct_s: seconds of construction, evaluation not counted.
+        recipe: the choices; None for the dense model.
         peak_rss_bytes: most memory held while this row ran, None where the system does not tell.
     """
 
@@ -141,6 +168,7 @@ class Score:
     load_imbalance: float | None
     construct_s: float
     peak_rss_bytes: int | None
+    recipe: dict[str, Any] | None
 
 
 class Bench:
@@ -168,53 +196,44 @@ class Bench:
         self._domains = [name for name, rows in evaluation.items() for _ in rows]
         self._ids = torch.from_numpy(np.concatenate(list(evaluation.values())))
         self._reference: Tensor | None = None
-        self.dense_score = self._score("dense", None, 1, 1, silent)
+        self._importance: tuple[SegmentImportance, float] | None = None
+        self.dense_score = self._score("dense", None, None, silent)
 
-    def score(
-        self, method: Method, experts: int, active: int, report: ProgressFn = silent
-    ) -> Score:
-        """Measure one method at k of E."""
-        return self._score(method.name, method, experts, active, report)
+    def score(self, method: Method, recipe: ConvertRecipe, report: ProgressFn = silent) -> Score:
+        """Measure one method."""
+        return self._score(method.name, method, recipe, report)
 
     @torch.no_grad()
     def _score(
-        self, name: str, method: Method | None, experts: int, active: int, report: ProgressFn
+        self, name: str, method: Method | None, recipe: ConvertRecipe | None, report: ProgressFn
     ) -> Score:
         _reset_peak()
-        recipe = method.recipe(experts, active, self._seed) if method else None
         replay = self._replay
-        importance = None
-        construct_s = 0.0
+        importance, construct_s = None, 0.0
         if recipe and recipe.needs_gradients:
-            started = time.perf_counter()
-            clusters = recipe.experts - recipe.shared
-            importance = neuron_importance(replay, self._calibration, clusters, seed=self._seed)
-            construct_s += time.perf_counter() - started
+            importance, construct_s = self._importance_for(recipe)
         hidden = replay.embed(self._ids)
-        calibration = None
-        if method and (method.flap or (recipe and recipe.calibrated)):
-            calibration = replay.embed(torch.from_numpy(self._calibration))
+        walk = None
+        if method and recipe and (method.flap or recipe.calibrated):
+            follow = recipe.follows_dense and not method.flap
+            walk = CalibrationWalk(replay, self._calibration, follow_dense=follow)
         errors, gaps, imbalances = [], [], []
         for layer_idx in range(replay.num_layers):
             layer = replay.layer(layer_idx)
             started = time.perf_counter()
-            ffn: Ffn | None = None
+            ffn: Ffn = FfnSample.outputs
             if method and recipe:
-                sample = weights_alone(self._dense, layer_idx)
-                if calibration is not None:
-                    calibration = layer.attend(calibration)
-                    sample = layer.sample(calibration)
+                sample = walk.enter(layer) if walk else weights_alone(self._dense, layer_idx)
                 if importance is not None:
                     sample.importance = importance[layer_idx]
                 ffn = _build(method, recipe, sample, layer_idx)
-                if calibration is not None:
-                    calibration += ffn(sample.inputs).view_as(calibration)
+                if walk:
+                    walk.leave(sample, ffn)
                 del sample
             construct_s += time.perf_counter() - started
             hidden = layer.attend(hidden)
             test = layer.sample(hidden)
-            expected = test.outputs()
-            outputs = expected if ffn is None else ffn(test.inputs)
+            expected, outputs = test.outputs(), ffn(test)
             weight = test.token_weights[:, None]
             error = (weight * (outputs - expected).square()).sum()
             errors.append(float(error / (weight * expected.square()).sum()))
@@ -224,13 +243,14 @@ class Bench:
                 imbalances.append(imbalance)
             hidden += outputs.view_as(hidden)
             report(Progress(name, layer_idx + 1, replay.num_layers))
+        shape = shape_of(recipe) if recipe else Shape(shared=0, routed=1, active=1)
         losses, divergence = self._losses(hidden)
         loss = float(np.mean([value for values in losses.values() for value in values]))
         return Score(
             method=name,
-            experts=experts,
-            active=active,
-            shared=recipe.shared if recipe else 0,
+            experts=shape.slices,
+            active=shape.running,
+            shared=shape.shared,
             loss=loss,
             nats_above_dense=loss - self.dense_score.loss if method else 0.0,
             domain_loss={domain: float(np.mean(values)) for domain, values in losses.items()},
@@ -240,7 +260,19 @@ class Bench:
             load_imbalance=float(np.mean(imbalances)) if imbalances else None,
             construct_s=construct_s,
             peak_rss_bytes=_peak_rss_bytes(),
+            recipe=recipe.model_dump(mode="json") if recipe else None,
         )
+
+    def _importance_for(
+        self, recipe: ConvertRecipe
+    ) -> tuple[Float[Tensor, "layers clusters neurons"], float]:
+        """Return the neurons' importance and the seconds it takes; measured once."""
+        if self._importance is None:
+            started = time.perf_counter()
+            segments = window_importance(self._replay, self._calibration)
+            self._importance = segments, time.perf_counter() - started
+        shape = shape_of(recipe)
+        return self._importance[0].clustered(shape.routed, seed=self._seed), self._importance[1]
 
     def _losses(
         self, hidden: Float[Tensor, "windows sequence hidden"]
@@ -262,7 +294,8 @@ class Bench:
 
 def _build(method: Method, recipe: ConvertRecipe, sample: FfnSample, layer_idx: int) -> Ffn:
     if method.flap:
-        return flap(sample, sample.num_neurons * recipe.active // recipe.experts)
+        shape = shape_of(recipe)
+        return flap(sample, sample.num_neurons * shape.shared // shape.slices)
     return split_ffn(sample, recipe, layer_idx, oracle=method.oracle)
 
 
@@ -333,18 +366,13 @@ def leaderboard(
     if not chosen:
         names = "; ".join(method.name for method in METHODS)
         raise UsageError(f"no method matches {', '.join(methods)}; there are {names}")
-    counts = []
-    for fraction in fractions:
-        active = round(fraction * experts)
-        if not 0 < fraction < 1 or not math.isclose(active, fraction * experts, abs_tol=1e-6):
-            raise UsageError(
-                f"{fraction} of {experts} experts is no whole number between 1 and {experts - 1}"
-            )
-        counts.append(active)
     dense = DenseCheckpoint(resolve(source, report=report))
     inner = dense.config["intermediate_size"]
-    for active in counts:
-        check_split(inner, experts, active)
+    wanted = [
+        (method, method.recipe(experts, fraction, seed).for_model(inner, static=method.shared == 1))
+        for fraction in fractions
+        for method in chosen
+    ]
     out = Path(out).expanduser()
     conditions = {
         "source": fingerprint(dense.folder),
@@ -373,18 +401,18 @@ def leaderboard(
         sequence_length=sequence_length,
         report=report,
     )
-    wanted = [(method, active) for active in counts for method in chosen]
     bench = None
-    scores = []
-    for method, active in wanted:
-        name = method.name, experts, active
-        if name not in known:
+    measured = {}
+    for method, recipe in wanted:
+        shape = shape_of(recipe)
+        score = known.get((method.name, shape.slices, shape.running))
+        if score is None or score.recipe != recipe.model_dump(mode="json"):
             bench = bench or Bench(dense, calibration, evaluation, seed=seed)
-            known.setdefault(("dense", 1, 1), bench.dense_score)
-            known[name] = bench.score(method, experts, active, report)
-            write_scores(out, key, known)
-        scores.append(known[name])
-    everything = [known["dense", 1, 1], *scores]
+            score = bench.score(method, recipe, report)
+            known = {key_of(s): s for s in (bench.dense_score, *known.values(), score)}
+            write_scores(out, key, known.values())
+        measured[key_of(score)] = score
+    everything = [known["dense", 1, 1], *measured.values()]
     write_leaderboard(out, everything)
     return everything
 
@@ -412,8 +440,13 @@ def write_leaderboard(out: Path, scores: list[Score]) -> None:
     leaderboard_figure(scores).savefig(out / "leaderboard.png", dpi=150)
 
 
+def key_of(score: Score) -> tuple[str, int, int]:
+    """Return what tells rows apart: method, E and k."""
+    return score.method, score.experts, score.active
+
+
 def read_scores(out: Path, key: str) -> dict[tuple[str, int, int], Score]:
-    """Read `scores.jsonl`, by method, E and k.
+    """Read `scores.jsonl`.
 
     Raises:
         OutputError: it was measured under other conditions than `key`.
@@ -429,12 +462,12 @@ def read_scores(out: Path, key: str) -> dict[tuple[str, int, int], Score]:
                 f"{file} was measured on another model, text or seed: choose another folder"
             )
         score = Score(**record)
-        known[score.method, score.experts, score.active] = score
+        known[key_of(score)] = score
     return known
 
 
-def write_scores(out: Path, key: str, known: Mapping[tuple[str, int, int], Score]) -> None:
+def write_scores(out: Path, key: str, scores: Iterable[Score]) -> None:
     """Write `scores.jsonl`, whole."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"conditions": key, **asdict(score)}) + "\n" for score in known.values()]
+    lines = [json.dumps({"conditions": key, **asdict(score)}) + "\n" for score in scores]
     replace_file(out / "scores.jsonl", "".join(lines))

@@ -17,17 +17,21 @@ from moefy.construct.partition.random import independent_random
 from moefy.construct.partition.sharing import gradient_split, sharing_inner, sharing_inter
 from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
 from moefy.construct.repair.rescale import paper_rescale
+from moefy.construct.router.ascent import kept_energy_ascent
 from moefy.construct.router.energy import expert_energies, scaled
 from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.random import LOGIT_STD, random_router, zero_router
-from moefy.construct.router.ridge import Energy, RidgeRouter
+from moefy.construct.router.ridge import RidgeSystem, log_energies
 from moefy.construct.split import Partition, Routing, Shape, SplitFfn
-from moefy.recipe import ConvertRecipe
+from moefy.recipe import REGRESSIONS, ConvertRecipe
 
 
 def shape_of(recipe: ConvertRecipe) -> Shape:
-    """Return a recipe's experts, the shared ones apart."""
+    """Return the experts of a recipe `for_model`, the shared ones apart."""
+    assert recipe.experts is not None
+    assert recipe.active is not None
+    assert recipe.shared is not None
     return Shape(
         shared=recipe.shared,
         routed=recipe.experts - recipe.shared,
@@ -47,8 +51,12 @@ def split_ffn(
         oracle: choose by the true energies instead of the router (for evaluation only).
     """
     shape = shape_of(recipe)
-    partition = _partition(sample, recipe, shape, layer_idx)
-    routing = Routing(_router(sample, recipe, shape, partition, layer_idx), shape.active)
+    system = None
+    if recipe.router in REGRESSIONS and 0 < shape.active < shape.routed:
+        system = RidgeSystem(sample.inputs, sample.token_weights, ridge=recipe.router_ridge)
+    partition = _partition(sample, recipe, shape, system, layer_idx)
+    router = _router(sample, recipe, shape, partition, system, layer_idx)
+    routing = Routing(router, shape.active)
     if oracle:
         routing = OracleRouting(routing.router, shape.active, sample, partition)
     slots = torch.from_numpy(partition.slots)
@@ -61,7 +69,13 @@ def split_ffn(
     )
 
 
-def _partition(sample: FfnSample, recipe: ConvertRecipe, shape: Shape, layer_idx: int) -> Partition:
+def _partition(
+    sample: FfnSample,
+    recipe: ConvertRecipe,
+    shape: Shape,
+    system: RidgeSystem | None,
+    layer_idx: int,
+) -> Partition:
     keys = {"seed": recipe.seed, "layer_idx": layer_idx}
     match recipe.partition:
         case "random":
@@ -75,9 +89,9 @@ def _partition(sample: FfnSample, recipe: ConvertRecipe, shape: Shape, layer_idx
         case "carve":
             return carve(sample, shape, **keys)
         case "alternating":
-            target: Energy = "energy" if recipe.router == "ridge" else "log-energy"
-            ridge = RidgeRouter(sample.inputs, sample.token_weights, target=target)
-            return alternating(sample, shape, ridge, **keys)
+            if system is None:  # nothing to choose between
+                return coactivation(sample, shape, **keys)
+            return alternating(sample, shape, partial(_regression, recipe, system), **keys)
     assert sample.importance is not None
     importance = sample.importance.double().numpy()
     match recipe.partition:
@@ -90,11 +104,15 @@ def _partition(sample: FfnSample, recipe: ConvertRecipe, shape: Shape, layer_idx
 
 
 def _router(
-    sample: FfnSample, recipe: ConvertRecipe, shape: Shape, partition: Partition, layer_idx: int
+    sample: FfnSample,
+    recipe: ConvertRecipe,
+    shape: Shape,
+    partition: Partition,
+    system: RidgeSystem | None,
+    layer_idx: int,
 ) -> Float[Tensor, "experts hidden"]:
     if shape.active in (0, shape.routed):
         return zero_router(shape.routed, sample.gate.shape[1])
-    fit = partial(RidgeRouter, sample.inputs, sample.token_weights)
     match recipe.router:
         case "random":
             return random_router(
@@ -104,20 +122,27 @@ def _router(
             router = mean_gate_router(sample.gate, partition)
         case "representative":
             router = representative_router(sample, partition)
-        case "ridge":
-            router = fit(target="energy")(expert_energies(sample, partition))
-        case "ridge-log":
-            router = fit(target="log-energy")(expert_energies(sample, partition))
+        case "ridge" | "ridge-log" | "ascent":
+            assert system is not None
+            energies = expert_energies(sample, partition)
+            router = _regression(recipe, system, energies)
+            if recipe.router == "ascent":
+                router = kept_energy_ascent(router, energies, system, shape.active)
     return scaled(router, sample.norm_gain, LOGIT_STD)
+
+
+def _regression(
+    recipe: ConvertRecipe, system: RidgeSystem, energies: Float[Tensor, "tokens experts"]
+) -> Float[Tensor, "experts hidden"]:
+    """Return the ridge regression of the energies, or of their logarithms."""
+    return system.solve(energies if recipe.router == "ridge" else log_energies(energies))
 
 
 def _repaired_down(
     sample: FfnSample, recipe: ConvertRecipe, shape: Shape, partition: Partition, routing: Routing
 ) -> Float[Tensor, "hidden slots"]:
     if recipe.repair == "refit":
-        return refit_down_proj(
-            sample, sample.outputs(), partition, routing, ridge=recipe.refit_ridge
-        )
+        return refit_down_proj(sample, partition, routing, ridge=recipe.refit_ridge)
     down = sample.down[:, torch.from_numpy(partition.slots)]
     num_shared = len(partition.shared)
     match recipe.repair:
@@ -128,4 +153,4 @@ def _repaired_down(
             factor[:num_shared] = 1.0
             return down * factor
         case "scale":
-            return down * least_squares_scale(sample, sample.outputs(), partition, routing)
+            return down * least_squares_scale(sample, partition, routing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.sample import swiglu
+from moefy.calibrate.sample import FfnSample
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Shape:
     def slices(self) -> int:
         """Equal slices that d_ff is cut into."""
         return self.shared + self.routed
+
+    @property
+    def running(self) -> int:
+        """Slices that run for a token."""
+        return self.shared + self.active
 
 
 @dataclass(frozen=True)
@@ -109,16 +115,26 @@ class SplitFfn:
     up: Float[Tensor, "slots hidden"]
     down: Float[Tensor, "hidden slots"]
 
-    def __call__(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        """Return the converted FFN's outputs."""
-        activations = swiglu(inputs, self.gate, self.up)
-        activations *= slot_weights(self.partition, self.routing.weights(inputs))
-        return activations @ self.down.T
+    def __call__(self, sample: FfnSample) -> Float[Tensor, "tokens hidden"]:
+        """Return the converted FFN's outputs for the tokens of a sample of the dense one."""
+        return torch.cat(
+            [
+                masked @ self.down.T
+                for _, masked in masked_chunks(sample, self.partition, self.routing)
+            ]
+        )
 
 
-def slot_weights(
-    partition: Partition, weights: Float[Tensor, "tokens experts"]
-) -> Float[Tensor, "tokens slots"]:
-    """Spread the experts' weights over the slots; shared slots have weight 1."""
-    every = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
-    return every[:, torch.from_numpy(partition.expert_of_slot)]
+def masked_chunks(
+    sample: FfnSample, partition: Partition, routing: Routing
+) -> Iterator[tuple[slice, Float[Tensor, "chunk slots"]]]:
+    """Iterate over h̃: the activations by slot, times the weight with which the slot runs.
+
+    That is 1 for shared slots, 0 for those of experts that were not chosen.
+    """
+    slots = torch.from_numpy(partition.slots)
+    expert_of_slot = torch.from_numpy(partition.expert_of_slot)
+    for tokens, activations in sample.chunks():
+        weights = routing.weights(sample.inputs[tokens])
+        every = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
+        yield tokens, activations[:, slots].mul_(every[:, expert_of_slot])

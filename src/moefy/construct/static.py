@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.sample import FfnSample, swiglu
+from moefy.calibrate.sample import FfnSample
 from moefy.construct.partition.coactivation import highest
 
 
@@ -18,19 +18,17 @@ class PrunedFfn:
     """An FFN with fewer neurons and an output bias.
 
     Attributes:
-        gate, up: [kept, hidden].
-        down: [hidden, kept].
+        kept: neurons that stay, ascending.
         bias: [hidden].
     """
 
-    gate: Float[Tensor, "kept hidden"]
-    up: Float[Tensor, "kept hidden"]
-    down: Float[Tensor, "hidden kept"]
+    kept: Int[np.ndarray, " kept"]
     bias: Float[Tensor, " hidden"]
 
-    def __call__(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        """Return the pruned FFN's outputs."""
-        return swiglu(inputs, self.gate, self.up) @ self.down.T + self.bias
+    def __call__(self, sample: FfnSample) -> Float[Tensor, "tokens hidden"]:
+        """Return the pruned FFN's outputs for the tokens of a sample of the dense one."""
+        down = sample.down[:, self.kept].T
+        return torch.cat([h[:, self.kept] @ down + self.bias for _, h in sample.chunks()])
 
 
 def flap(sample: FfnSample, num_kept: int) -> PrunedFfn:
@@ -55,4 +53,4 @@ def flap(sample: FfnSample, num_kept: int) -> PrunedFfn:
     kept = highest(variance * sample.down.double().square().sum(0), num_kept)
     dropped = np.setdiff1d(np.arange(sample.num_neurons), kept)
     bias = (sample.down[:, dropped].double() @ mean[dropped]).float()
-    return PrunedFfn(sample.gate[kept], sample.up[kept], sample.down[:, kept], bias)
+    return PrunedFfn(kept, bias)

@@ -38,6 +38,13 @@ def switch_balance_loss(
     return num_experts * (expert_load(chosen, num_experts) * probs).sum()
 
 
+def routers_of(model: Any) -> list[Any]:
+    """Return the router module of every layer; none for a dense model."""
+    blocks = [getattr(layer, "block_sparse_moe", None) or layer.mlp for layer in model.model.layers]
+    routers = [getattr(block, "router", None) or getattr(block, "gate", None) for block in blocks]
+    return [router for router in routers if router is not None]
+
+
 class RouterTrace:
     """Collects what every router of a model did in the forward passes inside a `with` block.
 
@@ -47,9 +54,7 @@ class RouterTrace:
     """
 
     def __init__(self, model: Any) -> None:
-        self._routers = [
-            layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")
-        ]
+        self._routers = routers_of(model)
         self._handles: list[Any] = []
         self.logits: list[Tensor] = []
         self.chosen: list[Tensor] = []

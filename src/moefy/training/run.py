@@ -26,7 +26,7 @@ from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import TrainRecipe
 from moefy.storage import check_output, replace_file, storage_errors
-from moefy.training.balance import RouterTrace
+from moefy.training.balance import RouterTrace, routers_of
 from moefy.training.schedule import learning_rate
 from moefy.training.state import LOG, load_state, read_log, remove_state, save_state
 
@@ -141,7 +141,7 @@ def _step(
         final_fraction=recipe.final_learning_rate_fraction,
     )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_fraction"]
     num_passes = recipe.sequences_per_step // recipe.sequences_per_pass
     by_domain: dict[str, list[float]] = defaultdict(list)
     balance, loads = 0.0, torch.zeros(())
@@ -231,13 +231,20 @@ def _mixture(
 
 
 def _optimizer(network: Any, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only, as is usual for LLaMA models."""
-    parameters = list(network.parameters())
+    """Return AdamW with weight decay on matrices only; routers have a rate of their own."""
+    routers = [parameter for router in routers_of(network) for parameter in router.parameters()]
+    router_ids = set(map(id, routers))
+    others = [p for p in network.parameters() if id(p) not in router_ids]
+    matrices = [p for p in others if p.ndim > 1]
+    vectors = [p for p in others if p.ndim <= 1]
+    decay = recipe.weight_decay
+    groups = [
+        {"params": matrices, "weight_decay": decay, "rate_fraction": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "rate_fraction": 1.0},
+        {"params": routers, "weight_decay": decay, "rate_fraction": recipe.router_rate_fraction},
+    ]
     return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
+        [group for group in groups if group["params"]],
         lr=recipe.learning_rate,
         betas=recipe.adam_betas,
         fused=True,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
 from moefy.construct.partition.balanced import balanced_assignment
-from moefy.construct.partition.coactivation import coactivation
+from moefy.construct.partition.random import independent_random
 from moefy.construct.router.energy import expert_energies
 from moefy.construct.split import Partition, Routing, Shape
 
@@ -26,7 +26,7 @@ def alternating(
     seed: int,
     layer_idx: int,
 ) -> Partition:
-    """Improve a co-activation partition together with the router that will serve it.
+    """Improve a random partition together with the router that will serve it.
 
     With e_tj = h_tj²·‖w_j‖² the energy of neuron j at token t, and m_te = 1 where the router
     chooses expert e, neuron j is worth V_je = Σ_t m_te·e_tj in expert e, and V_j0 = Σ_t e_tj in the
@@ -41,7 +41,8 @@ def alternating(
     moves, or after eight.
 
     Source: none known; moefy's own. The energies ignore that contributions of neurons cancel; the
-    refit of `down_proj` repairs what that costs.
+    refit of `down_proj` repairs what that costs. A start from co-activation ends no better
+    (docs/experiments.md, section 3).
 
     Args:
         sample: of the layer.
@@ -50,7 +51,7 @@ def alternating(
         seed: of the start.
         layer_idx: each layer has a stream of its own.
     """
-    partition = coactivation(sample, shape, seed=seed, layer_idx=layer_idx)
+    partition = independent_random(sample.num_neurons, shape, seed=seed, layer_idx=layer_idx)
     if shape.active in (0, shape.routed):
         return partition
     size = sample.num_neurons // shape.slices
