@@ -144,7 +144,7 @@ def test_bad_construction_is_refused_before_the_work(
 def test_importance_is_the_gradient_of_the_whole_model(tiny_llama: Path, corpus: Path) -> None:
     """Layer by layer backwards, against autograd through transformers in float64."""
     windows = corpus_windows(tiny_llama, corpus)[:10]
-    segments = window_importance(ModelReplay(DenseCheckpoint(tiny_llama)), windows)
+    segments = window_importance(ModelReplay(DenseCheckpoint(tiny_llama)), windows, 1)
     found = segments.clustered(1, seed=0)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).double()
     captured = {}

