@@ -193,7 +193,7 @@ def leaderboard(
     experts: Annotated[int, typer.Option(help="Slices of every FFN.")] = 64,
     active: Annotated[str, typer.Option(help="Shares of the FFN.")] = "0.75,0.5,0.25",
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated parts of methods' names. [all]")
+        str | None, typer.Option(help="Comma-separated names, or parts of names. [all]")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1)] = 28_672,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows per domain.")] = 8,
@@ -273,7 +273,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("moefy-demo"),
     experts: Annotated[int | None, typer.Option(help="Slices of every FFN. [64]")] = None,
     active: Annotated[int | None, typer.Option(help="Slices that run per token. [half]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Training tokens. [65536]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens. [32768]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of split and training.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:

@@ -55,7 +55,7 @@ def demo(
     *,
     experts: int | None = None,
     active: int | None = None,
-    tokens: int = TrainRecipe().tokens,
+    tokens: int = 32_768,
     seed: int = 0,
     overwrite: bool = False,
     report: ProgressFn = silent,

@@ -181,3 +181,55 @@ def test_the_dense_model_writes_its_own_calibration_text(
     settings = TOKENS | {"experts": 8, "active": 4, "partition": "alternating"}
     moefy.convert(dense, tmp_path / "moe", data="self", router="ridge", **settings)
     assert (tmp_path / "moe" / "config.json").is_file()
+
+
+def test_weight_only_bytes_do_not_depend_on_threads(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=1)
+    settings = {"experts": 16, "active": 4, "shared": 2, "repair": "paper"}
+    for choices in (
+        {"partition": "clustering-up", "router": "mean-gate"},
+        {"partition": "random", "router": "random"},
+    ):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            moefy.convert(dense, tmp_path / str(threads), overwrite=True, **settings | choices)
+            assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in "12")
+        assert one == two
+
+
+@pytest.mark.parametrize("what", ["nan", "overflow"])
+def test_activations_that_are_not_finite_are_refused(
+    make_llama: Callable[..., Path], corpus: Path, tmp_path: Path, what: str
+) -> None:
+    dense = make_llama()
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    if what == "nan":
+        weight[3, 3] = torch.nan
+    else:
+        weight *= 1e30
+    model.save_pretrained(dense)
+    for choices in ({}, {"partition": "carve", "router": "representative", "repair": "none"}):
+        with pytest.raises(CorpusError, match="not finite on the calibration tokens"):
+            moefy.convert(dense, tmp_path / "moe", data=corpus, experts=8, **choices, **TOKENS)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_too_few_segments_are_refused_before_the_work(
+    make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CorpusError, match="2 calibration segments cannot make 6 clusters"):
+        moefy.convert(
+            make_llama(),
+            tmp_path / "moe",
+            data=corpus,
+            experts=8,
+            active=4,
+            partition="gradient",
+            calibration_tokens=64,
+            calibration_length=32,
+        )

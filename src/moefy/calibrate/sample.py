@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from moefy.errors import CorpusError
+
 _CHUNK_TOKENS = 4096
 _KEEP_BYTES = 1 << 30
+_LARGEST = 1e15
 
 
 @dataclass
@@ -52,16 +55,25 @@ class FfnSample:
         """The dense layer's d_ff."""
         return self.gate.shape[0]
 
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether one number per token and neuron takes at most 1 GiB."""
+        return 4 * self.num_tokens * self.num_neurons <= _KEEP_BYTES
+
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "chunk neurons"]]]:
-        """Iterate over the activations h in the order of the tokens."""
-        keep = 4 * self.num_tokens * self.num_neurons <= _KEEP_BYTES
+        """Iterate over the activations h in the order of the tokens.
+
+        Raises:
+            CorpusError: one is not finite, or its square would not be.
+        """
         for number, start in enumerate(range(0, self.num_tokens, _CHUNK_TOKENS)):
             tokens = slice(start, min(start + _CHUNK_TOKENS, self.num_tokens))
             if number < len(self._kept):
                 yield tokens, self._kept[number]
                 continue
             activations = swiglu(self.inputs[tokens], self.gate, self.up)
-            if keep:
+            check_finite(activations)
+            if self.fits_in_memory:
                 self._kept.append(activations)
             yield tokens, activations
 
@@ -72,6 +84,20 @@ class FfnSample:
     def target(self) -> Float[Tensor, "tokens hidden"]:
         """Return what the converted FFN should give."""
         return self.outputs() if self.desired is None else self.desired
+
+
+def check_finite(activations: Tensor) -> None:
+    """Refuse activations of which float32 cannot hold the sum of squares.
+
+    Raises:
+        CorpusError: there are such.
+    """
+    low, high = activations.aminmax()
+    if not (low > -_LARGEST and high < _LARGEST):
+        raise CorpusError(
+            "the activations are not finite on the calibration tokens: the checkpoint is damaged "
+            "or its weights overflow float32"
+        )
 
 
 def swiglu(

@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.replay import LayerReplay, ModelReplay
-from moefy.calibrate.sample import FfnSample
-from moefy.errors import CorpusError
+from moefy.calibrate.sample import FfnSample, check_finite
 
 
 class CalibrationWalk:
@@ -38,11 +37,16 @@ class CalibrationWalk:
         self._dense = self._hidden.clone() if follow_dense else None
 
     def enter(self, layer: LayerReplay) -> FfnSample:
-        """Take the tokens through a layer's attention; return what its FFN sees."""
+        """Take the tokens through a layer's attention; return what its FFN sees.
+
+        Raises:
+            CorpusError: an activation is not finite.
+        """
         if self._dense is not None:
             self._dense = layer.attend(self._dense)
             self._dense += layer.sample(self._dense).outputs().view_as(self._dense)
         self._hidden = layer.attend(self._hidden)
+        check_finite(self._hidden)
         sample = layer.sample(self._hidden)
         if self._dense is not None:
             sample.desired = (self._dense - self._hidden).flatten(0, 1)
@@ -51,14 +55,5 @@ class CalibrationWalk:
     def leave(
         self, sample: FfnSample, ffn: Callable[[FfnSample], Float[Tensor, "tokens hidden"]]
     ) -> None:
-        """Take the tokens through the converted FFN.
-
-        Raises:
-            CorpusError: an activation is not finite.
-        """
+        """Take the tokens through the converted FFN."""
         self._hidden += ffn(sample).view_as(self._hidden)
-        if not self._hidden.isfinite().all():
-            raise CorpusError(
-                "the activations are not finite on the calibration tokens: the checkpoint is "
-                "damaged or its weights overflow float32"
-            )

@@ -352,7 +352,7 @@ def leaderboard(
     """Measure ways to build experts on the same tokens; write table, CSV and figure.
 
     Every row is kept in `out/scores.jsonl` as soon as it is measured; the same command continues
-    an interrupted run and measures only what is missing.
+    an interrupted run and measures only what is missing. The table shows every row in the folder.
 
     Args:
         source: anything `convert` takes.
@@ -361,7 +361,7 @@ def leaderboard(
             documents, evaluation the held-out ones.
         experts: slices of every FFN.
         fractions: of the FFN that run per token.
-        methods: names of rows, or parts of them; none means all.
+        methods: names of rows, or parts of names; none means all.
         calibration_tokens: for the methods that need them.
         windows: evaluation windows per domain.
         sequence_length: tokens per window.
@@ -372,7 +372,7 @@ def leaderboard(
         UsageError: a fraction, method, model or text that is not usable.
         OutputError: `out` holds something else.
     """
-    chosen = [m for m in METHODS if not methods or any(part in m.name for part in methods)]
+    chosen = [m for m in METHODS if not methods or any(_names(part, m) for part in methods)]
     if not chosen:
         names = "; ".join(method.name for method in METHODS)
         raise UsageError(f"no method matches {', '.join(methods)}; there are {names}")
@@ -420,7 +420,6 @@ def leaderboard(
         report=report,
     )
     bench = None
-    measured = {}
     for method, recipe in wanted:
         shape = shape_of(recipe)
         score = known.get((method.name, shape.slices, shape.running))
@@ -429,10 +428,16 @@ def leaderboard(
             score = bench.score(method, recipe, report)
             known = {key_of(s): s for s in (bench.dense_score, *known.values(), score)}
             write_scores(out, key, known.values())
-        measured[key_of(score)] = score
-    everything = [known["dense", 1, 1], *measured.values()]
-    write_leaderboard(out, everything)
-    return everything
+    scores = list(known.values())
+    write_leaderboard(out, scores)
+    return scores
+
+
+def _names(part: str, method: Method) -> bool:
+    """Say whether a part of a name means a method: a whole name means that one alone."""
+    if part in {m.name for m in METHODS}:
+        return part == method.name
+    return part in method.name
 
 
 def write_leaderboard(out: Path, scores: list[Score]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from moefy.calibrate.sample import FfnSample
 from moefy.construct.partition.balanced import balanced_assignment
 from moefy.construct.partition.random import independent_random
-from moefy.construct.router.energy import expert_energies
 from moefy.construct.split import Partition, Routing, Shape
 
 ROUNDS = 8
@@ -56,22 +55,29 @@ def alternating(
         return partition
     size = sample.num_neurons // shape.slices
     capacity = np.array([shape.shared * size, *[size] * shape.routed])
-    column_energy = sample.down.square().sum(0)
+    energies = list(_energies(sample)) if sample.fits_in_memory else None
     cluster = _labels(partition)
     for _ in range(ROUNDS):
-        routing = Routing(fit_router(expert_energies(sample, partition)), shape.active)
+        member = torch.from_numpy(np.eye(shape.routed + 1, dtype=np.float32)[cluster][:, 1:])
+        by_expert = [energy @ member for _, energy in energies or _energies(sample)]
+        routing = Routing(fit_router(torch.cat(by_expert)), shape.active)
         value = torch.zeros(shape.routed + 1, sample.num_neurons)
-        for tokens, activations in sample.chunks():
-            energy = activations.square() * column_energy
-            energy *= sample.token_weights[tokens, None]
+        for tokens, energy in energies or _energies(sample):
             chosen = (routing.weights(sample.inputs[tokens]) > 0).float()
-            value += torch.cat([torch.ones_like(chosen[:, :1]), chosen], dim=1).T @ energy
+            runs = torch.cat([torch.ones_like(chosen[:, :1]), chosen], dim=1)
+            value += (runs * sample.token_weights[tokens, None]).T @ energy
         new = balanced_assignment(value.T.double().numpy(), capacity)
         moved = np.mean(new != cluster)
-        cluster, partition = new, Partition.of_clusters(new, shape)
+        cluster = new
         if moved < 1 / 500:
             break
-    return partition
+    return Partition.of_clusters(cluster, shape)
+
+
+def _energies(sample: FfnSample) -> Iterator[tuple[slice, Float[Tensor, "chunk neurons"]]]:
+    column_energy = sample.down.square().sum(0)
+    for tokens, activations in sample.chunks():
+        yield tokens, activations.square().mul_(column_energy)
 
 
 def _labels(partition: Partition) -> np.ndarray:

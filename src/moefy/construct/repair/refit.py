@@ -10,6 +10,8 @@ from moefy.calibrate.sample import FfnSample
 from moefy.construct.solve import RidgeFactor
 from moefy.construct.split import Partition, Routing, masked_chunks
 
+_BLOCK_SLOTS = 256
+
 
 def refit_down_proj(
     sample: FfnSample, partition: Partition, routing: Routing, *, ridge: float
@@ -37,8 +39,11 @@ def refit_down_proj(
     right = torch.zeros(num_slots, len(start))
     for tokens, masked in masked_chunks(sample, partition, routing):
         weighted = masked * sample.token_weights[tokens, None]
-        gram += weighted.T @ masked
+        for first in range(0, num_slots, _BLOCK_SLOTS):  # the other triangle is the same
+            block = slice(first, first + _BLOCK_SLOTS)
+            gram[block, first:] += weighted[:, block].T @ masked[:, first:]
         right += weighted.T @ target[tokens]
+    gram = gram.triu() + gram.triu(1).T
     missing = right.double() - gram.double() @ start.T
     return (start + RidgeFactor(gram, ridge).solve(missing).T).float()
 
