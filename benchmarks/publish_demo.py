@@ -21,7 +21,7 @@ def main() -> None:
     results = json.loads((DOCS / "results.json").read_text())
     tokens = results["comparison"]["tokens"]
     facts = (
-        f"SmolLM2-135M split into 16 experts of which 4 run, trained on "
+        f"SmolLM2-135M, half of every FFN running per token, trained on "
         f"{results['train_recipe']['tokens']:,} tokens, measured on {tokens:,} held-out tokens: "
         f"`make demo`, {results['elapsed_s'] / 60:.1f} minutes and "
         f"{results['peak_rss_bytes'] / 2**30:.1f} GiB on {results['machine']['threads']} CPU cores."
