@@ -34,7 +34,7 @@ from moefy.data.domains import open_domains
 from moefy.errors import OutputError, UsageError
 from moefy.evaluation.compare import evaluation_windows, token_divergences, token_losses
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import ConvertRecipe
+from moefy.recipe import LLAMA_MOE, ConvertRecipe
 from moefy.storage import replace_file
 
 Domains = Mapping[str, Int[np.ndarray, "_windows sequence"]]
@@ -57,7 +57,7 @@ class Method:
     """
 
     name: str
-    choices: Mapping[str, Any] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
     shared: float = 0.5
     experts: int | None = None
     every_expert: bool = False
@@ -81,7 +81,7 @@ class Method:
             )
         shared = int(self.shared * active)
         counts = {"experts": experts, "active": active, "shared": shared, "seed": seed}
-        return ConvertRecipe.build(**counts, **self.choices)
+        return ConvertRecipe.build(**self.choices | counts)
 
 
 def _published(
@@ -100,9 +100,7 @@ METHODS = (
     Method("FLAP (static)", shared=1.0, flap=True),
     _published("static + refit", "coactivation", "random", "refit", 1.0, refit_ridge=0.01),
     Method("moefy, oracle router", oracle=True),
-    Method(
-        "all experts (k = E)", {"partition": "random", "repair": "none"}, 0.0, every_expert=True
-    ),
+    Method("all experts (k = E)", LLAMA_MOE | {"repair": "none"}, 0.0, every_expert=True),
     _published("random", "random", "random", "none"),
     _published("random, paper's rescale", "random", "random", "paper"),
     _published("clustering (up)", "clustering-up", "random", "paper"),
@@ -450,15 +448,30 @@ def write_leaderboard(out: Path, scores: list[Score]) -> None:
     with (out / "leaderboard.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         domains = list(scores[0].domain_loss)
-        plain = [key for key in asdict(scores[0]) if key not in ("domain_loss", "ffn_error")]
+        plain = [
+            key for key in asdict(scores[0]) if key not in ("domain_loss", "ffn_error", "recipe")
+        ]
         layers = range(len(scores[0].ffn_error))
         table.writerow(
-            [*plain, *(f"loss_{d}" for d in domains), *(f"ffn_error_{i}" for i in layers)]
+            [
+                *plain,
+                "perplexity",
+                *(f"loss_{d}" for d in domains),
+                *(f"perplexity_{d}" for d in domains),
+                *(f"ffn_error_{i}" for i in layers),
+            ]
         )
         for score in scores:
             row = asdict(score)
+            losses = list(score.domain_loss.values())
             table.writerow(
-                [*(row[k] for k in plain), *score.domain_loss.values(), *score.ffn_error]
+                [
+                    *(row[k] for k in plain),
+                    math.exp(score.loss),
+                    *losses,
+                    *map(math.exp, losses),
+                    *score.ffn_error,
+                ]
             )
     leaderboard_figure(scores).savefig(out / "leaderboard.png", dpi=150)
 
