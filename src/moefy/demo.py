@@ -135,7 +135,7 @@ def headline(comparison: Comparison) -> str:
     return (
         f"{share:.0%} of the dense model's FLOPs per token. Perplexity {dense.perplexity:,.1f} "
         f"becomes {converted.perplexity:,.1f} without training (a random split: "
-        f"{random_split.perplexity:,.0f}) and {recovered.perplexity:,.1f} after this training."
+        f"{random_split.perplexity:,.3g}) and {recovered.perplexity:,.1f} after this training."
     )
 
 

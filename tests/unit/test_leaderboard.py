@@ -48,6 +48,9 @@ def test_every_method_gets_a_row(
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [score.method for score in scores]
     assert {"loss_ab", "loss_xyz", "ffn_error_1"} <= rows[0].keys()
+    assert float(rows[0]["perplexity_ab"]) == pytest.approx(
+        2.718281828 ** float(rows[0]["loss_ab"]), rel=1e-6
+    )
     assert (out / "leaderboard.png").stat().st_size > 10_000
     assert "| FLAP (static) | 4/8 | 4 |" in (out / "leaderboard.md").read_text()
 

@@ -445,35 +445,23 @@ def write_leaderboard(out: Path, scores: list[Score]) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "leaderboard.md", markdown(leaderboard_rows(scores)))
+    rows = [_flat(score) for score in scores]
     with (out / "leaderboard.csv").open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        domains = list(scores[0].domain_loss)
-        plain = [
-            key for key in asdict(scores[0]) if key not in ("domain_loss", "ffn_error", "recipe")
-        ]
-        layers = range(len(scores[0].ffn_error))
-        table.writerow(
-            [
-                *plain,
-                "perplexity",
-                *(f"loss_{d}" for d in domains),
-                *(f"perplexity_{d}" for d in domains),
-                *(f"ffn_error_{i}" for i in layers),
-            ]
-        )
-        for score in scores:
-            row = asdict(score)
-            losses = list(score.domain_loss.values())
-            table.writerow(
-                [
-                    *(row[k] for k in plain),
-                    math.exp(score.loss),
-                    *losses,
-                    *map(math.exp, losses),
-                    *score.ffn_error,
-                ]
-            )
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
     leaderboard_figure(scores).savefig(out / "leaderboard.png", dpi=150)
+
+
+def _flat(score: Score) -> dict[str, Any]:
+    """Return a score as one row of numbers and names."""
+    row = asdict(score)
+    del row["recipe"]
+    losses, errors = row.pop("domain_loss"), row.pop("ffn_error")
+    row["perplexity"] = math.exp(score.loss)
+    row |= {f"loss_{domain}": loss for domain, loss in losses.items()}
+    row |= {f"perplexity_{domain}": math.exp(loss) for domain, loss in losses.items()}
+    return row | {f"ffn_error_{layer_idx}": error for layer_idx, error in enumerate(errors)}
 
 
 def key_of(score: Score) -> tuple[str, int, int]:

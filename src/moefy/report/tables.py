@@ -93,6 +93,8 @@ def markdown(rows: Rows) -> str:
 
 
 def _number(value: float) -> str:
+    if value >= 1e6:
+        return f"{value:.1e}"
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
