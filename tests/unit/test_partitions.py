@@ -15,6 +15,7 @@ from moefy.construct.partition.clustering import independent_clustering
 from moefy.construct.partition.coactivation import coactivation
 from moefy.construct.partition.random import independent_random
 from moefy.construct.partition.sharing import gradient_split, sharing_inner, sharing_inter
+from moefy.construct.pipeline import split_ffn
 from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
 from moefy.construct.router.ascent import kept_energy_ascent, kept_energy_gradient
 from moefy.construct.router.energy import expert_energies
@@ -22,6 +23,7 @@ from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.ridge import RidgeSystem, log_energies
 from moefy.construct.split import Partition, Routing, Shape
+from moefy.recipe import ConvertRecipe
 
 SHAPE = Shape(shared=1, routed=3, active=1)
 SIZE = 5
@@ -82,6 +84,15 @@ def test_alternating_keeps_more_energy_than_its_start(sample: FfnSample) -> None
     h = next(h for _, h in sample.chunks())
     total = (h.square() * sample.down.square().sum(0)).sum(1) * sample.token_weights
     assert found > 0.9 * float(total.sum())
+
+
+def test_alternating_does_not_depend_on_the_router_beside_it(sample: FfnSample) -> None:
+    recipe = {"experts": 4, "active": 2, "shared": 1, "repair": "none"}
+    slots = [
+        split_ffn(sample, ConvertRecipe.build(**recipe, router=router), 0).partition.slots.tolist()
+        for router in ("ridge-log", "ascent", "mean-gate", "random")
+    ]
+    assert all(found == slots[0] for found in slots)
 
 
 def test_ascent_finds_the_experts(sample: FfnSample) -> None:

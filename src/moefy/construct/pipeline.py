@@ -52,7 +52,8 @@ def split_ffn(
     """
     shape = shape_of(recipe)
     system = None
-    if recipe.router in REGRESSIONS and 0 < shape.active < shape.routed:
+    regresses = recipe.partition == "alternating" or recipe.router in REGRESSIONS
+    if regresses and 0 < shape.active < shape.routed:
         system = RidgeSystem(sample.inputs, sample.token_weights, ridge=recipe.router_ridge)
     partition = _partition(sample, recipe, shape, system, layer_idx)
     router = _router(sample, recipe, shape, partition, system, layer_idx)
