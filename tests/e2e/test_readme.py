@@ -37,6 +37,7 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(2400)
 def test_the_four_commands(tmp_path: Path) -> None:
     lines = block("bash", "moefy convert").splitlines()
     assert [line.split()[1] for line in lines] == ["inspect", "convert", "train", "eval"]
@@ -59,6 +60,7 @@ def test_the_python_lines(tmp_path: Path) -> None:
     run([sys.executable, "-c", code], tmp_path)
 
 
+@pytest.mark.timeout(2400)
 def test_make_demo(tmp_path: Path) -> None:
     """`make demo` as in the README, with less training so that the tests end sooner."""
     assert "make demo" in block("bash", "make demo")
