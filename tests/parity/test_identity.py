@@ -62,7 +62,12 @@ def test_smollm2_on_real_text_equals_dense(tmp_path: Path) -> None:
     text = "\n\n".join(next(iter(domain.documents()))[:600] for domain in open_domains("demo"))
     ids = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")["input_ids"]
     assert ids.shape[1] > 256
-    assert (logits(dense, ids) - logits(out, ids)).abs().max() < 1e-4
+    exact = {"dtype": torch.float64, "experts_implementation": "eager"}
+    dense64, out64 = logits(dense, ids, dtype=torch.float64), logits(out, ids, **exact)
+    assert (dense64 - out64).abs().max() < 1e-4
+    dense32, out32 = logits(dense, ids), logits(out, ids)
+    rounding = (dense32 - dense64).abs().max()  # 1e-4 on some machines
+    assert (dense32 - out32).abs().max() < max(1e-4, 2 * rounding)
 
 
 def test_chosen_experts_enter_with_the_papers_scale(tmp_path: Path, tiny_llama: Path) -> None:
