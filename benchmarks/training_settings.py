@@ -1,9 +1,10 @@
-"""Learning rate and batch size for the demo's short training: docs/experiments.md, section 1.
+"""Learning rates for the demo's short training: docs/experiments.md, section 1.
 
-    python benchmarks/training_settings.py WORK    # about 40 minutes on two cores; resumes
+    python benchmarks/training_settings.py WORK    # about half an hour on two cores; resumes
 
-Trains SmolLM2-135M, split 4/16, on the demo text with every setting, compares all of them on
-held-out documents in one run, and writes docs/experiments/training-settings.csv.
+Converts SmolLM2-135M as `convert` does by default, trains it on the demo text with every setting,
+compares all of them on held-out documents in one run, and writes
+docs/experiments/learning-rates.csv.
 """
 
 from __future__ import annotations
@@ -13,37 +14,29 @@ import sys
 from pathlib import Path
 
 import moefy
-from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
-SETTINGS = [  # tokens, learning rate, sequences of 512 tokens per step
-    (32_768, 3e-3, 4),
-    (32_768, 1e-3, 4),
-    (32_768, 3e-3, 2),
-    (32_768, 1e-3, 2),
-    (32_768, 3e-4, 2),
-    (32_768, 1e-3, 1),
-    (32_768, 5e-4, 1),
-    (32_768, 3e-4, 1),
-    (32_768, 2e-4, 1),
-    (32_768, 1e-4, 1),
-    (65_536, 1e-3, 2),
-    (65_536, 1e-3, 1),
-    (65_536, 3e-4, 1),
+SETTINGS = [  # tokens, learning rate
+    (4_096, 3e-4),
+    (4_096, 1e-4),
+    (4_096, 5e-5),
+    (4_096, 2e-5),
+    (32_768, 3e-4),
+    (32_768, 1e-4),
+    (32_768, 5e-5),
 ]
-RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "training-settings.csv"
+RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "learning-rates.csv"
 
 
 def main(work: Path) -> None:
     if not (work / "moe").exists():
-        moefy.convert("smollm2-135m", work / "moe", experts=16, active=4, **LLAMA_MOE)
+        moefy.convert("smollm2-135m", work / "moe")
     runs = []
-    for tokens, learning_rate, sequences in SETTINGS:
-        out = work / f"{tokens}-lr{learning_rate:g}-s{sequences}"
+    for tokens, learning_rate in SETTINGS:
+        out = work / f"{tokens}-lr{learning_rate:g}"
         runs.append(out)
         if not (out / "config.json").exists():
-            settings = {"learning_rate": learning_rate, "sequences_per_step": sequences}
-            moefy.train(work / "moe", out, tokens=tokens, **settings)
+            moefy.train(work / "moe", out, tokens=tokens, learning_rate=learning_rate)
     models = ["smollm2-135m", work / "moe", *runs]
     rows = moefy.evaluate(models, decode=False).results
     with RESULT.open("w", newline="") as file:

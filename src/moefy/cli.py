@@ -219,7 +219,7 @@ def leaderboard(
             data=data,
             experts=experts,
             fractions=fractions,
-            methods=methods.split(",") if methods else (),
+            methods=[part.strip() for part in methods.split(",")] if methods else (),
             calibration_tokens=calibration_tokens,
             windows=windows,
             sequence_length=sequence_length,

@@ -92,25 +92,25 @@ def _published(
 
 
 def _variant(what: str, shared: float = 0.5, *, experts: int | None = None, **more: Any) -> Method:
-    return Method(f"moefy, {what}", more, shared, experts)
+    return Method(f"moefy: {what}", more, shared, experts)
 
 
 METHODS = (
     Method("moefy"),
     Method("FLAP (static)", shared=1.0, flap=True),
     _published("static + refit", "coactivation", "random", "refit", 1.0, refit_ridge=0.01),
-    Method("moefy, oracle router", oracle=True),
+    Method("moefy: oracle router", oracle=True),
     Method("all experts (k = E)", LLAMA_MOE | {"repair": "none"}, 0.0, every_expert=True),
     _published("random", "random", "random", "none"),
-    _published("random, paper's rescale", "random", "random", "paper"),
+    _published("random + paper's rescale", "random", "random", "paper"),
     _published("clustering (up)", "clustering-up", "random", "paper"),
     _published("clustering (gate)", "clustering-gate", "random", "paper"),
     _published("CMoE carve", "carve", "representative", "none", 0.5),
-    _published("CMoE carve, all shared", "carve", "random", "none", 1.0),
+    _published("CMoE carve: all shared", "carve", "random", "none", 1.0),
     _published("ExpertWeaver's router", "clustering-gate", "mean-gate", "none"),
     _published("sharing-inner", "sharing-inner", "random", "paper"),
     _published("sharing-inter", "sharing-inter", "random", "paper", 0.5),
-    _published("gradient, mean gate", "gradient", "mean-gate", "none", 0.5),
+    _published("gradient + mean gate", "gradient", "mean-gate", "none", 0.5),
     _variant("no repair", repair="none"),
     _variant("scale only", repair="scale"),
     _variant("aim at the FFN", aim="ffn"),
@@ -126,8 +126,8 @@ METHODS = (
     _variant("co-activation", partition="coactivation"),
     _variant("CMoE carve", partition="carve"),
     _variant("gradient", partition="gradient"),
-    Method("static + refit, as moefy", {"partition": "coactivation"}, 1.0),
-    Method("moefy, the model's own text", own_text=True),
+    Method("static + refit like moefy", {"partition": "coactivation"}, 1.0),
+    Method("moefy: the model's own text", own_text=True),
 )
 """moefy's default and the baselines; the published ways; the default with one choice changed.
 
