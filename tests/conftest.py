@@ -11,26 +11,48 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 257
 torch.set_num_threads(1)  # tiny models are slower on more
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+}
+
+
+def write_tiny_model(folder: Path, model_type: str, **settings: Any) -> Path:
+    """Write a random model of any family, every bias and norm random too, and a byte tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **_SHAPE | {"pad_token_id": None} | settings)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def write_tiny_llama(folder: Path, **settings: Any) -> Path:
     """Write a random LLaMA with grouped-query attention and a byte tokenizer."""
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 512,
-    }
-    LlamaForCausalLM(LlamaConfig(**shape | settings)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**_SHAPE | settings)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -88,6 +88,13 @@ def convert(
         str | None,
         typer.Option("--repair", "--rescale", help="none, paper (E/k), scale or refit. [refit]"),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Architecture to write: mixtral, granitemoeshared, granitemoe, qwen3_moe or "
+            "glm4_moe. [the first of these that is exact]"
+        ),
+    ] = None,
     data: Annotated[
         str,
         typer.Option(
@@ -111,6 +118,7 @@ def convert(
         partition=partition,
         router=router,
         repair=repair,
+        target=target,
         seed=seed,
     )
     from moefy.construct.convert import convert as run

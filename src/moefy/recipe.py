@@ -86,6 +86,9 @@ class ConvertRecipe(Recipe):
     )
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
     aim: Literal["ffn", "residual"] = "residual"
+    target: Literal["mixtral", "granitemoeshared", "granitemoe", "qwen3_moe", "glm4_moe"] | None = (
+        None
+    )
     calibration_tokens: Positive = 28_672
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0

@@ -16,6 +16,7 @@ from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.text import calibration_windows, self_windows
 from moefy.checkpoint.reader import DenseCheckpoint
+from moefy.checkpoint.targets import TARGETS
 from moefy.construct.convert import split_layers
 from moefy.errors import CorpusError, UsageError
 from moefy.recipe import LLAMA_MOE, ConvertRecipe
@@ -49,7 +50,11 @@ def corpus_windows(dense: Path, corpus: Path) -> np.ndarray:
 
 
 def research_logits(
-    dense: Path, recipe: ConvertRecipe, windows: np.ndarray | None, ids: torch.Tensor
+    dense: Path,
+    recipe: ConvertRecipe,
+    windows: np.ndarray | None,
+    ids: torch.Tensor,
+    target: str = "mixtral",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits, and the tokens of which rounding decides what expert runs."""
     checkpoint = DenseCheckpoint(dense)
@@ -57,7 +62,8 @@ def research_logits(
     hidden = replay.embed(ids)
     calibration = windows if recipe.calibrated else None
     tied = torch.zeros(ids.numel(), dtype=torch.bool)
-    for layer_idx, split in enumerate(split_layers(checkpoint, recipe, calibration)):
+    splits = split_layers(checkpoint, recipe, calibration, TARGETS[target].score)
+    for layer_idx, split in enumerate(splits):
         layer = replay.layer(layer_idx)
         hidden = layer.attend(hidden)
         sample = layer.sample(hidden)

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
+from moefy.checkpoint.families import sliding_window, transformers_settings
 from moefy.checkpoint.reader import DenseCheckpoint
+from moefy.errors import UsageError
 
 _WINDOWS_AT_ONCE = 8
 
@@ -23,19 +25,21 @@ class LayerReplay:
 
     Attributes:
         gate, up: [d_ff, hidden].
-        down: [hidden, d_ff].
+        down: [hidden, d_ff], times the scale with which it enters the residual stream.
         norm_gain: of the RMSNorm in front of the FFN, [hidden].
     """
 
     def __init__(self, module: Any, rotary: Any, dense: DenseCheckpoint, layer_idx: int) -> None:
         family = dense.family
         prefix = family.layer.format(layer=layer_idx)
-        names = (*family.layer_tensors, family.gate, family.up, family.down)
+        names = (*dense.layer_tensors, family.gate, family.up, family.down)
         state = {name: dense[prefix + name].float() for name in names}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
         self._module, self._rotary = module, rotary
-        self.gate, self.up, self.down = state[family.gate], state[family.up], state[family.down]
+        self._residual_scale = dense.residual_scale
+        self.gate, self.up = state[family.gate], state[family.up]
+        self.down = dense.residual_scale * state[family.down]
         self.norm_gain = state[family.ffn_norm]
 
     def attend(
@@ -50,7 +54,7 @@ class LayerReplay:
             attention, _ = self._module.self_attn(
                 hidden_states=normed, position_embeddings=rotary, attention_mask=None
             )
-            parts.append(part + attention)
+            parts.append(part + self._residual_scale * attention)
         return torch.cat(parts)
 
     def sample(self, residual: Float[Tensor, "windows sequence hidden"]) -> FfnSample:
@@ -75,6 +79,7 @@ def weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
         dense[prefix + name].float()
         for name in (family.gate, family.up, family.down, family.ffn_norm)
     )
+    down *= dense.residual_scale
     return FfnSample(gate, up, down, gain, gate.new_zeros(0, gate.shape[1]), gate.new_zeros(0))
 
 
@@ -85,7 +90,7 @@ class ModelReplay:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._dense = dense
-        config = AutoConfig.from_pretrained(dense.folder)
+        config = AutoConfig.for_model(**transformers_settings(dense.config))
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -95,8 +100,20 @@ class ModelReplay:
     def embed(
         self, ids: Int[Tensor, "windows sequence"]
     ) -> Float[Tensor, "windows sequence hidden"]:
-        """Return the residual stream in front of the first layer."""
-        return F.embedding(ids, self._dense["model.embed_tokens.weight"].float())
+        """Return the residual stream in front of the first layer.
+
+        Raises:
+            UsageError: the windows are longer than the model's sliding window, which the replay
+                does not have.
+        """
+        window = sliding_window(self._dense.config)
+        if window and ids.shape[1] > window:
+            raise UsageError(
+                f"windows of {ids.shape[1]} tokens are longer than the model's sliding window of "
+                f"{window}: calibrate on shorter ones, --set calibration_length={window}"
+            )
+        embedded = F.embedding(ids, self._dense["model.embed_tokens.weight"].float())
+        return embedded * self._dense.config.get("embedding_multiplier", 1.0)
 
     def layer(self, layer_idx: int) -> LayerReplay:
         """Load one layer; it is freed with the returned object."""
@@ -112,15 +129,16 @@ class ModelReplay:
         norm.variance_epsilon = self._model.model.norm.variance_epsilon
         norm.load_state_dict({"weight": self._dense["model.norm.weight"].float()}, assign=True)
         norm.requires_grad_(False)
-        return OutputHead(norm, self._dense[name].float())
+        scale = 1 / self._dense.config.get("logits_scaling", 1.0)
+        return OutputHead(norm, self._dense[name].float(), scale)
 
 
 class OutputHead:
     """The final norm and the output matrix, in float32."""
 
-    def __init__(self, norm: Any, matrix: Float[Tensor, "vocab hidden"]) -> None:
-        self._norm, self._matrix = norm, matrix
+    def __init__(self, norm: Any, matrix: Float[Tensor, "vocab hidden"], scale: float) -> None:
+        self._norm, self._matrix, self._scale = norm, matrix, scale
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Return the model's logits for final hidden states."""
-        return self._norm(hidden) @ self._matrix.T
+        return self._norm(hidden) @ self._matrix.T * self._scale

@@ -1,4 +1,4 @@
-"""Dense families: what a source's tensors are called, as data.
+"""Dense families: what a source's tensors are called and what its config means, as data.
 
 A family is a table. A tensor that no rule maps stops the conversion, so nothing is dropped in
 silence.
@@ -7,61 +7,138 @@ silence.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from moefy.errors import ArchitectureError
+
+Bias = Literal["none", "qkv", "qkvo"]
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""Rotary embeddings that the targets share with the dense families."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Rows of a stored tensor that are a tensor of their own here.
+
+    Attributes:
+        stored: name of the stored tensor, behind the layer prefix.
+        parts: names of its parts from the top down, behind the layer prefix.
+    """
+
+    stored: str
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class DenseFamily:
     """The checkpoint layout of one dense architecture.
 
+    All families here share LLaMA's block: RMSNorm, attention, RMSNorm, SwiGLU.
+
     Attributes:
         model_type: `model_type` in config.json.
-        layer: prefix of a layer's tensors, with `{layer}`.
-        gate, up, down: names of the three FFN matrices behind that prefix. `gate` and `up` have
-            shape [intermediate_size, hidden_size], `down` [hidden_size, intermediate_size].
-        ffn_norm: name of the RMSNorm gain in front of the FFN, shape [hidden_size].
-        layer_tensors: every other tensor of a layer.
-        model_tensors: every tensor outside the layers.
-        optional: tensors that some files carry and nothing needs.
-        fixed: config values that the conversion relies on, with their defaults.
+        attention_bias: projections that have a bias: "none", "qkv", "qkvo", or the config key that
+            switches it on for all four.
+        qk_norm: whether queries and keys are normed by head.
+        window_key: config key of the sliding window, if the family has one.
+        window_switch: config key that switches the window on, if there is one.
+        multipliers: whether the config scales embeddings, attention, residuals and logits.
+        defaults: values of keys that config.json may leave out, where they are not `DEFAULTS`.
+        fused: tensors that are stored as one.
+        same_as: the family that it is once the fused tensors are apart.
     """
 
     model_type: str
-    layer: str
-    gate: str
-    up: str
-    down: str
-    ffn_norm: str
-    layer_tensors: tuple[str, ...]
-    model_tensors: tuple[str, ...]
-    optional: tuple[str, ...]
-    fixed: Mapping[str, Any]
+    attention_bias: str = "none"
+    qk_norm: bool = False
+    window_key: str | None = None
+    window_switch: str | None = None
+    multipliers: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fused: tuple[Fused, ...] = ()
+    same_as: str | None = None
+
+    layer = "model.layers.{layer}."
+    gate = "mlp.gate_proj.weight"
+    up = "mlp.up_proj.weight"
+    down = "mlp.down_proj.weight"
+    ffn_norm = "post_attention_layernorm.weight"
+    model_tensors = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    optional = ("self_attn.rotary_emb.inv_freq",)
 
 
-LLAMA = DenseFamily(
-    model_type="llama",
-    layer="model.layers.{layer}.",
-    gate="mlp.gate_proj.weight",
-    up="mlp.up_proj.weight",
-    down="mlp.down_proj.weight",
-    ffn_norm="post_attention_layernorm.weight",
-    layer_tensors=(
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-        "self_attn.o_proj.weight",
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+O_BIAS = "self_attn.o_proj.bias"
+
+LLAMA = DenseFamily("llama", attention_bias="attention_bias")
+MISTRAL = DenseFamily(
+    "mistral",
+    window_key="sliding_window",
+    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+)
+QWEN2 = DenseFamily(
+    "qwen2",
+    attention_bias="qkv",
+    window_key="sliding_window",
+    window_switch="use_sliding_window",
+    defaults={"sliding_window": 4096, "num_key_value_heads": 32},
+)
+QWEN3 = DenseFamily(
+    "qwen3",
+    attention_bias="attention_bias",
+    qk_norm=True,
+    window_key="sliding_window",
+    window_switch="use_sliding_window",
+    defaults={"sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
+)
+GRANITE = DenseFamily("granite", attention_bias="attention_bias", multipliers=True)
+PHI3 = DenseFamily(
+    "phi3",
+    window_key="sliding_window",
+    defaults={"rms_norm_eps": 1e-5},
+    fused=(
+        Fused("self_attn.qkv_proj.weight", tuple(f"{name}.weight" for name in QKV)),
+        Fused("mlp.gate_up_proj.weight", (DenseFamily.gate, DenseFamily.up)),
     ),
-    model_tensors=("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
-    optional=("self_attn.rotary_emb.inv_freq",),
-    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    same_as="mistral",
 )
 
-FAMILIES = {family.model_type: family for family in (LLAMA,)}
+FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3)}
+
+NOT_CARRIED = {
+    "smollm3": "layers without rotary embedding, which only Llama 4 has among the MoE targets",
+    "olmo2": "norms behind attention and FFN instead of before them",
+    "olmo3": "norms behind attention and FFN instead of before them",
+    "gemma": "GELU experts, which llama.cpp and vLLM do not run in any of the targets",
+    "gemma2": "four norms per layer and soft-capped logits",
+    "gemma3_text": "four norms per layer",
+    "phi": "LayerNorm and a two-matrix FFN",
+    "gpt2": "LayerNorm and a two-matrix FFN",
+}
+"""Well-known dense architectures that are refused, with the reason."""
+
+MULTIPLIERS = {
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+"""Granite's scales and their defaults; attention's is 1/√head_dim in the other families."""
+
+DEFAULTS: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_sliding_window": False,
+}
+"""What transformers assumes where config.json says nothing, in every family."""
 
 
 def dense_family(config: Mapping[str, Any], source: str) -> DenseFamily:
@@ -77,20 +154,127 @@ def dense_family(config: Mapping[str, Any], source: str) -> DenseFamily:
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
+        reason = NOT_CARRIED.get(str(model_type))
         raise ArchitectureError(
-            f"{source} has the architecture {model_type!r}; moefy converts dense "
-            f"{', '.join(sorted(FAMILIES))} models (LLaMA, SmolLM2, TinyLlama and their kin)"
+            f"{source} has the architecture {model_type!r}"
+            + (f" ({reason})" if reason else "")
+            + f"; moefy converts dense {', '.join(FAMILIES)} models (also SmolLM2, TinyLlama, "
+            "Qwen2.5, Phi-3 and their kin, by these names)"
         )
-    family = FAMILIES[model_type]
-    for key, value in family.fixed.items():
-        found = config.get(key, value)
-        if found != value:
-            raise ArchitectureError(
-                f"{source} sets {key} = {found!r}; the native target can only express {value!r}"
-            )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ArchitectureError(
             f"{source} is quantised ({method}): convert the unquantised checkpoint, then quantise"
         )
-    return family
+    for key, only in {"hidden_act": "silu", "mlp_bias": False}.items():
+        found = config.get(key, only)
+        if found != only:
+            raise ArchitectureError(
+                f"{source} sets {key} = {found!r}; the native targets can only express {only!r}"
+            )
+    rope = rope_parameters(config)
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ArchitectureError(
+            f"{source} has the rotary embedding {rope['rope_type']!r}; known are "
+            f"{', '.join(ROPE_TYPES)}"
+        )
+    partial = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ArchitectureError(
+            f"{source} rotates only a part of each head (partial_rotary_factor {partial}); moefy "
+            "converts models that rotate all of it"
+        )
+    return FAMILIES[model_type]
+
+
+def canonical_config(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dense config.json with the family's defaults filled in.
+
+    A family that stores tensors fused becomes the one that it is without.
+    """
+    heads = config.get("num_attention_heads") or 1
+    filled: dict[str, Any] = {
+        "num_key_value_heads": heads,
+        "head_dim": config.get("hidden_size", heads) // heads,
+        **DEFAULTS,
+        **(MULTIPLIERS if family.multipliers else {}),
+        **family.defaults,
+    }
+    filled |= {key: value for key, value in config.items() if value is not None}
+    if family.window_key and family.window_key in config:  # null means none, not the default
+        filled[family.window_key] = config[family.window_key]
+    if family.same_as:
+        filled["model_type"] = family.same_as
+        filled.pop("architectures", None)
+        filled.pop("auto_map", None)
+    return filled
+
+
+def attention_bias(config: Mapping[str, Any]) -> Bias:
+    """Return which attention projections of a dense model have a bias."""
+    match FAMILIES[config["model_type"]].attention_bias:
+        case "none" | "qkv" | "qkvo" as fixed:
+            return fixed
+        case key:
+            return "qkvo" if config.get(key) else "none"
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """Return the tokens that attention looks back on, or None where that is all of them."""
+    family = FAMILIES[config["model_type"]]
+    if not family.window_key or (family.window_switch and not config.get(family.window_switch)):
+        return None
+    window = config.get(family.window_key)
+    longest = config.get("max_position_embeddings")
+    return None if window is None or (longest and window >= longest) else int(window)
+
+
+def layer_tensors(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of a layer's tensors but for the three FFN matrices."""
+    names = ["input_layernorm.weight", DenseFamily.ffn_norm]
+    names += [f"{name}.weight" for name in (*QKV, "self_attn.o_proj")]
+    bias = attention_bias(config)
+    if bias != "none":
+        names += [f"{name}.bias" for name in QKV]
+    if bias == "qkvo":
+        names.append(O_BIAS)
+    if FAMILIES[config["model_type"]].qk_norm:
+        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    return tuple(names)
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings of a config in transformers 5's form.
+
+    Older files spell them as `rope_theta` beside `rope_scaling`, newer ones as `rope_parameters`.
+    """
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    if parameters["rope_type"] == "su":  # Phi-3's first name for it
+        parameters["rope_type"] = "longrope"
+    parameters.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
+    original = config.get("original_max_position_embeddings")  # beside rope_scaling in Phi-3
+    if original and parameters["rope_type"] != "default":
+        parameters.setdefault("original_max_position_embeddings", original)
+    return parameters
+
+
+def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what transformers' `AutoConfig.for_model` needs of a canonical config."""
+    family = FAMILIES[config["model_type"]]
+    names = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "vocab_size",
+        *DEFAULTS,
+        *(MULTIPLIERS if family.multipliers else ()),
+        *filter(None, (family.window_key, family.window_switch)),
+    )
+    settings = {name: config[name] for name in names if name in config}
+    return settings | {"rope_parameters": rope_parameters(config)}

@@ -8,14 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moefy.checkpoint.families import DenseFamily, dense_family
+from moefy.checkpoint.families import (
+    DenseFamily,
+    canonical_config,
+    dense_family,
+    layer_tensors,
+)
+from moefy.checkpoint.tensors import TensorFile, open_tensors
 from moefy.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
+_PICKLED = "pytorch_model.bin"
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -27,7 +33,7 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def side_files(source: Path) -> list[Path]:
 def fingerprint(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of a model folder's config.json and of every weight file."""
     hashes = {}
-    for name in ["config.json", *_weight_files(folder)]:
+    for name in ["config.json", *weight_files(folder)]:
         with (folder / name).open("rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
@@ -76,10 +82,16 @@ class DenseCheckpoint:
     """A Hugging Face folder of a dense model, checked when it is opened.
 
     Opening reads the headers of all files and compares names and shapes with the family's table;
-    no tensor is read. Indexing (`checkpoint["model.norm.weight"]`) reads one tensor.
+    no tensor is read. Indexing (`checkpoint["model.norm.weight"]`) reads one tensor, or the rows
+    of a fused one.
 
     Args:
-        folder: holds config.json and safetensors, single or sharded.
+        folder: holds config.json and safetensors or PyTorch `.bin` files, single or sharded.
+
+    Attributes:
+        config: the canonical config (see `families.canonical_config`).
+        family: of that config.
+        dtype: of the FFN weights.
 
     Raises:
         CheckpointError: files are missing, truncated, or do not agree with config.json; a tensor
@@ -89,19 +101,24 @@ class DenseCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
-        self.family: DenseFamily = dense_family(self.config, str(folder))
+        stored_config = read_config(folder)
+        stored = dense_family(stored_config, str(folder))
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value = self.config.get(key)
+            value = stored_config.get(key)
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(
                     f"{folder}/config.json has {key} = {value!r}: a positive integer is needed"
                 )
-        self._files: dict[str, Any] = {}
+        self.config = canonical_config(stored, stored_config)
+        self.family: DenseFamily = dense_family(self.config, str(folder))
+        self.layer_tensors = layer_tensors(self.config)
+        self._files: dict[str, TensorFile] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._rows: dict[str, tuple[str, slice]] = {}
         self.dtype = ""
-        for name in _weight_files(folder):
-            self._open(folder / name)
+        for name in weight_files(folder):
+            self._open(folder / name, stored)
+        self._split_fused(stored)
         self._check_names()
         self._check_shapes()
 
@@ -113,10 +130,16 @@ class DenseCheckpoint:
     @property
     def tied(self) -> bool:
         """Whether the output matrix is the embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self.config["tie_word_embeddings"])
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor with which attention and FFN enter the residual stream; Granite's is not 1."""
+        return float(self.config.get("residual_multiplier", 1.0))
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        stored, rows = self._rows.get(name, (name, None))
+        return self._files[stored].read(stored, rows)
 
     def model_tensors(self) -> Iterator[str]:
         """Return the names outside the layers that a converted model keeps."""
@@ -126,36 +149,46 @@ class DenseCheckpoint:
 
     def total_bytes(self) -> int:
         """Return the size of all weight files."""
-        return sum((self.folder / name).stat().st_size for name in _weight_files(self.folder))
+        return sum((self.folder / name).stat().st_size for name in weight_files(self.folder))
 
-    def _open(self, path: Path) -> None:
-        try:
-            file = safe_open(path, framework="pt")
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                view = file.get_slice(name)
-                self._files[name] = file
-                self._shapes[name] = tuple(view.get_shape())
-                self._note_dtype(name, view.get_dtype())
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path} is missing: the folder is incomplete, fetch it again"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}): it is truncated or damaged, fetch it again"
-            ) from error
+    def _open(self, path: Path, stored: DenseFamily) -> None:
+        ffn = {stored.down, *(fused.stored for fused in stored.fused)}
+        file = open_tensors(path)
+        for name, (dtype, shape) in file.headers.items():
+            if dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored as {dtype}; allowed are {', '.join(_DTYPES)}"
+                )
+            self._files[name] = file
+            self._shapes[name] = shape
+            if any(name.endswith(part) for part in ffn):
+                self.dtype = dtype
 
-    def _note_dtype(self, name: str, dtype: str) -> None:
-        if dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self.folder}: {name} is stored as {dtype}; allowed are {', '.join(_DTYPES)}"
-            )
-        if self.family.down in name:
-            self.dtype = _DTYPES[dtype]
+    def _split_fused(self, stored: DenseFamily) -> None:
+        """Give the parts of fused tensors the names that they have in other families."""
+        sizes = self._expected_shapes()
+        for layer_idx in range(self.num_layers if stored.fused else 0):
+            prefix = self.family.layer.format(layer=layer_idx)
+            for fused in stored.fused:
+                whole = prefix + fused.stored
+                if whole not in self._shapes:
+                    raise CheckpointError(f"{self.folder} lacks {whole}: the folder is incomplete")
+                rows, columns = self._shapes.pop(whole)
+                start = 0
+                for part in fused.parts:
+                    end = start + sizes[part][0]
+                    self._shapes[prefix + part] = (end - start, columns)
+                    self._files[prefix + part] = self._files[whole]
+                    self._rows[prefix + part] = (whole, slice(start, end))
+                    start = end
+                if start != rows:
+                    raise CheckpointError(
+                        f"{self.folder}: {whole} has {rows} rows, config.json says {start}"
+                    )
 
     def _check_names(self) -> None:
         family = self.family
-        behind_prefix = {family.gate, family.up, family.down, *family.layer_tensors}
+        behind_prefix = {family.gate, family.up, family.down, *self.layer_tensors}
         expected = set(self.model_tensors()) | {
             family.layer.format(layer=layer) + name
             for layer in range(self.num_layers)
@@ -178,36 +211,64 @@ class DenseCheckpoint:
                 "because dropping one would change the model"
             )
 
-    def _check_shapes(self) -> None:
-        hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
-        wanted = {
-            self.family.gate: (inner, hidden),
-            self.family.up: (inner, hidden),
-            self.family.down: (hidden, inner),
-            self.family.ffn_norm: (hidden,),
+    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, family = self.config, self.family
+        hidden, inner = config["hidden_size"], config["intermediate_size"]
+        queries = config["num_attention_heads"] * config["head_dim"]
+        keys = config["num_key_value_heads"] * config["head_dim"]
+        return {
+            family.gate: (inner, hidden),
+            family.up: (inner, hidden),
+            family.down: (hidden, inner),
+            family.ffn_norm: (hidden,),
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, queries),
         }
+
+    def _check_shapes(self) -> None:
         for layer in range(self.num_layers):
-            for name, shape in wanted.items():
+            for name, shape in self._expected_shapes().items():
                 full = self.family.layer.format(layer=layer) + name
                 if self._shapes[full] != shape:
                     raise CheckpointError(
                         f"{self.folder}: {full} has shape {list(self._shapes[full])}, "
                         f"config.json says {list(shape)}"
                     )
+        matrix = (self.config["vocab_size"], self.config["hidden_size"])
+        for name in self.model_tensors():
+            if len(self._shapes[name]) == 2 and self._shapes[name] != matrix:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {list(self._shapes[name])}, config.json says "
+                    f"{list(matrix)}"
+                )
 
 
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    if not (folder / INDEX).is_file():
-        raise CheckpointError(
-            f"{folder} has a config.json but no weights: {SINGLE} or {INDEX} is needed"
-        )
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of a folder's weight files; safetensors go before `.bin`.
+
+    Raises:
+        CheckpointError: there are none, or their index is damaged.
+    """
+    for single in (SINGLE, _PICKLED):
+        if (folder / single).is_file():
+            return [single]
+        if (folder / f"{single}.index.json").is_file():
+            return _indexed_files(folder / f"{single}.index.json")
+    raise CheckpointError(
+        f"{folder} has a config.json but no weights: {SINGLE}, {INDEX}, {_PICKLED} or its index is "
+        "needed"
+    )
+
+
+def _indexed_files(index: Path) -> list[str]:
     try:
-        index: Mapping[str, Any] = json.loads((folder / INDEX).read_text())
-        files = sorted(set(index["weight_map"].values()))
+        weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is no valid weight index: {error!r}") from error
+        raise CheckpointError(f"{index} is no valid weight index: {error!r}") from error
     if any(Path(str(name)).name != name for name in files):
-        raise CheckpointError(f"{folder / INDEX} names files outside the folder")
+        raise CheckpointError(f"{index} names files outside the folder")
     return files

@@ -20,9 +20,10 @@ from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
+from moefy.checkpoint.families import O_BIAS, attention_bias
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
-from moefy.checkpoint.targets import NativeTarget, native_target, target_config
+from moefy.checkpoint.targets import NativeTarget, Score, native_target, target_config
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.pipeline import shape_of, split_ffn
 from moefy.construct.split import SplitFfn
@@ -99,7 +100,10 @@ def convert(
     dense = DenseCheckpoint(folder)
     choice = asked.for_model(dense.config["intermediate_size"])
     shape = shape_of(choice)
-    target = native_target(shape.shared)
+    target = native_target(
+        dense.config, shared=shape.shared, routed=shape.routed, asked=choice.target
+    )
+    choice = choice.model_copy(update={"target": target.model_type})
     config = target_config(
         target,
         dense.config,
@@ -124,7 +128,9 @@ def convert(
         writer = ShardWriter(partial)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
-        for layer_idx, split in enumerate(split_layers(dense, choice, windows, report)):
+        for layer_idx, split in enumerate(
+            split_layers(dense, choice, windows, target.score, report)
+        ):
             _write_layer(dense, layer_idx, split, target, writer)
             report(Progress("convert", layer_idx + 1, dense.num_layers))
         (partial / "moefy.json").write_text(_provenance(source, dense, choice))
@@ -133,7 +139,7 @@ def convert(
         folder=out,
         recipe=choice,
         num_layers=dense.num_layers,
-        expert_size=config["intermediate_size"],
+        expert_size=config[target.expert_size_key],
         written_bytes=writer.total_bytes,
     )
 
@@ -142,6 +148,7 @@ def split_layers(
     dense: DenseCheckpoint,
     recipe: ConvertRecipe,
     windows: Int[np.ndarray, "windows sequence"] | None,
+    score: Score = "softmax",
     report: ProgressFn = silent,
 ) -> Iterator[SplitFfn]:
     """Split the FFNs in the order of the layers.
@@ -153,6 +160,7 @@ def split_layers(
         dense: the source.
         recipe: the choices.
         windows: calibration tokens, or None for weight-only methods.
+        score: how the target's router turns logits into weights.
         report: told about the importance pass; the layers are counted by the caller.
 
     Raises:
@@ -161,7 +169,7 @@ def split_layers(
     if windows is None:
         for layer_idx in range(dense.num_layers):
             with one_thread():  # sums in another order could give other experts
-                split = split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx)
+                split = split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx, score)
             yield split
         return
     replay = ModelReplay(dense)
@@ -175,7 +183,7 @@ def split_layers(
         sample = walk.enter(replay.layer(layer_idx))
         if importance is not None:
             sample.importance = importance[layer_idx]
-        split = split_ffn(sample, recipe, layer_idx)
+        split = split_ffn(sample, recipe, layer_idx, score)
         walk.leave(sample, split)
         yield split
 
@@ -187,31 +195,38 @@ def _write_layer(
     target: NativeTarget,
     writer: ShardWriter,
 ) -> None:
-    """Write one layer in the target's form.
-
-    The native softmax weights of k chosen experts sum to 1, those of `split` to k: the factor goes
-    into the routed experts' `down`.
-    """
+    """Write one layer in the target's form."""
     family = dense.family
     prefix = family.layer.format(layer=layer_idx)
-    for name in family.layer_tensors:
+    for name in dense.layer_tensors:
         writer.add(prefix + name, dense[prefix + name])
+    if target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
+        queries = dense[prefix + "self_attn.q_proj.weight"]
+        writer.add(prefix + O_BIAS, queries.new_zeros(queries.shape[1]))
 
     dtype = dense[prefix + family.down].dtype
     num_shared = len(split.partition.shared)
     experts = split.partition.routed.shape[0]
-    gate, up, down = split.gate, split.up, split.down
+    gate, up, down = split.gate, split.up, split.down / dense.residual_scale
 
     def add(name: str, tensor: Tensor) -> None:
         writer.add(prefix + name, tensor.to(dtype))
 
     add(target.router, split.routing.router)
-    if target.shared_gate_up and target.shared_down:
-        add(target.shared_gate_up, torch.cat([gate[:num_shared], up[:num_shared]]))
+    if target.selection_bias:
+        writer.add(prefix + target.selection_bias, torch.zeros(experts))
+    if target.shared_gate and target.shared_up and target.shared_down:
+        shared_gate, shared_up = gate[:num_shared], up[:num_shared]
+        if target.shared_gate == target.shared_up:
+            add(target.shared_gate, torch.cat([shared_gate, shared_up]))
+        else:
+            add(target.shared_gate, shared_gate)
+            add(target.shared_up, shared_up)
         add(target.shared_down, down[:, :num_shared])
     gates = gate[num_shared:].unflatten(0, (experts, -1))
     ups = up[num_shared:].unflatten(0, (experts, -1))
-    downs = split.routing.active * down[:, num_shared:].unflatten(1, (experts, -1)).transpose(0, 1)
+    downs = down[:, num_shared:].unflatten(1, (experts, -1)).transpose(0, 1)
+    downs = split.routing.folded_factor * downs
     if target.gate == target.up:
         add(target.gate, torch.cat([gates, ups], dim=1))
         add(target.down, downs)

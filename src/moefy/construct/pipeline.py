@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
+from moefy.checkpoint.targets import Score
 from moefy.construct.partition.alternating import alternating
 from moefy.construct.partition.carve import carve
 from moefy.construct.partition.clustering import independent_clustering
@@ -40,7 +41,12 @@ def shape_of(recipe: ConvertRecipe) -> Shape:
 
 
 def split_ffn(
-    sample: FfnSample, recipe: ConvertRecipe, layer_idx: int, *, oracle: bool = False
+    sample: FfnSample,
+    recipe: ConvertRecipe,
+    layer_idx: int,
+    score: Score = "softmax",
+    *,
+    oracle: bool = False,
 ) -> SplitFfn:
     """Split one FFN.
 
@@ -48,6 +54,7 @@ def split_ffn(
         sample: of the layer; without calibration tokens, only weight-only methods work.
         recipe: the choices; checked.
         layer_idx: keys the random streams.
+        score: how the target's router turns logits into weights.
         oracle: choose by the true energies instead of the router (for evaluation only).
     """
     shape = shape_of(recipe)
@@ -57,9 +64,9 @@ def split_ffn(
         system = RidgeSystem(sample.inputs, sample.token_weights, ridge=recipe.router_ridge)
     partition = _partition(sample, recipe, shape, system, layer_idx)
     router = _router(sample, recipe, shape, partition, system, layer_idx)
-    routing = Routing(router, shape.active)
+    routing = Routing(router, shape.active, score)
     if oracle:
-        routing = OracleRouting(routing.router, shape.active, sample, partition)
+        routing = OracleRouting(routing.router, shape.active, sample=sample, partition=partition)
     slots = torch.from_numpy(partition.slots)
     return SplitFfn(
         partition=partition,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
+from moefy.checkpoint.targets import Score
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,32 @@ class Routing:
     Attributes:
         router: rows of a linear router, [experts, hidden].
         active: k.
+        score: how logits become weights.
     """
 
     router: Float[Tensor, "experts hidden"]
     active: int
+    score: Score = "softmax"
 
     def weights(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
-        """Return k·softmax over the k largest logits, and 0 for the experts that do not run.
+        """Return the weights of the experts with the k largest logits, and 0 for those that rest.
 
-        The native targets compute softmax weights that sum to 1; the factor k is folded into
-        `down_proj`, so that equal weights are 1.
+        They are k·softmax over the k logits, or 2·sigmoid of each: 1 where the logits are 0.
         """
         if self.active == 0:
             return inputs.new_zeros(len(inputs), len(self.router))
         logits = inputs @ self.router.T
         top, chosen = logits.topk(self.active, dim=-1)
-        return torch.zeros_like(logits).scatter_(-1, chosen, self.active * top.softmax(-1))
+        weights = 2 * top.sigmoid() if self.score == "sigmoid" else self.active * top.softmax(-1)
+        return torch.zeros_like(logits).scatter_(-1, chosen, weights)
+
+    @property
+    def folded_factor(self) -> float:
+        """The part of the weights that goes into the routed experts' `down_proj`.
+
+        The native softmax weights sum to 1 instead of k; the sigmoid targets have a factor 2.
+        """
+        return 1.0 if self.score == "sigmoid" else float(self.active)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.families import FAMILIES, attention_bias, canonical_config
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import ArchitectureError
 
@@ -49,11 +49,20 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
         ArchitectureError: the architecture has no table here.
     """
     model_type = config.get("model_type")
+    experts = active = shared_size = 0
     if model_type in TARGETS:
-        experts = int(config[TARGETS[model_type].num_experts_key])
-        active = int(config["num_experts_per_tok"])
+        target = TARGETS[model_type]
+        experts, active = int(config[target.num_experts_key]), int(config["num_experts_per_tok"])
+        size = config[target.expert_size_key]
+        if target.shared_down:
+            shared_size = config[target.shared_key] * (size if target.shared_in_slices else 1)
+        bias = target.attention_bias if config.get("attention_bias") else "none"
+        key = target.qk_norm
+        qk_norm = bool(config.get(key) if isinstance(key, str) else key)
     elif model_type in FAMILIES:
-        experts = active = 0
+        config = canonical_config(FAMILIES[model_type], config)
+        size = config["intermediate_size"]
+        bias, qk_norm = attention_bias(config), FAMILIES[config["model_type"]].qk_norm
     else:
         known = ", ".join(sorted([*FAMILIES, *TARGETS]))
         raise ArchitectureError(f"cannot count the architecture {model_type!r}; known: {known}")
@@ -65,14 +74,15 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     tied = bool(config.get("tie_word_embeddings", False))
 
     attention = 2 * hidden * head_dim * (heads + kv_heads)
-    ffn = 3 * hidden * config["intermediate_size"]  # of one expert, or of the dense layer
-    shared = 3 * hidden * config.get("shared_intermediate_size", 0)
+    ffn = 3 * hidden * size  # of one expert, or of the dense layer
+    shared = 3 * hidden * shared_size
     router = hidden * experts
-    norms = 2 * hidden
+    vectors = 2 * hidden + 2 * head_dim * qk_norm  # norms and biases
+    vectors += head_dim * (heads + 2 * kv_heads) * (bias != "none") + hidden * (bias == "qkvo")
     outside = vocab * hidden * (1 if tied else 2) + hidden
 
     def params(num_ffns: int) -> int:
-        return outside + layers * (attention + shared + num_ffns * ffn + router + norms)
+        return outside + layers * (attention + shared + num_ffns * ffn + router + vectors)
 
     met = vocab * hidden + layers * (attention + shared + max(active, 1) * ffn + router)
     attended = 2 * layers * heads * head_dim * (context + 1)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.families import FAMILIES, canonical_config, dense_family
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import MIXTRAL, target_config
+from moefy.checkpoint.targets import native_target, target_config
 from moefy.errors import CheckpointError, UsageError
 from moefy.evaluation.cost import Cost, cost
 from moefy.recipe import check_split
@@ -103,8 +103,10 @@ def inspect(
 
     splits = PAPER_SPLITS if experts is None or active is None else ((active, experts),)
     costs = {"dense": counted}
+    dense = canonical_config(dense_family(config, str(source)), config)
     for k, num_experts in splits:
         check_split(config["intermediate_size"], num_experts, k)
-        split = target_config(MIXTRAL, config, experts=num_experts, active=k, dtype="bfloat16")
+        target = native_target(dense, shared=0, routed=num_experts)
+        split = target_config(target, dense, experts=num_experts, active=k, dtype="bfloat16")
         costs[f"{k}/{num_experts}"] = cost(split, context=length)
     return Inspection(str(source), config, costs)

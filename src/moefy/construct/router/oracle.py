@@ -13,7 +13,7 @@ from moefy.construct.router.energy import energy_members
 from moefy.construct.split import Partition, Routing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OracleRouting(Routing):
     """Runs the k experts with the largest Σ_{j∈e} h_j²·‖w_j‖² at the token, each with weight 1.
 

@@ -1,0 +1,101 @@
+"""Weight files, read lazily: headers when they are opened, a tensor when it is asked for."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moefy.errors import CheckpointError
+
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class TensorFile(ABC):
+    """An open weight file.
+
+    Attributes:
+        headers: dtype and shape by name.
+    """
+
+    headers: Mapping[str, tuple[str, tuple[int, ...]]]
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows."""
+
+
+class SafetensorsFile(TensorFile):
+    """A `.safetensors` file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+        self.headers = {}
+        for name in self._file.keys():  # noqa: SIM118 - safe_open is no mapping
+            view = self._file.get_slice(name)
+            dtype = view.get_dtype()
+            shape = tuple(view.get_shape())
+            self.headers[name] = _SAFETENSORS_DTYPES.get(dtype, dtype), shape
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows."""
+        return self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
+
+
+class PickledFile(TensorFile):
+    """A PyTorch `.bin` file, mapped into memory; nothing in it is executed (`weights_only`)."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+        self.headers = {
+            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows."""
+        tensor = self._tensors[name]
+        return tensor if rows is None else tensor[rows]
+
+
+_BROKEN: tuple[type[Exception], ...] = (
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    AttributeError,
+    KeyError,
+    ValueError,
+    TypeError,
+)
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open a weight file by its suffix.
+
+    Raises:
+        CheckpointError: it is missing, truncated, damaged, or holds something else than tensors.
+    """
+    kind: Any = SafetensorsFile if path.suffix == ".safetensors" else PickledFile
+    try:
+        return kind(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: the folder is incomplete, fetch it again"
+        ) from None
+    except _BROKEN as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read ({first_line}): it is truncated or damaged, fetch it again"
+        ) from error

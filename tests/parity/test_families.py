@@ -1,0 +1,227 @@
+"""Every dense family in every form against transformers, saved and reloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import write_tiny_model
+from tests.parity.test_construct import TOKENS, research_logits
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import moefy
+from moefy.calibrate.text import calibration_windows
+from moefy.checkpoint.families import FAMILIES, canonical_config, rope_parameters, sliding_window
+from moefy.errors import ArchitectureError, CheckpointError, UsageError
+from moefy.recipe import LLAMA_MOE, ConvertRecipe
+
+EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 64,
+}
+GRANITE_SCALES = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 2.0,
+}
+
+# family, its settings, the target without and with shared experts ("" where there is none)
+FORMS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("llama", {"tie_word_embeddings": False}, "mixtral", "granitemoeshared"),
+    ("llama", {"head_dim": 16}, "mixtral", "granitemoeshared"),
+    ("llama", {"attention_bias": True}, "granitemoe", "granitemoeshared"),
+    ("mistral", {"sliding_window": None}, "mixtral", "granitemoeshared"),
+    ("mistral", {"sliding_window": 16}, "mixtral", ""),
+    ("qwen2", {}, "granitemoe", "granitemoeshared"),
+    (
+        "qwen2",
+        {"tie_word_embeddings": False, "rms_norm_eps": 1e-3},
+        "granitemoe",
+        "granitemoeshared",
+    ),
+    ("qwen3", {}, "qwen3_moe", "glm4_moe"),
+    ("qwen3", {"head_dim": 16, "tie_word_embeddings": False}, "qwen3_moe", "glm4_moe"),
+    ("qwen3", {"attention_bias": True}, "qwen3_moe", ""),
+    ("granite", GRANITE_SCALES, "granitemoe", "granitemoeshared"),
+    ("granite", GRANITE_SCALES | {"attention_bias": True}, "granitemoe", "granitemoeshared"),
+    ("phi3", {"tie_word_embeddings": False}, "mixtral", "granitemoeshared"),
+    ("phi3", {"rope_parameters": LONGROPE}, "mixtral", "granitemoeshared"),
+]
+CASES = [
+    (family, settings, shared, target)
+    for family, settings, *targets in FORMS
+    for shared, target in zip((0, 2), targets, strict=True)
+    if target
+]
+
+
+def name_of(case: Any) -> str:
+    return "-".join(case) if isinstance(case, dict) else str(case)
+
+
+def token_ids(length: int) -> torch.Tensor:
+    return torch.randint(0, 257, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+
+
+@pytest.mark.parametrize(("family", "settings", "shared", "target"), CASES, ids=name_of)
+def test_all_active_equals_dense(
+    tmp_path: Path, family: str, settings: dict[str, Any], shared: int, target: str
+) -> None:
+    dense, out = write_tiny_model(tmp_path / "dense", family, **settings), tmp_path / "moe"
+    moefy.convert(dense, out, experts=6, active=6, **EXACT | {"shared": shared})
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.model_type == target
+    ids = token_ids(100)
+    expected = logits(dense, ids)
+    assert (expected - logits(out, ids)).abs().max() < 1e-4
+    assert expected.std() > 0.01
+    with torch.inference_mode():
+        cached, recomputed = (
+            model.generate(
+                ids[:1, :8],
+                max_new_tokens=24,
+                do_sample=False,
+                use_cache=use_cache,
+                attention_mask=torch.ones(1, 8),
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+            for use_cache in (True, False)
+        )
+    assert cached.shape[1] == 32
+    assert torch.equal(cached, recomputed)
+
+
+@pytest.mark.parametrize(("family", "settings", "shared", "target"), CASES, ids=name_of)
+def test_fitted_checkpoint_equals_research_form(
+    tmp_path: Path, corpus: Path, family: str, settings: dict[str, Any], shared: int, target: str
+) -> None:
+    """Replay, walk, router, refit and writing agree with transformers' own forward pass."""
+    dense, out = write_tiny_model(tmp_path / "dense", family, **settings), tmp_path / "moe"
+    short = {"calibration_tokens": 2048, "calibration_length": 16}
+    tokens = short if settings.get("sliding_window") else TOKENS
+    choices = {"experts": 8, "active": 4, "shared": shared} | tokens
+    made = moefy.convert(dense, out, data=corpus, **choices)
+    assert made.recipe.target == target
+    length = tokens["calibration_length"]
+    windows = calibration_windows(
+        corpus, dense, tokens=2048, sequence_length=length, needed_tokens=1
+    )
+    ids = torch.from_numpy(windows[:3])
+    expected, tied = research_logits(dense, ConvertRecipe.build(**choices), windows, ids, target)
+    difference = (logits(out, ids) - expected).abs().amax(-1).flatten()
+    assert difference[~tied].max() < 1e-4
+    assert tied.float().mean() < 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    """What config.json leaves out means the same here and there."""
+    theirs = AutoConfig.for_model(family, num_attention_heads=32, hidden_size=2048)
+    given = {"model_type": family, "num_attention_heads": 32, "hidden_size": 2048}
+    ours = canonical_config(FAMILIES[family], given)
+    assert sliding_window(ours) == getattr(theirs, "sliding_window", None)
+    for key in set(ours) - {"model_type", "use_cache", "sliding_window"}:
+        if hasattr(theirs, key) and not (key == "head_dim" and theirs.head_dim is None):
+            assert ours[key] == getattr(theirs, key), key
+    assert rope_parameters(given)["rope_theta"] == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_pytorch_files_give_the_same_bytes(tmp_path: Path, family: str) -> None:
+    dense = write_tiny_model(tmp_path / "dense", family)
+    moefy.convert(dense, tmp_path / "a", experts=4, active=2, **LLAMA_MOE)
+    state = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    del state["lm_head.weight"]  # tied
+    names = sorted(state)
+    (dense / "model.safetensors").unlink()
+    torch.save(state, dense / "pytorch_model.bin")
+    moefy.convert(dense, tmp_path / "b", experts=4, active=2, **LLAMA_MOE)
+    (dense / "pytorch_model.bin").unlink()
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"pytorch_model-{number}.bin"
+        torch.save({name: state[name] for name in part}, dense / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = dense / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    moefy.convert(dense, tmp_path / "c", experts=4, active=2, **LLAMA_MOE)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b == c
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "choices", "message"),
+    [
+        (
+            "mistral",
+            {"sliding_window": 16},
+            {"shared": 2},
+            r"no native target computes this split.*granitemoeshared: .*no sliding window \(16",
+        ),
+        (
+            "qwen3",
+            {},
+            {"shared": 0, "target": "mixtral"},
+            "it has no q/k norm; pass --target qwen3_moe",
+        ),
+        ("llama", {}, {"shared": 0, "target": "qwen3_moe"}, "always norms.*--target mixtral"),
+        ("qwen2", {}, {"shared": 0, "target": "mixtral"}, "it has no bias on qkv"),
+    ],
+)
+def test_what_no_target_expresses_is_refused(
+    tmp_path: Path, family: str, settings: dict[str, Any], choices: dict[str, Any], message: str
+) -> None:
+    dense = write_tiny_model(tmp_path / "dense", family, **settings)
+    with pytest.raises(ArchitectureError, match=message):
+        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT | choices)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_windows_longer_than_the_sliding_window_are_refused(tmp_path: Path, corpus: Path) -> None:
+    dense = write_tiny_model(tmp_path / "dense", "mistral", sliding_window=16)
+    with pytest.raises(UsageError, match="calibration_length=16"):
+        moefy.convert(dense, tmp_path / "moe", data=corpus, experts=8, active=4, shared=0, **TOKENS)
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "spiral"}}, "rotary embedding 'spiral'; known are default"),
+        ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
+        ({"model_type": "smollm3"}, "layers without rotary embedding"),
+        ({"model_type": "nonsense"}, "'nonsense'; moefy converts dense llama, mistral"),
+    ],
+)
+def test_unknown_settings_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    dense = write_tiny_model(tmp_path / "dense", "llama")
+    config = json.loads((dense / "config.json").read_text())
+    if "rope_scaling" in change:
+        del config["rope_parameters"]
+    (dense / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ArchitectureError, match=message):
+        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
+
+
+def test_a_fused_tensor_of_the_wrong_height_is_named(tmp_path: Path) -> None:
+    dense = write_tiny_model(tmp_path / "dense", "phi3")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
+    with pytest.raises(CheckpointError, match=r"qkv_proj.weight has 64 rows, config.json says 96"):
+        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
