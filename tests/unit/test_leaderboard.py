@@ -35,7 +35,7 @@ def test_every_method_gets_a_row(
     assert by_name["dense"].kl_to_dense == pytest.approx(0, abs=1e-7)
     assert max(by_name["dense"].ffn_error) == 0
     assert 2.718281828 ** by_name["dense"].loss == pytest.approx(reference.perplexity, rel=1e-4)
-    refit, plain = by_name["moefy: aim at the FFN"], by_name["moefy, no repair"]
+    refit, plain = by_name["moefy: aim at the FFN"], by_name["moefy: no repair"]
     assert refit.ffn_error[0] < plain.ffn_error[0] < 1
     assert by_name["moefy: oracle router"].router_gap_closed == pytest.approx(1)
     assert by_name["random"].router_gap_closed < by_name["moefy"].router_gap_closed
