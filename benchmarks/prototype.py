@@ -14,14 +14,10 @@ import numpy as np
 
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.source import resolve
-from moefy.construct.leaderboard import (
-    METHODS,
-    Bench,
-    key_of,
-    read_scores,
-    write_leaderboard,
-    write_scores,
-)
+from moefy.construct.bench import Bench
+from moefy.construct.methods import methods_named
+from moefy.construct.pipeline import shape_of
+from moefy.construct.scores import key_of, read_scores, write_leaderboard, write_scores
 
 
 def main(file: str, out: Path, names: list[str]) -> None:
@@ -37,10 +33,11 @@ def main(file: str, out: Path, names: list[str]) -> None:
     known[key_of(bench.dense_score)] = bench.dense_score
     print(f"dense {bench.dense_score.loss:.4f}", flush=True)
     for fraction in (0.5, 0.75, 0.25):
-        for method in METHODS:
-            if names and method.name not in names:
-                continue
+        for method in methods_named(names):
             recipe = method.recipe(64, fraction, 0).for_model(1536, static=method.shared == 1)
+            shape = shape_of(recipe)
+            if (method.name, shape.slices, shape.running) in known:
+                continue
             score = bench.score(method, recipe)
             known[key_of(score)] = score
             write_scores(out, "prototype", known.values())

@@ -227,7 +227,7 @@ def leaderboard(
             data=data,
             experts=experts,
             fractions=fractions,
-            methods=[part.strip() for part in methods.split(",")] if methods else (),
+            methods=[part.strip() for part in (methods or "").split(",") if part.strip()],
             calibration_tokens=calibration_tokens,
             windows=windows,
             sequence_length=sequence_length,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moefy.errors import UsageError
 
@@ -81,9 +81,7 @@ class ConvertRecipe(Recipe):
         "ascent"
     )
     router_ridge: Annotated[float, Field(gt=0)] = 1.0
-    repair: Literal["none", "paper", "scale", "refit"] = Field(
-        default="refit", validation_alias=AliasChoices("repair", "rescale")
-    )
+    repair: Literal["none", "paper", "scale", "refit"] = "refit"
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
     aim: Literal["ffn", "residual"] = "residual"
     target: Literal["mixtral", "granitemoeshared", "granitemoe", "qwen3_moe", "glm4_moe"] | None = (

@@ -18,6 +18,7 @@ from moefy.calibrate.text import calibration_windows, self_windows
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import TARGETS
 from moefy.construct.convert import split_layers
+from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.errors import CorpusError, UsageError
 from moefy.recipe import LLAMA_MOE, ConvertRecipe
 
@@ -151,7 +152,7 @@ def test_importance_is_the_gradient_of_the_whole_model(tiny_llama: Path, corpus:
     """Layer by layer backwards, against autograd through transformers in float64."""
     windows = corpus_windows(tiny_llama, corpus)[:10]
     segments = window_importance(ModelReplay(DenseCheckpoint(tiny_llama)), windows, 1)
-    found = segments.clustered(1, seed=0)
+    found = importance_by_cluster(segments, 1, seed=0)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).double()
     captured = {}
     for layer_idx, layer in enumerate(model.model.layers):

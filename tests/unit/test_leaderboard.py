@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import moefy
-from moefy.construct.leaderboard import METHODS
+from moefy.construct.methods import METHODS
 from moefy.errors import OutputError, UsageError
 
 SMALL: dict[str, Any] = {
@@ -74,7 +74,7 @@ def test_an_interrupted_leaderboard_continues(
     [
         ({"fractions": [0.3]}, "0.3 of 8 experts is no whole number"),
         ({"fractions": [1.0]}, "no whole number between 1 and 7"),
-        ({"methods": ["magic"]}, "no method matches magic; there are moefy;"),
+        ({"methods": ["magic"]}, "no method matches 'magic'; there are moefy;"),
         ({"experts": 7, "fractions": [3 / 7]}, "cannot be split into 7 equal experts"),
     ],
 )

@@ -182,7 +182,9 @@ def test_energies_by_hand(sample: FfnSample) -> None:
         expected = sum(float(h[j] * norms[j]) ** 2 for j in neurons)
         found = float(expert_energies(sample, partition)[5, expert])
         assert found == pytest.approx(expected, rel=1e-4)
-    oracle = OracleRouting(torch.zeros(3, 16), 1, sample, partition).weights(sample.inputs)
+    oracle = OracleRouting(torch.zeros(3, 16), 1, sample=sample, partition=partition).weights(
+        sample.inputs
+    )
     assert (oracle.argmax(1) == expert_energies(sample, partition).argmax(1)).all()
 
 

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.replay import ModelReplay
+from moefy.calibrate.replay import ModelReplay, OutputHead
 from moefy.calibrate.sample import swiglu
-from moefy.construct.partition.kmeans import balanced_kernel_kmeans
-from moefy.construct.seeds import stream
 from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 
@@ -34,31 +32,6 @@ class SegmentImportance:
     scores: Float[Tensor, "segments layers neurons"]
     features: Float[Tensor, "segments hidden"]
 
-    def clustered(
-        self, num_clusters: int, *, seed: int
-    ) -> Float[Tensor, "layers clusters neurons"]:
-        """Return the mean importance by cluster of segments.
-
-        Segments are clustered by balanced k-means on their features.
-
-        Args:
-            num_clusters: one per routed expert.
-            seed: of the clustering.
-
-        Raises:
-            CorpusError: fewer segments than clusters.
-        """
-        _check_segments(len(self.scores), num_clusters)
-        features = F.normalize(self.features.double(), dim=1)
-        label = torch.from_numpy(
-            balanced_kernel_kmeans(
-                (features @ features.T).numpy(), num_clusters, stream(seed, "text clusters", 0)
-            )
-        )
-        return torch.stack(
-            [self.scores[label == cluster].mean(dim=0) for cluster in range(num_clusters)], dim=1
-        )
-
 
 def window_importance(
     replay: ModelReplay,
@@ -72,8 +45,8 @@ def window_importance(
     h is the input of `down_proj`, L the next-token loss summed over tokens: |h·∂L/∂h| is the
     first-order Taylor estimate of what removing the neuron at that token changes.
 
-    The gradient goes backwards layer by layer from stored layer inputs, so that memory is one
-    layer plus the hidden states of eight windows.
+    The gradient goes backwards layer by layer from stored layer inputs: memory is one layer, the
+    hidden states of eight windows at every layer, and the logits of one window.
 
     Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing". Deviation: the texts that are
     clustered are segments of 128 tokens by this model's hidden states, the paper's are documents
@@ -89,7 +62,7 @@ def window_importance(
         CorpusError: fewer segments than clusters.
     """
     segments = max(1, windows.shape[1] // _SEGMENT_TOKENS)
-    _check_segments(len(windows) * segments, num_clusters)
+    check_segments(len(windows) * segments, num_clusters)
     head = replay.head()
     features, parts = [], []
     batches = torch.from_numpy(windows).split(_WINDOWS_AT_ONCE)
@@ -102,11 +75,9 @@ def window_importance(
             hidden = layer.attend(hidden)
             hidden = hidden + layer.sample(hidden).outputs().view_as(hidden)
         features += [part.mean(dim=1) for part in _segments(hidden, segments)]
-        leaf = hidden.requires_grad_()
-        with torch.enable_grad():
-            logits = head.logits(leaf[:, :-1].flatten(0, 1))
-            loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradient = torch.stack(
+            [_loss_gradient(head, *window) for window in zip(hidden, ids, strict=True)]
+        )
         scores = []
         for layer_idx in reversed(range(replay.num_layers)):
             gradient, score = _backward(replay, layer_idx, inputs.pop(), gradient)
@@ -116,7 +87,12 @@ def window_importance(
     return SegmentImportance(torch.cat(parts), torch.cat(features))
 
 
-def _check_segments(segments: int, num_clusters: int) -> None:
+def check_segments(segments: int, num_clusters: int) -> None:
+    """Refuse text that cannot be clustered.
+
+    Raises:
+        CorpusError: fewer segments than clusters.
+    """
     if segments < num_clusters:
         raise CorpusError(
             f"{segments} calibration segments cannot make {num_clusters} clusters of text: raise "
@@ -126,6 +102,16 @@ def _check_segments(segments: int, num_clusters: int) -> None:
 
 def _segments(tokens: Float[Tensor, "windows sequence size"], count: int) -> tuple[Tensor, ...]:
     return tokens.tensor_split(count, dim=1)
+
+
+def _loss_gradient(
+    head: OutputHead, hidden: Float[Tensor, "sequence hidden"], ids: Int[Tensor, " sequence"]
+) -> Float[Tensor, "sequence hidden"]:
+    """Return the gradient of a window's next-token loss at its final hidden states."""
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(head.logits(leaf[:-1]), ids[1:], reduction="sum")
+    return torch.autograd.grad(loss, leaf)[0]
 
 
 def _backward(

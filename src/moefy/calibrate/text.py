@@ -25,6 +25,7 @@ def calibration_windows(
     tokens: int,
     sequence_length: int,
     needed_tokens: int,
+    seed: int = 0,
     report: ProgressFn = silent,
 ) -> Int[np.ndarray, "windows sequence"]:
     """Return windows of training documents, as many from each domain, or of the model's own text.
@@ -36,6 +37,7 @@ def calibration_windows(
         sequence_length: tokens per window.
         needed_tokens: fewer are refused: a least-squares fit of d_ff weights per output needs at
             least d_ff tokens to be determined.
+        seed: of the text that the model samples.
         report: told about progress.
 
     Raises:
@@ -43,7 +45,9 @@ def calibration_windows(
     """
     if str(data) == SELF:
         _check_enough(tokens, needed_tokens, data)
-        return self_windows(folder, tokens=tokens, sequence_length=sequence_length, report=report)
+        return self_windows(
+            folder, tokens=tokens, sequence_length=sequence_length, seed=seed, report=report
+        )
     tokenizer = load_tokenizer(folder)
     domains = open_domains(data, report=report)
     per_domain = -(-tokens // (sequence_length * len(domains)))

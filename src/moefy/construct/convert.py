@@ -25,6 +25,7 @@ from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import NativeTarget, Score, native_target, target_config
 from moefy.checkpoint.writer import ShardWriter
+from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import shape_of, split_ffn
 from moefy.construct.split import SplitFfn
 from moefy.progress import Progress, ProgressFn, silent
@@ -86,7 +87,7 @@ def convert(
         recipe: a YAML file with `ConvertRecipe` keys.
         overwrite: replace an existing model in `out`.
         report: told about progress.
-        **choices: single `ConvertRecipe` keys (`experts=16, active=4, rescale="paper", seed=0`);
+        **choices: single `ConvertRecipe` keys (`experts=16, active=4, repair="paper", seed=0`);
             they override the file.
 
     Raises:
@@ -120,6 +121,7 @@ def convert(
             tokens=choice.calibration_tokens,
             sequence_length=choice.calibration_length,
             needed_tokens=dense.config["intermediate_size"],
+            seed=choice.seed,
             report=report,
         )
     with whole_folder(out, needed_bytes=dense.total_bytes()) as partial:
@@ -177,7 +179,7 @@ def split_layers(
     if recipe.needs_gradients:
         clusters = shape_of(recipe).routed
         segments = window_importance(replay, windows, clusters, report=report)
-        importance = segments.clustered(clusters, seed=recipe.seed)
+        importance = importance_by_cluster(segments, clusters, seed=recipe.seed)
     walk = CalibrationWalk(replay, windows, follow_dense=recipe.follows_dense)
     for layer_idx in range(dense.num_layers):
         sample = walk.enter(replay.layer(layer_idx))

@@ -97,7 +97,7 @@ def _partition(
         case "carve":
             return carve(sample, shape, **keys)
         case "alternating":
-            if system is None:  # nothing to choose between
+            if system is None:  # nothing to choose between, so only which are shared matters
                 return coactivation(sample, shape, **keys)
             return alternating(sample, shape, partial(_regression, recipe, system), **keys)
     assert sample.importance is not None

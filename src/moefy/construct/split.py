@@ -100,6 +100,11 @@ class Routing:
         weights = 2 * top.sigmoid() if self.score == "sigmoid" else self.active * top.softmax(-1)
         return torch.zeros_like(logits).scatter_(-1, chosen, weights)
 
+    def chosen(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+        """Return 1 for the k experts that run and 0 for the others, however small their weight."""
+        logits = inputs @ self.router.T
+        return torch.zeros_like(logits).scatter_(-1, logits.topk(self.active, dim=-1).indices, 1.0)
+
     @property
     def folded_factor(self) -> float:
         """The part of the weights that goes into the routed experts' `down_proj`.

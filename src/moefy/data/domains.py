@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,18 +101,20 @@ def _read_dataset(name: str, config: str | None) -> Iterator[str]:
             f"{HUB}{name} needs the datasets package: pip install 'moefy[datasets]'"
         ) from None
     try:
-        rows = iter(datasets.load_dataset(name, config, split="train", streaming=True))
-        first = next(rows, {"text": ""})
+        for row in datasets.load_dataset(name, config, split="train", streaming=True):
+            if "text" not in row or not isinstance(row["text"], str | None):
+                columns = ", ".join(sorted(row))
+                raise CorpusError(
+                    f"the dataset {name!r} has no text in a column 'text', only {columns}"
+                )
+            if row["text"]:
+                yield row["text"]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CorpusError(
             f"the dataset {name!r} cannot be read ({first_line}): name a dataset of the hub that "
             f"can be reached, as in {HUB}allenai/c4:en, or a local folder of one"
         ) from error
-    if not isinstance(first.get("text"), str):
-        columns = ", ".join(sorted(first))
-        raise CorpusError(f"the dataset {name!r} has no text in a column 'text', only {columns}")
-    yield from (row["text"] for row in chain([first], rows) if row["text"])
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from moefy.construct.leaderboard import Score
+    from moefy.construct.scores import Score
 
 
 def loss_curve(log: list[dict[str, Any]], *, dense_loss: float | None = None) -> Figure:

@@ -9,7 +9,7 @@ from moefy.evaluation.compare import Comparison
 from moefy.evaluation.inspect import Inspection
 
 if TYPE_CHECKING:
-    from moefy.construct.leaderboard import Score
+    from moefy.construct.scores import Score
 
 Rows = list[list[str]]
 

@@ -34,7 +34,8 @@ def alternating(
     1. fit the router to the energies of the present experts (`fit_router`),
     2. give neurons to experts so that Σ_j V_{j,expert(j)} is largest, sizes fixed.
 
-    Step 2 never lowers the energy that this routing keeps. A shared place goes to the neuron that
+    Step 2 never lowers the energy that this routing keeps, but for the tolerance of the assignment.
+    A shared place goes to the neuron that
     gains most by it over its best routed expert, not to the largest: a large neuron that its
     expert's router foresees need not always run. The rounds end when fewer than one neuron in 500
     moves, or after eight.
@@ -45,14 +46,12 @@ def alternating(
 
     Args:
         sample: of the layer.
-        shape: of the experts.
+        shape: of the experts, with some to choose between: 0 < active < routed.
         fit_router: returns a router for target energies, as the conversion will use it.
         seed: of the start.
         layer_idx: each layer has a stream of its own.
     """
     partition = independent_random(sample.num_neurons, shape, seed=seed, layer_idx=layer_idx)
-    if shape.active in (0, shape.routed):
-        return partition
     size = sample.num_neurons // shape.slices
     capacity = np.array([shape.shared * size, *[size] * shape.routed])
     energies = list(_energies(sample)) if sample.fits_in_memory else None
@@ -63,7 +62,7 @@ def alternating(
         routing = Routing(fit_router(torch.cat(by_expert)), shape.active)
         value = torch.zeros(shape.routed + 1, sample.num_neurons)
         for tokens, energy in energies or _energies(sample):
-            chosen = (routing.weights(sample.inputs[tokens]) > 0).float()
+            chosen = routing.chosen(sample.inputs[tokens])
             runs = torch.cat([torch.ones_like(chosen[:, :1]), chosen], dim=1)
             value += (runs * sample.token_weights[tokens, None]).T @ energy
         new = balanced_assignment(value.T.double().numpy(), capacity)

@@ -16,7 +16,8 @@ def balanced_assignment(
     Bertsekas' auction finds them: unassigned items bid for their best cluster by their margin over
     the second best plus ε, a full cluster keeps its highest bids and its price rises to the lowest
     of them. All unassigned items bid at once, so a round is a few array operations; ε falls in
-    steps. The result is within items·ε of the optimum; exact assignment costs O(n³), which at
+    steps to 1e-4 times the spread of all values. The result is within items·ε of the optimum, so
+    one huge value costs the others their accuracy; exact assignment costs O(n³), which at
     14,336 neurons and 128 experts is hours.
 
     Source: D. Bertsekas, D. Castañon, "The auction algorithm for the transportation problem",

@@ -3,9 +3,42 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
+from torch import Tensor
 
+from moefy.calibrate.importance import SegmentImportance, check_segments
+from moefy.construct.partition.kmeans import balanced_kernel_kmeans
+from moefy.construct.seeds import stream
 from moefy.construct.split import Partition, Shape
+
+
+def importance_by_cluster(
+    segments: SegmentImportance, num_clusters: int, *, seed: int
+) -> Float[Tensor, "layers clusters neurons"]:
+    """Return the mean importance by cluster of text.
+
+    Segments are clustered by balanced k-means on their features.
+
+    Args:
+        segments: of the calibration text.
+        num_clusters: one per routed expert.
+        seed: of the clustering.
+
+    Raises:
+        CorpusError: fewer segments than clusters.
+    """
+    check_segments(len(segments.scores), num_clusters)
+    features = F.normalize(segments.features.double(), dim=1)
+    label = torch.from_numpy(
+        balanced_kernel_kmeans(
+            (features @ features.T).numpy(), num_clusters, stream(seed, "text clusters", 0)
+        )
+    )
+    return torch.stack(
+        [segments.scores[label == cluster].mean(dim=0) for cluster in range(num_clusters)], dim=1
+    )
 
 
 def sharing_inner(importance: Float[np.ndarray, "experts neurons"], shape: Shape) -> Partition:

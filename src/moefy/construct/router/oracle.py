@@ -27,6 +27,10 @@ class OracleRouting(Routing):
 
     def weights(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
         """Return 1 for the chosen experts and 0 for the others."""
+        return self.chosen(inputs)
+
+    def chosen(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+        """Return 1 for the experts with the largest energies and 0 for the others."""
         activations = swiglu(inputs, self.sample.gate, self.sample.up)
         energies = activations.square() @ energy_members(self.sample, self.partition)
         chosen = energies.topk(self.active, dim=-1).indices
