@@ -86,7 +86,7 @@ def convert(
     ] = None,
     repair: Annotated[
         str | None,
-        typer.Option("--repair", "--rescale", help="none, paper (E/k), scale or refit. [refit]"),
+        typer.Option("--repair", "--rescale", help="none, paper (E/k²), scale or refit. [refit]"),
     ] = None,
     target: Annotated[
         str | None,

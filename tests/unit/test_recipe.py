@@ -22,7 +22,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     ("choices", "message"),
     [
         ({"expert": 4}, "unknown key 'expert'; allowed: experts, active"),
-        ({"rescale": "maybe"}, "re(scale|pair) = 'maybe'"),
+        ({"repair": "maybe"}, "repair = 'maybe'"),
         ({"experts": "many"}, "experts = 'many'"),
         ({"seed": -1}, "seed = -1"),
     ],
