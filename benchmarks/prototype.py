@@ -34,7 +34,7 @@ def main(file: str, out: Path, names: list[str]) -> None:
     print(f"dense {bench.dense_score.loss:.4f}", flush=True)
     for fraction in (0.5, 0.75, 0.25):
         for method in methods_named(names):
-            recipe = method.recipe(64, fraction, 0).for_model(1536, static=method.shared == 1)
+            recipe = method.recipe(64, fraction, 0).for_model(1536)
             shape = shape_of(recipe)
             if (method.name, shape.slices, shape.running) in known:
                 continue

@@ -119,7 +119,7 @@ class ConvertRecipe(Recipe):
         """Whether a fitted repair aims at the dense residual stream."""
         return self.aim == "residual" and self.repair in ("scale", "refit")
 
-    def for_model(self, intermediate_size: int, *, static: bool = False) -> Self:
+    def for_model(self, intermediate_size: int) -> Self:
         """Return the recipe with every count set, checked against the model.
 
         Not given, `experts` is the largest multiple of 4 up to 64 that leaves experts of a multiple
@@ -128,7 +128,6 @@ class ConvertRecipe(Recipe):
 
         Args:
             intermediate_size: the dense model's d_ff.
-            static: allow that all active slices are shared, which leaves nothing to route.
 
         Raises:
             UsageError: see `check_split`.
@@ -138,7 +137,7 @@ class ConvertRecipe(Recipe):
         shared = self.shared
         if shared is None:
             shared = 0 if self.partition == "sharing-inner" else active // 2
-        check_split(intermediate_size, experts, active, 0 if static else shared)
+        check_split(intermediate_size, experts, active, shared)
         return self.model_copy(update={"experts": experts, "active": active, "shared": shared})
 
 
@@ -214,17 +213,17 @@ def check_split(intermediate_size: int, experts: int, active: int, shared: int =
 
     Raises:
         UsageError: E does not divide d_ff (the nearest counts that do are named), or not
-            1 <= k <= E, or the shared slices leave nothing to route.
+            1 <= k <= E, or more slices are shared than run.
     """
     if not 1 <= active <= experts:
         raise UsageError(
             f"{active} active experts of {experts} is impossible: --active must be between 1 and "
             f"--experts ({experts})"
         )
-    if shared and not 0 <= shared < active:
+    if shared > active:
         raise UsageError(
-            f"{shared} shared of {active} active experts leaves none to route: --shared must be "
-            f"between 0 and {active - 1}"
+            f"{shared} shared of {active} active experts is impossible: --shared must be between "
+            f"0 and --active ({active}); where all are shared, the result is a smaller dense model"
         )
     if intermediate_size % experts == 0:
         return

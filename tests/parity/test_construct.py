@@ -15,11 +15,11 @@ import moefy
 from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.text import calibration_windows, self_windows
+from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import TARGETS
 from moefy.construct.convert import split_layers
-from moefy.construct.partition.sharing import importance_by_cluster
-from moefy.errors import CorpusError, UsageError
+from moefy.errors import ArchitectureError, CorpusError, UsageError
 from moefy.recipe import LLAMA_MOE, ConvertRecipe
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -70,14 +70,20 @@ def research_logits(
         sample = layer.sample(hidden)
         hidden = hidden + split(sample).view_as(hidden)
         logits = sample.inputs @ split.routing.router.T
-        if (active := split.routing.active) < logits.shape[1]:
+        if 0 < (active := split.routing.active) < logits.shape[1]:
             last, next_ = logits.topk(active + 1, dim=1).values[:, -2:].T
             tied |= last - next_ < 1e-5 * logits.std()
     return replay.head().logits(hidden.flatten(0, 1)).unflatten(0, ids.shape), tied
 
 
-@pytest.mark.parametrize("shared", [0, 2])
-@pytest.mark.parametrize("choices", CHOICES, ids=lambda c: c.get("partition", "default"))
+@pytest.mark.parametrize(
+    ("choices", "shared"),
+    [
+        *((choices, shared) for choices in CHOICES for shared in (0, 2)),
+        ({"partition": "sharing-inner", "router": "random", "repair": "refit"}, 0),
+    ],
+    ids=lambda value: value.get("partition", "default") if isinstance(value, dict) else str(value),
+)
 def test_checkpoint_equals_research_form(
     tiny_llama: Path, corpus: Path, tmp_path: Path, choices: dict[str, Any], shared: int
 ) -> None:
@@ -119,6 +125,60 @@ def test_all_active_with_shared_experts_equals_dense(
     assert (dense - moe).abs().max() < 1e-4
 
 
+def test_all_shared_is_a_smaller_dense_model(
+    tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Static pruning with the refit, saved as the dense architecture."""
+    out = tmp_path / "pruned"
+    settings = TOKENS | {"experts": 8, "active": 4, "shared": 4}
+    moefy.convert(tiny_llama, out, data=corpus, **settings)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (model.config.model_type, model.config.intermediate_size) == ("llama", 24)
+    windows = corpus_windows(tiny_llama, corpus)
+    ids = torch.from_numpy(windows[:3])
+    expected, _ = research_logits(tiny_llama, ConvertRecipe.build(**settings), windows, ids)
+    with torch.inference_mode():
+        assert (model(ids).logits - expected).abs().max() < 1e-4
+
+
+def test_layers_see_what_the_converted_ones_before_them_give(
+    tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Inputs against the saved model run by transformers; the target against the dense one."""
+    out = tmp_path / "moe"
+    settings = TOKENS | {"experts": 8, "active": 4, "shared": 2}
+    moefy.convert(tiny_llama, out, data=corpus, **settings)
+    windows = corpus_windows(tiny_llama, corpus)
+    seen: dict[str, torch.Tensor] = {}
+    for name, folder in {"dense": tiny_llama, "moe": out}.items():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        last = model.model.layers[1]
+
+        def keep(
+            _module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name
+        ) -> None:
+            seen[f"{name} stream"], seen[f"{name} normed"] = args[0], output
+
+        last.post_attention_layernorm.register_forward_hook(keep)
+        last.register_forward_hook(
+            lambda _module, _args, output, name=name: seen.update({f"{name} out": output})
+        )
+        with torch.inference_mode():
+            model(torch.from_numpy(windows))
+    seen = {name: found.flatten(0, 1) for name, found in seen.items()}
+    dense = DenseCheckpoint(tiny_llama)
+    replay, recipe = ModelReplay(dense), ConvertRecipe.build(**settings)
+    walk = CalibrationWalk(replay, windows, follow_dense=True)
+    for layer_idx, split in enumerate(split_layers(dense, recipe, windows)):
+        sample = walk.enter(replay.layer(layer_idx))
+        walk.leave(sample, split)
+    assert (sample.inputs - seen["moe normed"]).abs().max() < 1e-4
+    assert (seen["dense normed"] - seen["moe normed"]).abs().max() > 1e-3
+    assert sample.desired is not None
+    expected = seen["dense out"] - seen["moe stream"]
+    assert (sample.desired - expected).abs().max() < 1e-4
+
+
 def test_replay_is_the_model(tiny_llama: Path) -> None:
     ids = torch.randint(0, 257, (3, 50), generator=torch.Generator().manual_seed(1))
     recipe = ConvertRecipe.build(**ONE_EXPERT)
@@ -132,8 +192,10 @@ def test_bad_construction_is_refused_before_the_work(
     make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
     dense, out = make_llama(), tmp_path / "moe"
-    with pytest.raises(UsageError, match="leaves none to route"):
-        moefy.convert(dense, out, experts=8, active=4, shared=4)
+    with pytest.raises(UsageError, match="5 shared of 4 active experts is impossible"):
+        moefy.convert(dense, out, experts=8, active=4, shared=5)
+    with pytest.raises(ArchitectureError, match="a smaller dense model and not mixtral"):
+        moefy.convert(dense, out, experts=8, active=4, shared=4, target="mixtral")
     with pytest.raises(CorpusError, match=r"64 calibration tokens are too few.*at least 96"):
         moefy.convert(
             make_llama("wide", intermediate_size=96),
@@ -150,9 +212,10 @@ def test_bad_construction_is_refused_before_the_work(
 
 def test_importance_is_the_gradient_of_the_whole_model(tiny_llama: Path, corpus: Path) -> None:
     """Layer by layer backwards, against autograd through transformers in float64."""
-    windows = corpus_windows(tiny_llama, corpus)[:10]
-    segments = window_importance(ModelReplay(DenseCheckpoint(tiny_llama)), windows, 1)
-    found = importance_by_cluster(segments, 1, seed=0)
+    windows = calibration_windows(
+        corpus, tiny_llama, tokens=8 * 256, sequence_length=256, needed_tokens=1
+    )
+    segments = window_importance(ModelReplay(DenseCheckpoint(tiny_llama)), windows, 2)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).double()
     captured = {}
     for layer_idx, layer in enumerate(model.model.layers):
@@ -165,9 +228,10 @@ def test_importance_is_the_gradient_of_the_whole_model(tiny_llama: Path, corpus:
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
     )
     gradients = torch.autograd.grad(loss, [captured[i] for i in range(2)])
-    for layer_idx, gradient in enumerate(gradients):
-        expected = (captured[layer_idx] * gradient).abs().flatten(0, 1).mean(0)
-        assert torch.allclose(found[layer_idx, 0].double(), expected, rtol=1e-3, atol=1e-7)
+    scores = torch.stack([(captured[i] * gradients[i]).abs() for i in range(2)], dim=1)
+    first, second = (scores[:, :, tokens].mean(2) for tokens in (slice(128), slice(128, None)))
+    expected = torch.cat([first, second])
+    assert torch.allclose(segments.scores.double(), expected, rtol=1e-3, atol=1e-7)
 
 
 def test_the_dense_model_writes_its_own_calibration_text(

@@ -140,7 +140,7 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
 
     texts = [f"document {number}" for number in range(100)]
     folder = tmp_path / "stories"
-    datasets.Dataset.from_dict({"text": [*texts, ""]}).to_parquet(folder / "train.parquet")
+    datasets.Dataset.from_dict({"text": [None, *texts, ""]}).to_parquet(folder / "train.parquet")
     (domain,) = open_domains(f"hf:{folder}")
     assert domain.name == "stories"
     assert list(domain.documents()) == texts

@@ -67,6 +67,12 @@ def test_an_interrupted_leaderboard_continues(
     assert (out / "scores.jsonl").read_text().startswith(before)
     with pytest.raises(OutputError, match="another model, text or seed"):
         moefy.leaderboard(dense, out, seed=1, **common)
+    (out / "scores.jsonl").write_text(before + '{"method": "torn')
+    with pytest.raises(OutputError, match=r"scores.jsonl, line 3 is no score.*remove the line"):
+        moefy.leaderboard(dense, out, **common)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        moefy.leaderboard(dense, tmp_path / "file", **common)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,7 @@ def test_an_interrupted_leaderboard_continues(
         ({"fractions": [0.3]}, "0.3 of 8 experts is no whole number"),
         ({"fractions": [1.0]}, "no whole number between 1 and 7"),
         ({"methods": ["magic"]}, "no method matches 'magic'; there are moefy;"),
+        ({"methods": ["FLAP", "magik"]}, "no method matches 'magik'"),
         ({"experts": 7, "fractions": [3 / 7]}, "cannot be split into 7 equal experts"),
     ],
 )

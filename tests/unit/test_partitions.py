@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from moefy.calibrate.importance import SegmentImportance
 from moefy.calibrate.sample import FfnSample
 from moefy.construct.partition.alternating import alternating
 from moefy.construct.partition.carve import carve
 from moefy.construct.partition.clustering import independent_clustering
 from moefy.construct.partition.coactivation import coactivation
 from moefy.construct.partition.random import independent_random
-from moefy.construct.partition.sharing import gradient_split, sharing_inner, sharing_inter
+from moefy.construct.partition.sharing import (
+    gradient_split,
+    importance_by_cluster,
+    sharing_inner,
+    sharing_inter,
+)
 from moefy.construct.pipeline import split_ffn
 from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
 from moefy.construct.router.ascent import kept_energy_ascent, kept_energy_gradient
@@ -23,6 +29,8 @@ from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.ridge import RidgeSystem, log_energies
 from moefy.construct.split import Partition, Routing, Shape
+from moefy.construct.static import flap
+from moefy.errors import CorpusError
 from moefy.recipe import ConvertRecipe
 
 SHAPE = Shape(shared=1, routed=3, active=1)
@@ -67,7 +75,7 @@ def log_ridge(sample: FfnSample, ridge: float = 0.1) -> Callable[[torch.Tensor],
 def kept_energy(sample: FfnSample, partition: Partition, router: torch.Tensor) -> float:
     """What runs, shared experts included."""
     energies = expert_energies(sample, partition) * sample.token_weights[:, None]
-    chosen = Routing(router, SHAPE.active).weights(sample.inputs) > 0
+    chosen = Routing(router, SHAPE.active).chosen(sample.inputs) > 0
     h = next(h for _, h in sample.chunks())[:, partition.shared]
     shared = (h.square() * sample.down[:, partition.shared].square().sum(0)).sum(1)
     return float(energies[chosen].sum() + (shared * sample.token_weights).sum())
@@ -192,9 +200,52 @@ def test_prototype_routers(sample: FfnSample) -> None:
     partition = coactivation(sample, SHAPE, seed=0, layer_idx=0)
     mean = mean_gate_router(sample.gate, partition)
     assert torch.allclose(mean[1], sum(sample.gate[j] for j in partition.routed[1]) / SIZE)
-    rows = representative_router(sample, partition)
-    for row, neurons in zip(rows, partition.routed, strict=True):
-        assert any(torch.equal(row, sample.gate[j]) for j in neurons)
+    h = torch.cat([h for _, h in sample.chunks()]).double().abs() * sample.down.norm(dim=0).double()
+    mixed = Partition(np.arange(5), np.arange(5, 20).reshape(3, 5))
+    rows = representative_router(sample, mixed)
+    for row, neurons in zip(rows, mixed.routed, strict=True):
+        centre = h[:, neurons].sum(1)
+        cosine = [float(h[:, j] @ centre / h[:, j].norm()) for j in neurons]
+        assert max(cosine) > min(cosine) * 1.01
+        assert torch.equal(row, sample.gate[neurons[int(np.argmax(cosine))]])
+
+
+def test_flap_by_hand(sample: FfnSample) -> None:
+    """Kept by Var(h)·‖w‖²; what is dropped leaves its mean behind."""
+    h = torch.cat([h for _, h in sample.chunks()]).double().numpy()
+    down = sample.down.double().numpy()
+    score = h.var(axis=0) * (down**2).sum(axis=0)
+    kept = sorted(np.argsort(-score)[:8].tolist())
+    dropped = [j for j in range(20) if j not in kept]
+    pruned = flap(sample, 8)
+    assert pruned.kept.tolist() == kept
+    bias = sum(h[:, j].mean() * down[:, j] for j in dropped)
+    assert np.allclose(pruned.bias.numpy(), bias, atol=1e-4)
+    expected = h[:, kept] @ down[:, kept].T + bias
+    assert np.allclose(pruned(sample).numpy(), expected, atol=1e-3)
+
+
+def test_importance_by_cluster_finds_planted_texts() -> None:
+    kind = torch.arange(12) % 3
+    features = torch.eye(5)[kind] + 0.01 * torch.randn(
+        12, 5, generator=torch.Generator().manual_seed(0)
+    )
+    scores = torch.rand(12, 2, 7, generator=torch.Generator().manual_seed(1))
+    found = importance_by_cluster(SegmentImportance(scores, features), 3, seed=0)
+    expected = torch.stack([scores[kind == k].mean(0) for k in range(3)], dim=1)
+    order = [int((expected[0] - row).norm(dim=1).argmin()) for row in found[0]]
+    assert sorted(order) == [0, 1, 2]
+    assert torch.allclose(found, expected[:, order])
+    with pytest.raises(CorpusError, match="12 calibration segments cannot make 13 clusters"):
+        importance_by_cluster(SegmentImportance(scores, features), 13, seed=0)
+
+
+def test_experts_run_however_small_their_weight() -> None:
+    """Logits that differ by hundreds: the softmax underflows, the choice stands."""
+    routing = Routing(torch.tensor([[300.0], [0.0], [-300.0]]), 2)
+    inputs = torch.ones(1, 1)
+    assert routing.weights(inputs).tolist() == [[2.0, 0.0, 0.0]]
+    assert routing.chosen(inputs).tolist() == [[1.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("shifted", [False, True])

@@ -60,6 +60,11 @@ class DenseFamily:
     fused: tuple[Fused, ...] = ()
     same_as: str | None = None
 
+    @property
+    def architecture(self) -> str:
+        """`architectures[0]` in config.json."""
+        return f"{self.model_type.capitalize()}ForCausalLM"
+
     layer = "model.layers.{layer}."
     gate = "mlp.gate_proj.weight"
     up = "mlp.up_proj.weight"

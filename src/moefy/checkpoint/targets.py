@@ -302,3 +302,12 @@ def target_config(
     if size % 8 or config["hidden_size"] % 8:
         config["experts_implementation"] = "eager"
     return config
+
+
+def pruned_config(dense: Mapping[str, Any], *, slices: int, kept: int) -> dict[str, Any]:
+    """Return the config.json of a dense model that keeps some of its FFN's slices."""
+    return {
+        **dense,
+        "architectures": [FAMILIES[dense["model_type"]].architecture],
+        "intermediate_size": dense["intermediate_size"] // slices * kept,
+    }

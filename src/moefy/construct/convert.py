@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,22 +15,30 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
-from moefy.checkpoint.families import O_BIAS, attention_bias
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
-from moefy.checkpoint.targets import NativeTarget, Score, native_target, target_config
+from moefy.checkpoint.targets import (
+    NativeTarget,
+    Score,
+    native_target,
+    pruned_config,
+    target_config,
+)
 from moefy.checkpoint.writer import ShardWriter
+from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import shape_of, split_ffn
-from moefy.construct.split import SplitFfn
+from moefy.construct.split import Shape, SplitFfn
+from moefy.data.domains import HUB
+from moefy.errors import ArchitectureError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
+from moefy.report.card import model_card
 from moefy.storage import check_output, whole_folder
 
 
@@ -75,6 +84,9 @@ def convert(
 ) -> Conversion:
     """Split every FFN of a dense model into experts and write a native MoE checkpoint.
 
+    Where all active slices are shared there is nothing to route: a dense model with a smaller FFN
+    is written.
+
     The output loads with plain `AutoModelForCausalLM.from_pretrained(out)`, in the weights'
     original dtype. The same seed gives the same bytes, for weight-only methods whatever the number
     of threads; calibrated methods promise that for the same machine and number of threads.
@@ -101,18 +113,19 @@ def convert(
     dense = DenseCheckpoint(folder)
     choice = asked.for_model(dense.config["intermediate_size"])
     shape = shape_of(choice)
-    target = native_target(
-        dense.config, shared=shape.shared, routed=shape.routed, asked=choice.target
-    )
-    choice = choice.model_copy(update={"target": target.model_type})
-    config = target_config(
-        target,
-        dense.config,
-        experts=shape.slices,
-        active=shape.running,
-        shared=shape.shared,
-        dtype=dense.dtype,
-    )
+    target = _target(dense, choice, shape)
+    if target is None:
+        config = pruned_config(dense.config, slices=shape.slices, kept=shape.shared)
+    else:
+        choice = choice.model_copy(update={"target": target.model_type})
+        config = target_config(
+            target,
+            dense.config,
+            experts=shape.slices,
+            active=shape.running,
+            shared=shape.shared,
+            dtype=dense.dtype,
+        )
     windows = None
     if choice.calibrated:
         windows = calibration_windows(
@@ -130,18 +143,20 @@ def convert(
         writer = ShardWriter(partial)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
-        for layer_idx, split in enumerate(
-            split_layers(dense, choice, windows, target.score, report)
-        ):
-            _write_layer(dense, layer_idx, split, target, writer)
+        score = target.score if target else "softmax"
+        for layer_idx, split in enumerate(split_layers(dense, choice, windows, score, report)):
+            for name, tensor in native_layer(dense, layer_idx, split, target):
+                writer.add(name, tensor)
             report(Progress("convert", layer_idx + 1, dense.num_layers))
-        (partial / "moefy.json").write_text(_provenance(source, dense, choice))
+        record = _provenance(source, dense, choice, data, windows)
+        (partial / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
+        (partial / "README.md").write_text(model_card(record, config))
         writer.finish(config)
     return Conversion(
         folder=out,
         recipe=choice,
         num_layers=dense.num_layers,
-        expert_size=config[target.expert_size_key],
+        expert_size=dense.config["intermediate_size"] // shape.slices,
         written_bytes=writer.total_bytes,
     )
 
@@ -190,65 +205,44 @@ def split_layers(
         yield split
 
 
-def _write_layer(
+def _target(dense: DenseCheckpoint, recipe: ConvertRecipe, shape: Shape) -> NativeTarget | None:
+    """Return the architecture to write; None where nothing is routed and the model stays dense.
+
+    Raises:
+        ArchitectureError: no target fits, or one was asked for that does not.
+    """
+    if shape.active:
+        return native_target(
+            dense.config, shared=shape.shared, routed=shape.routed, asked=recipe.target
+        )
+    if recipe.target:
+        raise ArchitectureError(
+            f"all {shape.shared} active slices are shared, so the result is a smaller dense model "
+            f"and not {recipe.target}: leave --target out, or lower --shared"
+        )
+    return None
+
+
+def _provenance(
+    source: str | Path,
     dense: DenseCheckpoint,
-    layer_idx: int,
-    split: SplitFfn,
-    target: NativeTarget,
-    writer: ShardWriter,
-) -> None:
-    """Write one layer in the target's form."""
-    family = dense.family
-    prefix = family.layer.format(layer=layer_idx)
-    for name in dense.layer_tensors:
-        writer.add(prefix + name, dense[prefix + name])
-    if target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
-        queries = dense[prefix + "self_attn.q_proj.weight"]
-        writer.add(prefix + O_BIAS, queries.new_zeros(queries.shape[1]))
-
-    dtype = dense[prefix + family.down].dtype
-    num_shared = len(split.partition.shared)
-    experts = split.partition.routed.shape[0]
-    gate, up, down = split.gate, split.up, split.down / dense.residual_scale
-
-    def add(name: str, tensor: Tensor) -> None:
-        writer.add(prefix + name, tensor.to(dtype))
-
-    add(target.router, split.routing.router)
-    if target.selection_bias:
-        writer.add(prefix + target.selection_bias, torch.zeros(experts))
-    if target.shared_gate and target.shared_up and target.shared_down:
-        shared_gate, shared_up = gate[:num_shared], up[:num_shared]
-        if target.shared_gate == target.shared_up:
-            add(target.shared_gate, torch.cat([shared_gate, shared_up]))
-        else:
-            add(target.shared_gate, shared_gate)
-            add(target.shared_up, shared_up)
-        add(target.shared_down, down[:, :num_shared])
-    gates = gate[num_shared:].unflatten(0, (experts, -1))
-    ups = up[num_shared:].unflatten(0, (experts, -1))
-    downs = down[:, num_shared:].unflatten(1, (experts, -1)).transpose(0, 1)
-    downs = split.routing.folded_factor * downs
-    if target.gate == target.up:
-        add(target.gate, torch.cat([gates, ups], dim=1))
-        add(target.down, downs)
-        return
-    for expert in range(experts):
-        add(target.gate.format(expert=expert), gates[expert])
-        add(target.up.format(expert=expert), ups[expert])
-        add(target.down.format(expert=expert), downs[expert])
-
-
-def _provenance(source: str | Path, dense: DenseCheckpoint, recipe: ConvertRecipe) -> str:
+    recipe: ConvertRecipe,
+    data: str | Path,
+    windows: Int[np.ndarray, "windows sequence"] | None,
+) -> dict[str, Any]:
     """Return moefy.json: the recipe, the versions and the inputs' hashes. No times, no paths.
 
     Without those, the same conversion gives the same bytes on any machine.
     """
-    record = {
+    record: dict[str, Any] = {
         "moefy": version("moefy"),
         "stage": "convert",
         "recipe": recipe.model_dump(mode="json"),
         "source": {"name": Path(source).name, "sha256": fingerprint(dense.folder)},
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
-    return json.dumps(record, indent=2) + "\n"
+    if windows is not None:
+        tokens = hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()
+        name = str(data) if str(data).startswith(HUB) else Path(data).name
+        record["calibration"] = {"data": name, "tokens": windows.size, "sha256": tokens}
+    return record

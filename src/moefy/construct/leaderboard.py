@@ -69,7 +69,7 @@ def leaderboard(
     dense = DenseCheckpoint(resolve(source, report=report))
     inner = dense.config["intermediate_size"]
     wanted = [
-        (method, method.recipe(experts, fraction, seed).for_model(inner, static=method.shared == 1))
+        (method, method.recipe(experts, fraction, seed).for_model(inner))
         for fraction in fractions
         for method in chosen
     ]
