@@ -92,8 +92,15 @@ def test_alternating_keeps_more_energy_than_its_start(sample: FfnSample) -> None
     h = next(h for _, h in sample.chunks())
     total = (h.square() * sample.down.square().sum(0)).sum(1) * sample.token_weights
     assert found > 0.9 * float(total.sum())
-    steep = alternating(sample, SHAPE, lambda energies: 1e6 * fit(energies), seed=0, layer_idx=0)
-    assert np.array_equal(steep.slots, partition.slots)  # a factor on the logits changes no choice
+
+
+def test_alternating_does_not_depend_on_the_size_of_the_logits(sample: FfnSample) -> None:
+    fit, shape = log_ridge(sample), Shape(shared=0, routed=5, active=3)
+    plain, steep = (
+        alternating(sample, shape, lambda e, by=by: by * fit(e), seed=0, layer_idx=0).slots
+        for by in (1.0, 1e6)
+    )
+    assert plain.tolist() == steep.tolist()
 
 
 def test_alternating_does_not_depend_on_the_router_beside_it(sample: FfnSample) -> None:
