@@ -13,20 +13,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moefy.checkpoint.gguf import export_gguf
     from moefy.construct.convert import convert
     from moefy.construct.leaderboard import leaderboard
+    from moefy.construct.merge import export_dense
     from moefy.errors import MoefyError
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
     from moefy.training.run import train
 
 __version__ = "0.1.0"
-__all__ = ["MoefyError", "convert", "evaluate", "inspect", "leaderboard", "train"]
+__all__ = [
+    "MoefyError",
+    "convert",
+    "evaluate",
+    "export_dense",
+    "export_gguf",
+    "inspect",
+    "leaderboard",
+    "train",
+]
 
 _HOME = {
     "MoefyError": "moefy.errors",
     "convert": "moefy.construct.convert",
     "evaluate": "moefy.evaluation.compare",
+    "export_dense": "moefy.construct.merge",
+    "export_gguf": "moefy.checkpoint.gguf",
     "inspect": "moefy.evaluation.inspect",
     "leaderboard": "moefy.construct.leaderboard",
     "train": "moefy.training.run",

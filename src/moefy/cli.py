@@ -276,6 +276,45 @@ def evaluate(
     _print_table(comparison_rows(done), f"{done.tokens:,} held-out tokens per model")
 
 
+export = typer.Typer(no_args_is_help=True, help="Write a model in another form.")
+app.add_typer(export, name="export")
+
+
+@export.command("gguf")
+def export_to_gguf(
+    model: Annotated[Path, typer.Argument(help="Converted (or dense) model folder.")],
+    out: Annotated[Path, typer.Argument(help="File to write.")],
+    dtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0.")] = "f16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Write a GGUF file with llama.cpp's own converter.
+
+    Example: `moefy export gguf out/moe out/moe.gguf`
+    """
+    from moefy.checkpoint.gguf import export_gguf as run
+
+    with _bars() as report:
+        file = run(model, out, dtype=dtype, overwrite=overwrite, report=report)
+    print(f"{file}: {file.stat().st_size / 1e6:.0f} MB. What next: llama-cli -m {file}")
+
+
+@export.command("dense")
+def export_to_dense(
+    model: Annotated[Path, typer.Argument(help="Folder that convert wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Undo a split whose weights were not fitted: all experts back into dense FFNs.
+
+    Example: `moefy export dense out/moe out/dense`
+    """
+    from moefy.construct.merge import export_dense as run
+
+    with _bars() as report:
+        folder = run(model, out, overwrite=overwrite, report=report)
+    print(f"{folder}: dense again")
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("moefy-demo"),

@@ -41,6 +41,9 @@ from moefy.recipe import ConvertRecipe
 from moefy.report.card import model_card
 from moefy.storage import check_output, whole_folder
 
+PARTITION = "partition.npy"
+"""Which neuron of the dense model fills each slot, [layers, slots]; see `construct.merge`."""
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -144,10 +147,13 @@ def convert(
         for name in dense.model_tensors():
             writer.add(name, dense[name])
         score = target.score if target else "softmax"
+        slots = []
         for layer_idx, split in enumerate(split_layers(dense, choice, windows, score, report)):
             for name, tensor in native_layer(dense, layer_idx, split, target):
                 writer.add(name, tensor)
+            slots.append(split.partition.slots)
             report(Progress("convert", layer_idx + 1, dense.num_layers))
+        np.save(partial / PARTITION, np.array(slots, dtype=np.int32))
         record = _provenance(source, dense, choice, data, windows)
         (partial / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
         (partial / "README.md").write_text(model_card(record, config))
@@ -238,7 +244,11 @@ def _provenance(
         "moefy": version("moefy"),
         "stage": "convert",
         "recipe": recipe.model_dump(mode="json"),
-        "source": {"name": Path(source).name, "sha256": fingerprint(dense.folder)},
+        "source": {
+            "name": Path(source).name,
+            "sha256": fingerprint(dense.folder),
+            "config": dense.config,
+        },
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
     if windows is not None:

