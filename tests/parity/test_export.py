@@ -94,10 +94,10 @@ def test_what_does_not_add_up_is_refused(
     with pytest.raises(ArchitectureError, match="a 'llama' model and no split one"):
         moefy.export_dense(dense, out)
     (tmp_path / "plain" / "partition.npy").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="partition.npy cannot be read"):
+    with pytest.raises(CheckpointError, match=r"partition\.npy cannot be read"):
         moefy.export_dense(tmp_path / "plain", out)
     (tmp_path / "plain" / "moefy.json").unlink()
-    with pytest.raises(CheckpointError, match="no readable moefy.json"):
+    with pytest.raises(CheckpointError, match=r"no readable moefy\.json"):
         moefy.export_dense(tmp_path / "plain", out)
     assert not out.exists()
 

@@ -1,0 +1,114 @@
+"""Exported GGUF files in llama.cpp (xllamacpp), against transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import write_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moefy
+from moefy.checkpoint.source import builtin
+from moefy.recipe import LLAMA_MOE
+
+EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
+NUM_TOKENS = 24
+
+# llama.cpp runs in a process of its own: it writes to stderr from C
+DECODE = """
+import json, sys, xllamacpp
+request = json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path = request["file"]
+params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+answer = xllamacpp.Server(params).handle_completions(
+    {"prompt": request["ids"], "n_predict": request["count"], "temperature": 0, "n_probs": 1,
+     "ignore_eos": True}
+)
+print(json.dumps(answer["choices"][0]["logprobs"]["content"]))
+"""
+
+
+def llama_cpp(file: Path, ids: list[int]) -> tuple[list[int], list[float]]:
+    """Return the greedy tokens and their log-probabilities."""
+    request = json.dumps({"file": str(file), "ids": ids, "count": NUM_TOKENS})
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE], input=request, capture_output=True, text=True, check=True
+    )
+    content = json.loads(done.stdout.splitlines()[-1])
+    return [item["id"] for item in content], [item["logprob"] for item in content]
+
+
+def transformers_(folder: Path, ids: list[int]) -> tuple[list[int], list[float]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        out = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    new = out.sequences[0, len(ids) :].tolist()
+    probs = [
+        float(row[0].log_softmax(-1)[token]) for row, token in zip(out.logits, new, strict=True)
+    ]
+    return new, probs
+
+
+@pytest.mark.parametrize(
+    ("family", "choices", "target"),
+    [
+        ("smollm2", {"shared": 0}, "mixtral"),
+        ("smollm2", {"shared": 8, "experts": 24, "active": 24}, "granitemoeshared"),
+        ("smollm2", {"shared": 4, "target": "glm4_moe"}, "glm4_moe"),
+        ("llama", {"shared": 0, "target": "granitemoe"}, "granitemoe"),
+        ("mistral", {"shared": 0}, "mixtral"),
+        ("qwen2", {"shared": 4}, "granitemoeshared"),
+        ("qwen3", {"shared": 0}, "qwen3_moe"),
+        ("qwen3", {"shared": 4}, "glm4_moe"),
+        ("granite", {"shared": 4}, "granitemoeshared"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_llama_cpp_decodes_the_same(
+    tmp_path: Path, family: str, choices: dict[str, Any], target: str
+) -> None:
+    """All experts active, float32 weights and cache: the same greedy tokens."""
+    dense = builtin() if family == "smollm2" else tmp_path / "dense"
+    if family != "smollm2":
+        settings: dict[str, Any] = {"sliding_window": None} if family == "mistral" else {}
+        if family == "granite":
+            settings = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}
+            settings |= {"residual_multiplier": 0.5, "logits_scaling": 2.0}
+        write_tiny_model(
+            dense,
+            family,
+            vocab_size=49_152,
+            hidden_size=64,
+            intermediate_size=128,
+            initializer_range=0.1,
+            head_dim=16,
+            **settings,
+        )
+        AutoTokenizer.from_pretrained(builtin()).save_pretrained(dense)
+    moe = tmp_path / "moe"
+    moefy.convert(dense, moe, **EXACT | {"experts": 16, "active": 16} | choices)
+    assert json.loads((moe / "config.json").read_text())["model_type"] == target
+    file = moefy.export_gguf(moe, tmp_path / "moe.gguf", dtype="f32")
+    ids = AutoTokenizer.from_pretrained(moe)("The history of the city begins")["input_ids"]
+    expected, probs = transformers_(moe, ids)
+    found, their_probs = llama_cpp(file, ids)
+    assert found == expected
+    assert max(abs(a - b) for a, b in zip(probs, their_probs, strict=True)) < 0.02
+    assert len(set(found)) > 1
