@@ -8,34 +8,27 @@ Copies their files to docs/construction/ and docs/experiments/prototype/, and re
 from __future__ import annotations
 
 import csv
-import re
 import shutil
 import sys
 from pathlib import Path
 
-from moefy.report.tables import markdown
+from moefy.report.tables import replace_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = ("scores.jsonl", "leaderboard.csv", "leaderboard.md", "leaderboard.png")
 
 
 def main(folders: list[Path]) -> None:
-    page = DOCS / "construction.md"
     places = {"heldout": DOCS / "construction", "prototype": DOCS / "experiments" / "prototype"}
-    text = page.read_text()
     for source, place in zip(folders, places.values(), strict=False):
         place.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             shutil.copyfile(source / name, place / name)
     for mark, place in places.items():
-        block = f"<!-- {mark} -->\n{nats_table(place / 'leaderboard.csv')}<!-- /{mark} -->"
-        text = re.sub(
-            f"<!-- {mark} -->\n.*?<!-- /{mark} -->", lambda _, b=block: b, text, flags=re.S
-        )
-    page.write_text(text)
+        replace_table(DOCS / "construction.md", mark, nats_rows(place / "leaderboard.csv"))
 
 
-def nats_table(file: Path) -> str:
+def nats_rows(file: Path) -> list[list[str]]:
     """Return nats above dense, a row per method and a column per share of the FFN."""
     with file.open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["experts"] != "1"]
@@ -54,7 +47,7 @@ def nats_table(file: Path) -> str:
         [method, *(shares[method].get(share, "") for share in columns)]
         for method in sorted(shares, key=rank)
     ]
-    return markdown([header, *body])
+    return [header, *body]
 
 
 if __name__ == "__main__":

@@ -66,6 +66,25 @@ def transformers_(folder: Path, ids: list[int]) -> tuple[list[int], list[float]]
     return new, probs
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 128},  # transformers reads no other from GGUF
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+}
+
+
+def write_small_model(folder: Path, family: str) -> None:
+    """Write a random model with SmolLM2's tokenizer, which llama.cpp knows."""
+    shape = {"vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    write_tiny_model(folder, family, initializer_range=0.1, **shape | SETTINGS.get(family, {}))
+    AutoTokenizer.from_pretrained(builtin()).save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("family", "choices", "target"),
     [
@@ -87,21 +106,7 @@ def test_llama_cpp_decodes_the_same(
     """All experts active, float32 weights and cache: the same greedy tokens."""
     dense = builtin() if family == "smollm2" else tmp_path / "dense"
     if family != "smollm2":
-        settings: dict[str, Any] = {"sliding_window": None} if family == "mistral" else {}
-        if family == "granite":
-            settings = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}
-            settings |= {"residual_multiplier": 0.5, "logits_scaling": 2.0}
-        write_tiny_model(
-            dense,
-            family,
-            vocab_size=49_152,
-            hidden_size=64,
-            intermediate_size=128,
-            initializer_range=0.1,
-            head_dim=16,
-            **settings,
-        )
-        AutoTokenizer.from_pretrained(builtin()).save_pretrained(dense)
+        write_small_model(dense, family)
     moe = tmp_path / "moe"
     moefy.convert(dense, moe, **EXACT | {"experts": 16, "active": 16} | choices)
     assert json.loads((moe / "config.json").read_text())["model_type"] == target
@@ -112,3 +117,19 @@ def test_llama_cpp_decodes_the_same(
     assert found == expected
     assert max(abs(a - b) for a, b in zip(probs, their_probs, strict=True)) < 0.02
     assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_gguf_file_is_a_source(tmp_path: Path, family: str) -> None:
+    """Dense folder to GGUF, GGUF to MoE: all experts active is the dense model."""
+    dense, out = tmp_path / "dense", tmp_path / "moe"
+    write_small_model(dense, family)
+    file = moefy.export_gguf(dense, tmp_path / "dense.gguf", dtype="f32")
+    moefy.convert(file, out, **EXACT | {"experts": 16, "active": 16, "shared": 4})
+    ids = torch.randint(0, 49_000, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = (
+            AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits
+            for f in (dense, out)
+        )
+    assert (expected - found).abs().max() < 1e-4

