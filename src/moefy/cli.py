@@ -154,7 +154,7 @@ def train(
     data: Data = "demo",
     tokens: Annotated[int | None, typer.Option(help="Training tokens. [65536]")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Per window. [512]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak. [3e-4]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak. [1e-4]")] = None,
     weights: Annotated[str | None, typer.Option(help="As in wikipedia=0.7,book=0.3.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sample order. [0]")] = None,
     recipe: RecipeFile = None,

@@ -167,7 +167,7 @@ class TrainRecipe(Recipe):
     sequences_per_step: Positive = 1
     sequences_per_pass: Positive = 1
     weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     warmup_fraction: Fraction = 0.1
     final_learning_rate_fraction: Fraction = 0.1
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
