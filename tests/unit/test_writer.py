@@ -14,11 +14,11 @@ from moefy.checkpoint.writer import ShardWriter
 
 def test_shards_hold_every_tensor_once(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
-    writer = ShardWriter(tmp_path, shard_bytes=100)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    assert not list(tmp_path.glob("*.safetensors"))
-    writer.finish({"model_type": "x"})
+    with ShardWriter(tmp_path, shard_bytes=100) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        assert not list(tmp_path.glob("*.safetensors"))
+        writer.finish({"model_type": "x"})
     weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert weight_map.keys() == tensors.keys()
     assert len(set(weight_map.values())) == 3
@@ -27,7 +27,24 @@ def test_shards_hold_every_tensor_once(tmp_path: Path) -> None:
 
 
 def test_a_name_is_written_once(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
-    writer.add("t", torch.zeros(1))
-    with pytest.raises(ValueError, match="twice"):
+    with ShardWriter(tmp_path) as writer:
         writer.add("t", torch.zeros(1))
+        with pytest.raises(ValueError, match="twice"):
+            writer.add("t", torch.zeros(1))
+
+
+def test_more_tensors_than_the_header_has_room_for_begin_a_new_shard(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, max_tensors=1) as writer:
+        for i in range(40):
+            writer.add(f"a.rather.long.name.{i}", torch.full((2, 3), float(i)).bfloat16())
+        writer.add("empty", torch.zeros(0, 4))
+        writer.finish({"model_type": "x"})
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(found) == 41
+    assert found["empty"].shape == (0, 4)
+    for i in range(40):
+        assert torch.equal(
+            found[f"a.rather.long.name.{i}"], torch.full((2, 3), float(i)).bfloat16()
+        )

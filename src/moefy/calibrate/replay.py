@@ -72,15 +72,19 @@ class LayerReplay:
 
 
 def weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
-    """Return a layer's FFN without calibration tokens, for weight-only methods."""
+    """Return a layer's FFN without calibration tokens, for weight-only methods.
+
+    The matrices keep the dtype in which they are stored: most of these methods only move rows.
+    """
     family = dense.family
     prefix = family.layer.format(layer=layer_idx)
     gate, up, down, gain = (
-        dense[prefix + name].float()
-        for name in (family.gate, family.up, family.down, family.ffn_norm)
+        dense[prefix + name] for name in (family.gate, family.up, family.down, family.ffn_norm)
     )
-    down *= dense.residual_scale
-    return FfnSample(gate, up, down, gain, gate.new_zeros(0, gate.shape[1]), gate.new_zeros(0))
+    if dense.residual_scale != 1:
+        down = dense.residual_scale * down.float()
+    nothing = torch.zeros(0)
+    return FfnSample(gate, up, down, gain.float(), nothing.view(0, gate.shape[1]), nothing)
 
 
 class ModelReplay:

@@ -1,55 +1,94 @@
-"""Native checkpoints, written shard by shard with a bounded buffer."""
+"""Native checkpoints, streamed into shards: a tensor is on disk as soon as it is added."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from moefy.checkpoint.reader import INDEX, SINGLE
 
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_HEADER_BYTES_PER_TENSOR = 192
+_METADATA = {"__metadata__": {"format": "pt"}}
+
 
 class ShardWriter:
-    """Writes tensors into safetensors shards of a folder.
+    """Writes tensors into safetensors shards of a folder; memory is one tensor.
 
-    Tensors are buffered until a shard is full, so memory is one shard. The files get their final
-    names in `finish`; without it the folder does not load.
+    The header of a safetensors file stands in front of the data and may end in spaces: room for it
+    is left free and filled when the shard is complete. The files get their final names in
+    `finish`; without it the folder does not load. To be used in a `with` statement.
 
     Args:
         folder: an existing, empty folder (see `storage.whole_folder`).
-        shard_bytes: a shard is written when the next tensor would exceed this size.
+        shard_bytes: a new shard begins when the next tensor would exceed this size.
+        max_tensors: of the whole checkpoint, for the size of the header; more begin a new shard.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, folder: Path, *, shard_bytes: int = 4 << 30, max_tensors: int = 1000
+    ) -> None:
         self._folder = folder
         self._shard_bytes = shard_bytes
-        self._buffer: dict[str, Tensor] = {}
-        self._buffered_bytes = 0
-        self.total_bytes = 0
+        self._header_bytes = _HEADER_BYTES_PER_TENSOR * max_tensors // 8 * 8 + 1024
+        self._file: BinaryIO | None = None
+        self._header: dict[str, Any] = dict(_METADATA)
+        self._header_used = len(_json(_METADATA))
+        self._filled_bytes = 0
         self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+        self.total_bytes = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:  # an error before `finish`
+            self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; it is copied if it is a view.
+        """Write one tensor.
 
         Raises:
             ValueError: the name was added before.
         """
-        if name in self._buffer or any(name in shard for shard in self._shards):
+        if name in self._names:
             raise ValueError(f"{name} was written twice")
+        self._names.add(name)
         size = tensor.numel() * tensor.element_size()
-        if self._buffer and self._buffered_bytes + size > self._shard_bytes:
-            self._flush()
-        self._buffer[name] = tensor.contiguous()
-        self._buffered_bytes += size
+        entry: dict[str, Any] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        entry["data_offsets"] = [self._filled_bytes, self._filled_bytes + size]
+        if self._filled_bytes and (
+            entry["data_offsets"][1] > self._shard_bytes
+            or self._header_used + len(_json({name: entry})) > self._header_bytes
+        ):
+            self._close()
+            entry["data_offsets"] = [0, size]
+        if self._file is None:
+            self._file = self._part(len(self._shards) + 1).open("wb")
+            self._file.seek(8 + self._header_bytes)
+        self._header[name] = entry
+        self._header_used += len(_json({name: entry}))  # its braces stand for comma and slack
+        if size:
+            data = tensor.contiguous().flatten().view(torch.uint8)
+            self._file.write(data.numpy().data)
+        self._filled_bytes += size
         self.total_bytes += size
 
     def finish(self, config: Mapping[str, Any]) -> None:
-        """Write what is buffered, the index if there are several shards, and config.json last."""
-        self._flush()
+        """Complete the last shard; write the index if there are several, and config.json last."""
+        self._close()
         count = len(self._shards)
         weight_map = {}
         for number, names in enumerate(self._shards, start=1):
@@ -65,10 +104,18 @@ class ShardWriter:
     def _part(self, number: int) -> Path:
         return self._folder / f"shard-{number:05d}.partial"
 
-    def _flush(self) -> None:
-        if not self._buffer:
+    def _close(self) -> None:
+        if self._file is None:
             return
-        self._shards.append(list(self._buffer))
-        save_file(self._buffer, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._buffer = {}
-        self._buffered_bytes = 0
+        header = _json(self._header)
+        self._file.seek(0)
+        self._file.write(self._header_bytes.to_bytes(8, "little"))
+        self._file.write(header.ljust(self._header_bytes))
+        self._file.close()
+        self._shards.append([name for name in self._header if name not in _METADATA])
+        self._file, self._header, self._filled_bytes = None, dict(_METADATA), 0
+        self._header_used = len(_json(_METADATA))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -140,10 +141,16 @@ def convert(
             seed=choice.seed,
             report=report,
         )
-    with whole_folder(out, needed_bytes=dense.total_bytes()) as partial:
+    tensors_per_layer = len(dense.layer_tensors) + 3 * shape.routed + 6
+    num_tensors = (dense.num_layers + 1) * tensors_per_layer
+    with (
+        whole_folder(out, needed_bytes=dense.total_bytes()) as partial,
+        ShardWriter(partial, max_tensors=num_tensors) as writer,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        hashes = beside.submit(fingerprint, dense.folder)
         for file in side_files(folder):
             shutil.copyfile(file, partial / file.name)
-        writer = ShardWriter(partial)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
         score = target.score if target else "softmax"
@@ -154,7 +161,7 @@ def convert(
             slots.append(split.partition.slots)
             report(Progress("convert", layer_idx + 1, dense.num_layers))
         np.save(partial / PARTITION, np.array(slots, dtype=np.int32))
-        record = _provenance(source, dense, choice, data, windows)
+        record = _provenance(source, dense, choice, data, windows, hashes.result())
         (partial / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
         (partial / "README.md").write_text(model_card(record, config))
         writer.finish(config)
@@ -235,6 +242,7 @@ def _provenance(
     recipe: ConvertRecipe,
     data: str | Path,
     windows: Int[np.ndarray, "windows sequence"] | None,
+    hashes: dict[str, str],
 ) -> dict[str, Any]:
     """Return moefy.json: the recipe, the versions and the inputs' hashes. No times, no paths.
 
@@ -246,7 +254,7 @@ def _provenance(
         "recipe": recipe.model_dump(mode="json"),
         "source": {
             "name": Path(source).name,
-            "sha256": fingerprint(dense.folder),
+            "sha256": hashes,
             "config": dense.config,
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},

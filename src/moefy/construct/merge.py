@@ -62,10 +62,13 @@ def export_dense(
     files = [open_tensors(folder / name) for name in weight_files(folder)]
     stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
     family = FAMILIES[dense_config["model_type"]]
-    with whole_folder(out) as partial:
+    num_tensors = 16 * (len(slots) + 1)
+    with (
+        whole_folder(out) as partial,
+        ShardWriter(partial, max_tensors=num_tensors) as writer,
+    ):
         for file in side_files(folder):
             shutil.copyfile(file, partial / file.name)
-        writer = ShardWriter(partial)
         for name in family.model_tensors:
             if name in stored:
                 writer.add(name, stored[name].read(name))

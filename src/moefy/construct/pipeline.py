@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -157,8 +158,10 @@ def _repaired_down(
         case "none":
             return down
         case "paper":
-            factor = torch.full((down.shape[1],), paper_rescale(shape))
-            factor[:num_shared] = 1.0
-            return down * factor
+            scale = paper_rescale(shape)
+            if not math.log2(scale).is_integer():  # rounded once, when the layer is written
+                down = down.float()
+            down[:, num_shared:] *= scale
+            return down
         case "scale":
             return down * least_squares_scale(sample, partition, routing)

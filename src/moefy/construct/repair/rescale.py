@@ -13,6 +13,7 @@ def paper_rescale(shape: Shape) -> float:
     expert so enters with about E/k²: 4, 1 and 2 for 2/16, 4/16 and 2/8; without rescaling, as in
     the dense sum, with 1.
 
-    Deviation: with shared experts, which the paper has not, E and k count the routed ones.
+    Deviation: with shared experts, which the paper has not, E and k count the routed ones; where
+    all that runs is shared, nothing is scaled.
     """
-    return shape.routed / shape.active**2
+    return shape.routed / shape.active**2 if shape.active else 1.0

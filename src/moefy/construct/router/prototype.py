@@ -23,7 +23,7 @@ def mean_gate_router(
         gate: of the dense FFN.
         partition: of the neurons.
     """
-    return gate[torch.from_numpy(partition.routed)].mean(dim=1)
+    return gate.float()[torch.from_numpy(partition.routed)].mean(dim=1)
 
 
 def representative_router(
