@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from moefy.errors import CheckpointError
@@ -91,20 +90,6 @@ class PickledFile(TensorFile):
         return tensor if rows is None else tensor[rows]
 
 
-_BROKEN: tuple[type[Exception], ...] = (
-    SafetensorError,
-    OSError,
-    RuntimeError,
-    EOFError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    AttributeError,
-    KeyError,
-    ValueError,
-    TypeError,
-)
-
-
 def open_tensors(path: Path) -> TensorFile:
     """Open a weight file by its suffix.
 
@@ -118,7 +103,7 @@ def open_tensors(path: Path) -> TensorFile:
         raise CheckpointError(
             f"{path} is missing: the folder is incomplete, fetch it again"
         ) from None
-    except _BROKEN as error:
+    except Exception as error:  # torch's unpickler fails with whatever the damage leads to
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path} cannot be read ({first_line}): it is truncated or damaged, fetch it again"
