@@ -144,8 +144,9 @@ def _write_report(done: Demo, samples: dict[str, str], recipe: TrainRecipe, seed
     log = read_log(done.folder / "recovered")
     comparison = done.comparison
     rows = comparison_rows(comparison)
-    dense_loss = math.log(comparison.results[0].perplexity)
-    curve, heatmap = loss_curve(log, dense_loss=dense_loss), expert_load_heatmap(log)
+    by_domain = comparison.results[0].domain_perplexity
+    dense_losses = {domain: math.log(value) for domain, value in by_domain.items()}
+    curve, heatmap = loss_curve(log, dense_losses=dense_losses), expert_load_heatmap(log)
     for name, figure in {"loss.png": curve, "expert-load.png": heatmap}.items():
         figure.savefig(done.folder / name, dpi=150)
     record: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,21 +13,27 @@ if TYPE_CHECKING:
     from moefy.construct.scores import Score
 
 
-def loss_curve(log: list[dict[str, Any]], *, dense_loss: float | None = None) -> Figure:
-    """Draw the training loss over tokens.
+def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) -> Figure:
+    """Draw the training loss over tokens, one line per domain: they differ by more than they learn.
 
     Args:
         log: a run's steps (see `training.state.read_log`).
-        dense_loss: held-out loss of the dense model, nats per token, drawn as a line.
+        dense_losses: held-out losses of the dense model by domain, nats per token, as dashed lines.
     """
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    tokens = [line["tokens"] / 1e3 for line in log]
-    axes.plot(tokens, [line["loss"] for line in log], label="training, all domains")
-    if dense_loss is not None:
-        axes.axhline(dense_loss, color="0.4", linestyle="--", label="dense model, held out")
+    domains = sorted({domain for line in log for domain in line["domain_loss"]})
+    for place, domain in enumerate(domains):
+        steps = [line for line in log if domain in line["domain_loss"]]
+        tokens = [line["tokens"] / 1e3 for line in steps]
+        losses = [line["domain_loss"][domain] for line in steps]
+        color = f"C{place % 10}"
+        axes.plot(tokens, losses, color=color, marker="o", markersize=3, label=domain)
+        if domain in dense_losses:
+            axes.axhline(dense_losses[domain], color=color, linestyle="--", linewidth=1)
+    axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="dense model, held out")
     axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
