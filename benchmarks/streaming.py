@@ -34,13 +34,15 @@ for name in os.listdir(sys.argv[2]):
 print(time.perf_counter() - started, 0)
 """
 CONVERT = """
-import resource, sys, time
+import sys, time
 import moefy
 from moefy.recipe import LLAMA_MOE
 moefy.convert  # imports are not what is measured
 started = time.perf_counter()
 moefy.convert(sys.argv[1], sys.argv[2], experts=16, active=4, **LLAMA_MOE)
-print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+seconds = time.perf_counter() - started
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(seconds, 1024 * int(peak.split()[1]))
 """
 
 
