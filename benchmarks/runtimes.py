@@ -1,15 +1,17 @@
 """SmolLM2 split in every form, in every runtime at hand: docs/runtimes.md.
 
-    python benchmarks/runtimes.py WORK    # about 20 minutes on two cores; conversions are kept
+    pip install mistralrs==0.9.5          # not a dependency of moefy
+    python benchmarks/runtimes.py WORK    # about 5 minutes on two cores; conversions are kept
 
 Agreement: all experts active, float32 weights and cache, the prompt and 32 greedy tokens. Speed:
 the default split against the dense model and against the dense model of its active size, each in
 turn, three times, medians; 512 tokens of prompt, 64 decoded. Writes docs/runtimes/*.csv and the
-tables in docs/runtimes.md.
+tables in docs/runtimes.md; `agreement` or `speed` behind WORK does one of the two.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import statistics
@@ -59,6 +61,27 @@ print(json.dumps({"tokens": answer["choices"][0]["logprobs"]["content"],
                   "timings": answer["timings"]}))
 """
 
+MISTRAL_RS = """
+import sys, mistralrs
+plain = mistralrs.Which.Plain(model_id=sys.argv[1], dtype=mistralrs.ModelDType.F32)
+answer = mistralrs.Runner(which=plain).send_completion_request(
+    mistralrs.CompletionRequest(model="", prompt=sys.argv[2], max_tokens=32, temperature=0.0,
+                                top_k=1)
+)
+print("TEXT", repr(answer.choices[0].text))
+"""
+
+
+def mistral_rs(folder: Path) -> str:
+    """Return the text that it writes, or the reason why it does not."""
+    command = [sys.executable, "-c", MISTRAL_RS, str(folder), PROMPT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+        return errors[-1].partition("Error: ")[2].partition(". Please")[0]
+    text = next(line for line in done.stdout.splitlines() if line.startswith("TEXT "))
+    return ast.literal_eval(text.removeprefix("TEXT "))
+
 
 def llama_cpp(file: Path, ids: list[int], count: int) -> dict[str, Any]:
     ask = json.dumps({"file": str(file), "ids": ids, "count": count})
@@ -93,7 +116,8 @@ def converted(work: Path, name: str, choices: dict[str, Any]) -> tuple[Path, Pat
 
 def agreement(work: Path) -> list[dict[str, str]]:
     dense = AutoModelForCausalLM.from_pretrained(builtin())
-    ids = AutoTokenizer.from_pretrained(builtin())(PROMPT)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(builtin())
+    ids = tokenizer(PROMPT)["input_ids"]
     tokens, logits = greedy(dense, ids, 32)
     rows = []
     for form, choices in FORMS.items():
@@ -102,21 +126,26 @@ def agreement(work: Path) -> list[dict[str, str]]:
             model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=name)
             found, theirs = greedy(model, ids, 32)
             difference = (logits.log_softmax(-1) - theirs.log_softmax(-1))[range(32), tokens]
-            rows.append(_row(form, f"transformers, {name}", found == tokens, difference.tolist()))
+            same = "the dense model's" if found == tokens else "differ"
+            rows.append(_row(form, f"transformers, {name}", same, difference.tolist()))
         answer = llama_cpp(file, ids, 32)["tokens"]
         expected = logits.log_softmax(-1)[range(32), tokens].tolist()
         differences = [a - b["logprob"] for a, b in zip(expected, answer, strict=True)]
-        same = [item["id"] for item in answer] == tokens
+        same = "the dense model's" if [item["id"] for item in answer] == tokens else "differ"
         rows.append(_row(form, "llama.cpp (xllamacpp)", same, differences))
+        text = mistral_rs(folder)
+        same = "the dense model's" if text == tokenizer.decode(tokens) else text
+        rows.append(_row(form, "mistral.rs", same, []))
     return rows
 
 
-def _row(form: str, runtime: str, same: bool, differences: list[float]) -> dict[str, str]:
+def _row(form: str, runtime: str, tokens: str, differences: list[float]) -> dict[str, str]:
+    largest = f"{max(map(abs, differences)):.1e}" if differences else ""
     return {
         "form": form,
         "runtime": runtime,
-        "32 greedy tokens": "the dense model's" if same else "differ",
-        "largest difference of log-probabilities": f"{max(map(abs, differences)):.1e}",
+        "32 greedy tokens": tokens,
+        "largest difference of log-probabilities": largest,
     }
 
 
@@ -154,10 +183,11 @@ def _share(row: dict[str, Any], same_size: dict[str, Any], key: str) -> str:
     return f"{row[key] / same_size[key]:.0%}"
 
 
-def main(work: Path) -> None:
+def main(work: Path, tables: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     (DOCS / "runtimes").mkdir(exist_ok=True)
-    for name, rows in {"agreement": agreement(work), "speed": speed(work)}.items():
+    for name in tables or ["agreement", "speed"]:
+        rows = {"agreement": agreement, "speed": speed}[name](work)
         with (DOCS / "runtimes" / f"{name}.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             table.writeheader()
@@ -167,4 +197,4 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

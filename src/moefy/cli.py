@@ -237,7 +237,7 @@ def leaderboard(
     if as_json:
         _print_json([vars(score) for score in scores])
         return
-    _print_table(leaderboard_rows(scores), f"{source}, {experts} experts")
+    _print_table(leaderboard_rows(scores, brief=True), f"{source}, {experts} experts")
     print(f"Table, CSV and figure: {out}")
 
 

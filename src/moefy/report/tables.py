@@ -60,8 +60,16 @@ def inspection_rows(inspection: Inspection) -> Rows:
     return rows
 
 
-def leaderboard_rows(scores: Sequence[Score]) -> Rows:
-    """Return header and rows of a leaderboard, the best of each active share first."""
+_BRIEF = ("method", "active", "shared", "nats above dense", "KL to dense", "router gap closed")
+
+
+def leaderboard_rows(scores: Sequence[Score], *, brief: bool = False) -> Rows:
+    """Return header and rows of a leaderboard, the best of each active share first.
+
+    Args:
+        scores: one per row.
+        brief: only the columns that fit a terminal.
+    """
     domains = list(scores[0].domain_loss)
     header = ["method", "active", "shared", "loss", "nats above dense", *domains, "KL to dense"]
     header += ["FFN error", "router gap closed", "load max/mean", "construct s", "peak GiB"]
@@ -85,6 +93,9 @@ def leaderboard_rows(scores: Sequence[Score]) -> Rows:
                 "–" if peak is None else f"{peak / 2**30:.1f}",
             ]
         )
+    if brief:
+        kept = [rows[0].index(name) for name in _BRIEF]
+        rows = [[row[place] for place in kept] for row in rows]
     return rows
 
 
