@@ -17,7 +17,7 @@ def expert_energies(sample: FfnSample, partition: Partition) -> Float[Tensor, "t
 
     It is the expert's output energy if the contributions of its neurons were orthogonal; unlike
     ‖Σ_j h_tj·w_j‖² it does not favour experts whose neurons merely point the same way, and costs
-    one product with an indicator matrix.
+    one product with an indicator matrix. The other one was tried: docs/experiments.md, section 3.
     """
     member = energy_members(sample, partition)
     return torch.cat([activations.square() @ member for _, activations in sample.chunks()])
