@@ -145,4 +145,4 @@ class OutputHead:
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Return the model's logits for final hidden states."""
-        return self._norm(hidden) @ self._matrix.T * self._scale
+        return (self._scale * self._norm(hidden)) @ self._matrix.T

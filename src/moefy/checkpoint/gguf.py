@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import TARGETS
+from moefy.checkpoint.targets import check_known
 from moefy.errors import ArchitectureError, CheckpointError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import storage_errors
@@ -52,9 +51,7 @@ def export_gguf(
         raise UsageError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     config = read_config(folder)
     model_type = config.get("model_type")
-    if model_type not in {**FAMILIES, **TARGETS}:
-        known = ", ".join([*FAMILIES, *TARGETS])
-        raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
+    check_known(model_type, folder)
     if model_type in ("mixtral", "mistral") and config.get("sliding_window"):
         raise ArchitectureError(
             f"{folder} has a sliding window of {config['sliding_window']} tokens, which llama.cpp "

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import TARGETS
-from moefy.errors import ArchitectureError, CheckpointError
+from moefy.checkpoint.targets import check_known
+from moefy.errors import CheckpointError
 
 
 def device() -> torch.device:
@@ -26,11 +25,7 @@ def load_model(folder: Path, *, dtype: torch.dtype) -> Any:
         CheckpointError: the folder is no model, or a damaged one.
         ArchitectureError: a model that moefy neither converts nor writes.
     """
-    config = read_config(folder)
-    model_type = config.get("model_type")
-    if model_type not in {**FAMILIES, **TARGETS}:
-        known = ", ".join(sorted({**FAMILIES, **TARGETS}))
-        raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
+    check_known(read_config(folder).get("model_type"), folder)
     from transformers import AutoModelForCausalLM
 
     try:

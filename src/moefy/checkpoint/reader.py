@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from moefy.checkpoint.families import (
+    FAMILIES,
     DenseFamily,
     canonical_config,
     dense_family,
@@ -110,7 +111,7 @@ class DenseCheckpoint:
                     f"{folder}/config.json has {key} = {value!r}: a positive integer is needed"
                 )
         self.config = canonical_config(stored, stored_config)
-        self.family: DenseFamily = dense_family(self.config, str(folder))
+        self.family: DenseFamily = FAMILIES[self.config["model_type"]]
         self.layer_tensors = layer_tensors(self.config)
         self._files: dict[str, TensorFile] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -229,8 +230,9 @@ class DenseCheckpoint:
         }
 
     def _check_shapes(self) -> None:
+        wanted = self._expected_shapes()
         for layer in range(self.num_layers):
-            for name, shape in self._expected_shapes().items():
+            for name, shape in wanted.items():
                 full = self.family.layer.format(layer=layer) + name
                 if self._shapes[full] != shape:
                     raise CheckpointError(

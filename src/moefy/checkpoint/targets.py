@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from moefy.checkpoint.families import (
@@ -80,7 +81,6 @@ MIXTRAL = NativeTarget(
     down="block_sparse_moe.experts.{expert}.w2.weight",
     window=True,
     settings={
-        "sliding_window": None,
         "router_jitter_noise": 0.0,
         "router_aux_loss_coef": 0.01,
         "output_router_logits": False,
@@ -165,6 +165,17 @@ TARGETS = {
     for target in (MIXTRAL, GRANITEMOESHARED, GRANITEMOE, QWEN3_MOE, GLM4_MOE)
 }
 """In the order of preference."""
+
+
+def check_known(model_type: Any, folder: Path) -> None:
+    """Refuse a model that moefy neither converts nor writes.
+
+    Raises:
+        ArchitectureError: it is in neither table.
+    """
+    if model_type not in {**FAMILIES, **TARGETS}:
+        known = ", ".join(sorted({**FAMILIES, **TARGETS}))
+        raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
 
 
 def native_target(

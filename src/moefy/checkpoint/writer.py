@@ -69,9 +69,10 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         entry: dict[str, Any] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         entry["data_offsets"] = [self._filled_bytes, self._filled_bytes + size]
+        room = len(_json({name: entry}))  # its braces stand for the comma
         if self._filled_bytes and (
             entry["data_offsets"][1] > self._shard_bytes
-            or self._header_used + len(_json({name: entry})) > self._header_bytes
+            or self._header_used + room > self._header_bytes
         ):
             self._close()
             entry["data_offsets"] = [0, size]
@@ -79,7 +80,7 @@ class ShardWriter:
             self._file = self._part(len(self._shards) + 1).open("wb")
             self._file.seek(8 + self._header_bytes)
         self._header[name] = entry
-        self._header_used += len(_json({name: entry}))  # its braces stand for comma and slack
+        self._header_used += room
         if size:
             data = tensor.contiguous().flatten().view(torch.uint8)
             self._file.write(data.numpy().data)
