@@ -457,7 +457,7 @@ def _print_table(rows: list[list[str]], title: str) -> None:
 
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+        table.add_column(name, justify="right" if number else "left")
     for row in rows[1:]:
         table.add_row(*row)
     console = Console()
