@@ -40,35 +40,39 @@ def native_layer(
 
 
 def _pruned(dense: DenseCheckpoint, split: SplitFfn) -> Iterator[tuple[str, Tensor]]:
-    kept = len(split.partition.shared)
-    yield dense.family.gate, split.gate[:kept]
-    yield dense.family.up, split.up[:kept]
-    yield dense.family.down, split.down[:, :kept] / dense.residual_scale
+    shared = torch.from_numpy(split.partition.shared)
+    yield dense.family.gate, split.gate[shared]
+    yield dense.family.up, split.up[shared]
+    yield dense.family.down, split.down / dense.residual_scale
 
 
 def _experts(
     split: SplitFfn, residual_scale: float, target: NativeTarget
 ) -> Iterator[tuple[str, Tensor]]:
-    kept, experts = len(split.partition.shared), len(split.partition.routed)
-    down = split.down if residual_scale == 1 else split.down / residual_scale
+    kept, size = len(split.partition.shared), split.partition.routed.shape[1]
     yield target.router, split.routing.router
     if target.shared_gate and target.shared_up and target.shared_down:
+        shared = torch.from_numpy(split.partition.shared)
         yield from _gate_up(
-            target.shared_gate, target.shared_up, split.gate[:kept], split.up[:kept]
+            target.shared_gate, target.shared_up, split.gate[shared], split.up[shared]
         )
-        yield target.shared_down, down[:, :kept]
-    gates = split.gate[kept:].unflatten(0, (experts, -1))
-    ups = split.up[kept:].unflatten(0, (experts, -1))
-    downs = down[:, kept:].unflatten(1, (experts, -1)).transpose(0, 1)
-    downs = split.routing.folded_factor * downs
+        yield target.shared_down, _times(1 / residual_scale, split.down[:, :kept])
+    factor = split.routing.folded_factor / residual_scale
+    gates = (split.gate[neurons] for neurons in torch.from_numpy(split.partition.routed))
+    ups = (split.up[neurons] for neurons in torch.from_numpy(split.partition.routed))
+    downs = (_times(factor, columns) for columns in split.down[:, kept:].split(size, dim=1))
     if target.gate == target.up:
-        yield target.gate, torch.cat([gates, ups], dim=1)
-        yield target.down, downs
+        yield target.gate, torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+        yield target.down, torch.stack(list(downs))
         return
-    for expert in range(experts):
-        yield target.gate.format(expert=expert), gates[expert]
-        yield target.up.format(expert=expert), ups[expert]
-        yield target.down.format(expert=expert), downs[expert]
+    for expert, (gate, up, down) in enumerate(zip(gates, ups, downs, strict=True)):
+        yield target.gate.format(expert=expert), gate
+        yield target.up.format(expert=expert), up
+        yield target.down.format(expert=expert), down
+
+
+def _times(factor: float, matrix: Tensor) -> Tensor:
+    return matrix if factor == 1 else factor * matrix
 
 
 def _gate_up(
