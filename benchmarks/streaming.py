@@ -46,9 +46,13 @@ print(seconds, 1024 * int(peak.split()[1]))
 """
 
 
-def make_model(folder: Path, num_layers: int) -> None:
-    config = SHAPES["llama-2-7b"] | {"num_hidden_layers": num_layers, "rms_norm_eps": 1e-5}
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+def make_model(folder: Path, num_layers: int, inner: int = 11008) -> None:
+    config = SHAPES["llama-2-7b"] | {
+        "num_hidden_layers": num_layers,
+        "intermediate_size": inner,
+        "rms_norm_eps": 1e-5,
+    }
+    hidden = config["hidden_size"]
     noise = (0.02 * torch.randn(1 << 28, generator=torch.Generator().manual_seed(0))).bfloat16()
 
     def random(rows: int, columns: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def _pruned(dense: DenseCheckpoint, split: SplitFfn) -> Iterator[tuple[str, Tens
     shared = torch.from_numpy(split.partition.shared)
     yield dense.family.gate, split.gate[shared]
     yield dense.family.up, split.up[shared]
-    yield dense.family.down, split.down / dense.residual_scale
+    yield dense.family.down, split.down[:, : len(shared)] / dense.residual_scale
 
 
 def _experts(

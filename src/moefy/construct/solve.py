@@ -13,11 +13,15 @@ class RidgeFactor:
     Args:
         gram: G, symmetric and positive semidefinite.
         ridge: λ.
+
+    Attributes:
+        added: what was added to the diagonal, λ·mean(diag G).
     """
 
     def __init__(self, gram: Float[Tensor, "n n"], ridge: float) -> None:
         system = gram.to(torch.float64, copy=True)
-        system.diagonal().add_(ridge * system.diagonal().mean().clone().clamp_min(1e-30))
+        self.added = ridge * max(float(system.diagonal().mean()), 1e-30)
+        system.diagonal().add_(self.added)
         self._factor = torch.linalg.cholesky(system)
 
     def solve(self, right: Float[Tensor, "n targets"]) -> Float[Tensor, "n targets"]:
