@@ -84,7 +84,7 @@ def test_weights_of_a_recipe() -> None:
     with pytest.raises(CorpusError, match="lack github and name code, RedPajamaGithub besides"):
         initial_weights({"code": 0.5, "RedPajamaGithub": 0.5}, ["github"])
     for broken in (-0.5, math.nan, math.inf):
-        with pytest.raises(CorpusError, match=f"the weight {broken} of 'a'"):
+        with pytest.raises(CorpusError, match=f"the weight of 'a' is {broken}: give 0"):
             initial_weights({"a": broken, "b": 1.5}, ["a", "b"])
     with pytest.raises(CorpusError, match="sum to 0: at least one"):
         initial_weights({"a": 0.0}, ["a"], normalise=True)
@@ -115,6 +115,17 @@ def test_published_reference_losses_by_size() -> None:
         published_reference(SHARED_DATA, num_parameters=8 * 10**9, vocab_size=128_256)
     with pytest.raises(CorpusError, match="published reference losses lack news and name"):
         published_reference(["cc", "news"], num_parameters=7 * 10**9, vocab_size=32_000)
+
+
+def test_the_tables_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    rows = [strategy.weights for strategy in STRATEGIES if strategy.weights]
+    for size in (1.3, 2.7, 6.7):
+        rows.append(
+            published_reference(SLIMPAJAMA, num_parameters=int(size * 1e9), vocab_size=32_000)
+        )
+    for row in rows:
+        assert f"| {' | '.join(str(row[name]) for name in SLIMPAJAMA)} |\n" in page
 
 
 def test_reference_losses_from_a_file(tmp_path: Path) -> None:

@@ -190,11 +190,7 @@ class Mixture:
 
     def update_due(self, interval_steps: int) -> bool:
         """Say whether weights that follow the losses must be renewed before the next batch."""
-        return (
-            self._step > 0
-            and self._step % interval_steps == 0
-            and self._weights_since_step < self._step
-        )
+        return self._step % interval_steps == 0 and self._weights_since_step < self._step
 
     def reweight(
         self, losses: Mapping[str, float], reference: Mapping[str, float], rule: UpdateRule
@@ -202,7 +198,7 @@ class Mixture:
         """Renew the weights for the next batches. Domains of weight 0 stay left out.
 
         One process does this and sends the new weights to the others (`set_weights`): they must
-        be the same to the last bit, and neither losses nor exp are on other processors.
+        be the same to the last bit, which neither losses nor exponentials are on every processor.
 
         Args:
             losses: held-out loss of the present model by domain, nats per token.

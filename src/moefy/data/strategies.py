@@ -154,7 +154,7 @@ def initial_weights(
     weights = for_domains(mixture, domains, what="the weights")
     for domain, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise CorpusError(f"the weight {weight} of {domain!r} is none: give 0 or more")
+            raise CorpusError(f"the weight of {domain!r} is {weight}: give 0 or more")
     total = math.fsum(weights.values())
     if total <= 0:
         raise CorpusError("the domain weights sum to 0: at least one must be positive")
