@@ -19,7 +19,6 @@ from moefy.checkpoint.tensors import open_tensors
 from moefy.construct.partition.balanced import balanced_assignment
 from moefy.construct.partition.random import independent_random
 from moefy.construct.split import Shape
-from moefy.data.mixture import Mixture, normalised_weights
 from moefy.errors import CheckpointError, UsageError
 from moefy.recipe import LLAMA_MOE, check_split
 
@@ -58,30 +57,6 @@ def test_balanced_assignment_is_nearly_the_exact_optimum(
     best = repeated[linear_sum_assignment(repeated, maximize=True)].sum()
     total = value[np.arange(len(value)), found].sum()
     assert best - total <= len(value) * 1e-4 + 1e-9
-
-
-domain_weights = st.dictionaries(
-    st.text(min_size=1, max_size=5), st.floats(0, 1e6), min_size=1, max_size=6
-).filter(lambda weights: sum(weights.values()) > 1e-3)
-
-
-@given(domain_weights)
-def test_mixture_weights_stay_on_the_simplex(weights: dict[str, float]) -> None:
-    found = normalised_weights(sorted(weights), weights)
-    assert sum(found.values()) == pytest.approx(1)
-    assert all(value >= 0 for value in found.values())
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 60), st.integers(0, 2**63 - 1))
-def test_a_mixture_is_the_same_after_a_restart(num_before: int, seed: int) -> None:
-    windows = {"a": np.arange(7)[:, None], "b": np.arange(3)[:, None]}
-    whole, restarted = (Mixture(windows, {"a": 1.0, "b": 2.0}, seed=seed) for _ in range(2))
-    for _ in range(num_before):
-        whole.sample()
-    restarted.skip(num_before)
-    assert [whole.sample()[:2] for _ in range(20)] == [restarted.sample()[:2] for _ in range(20)]
-    assert whole.epochs() == restarted.epochs()
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moefy.evaluation.compare import Comparison
 from moefy.evaluation.inspect import Inspection
@@ -97,6 +98,30 @@ def leaderboard_rows(scores: Sequence[Score], *, brief: bool = False) -> Rows:
         kept = [rows[0].index(name) for name in _BRIEF]
         rows = [[row[place] for place in kept] for row in rows]
     return rows
+
+
+def mixture_rows(log: list[dict[str, Any]]) -> Rows:
+    """Return header and rows of a mixture's history: one row for each domain and change.
+
+    Args:
+        log: as for `figures.mixture_weights`. The losses of the weights that a run starts with are
+            empty.
+    """
+    rows = [["step", "tokens", "domain", "weight", "loss", "reference"]]
+    tokens_per_step = log[0]["tokens"] // log[0]["step"]
+    for update in (line["mixture"] for line in log if "mixture" in line):
+        step = update["step"]
+        for domain, weight in update["weights"].items():
+            losses = (update[key].get(domain, "") for key in ("losses", "reference"))
+            cells = (step, step * tokens_per_step, domain, weight, *losses)
+            rows.append([str(cell) for cell in cells])
+    return rows
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Write rows as a CSV file."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def markdown(rows: Rows) -> str:
