@@ -43,7 +43,7 @@ def blocks(file: Path, meter: Meter) -> Iterator[bytes]:
     new_frame = _decompressor(file)
     try:
         with file.open("rb") as raw:
-            frame = new_frame() if new_frame else None
+            frame: Any = new_frame() if new_frame else None
             while block := raw.read(_BLOCK_BYTES):
                 meter.add(block)
                 if new_frame is None:

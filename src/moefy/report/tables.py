@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moefy.evaluation.compare import Comparison
 from moefy.evaluation.inspect import Inspection
@@ -96,6 +96,28 @@ def leaderboard_rows(scores: Sequence[Score], *, brief: bool = False) -> Rows:
     if brief:
         kept = [rows[0].index(name) for name in _BRIEF]
         rows = [[row[place] for place in kept] for row in rows]
+    return rows
+
+
+def corpus_rows(record: dict[str, Any]) -> Rows:
+    """Return header and rows of a prepared corpus's record, a domain a row."""
+    rows = [["domain", "documents", "tokens", "held-out documents", "held-out tokens"]]
+    rows[0] += ["characters/token", "filtered", "broken"]
+    for domain, found in record["domains"].items():
+        tokens = found["tokens"] + found["heldout_tokens"]
+        characters = found["characters"] + found["heldout_characters"]
+        rows.append(
+            [
+                domain,
+                f"{found['documents']:,}",
+                f"{found['tokens']:,}",
+                f"{found['heldout_documents']:,}",
+                f"{found['heldout_tokens']:,}",
+                f"{characters / tokens:.2f}" if tokens else "–",
+                f"{found['filtered']:,}",
+                f"{found['broken_lines']:,}",
+            ]
+        )
     return rows
 
 
