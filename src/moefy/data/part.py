@@ -174,26 +174,23 @@ class Part:
         return journal.tokens - tokens
 
     def _open(self) -> Journal:
-        found = read_journal(self._folder)
-        recipe = self._recipe.model_dump(mode="json")
-        if found is None:
-            with storage_errors(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self._folder.parent / "recipe.yaml", self._recipe.to_yaml())
-            return Journal(self._identity, recipe)
-        if found.identity != self._identity:
+        journal = read_journal(self._folder) or Journal(self._identity, {})
+        if journal.identity != self._identity:
             changed = [
-                f"{key}: was {found.identity.get(key)!r}, now {value!r}"
+                f"{key}: was {journal.identity.get(key)!r}, now {value!r}"
                 for key, value in self._identity.items()
-                if found.identity.get(key) != value
+                if journal.identity.get(key) != value
             ]
             raise OutputError(
                 f"{self._folder.parent} holds an unfinished corpus with other settings "
                 f"({'; '.join(changed)}): give the same ones to continue it, or --overwrite to "
                 "start again"
             )
-        found.recipe = recipe
-        return found
+        journal.recipe = self._recipe.model_dump(mode="json")
+        with storage_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self._folder.parent / "recipe.yaml", self._recipe.to_yaml())
+        return journal
 
     def _batches(self, after: tuple[int, int]) -> Iterator[Batch]:
         """Read the inputs, from their beginnings, and yield what is not done yet."""

@@ -20,12 +20,14 @@ import numpy as np
 
 from moefy.data.domains import DEMO, HUB
 from moefy.data.part import Journal, Part, part_folder, read_journal
-from moefy.data.shards import RECORD
+from moefy.data.shards import RECORD, is_prepared
 from moefy.data.tokenise import FILTERED
 from moefy.errors import CorpusError, OutputError
 from moefy.progress import ProgressFn, silent
 from moefy.recipe import PrepareRecipe
 from moefy.storage import check_output, replace_file, storage_errors
+
+_WHOLE = "{} is a whole corpus already: use it, choose another folder, or pass --overwrite"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def prepare(
     out = Path(out).expanduser()
     choice = PrepareRecipe.build(recipe, **choices)
     if overwrite or not _is_unfinished(out):
+        if is_prepared(out) and not overwrite:
+            raise OutputError(_WHOLE.format(out))
         sources = [Path(tokenizer).expanduser()]
         if not str(data).startswith(HUB) and str(data) != DEMO:
             sources.append(Path(data).expanduser())
@@ -139,8 +143,8 @@ def prepare_part(
     """
     choice = PrepareRecipe.build(recipe, **choices)
     folder = Path(out).expanduser()
-    if not _is_unfinished(folder) and (folder / RECORD).exists():
-        raise OutputError(f"{out} is a whole corpus already: choose another folder")
+    if is_prepared(folder):
+        raise OutputError(_WHOLE.format(out))
     part = Part(data, folder, choice, tokenizer, rank=rank, num_parts=num_parts, report=report)
     return part.run(workers)
 
@@ -261,4 +265,4 @@ def _domain_record(count: Counter[str]) -> dict[str, Any]:
 
 
 def _is_unfinished(out: Path) -> bool:
-    return any(out.glob("part-*-of-*")) and not (out / RECORD).exists()
+    return any(out.glob("part-*-of-*")) and not is_prepared(out)

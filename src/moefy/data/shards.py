@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from moefy.errors import CorpusError
 
@@ -46,7 +46,7 @@ class TokenShards:
         self._dtype = np.dtype(self.record["dtype"]).newbyteorder("<")
         self._files: dict[tuple[str, str], list[Path]] = {}
         self._starts: dict[tuple[str, str], list[int]] = {}
-        self._maps: dict[Path, np.ndarray[Any, Any]] = {}
+        self._maps: dict[Path, Integer[np.ndarray, " tokens"]] = {}
         for domain, found in self.record["domains"].items():
             for split in SPLITS:
                 shards = [shard for shard in found["shards"] if shard["split"] == split]
@@ -138,7 +138,7 @@ class TokenShards:
             )
         return file
 
-    def _map(self, file: Path) -> np.ndarray[Any, Any]:
+    def _map(self, file: Path) -> Integer[np.ndarray, " tokens"]:
         if file not in self._maps:
             self._maps[file] = np.memmap(file, self._dtype, mode="r")
         return self._maps[file]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from moefy.data.domains import is_held_out
@@ -136,7 +137,7 @@ class Tokeniser:
             )
         return done
 
-    def _ids(self, documents: list[str]) -> np.ndarray[Any, Any]:
+    def _ids(self, documents: list[str]) -> Integer[np.ndarray, " tokens"]:
         ids: list[int] = []
         for encoding in self._tokenizer.encode_batch_fast(documents, add_special_tokens=False):
             ids += encoding.ids

@@ -109,7 +109,7 @@ def _work() -> None:
     while True:
         try:
             batch = pickle.load(requests)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the parent ended, perhaps within a batch
             return
         reply: Tokenised | Exception
         try:
@@ -118,8 +118,11 @@ def _work() -> None:
             reply = error
         except Exception:
             reply = RuntimeError(traceback.format_exc())
-        pickle.dump(reply, replies, pickle.HIGHEST_PROTOCOL)
-        replies.flush()
+        try:
+            pickle.dump(reply, replies, pickle.HIGHEST_PROTOCOL)
+            replies.flush()
+        except BrokenPipeError:
+            os._exit(0)  # a plain return would complain that the rest cannot be flushed
 
 
 if __name__ == "__main__":
