@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from moefy.errors import CorpusError, MoefyError, OutputError, StorageError, Usa
 from moefy.progress import Progress
 from moefy.recipe import SLIMPAJAMA_KEY, SLIMPAJAMA_NAMES
 
+ROOT = Path(__file__).parents[2]
 PROSE = "It was the best of times, and it was the worst of times. "
 
 
@@ -462,6 +464,22 @@ def test_parts_give_the_tokens_of_one_run(
         prepare_part(data, tmp_path / "parts", 0, 5, tokenizer=tokenizer)
     with pytest.raises(CorpusError, match="holds no parts"):
         gather(tmp_path / "parts")
+
+
+def test_the_cluster_recipe(
+    corpus: Path, tmp_path: Path, tokenizer: Path, run: Callable[..., TokenShards]
+) -> None:
+    """In datatrove's local executor; its Slurm and Ray executors run the same steps."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("shard_tokens: 500\n")
+    command = [sys.executable, ROOT / "recipes/prepare_cluster.py", corpus, tmp_path / "parts"]
+    command += [tokenizer, "--tasks", "2", "--workers", "1", "--recipe", recipe]
+    subprocess.run(command, check=True, capture_output=True)
+    parts = contents(tmp_path / "parts")
+    whole = contents(run(corpus, recipe=recipe).folder)
+    assert parts.pop("moefy.json")
+    assert whole.pop("moefy.json")
+    assert parts == whole
 
 
 def test_the_command(
