@@ -87,8 +87,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_sequences_are_the_windows_that_training_packs(
     corpus: Path, run: Callable[..., TokenShards], split: Any
 ) -> None:
-    with (corpus / "ab.jsonl").open("a") as file:
-        file.write(json.dumps({"text": "ends <eos> early: wörld 漢字"}) + '\n\n{"text": ""}\n')
+    file = corpus / "ab.jsonl"
+    special = [{"text": f"ends <eos> early, {number}: wörld 漢字"} for number in range(60)]
+    write(file, [*special, {"text": ""}, b"\n", file.read_bytes()])
     shards = run(corpus, shard_tokens=1000)
     tokenizer = byte_tokenizer()
     assert shards.domains == ["ab", "xyz"]
@@ -103,7 +104,7 @@ def test_sequences_are_the_windows_that_training_packs(
             assert window.dtype == np.int64
             np.testing.assert_array_equal(window, windows[idx])
     record = shards.record["domains"]["ab"]
-    assert record["documents"] + record["heldout_documents"] == 81
+    assert record["documents"] + record["heldout_documents"] == 140
     assert record["empty"] == 1
     assert len(record["shards"]) > 10  # so sequences crossed from shard to shard
     assert tokenizer("<eos>")["input_ids"] == [tokenizer.eos_token_id]  # pack changed nothing
@@ -132,6 +133,7 @@ def test_a_folder_for_each_domain(tmp_path: Path, run: Callable[..., TokenShards
     write(data / "web/a.jsonl", rows("first"))
     write(data / "web/.cache/c.jsonl", rows("hidden"))
     write(data / "code.jsonl.zst", rows("code"))
+    write(data / ".cache/d.jsonl", rows("hidden"))
     (data / "notes.txt").write_text("no corpus")
     shards = run(data)
     assert shards.domains == ["code", "web"]
@@ -220,8 +222,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_lines_are_named_or_counted(
-    tmp_path: Path, run: Callable[..., TokenShards], kind: str
+    tmp_path: Path,
+    run: Callable[..., TokenShards],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 10)
+    monkeypatch.setattr(jsonl, "_BATCH_BYTES", 1)  # so that each line is a batch of its own
     line, message = BROKEN[kind]
     good = rows("good")
     file = write(tmp_path / "data/book.jsonl", [good[0], line, *good[1:]])
@@ -287,6 +294,8 @@ def test_tokenizers_that_do_not_fit(
         run(corpus, "endless-tokens", tokenizer=tmp_path / "endless")
     with pytest.raises(MoefyError, match="no readable tokenizer"):
         run(corpus, "none-tokens", tokenizer=corpus)
+    with pytest.raises(MoefyError, match="does not exist; a source is"):
+        run(corpus, "none-tokens", tokenizer="nothing")
     assert not (tmp_path / "none-tokens").exists()
 
 

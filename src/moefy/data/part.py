@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from moefy.data.shard_writer import TokenWriter
 from moefy.data.shards import describe_tokenizer
 from moefy.data.tokenise import Batch, Job, Tokenised
 from moefy.data.workers import Workers
-from moefy.errors import CorpusError, MoefyError, OutputError, UsageError
+from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn
 from moefy.recipe import PrepareRecipe
 from moefy.storage import replace_file, storage_errors
@@ -269,8 +270,16 @@ class Part:
 
 def _load_tokenizer(model: str | Path, report: ProgressFn) -> Any:
     """Load a tokenizer; of a hub's model nothing else is fetched."""
-    is_here = Path(model).expanduser().exists() or str(model) == BUILTIN
-    return load_tokenizer(resolve(model, report=report) if is_here else Path(model))
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not Path(model).exists()
+    if not is_on_hub or str(model).endswith(".gguf"):
+        return load_tokenizer(resolve(model, report=report))
+    try:
+        return load_tokenizer(Path(model))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{model} is no local folder, and the hub gave no tokenizer of that name: name a model "
+            f"folder, use {BUILTIN}, or connect to the hub"
+        ) from error
 
 
 def _check_filter_domains(recipe: PrepareRecipe, of_inputs: set[str | None]) -> None:

@@ -104,7 +104,7 @@ def prepare(
     part = Part(data, out, choice, tokenizer, rank=0, num_parts=1, report=report)
     if overwrite:
         shutil.rmtree(out, ignore_errors=True)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or _usable_cores()
     tokens = part.run(workers)
     record = gather(out)
     return Prepared(out, record, tokens, workers, time.perf_counter() - started)
@@ -262,6 +262,12 @@ def _domain_record(count: Counter[str]) -> dict[str, Any]:
         "filtered": sum(rules.values()),
         "filtered_by": rules,
     }
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _is_unfinished(out: Path) -> bool:

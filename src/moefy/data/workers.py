@@ -85,11 +85,8 @@ class Workers:
         return reply
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.kill()
-        self._threads.shutdown()
+        """Let each worker finish its batch, and end them."""
+        self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
             process.communicate()
 
