@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moefy.construct.convert import convert
     from moefy.construct.leaderboard import leaderboard
     from moefy.construct.merge import export_dense
+    from moefy.data.prepare import prepare
     from moefy.errors import MoefyError
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
@@ -31,6 +32,7 @@ __all__ = [
     "export_gguf",
     "inspect",
     "leaderboard",
+    "prepare",
     "train",
 ]
 
@@ -42,6 +44,7 @@ _HOME = {
     "export_gguf": "moefy.checkpoint.gguf",
     "inspect": "moefy.evaluation.inspect",
     "leaderboard": "moefy.construct.leaderboard",
+    "prepare": "moefy.data.prepare",
     "train": "moefy.training.run",
 }
 

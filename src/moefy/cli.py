@@ -148,6 +148,68 @@ def convert(
 
 
 @app.command()
+def prepare(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of DOMAIN.jsonl(.gz, .zst) files or DOMAIN/ folders, hf:DATASET or 'demo'."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; the same command resumes it.")],
+    tokenizer: Annotated[str, typer.Option(help="The model that will read the tokens.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [one per core]")] = None,
+    quality: Annotated[
+        str | None, typer.Option("--filter", help="none or gopher (quality rules). [none]")
+    ] = None,
+    domain_key: Annotated[
+        str | None,
+        typer.Option(help="Where a line names its domain: meta.redpajama_set_name of SlimPajama."),
+    ] = None,
+    skip_broken: Annotated[
+        bool | None, typer.Option("--skip-broken", help="Count broken lines, don't stop at them.")
+    ] = None,
+    recipe: RecipeFile = None,
+    settings: Set = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a corpus in OUT.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tokenise raw text into memory-mapped shards by domain.
+
+    Example: `moefy prepare demo out/tokens --tokenizer smollm2-135m`
+    """
+    choices = _parse_settings(settings) | _given(
+        filter=quality, domain_key=domain_key, skip_broken=skip_broken
+    )
+    from moefy.data.prepare import prepare as run
+    from moefy.report.tables import corpus_rows
+
+    with _bars() as report:
+        done = run(
+            data,
+            out,
+            tokenizer=tokenizer,
+            workers=workers,
+            recipe=recipe,
+            overwrite=overwrite,
+            report=report,
+            **choices,
+        )
+    speed = done.tokens_per_s_per_core
+    if as_json:
+        _print_json({**done.record, "folder": str(done.folder), "tokens_per_s_per_core": speed})
+        return
+    _print_table(corpus_rows(done.record), f"{done.folder}, tokens of {tokenizer}")
+    for line in done.record["broken_examples"]:
+        print(f"skipped: {line}", file=sys.stderr)
+    print(
+        f"{done.tokens:,} tokens in {done.elapsed_s:.0f} s, {speed:,.0f} per second and worker "
+        f"({done.workers}); {done.record['broken_lines']:,} broken lines skipped"
+    )
+
+
+@app.command()
 def train(
     model: Annotated[str, typer.Argument(help="Converted model folder.")],
     out: Annotated[Path, typer.Argument(help="The run's folder; the same command resumes it.")],

@@ -25,3 +25,10 @@ def test_the_runtimes_tables(name: str) -> None:
     with (ROOT / f"docs/runtimes/{name}.csv").open() as file:
         rows = list(csv.reader(file))
     assert markdown(rows) in (ROOT / "docs/runtimes.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["filters", "prepare"])
+def test_the_data_tables(name: str) -> None:
+    with (ROOT / f"docs/experiments/{name}.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert markdown(rows) in (ROOT / "docs/data.md").read_text()

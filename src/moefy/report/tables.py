@@ -124,6 +124,28 @@ def write_csv(path: Path, rows: Rows) -> None:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
+def corpus_rows(record: dict[str, Any]) -> Rows:
+    """Return header and rows of a prepared corpus's record, a domain a row."""
+    rows = [["domain", "documents", "tokens", "held-out documents", "held-out tokens"]]
+    rows[0] += ["characters/token", "filtered", "broken"]
+    for domain, found in record["domains"].items():
+        tokens = found["tokens"] + found["heldout_tokens"]
+        characters = found["characters"] + found["heldout_characters"]
+        rows.append(
+            [
+                domain,
+                f"{found['documents']:,}",
+                f"{found['tokens']:,}",
+                f"{found['heldout_documents']:,}",
+                f"{found['heldout_tokens']:,}",
+                f"{characters / tokens:.2f}" if tokens else "–",
+                f"{found['filtered']:,}",
+                f"{found['broken_lines']:,}",
+            ]
+        )
+    return rows
+
+
 def markdown(rows: Rows) -> str:
     """Return rows as a Markdown table, numbers to the right."""
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
