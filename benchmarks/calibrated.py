@@ -1,4 +1,4 @@
-"""The calibrated default on LLaMA-2-7B's layers, against the FLOPs it must do: docs/experiments.md, 6.
+"""The calibrated default on LLaMA-2-7B's layers, against its FLOPs: docs/experiments.md, 6.
 
     python benchmarks/calibrated.py WORK    # needs 3 GB of disk, 9 GB of memory, about 15 minutes
 
@@ -9,7 +9,6 @@ docs/experiments/calibrated.csv.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import subprocess
@@ -24,8 +23,10 @@ from streaming import make_model
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.construct.convert import split_layers
 from moefy.recipe import ConvertRecipe
+from moefy.report.tables import replace_table, write_csv
 
-RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "calibrated.csv"
+DOCS = Path(__file__).parents[1] / "docs"
+RESULT, PAGE = DOCS / "experiments" / "calibrated.csv", DOCS / "experiments.md"
 CASES = ((1, 5504), (2, 5504), (1, 11008))
 SEQUENCE = 512
 LAYERS_OF_7B = 32
@@ -67,21 +68,22 @@ def measure(folder: Path) -> dict[str, str]:
     for split in split_layers(dense, recipe, ids):
         del split
     seconds = time.perf_counter() - started
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     single, double = teraflops(ids.size, hidden, inner)
     bound = single / rates[0] + double / rates[1]
     return {
         "layers": str(dense.num_layers),
         "d_ff": str(inner),
         "tokens": str(ids.size),
-        "seconds_per_layer": f"{seconds / dense.num_layers:.0f}",
-        "teraflop_per_layer": f"{single + double:.1f}",
-        "matmul_gflops": f"{1000 * rates[0]:.0f}",
-        "float64_gflops": f"{1000 * rates[1]:.0f}",
-        "bound_seconds_per_layer": f"{bound:.0f}",
-        "share_of_bound": f"{bound * dense.num_layers / seconds:.2f}",
-        "peak_gib": f"{int(peak.split()[1]) / 2**20:.2f}",
-        "hours_for_7b": f"{LAYERS_OF_7B * seconds / dense.num_layers / 3600:.2f}",
+        "s/layer": f"{seconds / dense.num_layers:.0f}",
+        "TFLOP/layer": f"{single + double:.1f}",
+        "float32, GFLOP/s": f"{1000 * rates[0]:.0f}",
+        "float64, GFLOP/s": f"{1000 * rates[1]:.0f}",
+        "bound, s/layer": f"{bound:.0f}",
+        "of the bound": f"{bound * dense.num_layers / seconds:.2f}",
+        "peak GiB": f"{int(peak.split()[1]) / 2**20:.2f}",
+        "hours for 32 layers": f"{LAYERS_OF_7B * seconds / dense.num_layers / 3600:.2f}",
     }
 
 
@@ -95,10 +97,9 @@ def main(work: Path) -> None:
         shutil.rmtree(folder)
         rows.append(json.loads(printed))
         print(printed, end="", flush=True)
-        with RESULT.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        table = [list(rows[0]), *(list(row.values()) for row in rows)]
+        write_csv(RESULT, table)
+        replace_table(PAGE, "calibrated", table)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class RidgeFactor:
         system = gram.to(torch.float64, copy=True)
         self.added = ridge * max(float(system.diagonal().mean()), 1e-30)
         system.diagonal().add_(self.added)
-        self._factor = torch.linalg.cholesky(system)
+        self._factor = torch.linalg.cholesky(system, out=system)
 
     def solve(self, right: Float[Tensor, "n targets"]) -> Float[Tensor, "n targets"]:
         """Return the solution, in float64."""

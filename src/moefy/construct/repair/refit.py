@@ -43,7 +43,8 @@ def refit_down_proj(
             block = slice(first, first + _BLOCK_SLOTS)
             gram[block, first:] += weighted[:, block].T @ masked[:, first:]
         right += weighted.T @ target[tokens]
-    gram = gram.triu() + gram.triu(1).T
+    gram.triu_()
+    gram += gram.triu(1).T
     factor = RidgeFactor(gram, ridge)
     return factor.solve(right.double().add_(start.T, alpha=factor.added)).T.float()
 
