@@ -17,11 +17,14 @@ from moefy.checkpoint.families import (
     Bias,
     attention_bias,
     rope_parameters,
+    rotary_fraction,
+    sliding_layers,
     sliding_window,
 )
 from moefy.errors import ArchitectureError
 
 Score = Literal["softmax", "sigmoid"]
+Window = Literal["no", "in all layers", "by layer"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,10 @@ class NativeTarget:
         selection_bias: name of a bias [num_experts] that shifts the choice alone.
         attention_bias: the most that the architecture can express; see `families.attention_bias`.
         qk_norm: config key that norms queries and keys by head, True where it always does, or None.
-        window, multipliers: whether it can express `families.sliding_window` in every layer and
-            Granite's multipliers.
+        window: where it can express `families.sliding_window`.
+        sinks: name of logits [num_heads] that every query's softmax has besides the keys' own.
+        multipliers, partial_rotary: whether it can express Granite's multipliers, and heads that
+            are rotated in part.
         settings: config values that make the target compute what the conversion relies on.
     """
 
@@ -68,8 +73,10 @@ class NativeTarget:
     selection_bias: str | None = None
     attention_bias: Bias = "none"
     qk_norm: str | bool | None = None
-    window: bool = False
+    window: Window = "no"
+    sinks: str | None = None
     multipliers: bool = False
+    partial_rotary: bool = False
 
 
 MIXTRAL = NativeTarget(
@@ -79,7 +86,7 @@ MIXTRAL = NativeTarget(
     gate="block_sparse_moe.experts.{expert}.w1.weight",
     up="block_sparse_moe.experts.{expert}.w3.weight",
     down="block_sparse_moe.experts.{expert}.w2.weight",
-    window=True,
+    window="in all layers",
     settings={
         "router_jitter_noise": 0.0,
         "router_aux_loss_coef": 0.01,
@@ -99,13 +106,28 @@ _GRANITE: dict[str, Any] = {
 
 GRANITEMOE = NativeTarget("granitemoe", "GraniteMoeForCausalLM", **_GRANITE)
 
+_GRANITE_SHARED: dict[str, Any] = _GRANITE | {
+    "shared_gate": "shared_mlp.input_linear.weight",
+    "shared_up": "shared_mlp.input_linear.weight",
+    "shared_down": "shared_mlp.output_linear.weight",
+}
+
 GRANITEMOESHARED = NativeTarget(
-    "granitemoeshared",
-    "GraniteMoeSharedForCausalLM",
-    shared_gate="shared_mlp.input_linear.weight",
-    shared_up="shared_mlp.input_linear.weight",
-    shared_down="shared_mlp.output_linear.weight",
-    **_GRANITE,
+    "granitemoeshared", "GraniteMoeSharedForCausalLM", **_GRANITE_SHARED
+)
+
+GRANITEMOE_SWA = NativeTarget(
+    "granitemoe_swa",
+    "GraniteMoeSWAForCausalLM",
+    **_GRANITE_SHARED
+    | {
+        "router": "block_sparse_moe.router.weight",
+        "gate": "block_sparse_moe.experts.gate_up_proj",
+        "up": "block_sparse_moe.experts.gate_up_proj",
+        "down": "block_sparse_moe.experts.down_proj",
+    },
+    window="by layer",
+    sinks="self_attn.sinks",
 )
 
 _EXPERTS_OF_MLP: dict[str, Any] = {
@@ -148,13 +170,13 @@ GLM4_MOE = NativeTarget(
     selection_bias="mlp.gate.e_score_correction_bias",
     attention_bias="qkv",
     qk_norm="use_qk_norm",
+    partial_rotary=True,
     settings={
         "first_k_dense_replace": 0,
         "n_group": 1,
         "topk_group": 1,
         "norm_topk_prob": False,
         "routed_scaling_factor": 2.0,
-        "partial_rotary_factor": 1.0,
         "num_nextn_predict_layers": 0,
         "num_mtp_layers": 0,
     },
@@ -162,7 +184,7 @@ GLM4_MOE = NativeTarget(
 
 TARGETS = {
     target.model_type: target
-    for target in (MIXTRAL, GRANITEMOESHARED, GRANITEMOE, QWEN3_MOE, GLM4_MOE)
+    for target in (MIXTRAL, GRANITEMOESHARED, GRANITEMOE, QWEN3_MOE, GLM4_MOE, GRANITEMOE_SWA)
 }
 """In the order of preference."""
 
@@ -224,12 +246,20 @@ def _differences(
     bias = attention_bias(dense)
     family = FAMILIES[dense["model_type"]]
     window = sliding_window(dense)
+    fraction = rotary_fraction(dense)
     found = {
         f"it has no bias on {bias}": _BIASES.index(bias) > _BIASES.index(target.attention_bias),
         "it has no q/k norm": family.qk_norm and not target.qk_norm,
         "it always norms q and k": not family.qk_norm and target.qk_norm is True,
-        f"it has no sliding window ({window} tokens)": window and not target.window,
+        f"it has no sliding window ({window} tokens)": window and target.window == "no",
+        "its window is in all layers": (
+            window and target.window == "in all layers" and not all(sliding_layers(dense))
+        ),
+        "it is for models with a sliding window": not window and target.window == "by layer",
         "it has no multipliers": family.multipliers and not target.multipliers,
+        f"it rotates whole heads, not {fraction:g} of each": (
+            fraction != 1 and not target.partial_rotary
+        ),
         f"it has no shared expert, {shared} slices are shared": shared and not target.shared_down,
         "it always has a shared expert, no slice is shared": not shared and target.shared_down,
         "it needs two routed experts": routed < 2 and target.score == "sigmoid",
@@ -303,8 +333,13 @@ def target_config(
         config["attention_bias"] = attention_bias(dense) != "none"
     if isinstance(target.qk_norm, str):
         config[target.qk_norm] = FAMILIES[dense["model_type"]].qk_norm
-    if target.window:
+    if target.window != "no":
         config["sliding_window"] = sliding_window(dense)
+    if target.window == "by layer":
+        kinds = ("full_attention", "sliding_attention")
+        config["layer_types"] = [kinds[slides] for slides in sliding_layers(dense)]
+    if target.partial_rotary:
+        config["partial_rotary_factor"] = rotary_fraction(dense)
     if target.multipliers:
         own = {"attention_multiplier": dense["head_dim"] ** -0.5}
         config |= {key: dense.get(key, own.get(key, one)) for key, one in MULTIPLIERS.items()}
