@@ -19,6 +19,19 @@ from moefy.errors import ArchitectureError, CheckpointError, OutputError
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "factor": 4.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 ROUTERS = ("mlp.gate.weight", "router.layer.weight", "router.weight")
 MODELS: dict[str, dict[str, Any]] = {
     "phi3-partial": {"partial_rotary_factor": 0.5},  # glm4_moe
@@ -142,6 +155,13 @@ def test_gguf_refusals(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     moefy.convert(window, tmp_path / "moe", experts=8, active=4, **EXACT)
     with pytest.raises(ArchitectureError, match="sliding window of 16 tokens"):
         moefy.export_gguf(tmp_path / "moe", tmp_path / "moe.gguf")
+    with pytest.raises(ArchitectureError, match="does not apply to mistral"):
+        moefy.export_gguf(window, tmp_path / "moe.gguf")
+    for rope, target in ((LONGROPE, "granitemoeshared"), (LLAMA3, "glm4_moe")):
+        dense, moe = make_llama(target, rope_parameters=rope), tmp_path / f"{target}-moe"
+        moefy.convert(dense, moe, experts=8, active=4, **EXACT | {"shared": 2, "target": target})
+        with pytest.raises(ArchitectureError, match=f"{rope['rope_type']}'.* not to {target}"):
+            moefy.export_gguf(moe, tmp_path / "moe.gguf")
     dense = make_llama()
     (tmp_path / "there.gguf").write_text("mine")
     with pytest.raises(OutputError, match=r"there.gguf exists: .*--overwrite"):
