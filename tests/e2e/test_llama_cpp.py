@@ -79,7 +79,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": None},
     "window": {"sliding_window": 32},
-    "partial": {"partial_rotary_factor": 0.5},
+    "partial": {"partial_rotary_factor": 0.75},
     "qwen3": {"head_dim": 128},  # transformers reads no other from GGUF
     "granite": {
         "embedding_multiplier": 3.0,
