@@ -21,7 +21,7 @@ from moefy.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-_PICKLED = "pytorch_model.bin"
+PICKLED = "pytorch_model.bin"
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -251,18 +251,23 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: there are none, or their index is damaged.
     """
-    for single in (SINGLE, _PICKLED):
+    for single in (SINGLE, PICKLED):
         if (folder / single).is_file():
             return [single]
         if (folder / f"{single}.index.json").is_file():
-            return _indexed_files(folder / f"{single}.index.json")
+            return indexed_files(folder / f"{single}.index.json")
     raise CheckpointError(
-        f"{folder} has a config.json but no weights: {SINGLE}, {INDEX}, {_PICKLED} or its index is "
+        f"{folder} has a config.json but no weights: {SINGLE}, {INDEX}, {PICKLED} or its index is "
         "needed"
     )
 
 
-def _indexed_files(index: Path) -> list[str]:
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files that an index names.
+
+    Raises:
+        CheckpointError: it is damaged, or names files elsewhere.
+    """
     try:
         weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from moefy import assets
+from moefy.checkpoint.reader import PICKLED, SINGLE, indexed_files
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder, storage_errors, whole_folder
@@ -141,18 +142,26 @@ def _check_gguf(path: Path) -> int:
 
 
 def _from_hub(name: str) -> Path:
+    """Return the hub's snapshot of a model, with the weight files that are read and no others.
+
+    Many repositories hold the same weights twice or thrice, in other formats.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
     try:
-        folder = snapshot_download(
-            name,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"],
-        )
+        folder = Path(snapshot_download(name, allow_patterns=beside))
+        for single in (SINGLE, PICKLED):
+            index = folder / f"{single}.index.json"
+            files = indexed_files(index) if index.is_file() else [single]
+            snapshot_download(name, allow_patterns=[*beside, *files])
+            if (folder / files[0]).is_file():
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{name} is no local folder and the hub did not give it ({first_line}): name a local "
             f"folder or .gguf file, use {BUILTIN}, or connect to the hub"
         ) from error
-    return Path(folder)
+    return folder
