@@ -66,17 +66,19 @@ def transformers_(folder: Path, ids: list[int]) -> tuple[list[int], list[float]]
     return new, probs
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama3": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
+        "rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 64}
     },
+    "llama3.1": {"rope_parameters": LLAMA3, "max_position_embeddings": 131_072},
     "mistral": {"sliding_window": None},
     "window": {"sliding_window": 32},
     "partial": {"partial_rotary_factor": 0.75},
@@ -93,7 +95,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def write_small_model(folder: Path, family: str) -> None:
     """Write a random model with SmolLM2's tokenizer, which llama.cpp knows."""
     shape = {"vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    model_type = {"llama3": "llama", "window": "mistral", "partial": "phi3"}.get(family, family)
+    families = {"llama3": "llama", "llama3.1": "llama", "window": "mistral", "partial": "phi3"}
+    model_type = families.get(family, family)
     write_tiny_model(folder, model_type, initializer_range=0.1, **shape | SETTINGS.get(family, {}))
     AutoTokenizer.from_pretrained(builtin()).save_pretrained(folder)
 
@@ -137,14 +140,14 @@ def test_llama_cpp_decodes_the_same(
     assert len(set(found)) > 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3.1", "qwen3"])
 def test_a_gguf_file_is_a_source(tmp_path: Path, family: str) -> None:
     """Dense folder to GGUF, GGUF to MoE: all experts active is the dense model."""
     dense, out = tmp_path / "dense", tmp_path / "moe"
     write_small_model(dense, family)
     file = moefy.export_gguf(dense, tmp_path / "dense.gguf", dtype="f32")
     moefy.convert(file, out, **EXACT | {"experts": 16, "active": 16, "shared": 4})
-    ids = torch.randint(0, 49_000, (1, 60), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 49_000, (1, 600), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = (
             AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits
