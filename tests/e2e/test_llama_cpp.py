@@ -82,6 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "window": {"sliding_window": 32},
     "partial": {"partial_rotary_factor": 0.75},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "qwen3": {"head_dim": 128},  # transformers reads no other from GGUF
     "granite": {
         "embedding_multiplier": 3.0,
@@ -113,6 +114,7 @@ def write_small_model(folder: Path, family: str) -> None:
         ("window", {"shared": 4}, "granitemoe_swa"),
         ("partial", {"shared": 4}, "glm4_moe"),
         ("qwen2", {"shared": 4}, "granitemoeshared"),
+        ("smollm3", {"shared": 4}, "granitemoe_swa"),
         ("qwen3", {"shared": 0}, "qwen3_moe"),
         ("qwen3", {"shared": 4}, "glm4_moe"),
         ("granite", {"shared": 4}, "granitemoeshared"),

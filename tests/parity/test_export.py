@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
         ("phi3", {"shared": 0}),
         ("phi3-partial", {"shared": 2}),
         ("mistral", {"shared": 2}),
+        ("smollm3", {"shared": 0}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )

@@ -63,7 +63,14 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-        "",
+        "granitemoe_swa",
+        "granitemoe_swa",
+    ),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "granitemoe_swa", "granitemoe_swa"),
+    (
+        "smollm3",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 16},
+        "granitemoe_swa",
         "granitemoe_swa",
     ),
     ("qwen3", {}, "qwen3_moe", "glm4_moe"),
@@ -152,7 +159,12 @@ def test_fitted_checkpoint_equals_research_form(
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("qwen2", {}), ("granite", GRANITE_SCALES), ("phi3", longrope(6) | {"sliding_window": 16})],
+    [
+        ("qwen2", {}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("granite", GRANITE_SCALES),
+        ("phi3", longrope(6) | {"sliding_window": 16}),
+    ],
     ids=name_of,
 )
 def test_all_shared_stays_in_the_family(
@@ -194,7 +206,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     for key in set(ours) - {"model_type", "use_cache", "sliding_window"}:
         if hasattr(theirs, key) and not (key == "head_dim" and theirs.head_dim is None):
             assert ours[key] == getattr(theirs, key), key
-    assert rope_parameters(given)["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    assert rope_parameters(ours)["rope_theta"] == theirs.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -224,14 +236,20 @@ def test_pytorch_files_give_the_same_bytes(tmp_path: Path, family: str) -> None:
     ("family", "settings", "choices", "message"),
     [
         (
-            "qwen2",
+            "qwen3",
             {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
             {"shared": 0},
             r"no native target computes this split.*mixtral: .*its window is in all layers"
-            r".*granitemoe: it has no sliding window \(16 tokens\)",
+            r".*granitemoe_swa: it has no q/k norm",
         ),
+        ("smollm3", {"no_rope_layers": [1, 0]}, {"target": "mixtral"}, "it rotates in all layers"),
         ("phi3", {"rope_parameters": PARTIAL}, {"shared": 0}, "it rotates whole heads, not 0.5 of"),
-        ("mistral", {"sliding_window": None}, {"target": "granitemoe_swa"}, "is for models with a"),
+        (
+            "mistral",
+            {"sliding_window": None},
+            {"target": "granitemoe_swa"},
+            "is for models whose layers",
+        ),
         (
             "qwen3",
             {},
@@ -265,7 +283,7 @@ def test_windows_longer_than_the_sliding_window_are_refused(tmp_path: Path, corp
         ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
-        ({"model_type": "smollm3"}, "layers without rotary embedding"),
+        ({"model_type": "olmo2"}, "norms behind attention and FFN"),
         ({"model_type": "nonsense"}, "'nonsense'; moefy converts dense llama, mistral"),
     ],
 )

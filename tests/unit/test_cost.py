@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import MIXTRAL, target_config
+from moefy.checkpoint.target_config import target_config
+from moefy.checkpoint.targets import MIXTRAL
 from moefy.errors import ArchitectureError, UsageError
 from moefy.evaluation.cost import cost
 from moefy.evaluation.inspect import SHAPES

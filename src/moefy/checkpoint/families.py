@@ -39,6 +39,7 @@ class DenseFamily:
 
     Attributes:
         model_type: `model_type` in config.json.
+        name: what `architectures[0]` begins with, where that is not the capitalised `model_type`.
         attention_bias: projections that have a bias: "none", "qkv", "qkvo", or the config key that
             switches it on for all four.
         qk_norm: whether queries and keys are normed by head.
@@ -46,6 +47,8 @@ class DenseFamily:
         window_switch: config key that switches the window on, if there is one; the first
             `max_window_layers` layers then go without it.
         multipliers: whether the config scales embeddings, attention, residuals and logits.
+        rope_switches: config key of a list that says for each layer whether it has the rotary
+            embedding, if there is one.
         partial_rotary: whether a part of each head may go without rotary embedding.
         extra: config keys that transformers needs of this family alone.
         defaults: values of keys that config.json may leave out, where they are not `DEFAULTS`.
@@ -53,11 +56,13 @@ class DenseFamily:
     """
 
     model_type: str
+    name: str = ""
     attention_bias: str = "none"
     qk_norm: bool = False
     window_key: str | None = None
     window_switch: str | None = None
     multipliers: bool = False
+    rope_switches: str | None = None
     partial_rotary: bool = False
     extra: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +71,7 @@ class DenseFamily:
     @property
     def architecture(self) -> str:
         """`architectures[0]` in config.json."""
-        return f"{self.model_type.capitalize()}ForCausalLM"
+        return f"{self.name or self.model_type.capitalize()}ForCausalLM"
 
     layer = "model.layers.{layer}."
     gate = "mlp.gate_proj.weight"
@@ -106,6 +111,23 @@ QWEN3 = DenseFamily(
         "head_dim": 128,
     },
 )
+SMOLLM3 = DenseFamily(
+    "smollm3",
+    name="SmolLM3",
+    attention_bias="attention_bias",
+    window_key="sliding_window",
+    window_switch="use_sliding_window",
+    rope_switches="no_rope_layers",  # 1 where there is one
+    extra=("no_rope_layers", "layer_types", "pad_token_id"),
+    defaults={
+        "sliding_window": None,
+        "no_rope_layer_interval": 4,
+        "num_key_value_heads": 4,
+        "pad_token_id": 128004,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+    },
+)
 GRANITE = DenseFamily("granite", attention_bias="attention_bias", multipliers=True)
 PHI3 = DenseFamily(
     "phi3",
@@ -123,13 +145,13 @@ PHI3 = DenseFamily(
     ),
 )
 
-FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3)}
+FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, PHI3)}
 
 NOT_CARRIED = {
-    "smollm3": "layers without rotary embedding, which only Llama 4 has among the MoE targets",
-    "olmo2": "norms behind attention and FFN instead of before them",
-    "olmo3": "norms behind attention and FFN instead of before them",
-    "gemma": "GELU experts, which llama.cpp and vLLM do not run in any of the targets",
+    "olmo2": "norms behind attention and FFN, which only FlexOlmo has among the MoE targets; that "
+    "has no shared experts, and llama.cpp does not run it",
+    "olmo3": "norms behind attention and FFN together with sliding windows",
+    "gemma": "GELU experts, for which llama.cpp and vLLM would compute SiLU in every target",
     "gemma2": "four norms per layer and soft-capped logits",
     "gemma3_text": "four norms per layer",
     "phi": "LayerNorm and a two-matrix FFN",
@@ -250,7 +272,20 @@ def sliding_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
         return (True,) * layers
     if types := config.get("layer_types"):
         return tuple(kind == "sliding_attention" for kind in types)
+    if not all(rotary := rotary_layers(config)):
+        return tuple(not has for has in rotary)
     return tuple(layer_idx >= config["max_window_layers"] for layer_idx in range(layers))
+
+
+def rotary_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Return for every layer whether it has the rotary embedding."""
+    layers, key = config["num_hidden_layers"], FAMILIES[config["model_type"]].rope_switches
+    if key is None:
+        return (True,) * layers
+    if switches := config.get(key):
+        return tuple(map(bool, switches))
+    every = config["no_rope_layer_interval"]
+    return tuple((layer_idx + 1) % every != 0 for layer_idx in range(layers))
 
 
 def layer_tensors(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
     report(Progress(f"read {path.name}", 0, 1))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "models" / f"gguf-{digest[:16]}"
+    folder = cache_folder() / "models" / f"gguf-2-{digest[:16]}"  # 2: with Llama 3's rotary factors
     if not (folder / "config.json").is_file():
         _dequantise(path, folder, report)
     return folder

@@ -143,7 +143,7 @@ def _merged(
         return stored[prefix + name].read(prefix + name)
 
     gates, ups, downs = [], [], []
-    if target.shared_gate and target.shared_up and target.shared_down:
+    if shape.shared and target.shared_gate and target.shared_up and target.shared_down:
         gates.append(_half(read(target.shared_gate), target.shared_gate == target.shared_up, 0))
         ups.append(_half(read(target.shared_up), target.shared_gate == target.shared_up, 1))
         downs.append(read(target.shared_down))

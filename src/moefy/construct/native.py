@@ -63,7 +63,7 @@ def _experts(
     kept, experts = len(split.partition.shared), len(split.partition.routed)
     down = split.down if residual_scale == 1 else split.down / residual_scale
     yield target.router, split.routing.router
-    if target.shared_gate and target.shared_up and target.shared_down:
+    if kept and target.shared_gate and target.shared_up and target.shared_down:
         yield from _gate_up(
             target.shared_gate, target.shared_up, split.gate[:kept], split.up[:kept]
         )

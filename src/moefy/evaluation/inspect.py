@@ -8,7 +8,8 @@ from typing import Any
 
 from moefy.checkpoint.families import FAMILIES, canonical_config, dense_family
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import native_target, target_config
+from moefy.checkpoint.target_config import target_config
+from moefy.checkpoint.targets import native_target
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.evaluation.cost import Cost, cost
 from moefy.recipe import check_split
