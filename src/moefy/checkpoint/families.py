@@ -267,13 +267,13 @@ def sliding_window(config: Mapping[str, Any]) -> int | None:
 
 def sliding_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     """Return for every layer whether it has the sliding window, if there is one."""
-    layers = config["num_hidden_layers"]
-    if not FAMILIES[config["model_type"]].window_switch:
+    layers, family = config["num_hidden_layers"], FAMILIES[config["model_type"]]
+    if not family.window_switch:
         return (True,) * layers
     if types := config.get("layer_types"):
         return tuple(kind == "sliding_attention" for kind in types)
-    if not all(rotary := rotary_layers(config)):
-        return tuple(not has for has in rotary)
+    if family.rope_switches:  # where there is no rotary embedding
+        return tuple(not has for has in rotary_layers(config))
     return tuple(layer_idx >= config["max_window_layers"] for layer_idx in range(layers))
 
 

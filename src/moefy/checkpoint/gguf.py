@@ -99,7 +99,8 @@ def _check_expressible(config: dict[str, Any], folder: Path) -> None:
     if window and model_type != "granitemoe_swa":
         raise ArchitectureError(
             f"{folder} has a sliding window of {window} tokens, which llama.cpp does not apply to "
-            f"{model_type}: longer texts would be computed differently"
+            f"{model_type}: longer texts would be computed differently; convert with --target "
+            "granitemoe_swa, whose window it applies"
         )
     rope = rope_parameters(config)["rope_type"]
     reads_factors = {"longrope": ("phi3",), "llama3": _READ_LLAMA3}.get(rope)
