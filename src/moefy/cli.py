@@ -91,8 +91,8 @@ def convert(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Architecture to write: mixtral, granitemoeshared, granitemoe, qwen3_moe or "
-            "glm4_moe. [the first of these that is exact]"
+            help="Architecture to write: mixtral, granitemoeshared, granitemoe, qwen3_moe, "
+            "glm4_moe or granitemoe_swa. [the first of these that is exact]"
         ),
     ] = None,
     data: Annotated[

@@ -84,9 +84,17 @@ class ConvertRecipe(Recipe):
     repair: Literal["none", "paper", "scale", "refit"] = "refit"
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
     aim: Literal["ffn", "residual"] = "residual"
-    target: Literal["mixtral", "granitemoeshared", "granitemoe", "qwen3_moe", "glm4_moe"] | None = (
-        None
-    )
+    target: (
+        Literal[
+            "mixtral",
+            "granitemoeshared",
+            "granitemoe",
+            "qwen3_moe",
+            "glm4_moe",
+            "granitemoe_swa",
+        ]
+        | None
+    ) = None
     calibration_tokens: Positive = 28_672
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0

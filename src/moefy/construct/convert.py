@@ -23,13 +23,8 @@ from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
-from moefy.checkpoint.targets import (
-    NativeTarget,
-    Score,
-    native_target,
-    pruned_config,
-    target_config,
-)
+from moefy.checkpoint.target_config import pruned_config, target_config
+from moefy.checkpoint.targets import NativeTarget, Score, native_target
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from moefy.checkpoint.families import O_BIAS, attention_bias
+from moefy.checkpoint.fused import stored_form
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import NativeTarget
 from moefy.construct.split import SplitFfn
+
+NO_SINK = -1e4
+"""An attention sink's logit that takes exp(-10,000) = 0 of the attention, in every dtype."""
 
 
 def native_layer(
@@ -27,15 +31,22 @@ def native_layer(
     family = dense.family
     prefix = family.layer.format(layer=layer_idx)
     dtype = dense[prefix + family.down].dtype
+    if target is None:
+        layer = {name: dense[prefix + name] for name in dense.layer_tensors}
+        layer |= {name: tensor.to(dtype) for name, tensor in _pruned(dense, split)}
+        yield from ((prefix + name, whole) for name, whole in stored_form(family, layer).items())
+        return
     for name in dense.layer_tensors:
         yield prefix + name, dense[prefix + name]
-    if target and target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
+    if target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
         queries = dense[prefix + "self_attn.q_proj.weight"]
         yield prefix + O_BIAS, queries.new_zeros(queries.shape[1])
-    tensors = _experts(split, dense.residual_scale, target) if target else _pruned(dense, split)
-    for name, tensor in tensors:
+    for name, tensor in _experts(split, dense.residual_scale, target):
         yield prefix + name, tensor.to(dtype)
-    if target and target.selection_bias:
+    if target.sinks:
+        sinks = torch.full((dense.config["num_attention_heads"],), NO_SINK)
+        yield prefix + target.sinks, sinks.to(dtype)
+    if target.selection_bias:
         yield prefix + target.selection_bias, torch.zeros(len(split.partition.routed))
 
 
@@ -51,7 +62,7 @@ def _experts(
 ) -> Iterator[tuple[str, Tensor]]:
     kept, size = len(split.partition.shared), split.partition.routed.shape[1]
     yield target.router, split.routing.router
-    if target.shared_gate and target.shared_up and target.shared_down:
+    if kept and target.shared_gate and target.shared_up and target.shared_down:
         shared = torch.from_numpy(split.partition.shared)
         yield from _gate_up(
             target.shared_gate, target.shared_up, split.gate[shared], split.up[shared]

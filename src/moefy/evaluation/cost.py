@@ -49,13 +49,14 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
         ArchitectureError: the architecture has no table here.
     """
     model_type = config.get("model_type")
-    experts = active = shared_size = 0
+    experts = active = shared_size = sinks = 0
     if model_type in TARGETS:
         target = TARGETS[model_type]
         experts, active = int(config[target.num_experts_key]), int(config["num_experts_per_tok"])
         size = config[target.expert_size_key]
         if target.shared_down:
             shared_size = config[target.shared_key] * (size if target.shared_in_slices else 1)
+        sinks = config["num_attention_heads"] if target.sinks else 0
         bias = target.attention_bias if config.get("attention_bias") else "none"
         key = target.qk_norm
         qk_norm = bool(config.get(key) if isinstance(key, str) else key)
@@ -77,7 +78,7 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     ffn = 3 * hidden * size  # of one expert, or of the dense layer
     shared = 3 * hidden * shared_size
     router = hidden * experts
-    vectors = 2 * hidden + 2 * head_dim * qk_norm  # norms and biases
+    vectors = 2 * hidden + 2 * head_dim * qk_norm + sinks  # norms, sinks and biases
     vectors += head_dim * (heads + 2 * kv_heads) * (bias != "none") + hidden * (bias == "qkvo")
     outside = vocab * hidden * (1 if tied else 2) + hidden
 
