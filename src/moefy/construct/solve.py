@@ -26,4 +26,6 @@ class RidgeFactor:
 
     def solve(self, right: Float[Tensor, "n targets"]) -> Float[Tensor, "n targets"]:
         """Return the solution, in float64."""
-        return torch.cholesky_solve(right.double(), self._factor)
+        # torch.cholesky_solve would copy the factor
+        half = torch.linalg.solve_triangular(self._factor, right.double(), upper=False)
+        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
