@@ -45,6 +45,9 @@ class NativeTarget:
         selection_bias: name of a bias [num_experts] that shifts the choice alone.
         attention_bias: the most that the architecture can express; see `families.attention_bias`.
         qk_norm: config key that norms queries and keys by head, True where it always does, or None.
+        tied: whether every runtime lets the output matrix be the embeddings; if not, it is written
+            as a tensor of its own (vLLM 0.32 loads a tied glm4_moe without a word and then answers
+            from a matrix that was never filled).
         window, multipliers: whether it can express `families.sliding_window` in every layer and
             Granite's multipliers.
         settings: config values that make the target compute what the conversion relies on.
@@ -68,6 +71,7 @@ class NativeTarget:
     selection_bias: str | None = None
     attention_bias: Bias = "none"
     qk_norm: str | bool | None = None
+    tied: bool = True
     window: bool = False
     multipliers: bool = False
 
@@ -148,6 +152,7 @@ GLM4_MOE = NativeTarget(
     selection_bias="mlp.gate.e_score_correction_bias",
     attention_bias="qkv",
     qk_norm="use_qk_norm",
+    tied=False,
     settings={
         "first_k_dense_replace": 0,
         "n_group": 1,
@@ -270,9 +275,9 @@ def target_config(
     """Return the config.json of a converted model.
 
     The rotary settings are written in both spellings: transformers 5 reads `rope_parameters`,
-    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`. Where an expert's rows are
-    not a multiple of 16 bytes, which torch's grouped matrix product refuses, the config tells
-    transformers to run the experts one by one.
+    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`, which MLX wants to see even
+    where it is null. Where an expert's rows are not a multiple of 16 bytes, which torch's grouped
+    matrix product refuses, the config tells transformers to run the experts one by one.
 
     Args:
         target: the architecture to write.
@@ -294,9 +299,12 @@ def target_config(
         "num_experts_per_tok": active - shared,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
+        "rope_scaling": None,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if not target.tied:
+        config["tie_word_embeddings"] = False
     if target.shared_down:
         config[target.shared_key] = shared if target.shared_in_slices else shared * size
     if target.attention_bias != "none":
