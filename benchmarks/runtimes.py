@@ -1,41 +1,50 @@
 """SmolLM2 split in every form, in every runtime at hand: docs/runtimes.md.
 
-    pip install mistralrs==0.9.5          # not a dependency of moefy
-    python benchmarks/runtimes.py WORK    # about 5 minutes on two cores; conversions are kept
+    python benchmarks/runtimes.py WORK RUNTIME [PYTHON]
 
-Agreement: all experts active, float32 weights and cache, the prompt and 32 greedy tokens. Speed:
-the default split against the dense model and against the dense model of its active size, each in
-turn, three times, medians; 512 tokens of prompt, 64 decoded. Writes docs/runtimes/*.csv and the
-tables in docs/runtimes.md; `agreement` or `speed` behind WORK does one of the two.
+Agreement, for RUNTIME one of `CLIENTS` or transformers: float32 weights and cache, the prompt and
+32 greedy tokens, against transformers. PYTHON is that of the environment where the runtime is, if
+it is not this one. Speed, for RUNTIME `speed`: the default split in llama.cpp against the dense
+model and against the dense model of its active size, each in turn, three times, medians; 512 tokens
+of prompt, 64 decoded. Writes docs/runtimes/*.csv, where the other runtimes' rows stay, and the
+tables in docs/runtimes.md. Conversions are kept in WORK.
 """
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import moefy
 from moefy.checkpoint.source import builtin
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import replace_table
+from moefy.report.tables import Rows, replace_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 16, "active": 16}
+FITTED: dict[str, Any] = {"experts": 16, "active": 8, "calibration_tokens": 4096}
 FORMS: dict[str, dict[str, Any]] = {
     "mixtral": EXACT,
     "granitemoe": EXACT | {"target": "granitemoe"},
     "granitemoeshared": EXACT | {"experts": 24, "active": 24, "shared": 8},
     "glm4_moe": EXACT | {"shared": 4, "target": "glm4_moe"},
+    "qwen3_moe": EXACT,
+    "glm4_moe of Qwen3": EXACT | {"shared": 4},
+    "mixtral 8/16": FITTED | {"shared": 0},
+    "granitemoeshared 8/16": FITTED,
+    "glm4_moe 8/16": FITTED | {"target": "glm4_moe"},
 }
+QWEN3 = ("qwen3_moe", "glm4_moe of Qwen3")
 HALF: dict[str, dict[str, Any]] = {
     "dense of the active size": LLAMA_MOE | {"experts": 2, "active": 1, "shared": 1},
     "MoE 4/8": LLAMA_MOE | {"experts": 8, "active": 4},
@@ -43,122 +52,168 @@ HALF: dict[str, dict[str, Any]] = {
     "MoE 32/64, 16 shared": LLAMA_MOE | {"experts": 64, "active": 32, "shared": 16},
 }
 PROMPT = "The history of the city begins"
+COUNT = 32
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-
-LLAMA_CPP = """
-import json, sys, xllamacpp
-ask = json.load(sys.stdin)
-params = xllamacpp.CommonParams()
-params.model.path = ask["file"]
-params.n_ctx, params.n_parallel, params.warmup = 1024, 1, True
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-answer = xllamacpp.Server(params).handle_completions(
-    {"prompt": ask["ids"], "n_predict": ask["count"], "temperature": 0, "n_probs": 1,
-     "ignore_eos": True, "cache_prompt": False}
-)
-print(json.dumps({"tokens": answer["choices"][0]["logprobs"]["content"],
-                  "timings": answer["timings"]}))
-"""
-
-MISTRAL_RS = """
-import sys, mistralrs
-plain = mistralrs.Which.Plain(model_id=sys.argv[1], dtype=mistralrs.ModelDType.F32)
-answer = mistralrs.Runner(which=plain).send_completion_request(
-    mistralrs.CompletionRequest(model="", prompt=sys.argv[2], max_tokens=32, temperature=0.0,
-                                top_k=1)
-)
-print("TEXT", repr(answer.choices[0].text))
-"""
+CLIENTS = {
+    "llama.cpp": "llama_cpp",
+    "mistral.rs": "mistral_rs",
+    "vLLM": "vllm",
+    "OpenVINO": "openvino",
+    "MLX": "mlx",
+}
 
 
-def mistral_rs(folder: Path) -> str:
-    """Return the text that it writes, or the reason why it does not."""
-    command = [sys.executable, "-c", MISTRAL_RS, str(folder), PROMPT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error: " in line]
-        return errors[-1].partition("Error: ")[2].partition(". Please")[0]
-    text = next(line for line in done.stdout.splitlines() if line.startswith("TEXT "))
-    return ast.literal_eval(text.removeprefix("TEXT "))
+def ask(runtime: str, model: Path, ids: list[int], count: int, python: str) -> dict[str, Any]:
+    """Return what the runtime's client prints, or the reason why it does not."""
+    client = Path(__file__).parent / "clients" / f"ask_{CLIENTS[runtime]}.py"
+    question = json.dumps({"model": str(model), "ids": ids, "text": PROMPT, "count": count})
+    done = subprocess.run(
+        [python, str(client)], input=question, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    _, found, reason = done.stderr.rpartition("Error: ")
+    return {"error": " ".join(reason.split()).partition(". Please")[0] if found else done.stderr}
 
 
-def llama_cpp(file: Path, ids: list[int], count: int) -> dict[str, Any]:
-    ask = json.dumps({"file": str(file), "ids": ids, "count": count})
-    command = [sys.executable, "-c", LLAMA_CPP]
-    done = subprocess.run(command, input=ask, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def greedy(model: Any, ids: list[int], count: int) -> tuple[list[int], torch.Tensor]:
+def greedy(model: Any, ids: list[int]) -> dict[str, Any]:
+    """Return 32 tokens, and the log-probabilities of the prompt's and theirs."""
     with torch.inference_mode():
+        prompt = torch.tensor([ids])
         out = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids)),
-            max_new_tokens=count,
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=COUNT,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=True,
         )
-    return out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits)
-
-
-def converted(work: Path, name: str, choices: dict[str, Any]) -> tuple[Path, Path]:
-    folder, file = work / name.replace("/", "-"), work / f"{name.replace('/', '-')}.gguf"
-    if not (folder / "config.json").exists():
-        moefy.convert("smollm2-135m", folder, **choices)
-    if not file.exists():
-        moefy.export_gguf(folder, file, dtype="f32")
-    return folder, file
-
-
-def agreement(work: Path) -> list[dict[str, str]]:
-    dense = AutoModelForCausalLM.from_pretrained(builtin())
-    tokenizer = AutoTokenizer.from_pretrained(builtin())
-    ids = tokenizer(PROMPT)["input_ids"]
-    tokens, logits = greedy(dense, ids, 32)
-    rows = []
-    for form, choices in FORMS.items():
-        folder, file = converted(work, form, choices)
-        for name in IMPLEMENTATIONS:
-            model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=name)
-            found, theirs = greedy(model, ids, 32)
-            difference = (logits.log_softmax(-1) - theirs.log_softmax(-1))[range(32), tokens]
-            same = "the dense model's" if found == tokens else "differ"
-            rows.append(_row(form, f"transformers, {name}", same, difference.tolist()))
-        answer = llama_cpp(file, ids, 32)["tokens"]
-        expected = logits.log_softmax(-1)[range(32), tokens].tolist()
-        differences = [a - b["logprob"] for a, b in zip(expected, answer, strict=True)]
-        same = "the dense model's" if [item["id"] for item in answer] == tokens else "differ"
-        rows.append(_row(form, "llama.cpp (xllamacpp)", same, differences))
-        text = mistral_rs(folder)
-        same = "the dense model's" if text == tokenizer.decode(tokens) else text
-        rows.append(_row(form, "mistral.rs", same, []))
-    return rows
-
-
-def _row(form: str, runtime: str, tokens: str, differences: list[float]) -> dict[str, str]:
-    largest = f"{max(map(abs, differences)):.1e}" if differences else ""
+        rows = torch.cat([model(prompt).logits[0, :-1], *out.logits]).log_softmax(-1)
     return {
-        "form": form,
-        "runtime": runtime,
-        "32 greedy tokens": tokens,
-        "largest difference of log-probabilities": largest,
+        "tokens": out.sequences[0, len(ids) :].tolist(),
+        "logprobs": rows.gather(1, out.sequences[0, 1:, None])[:, 0].tolist(),
     }
 
 
+def answers(
+    runtime: str, work: Path, form: str, folder: Path, ids: list[int], python: str
+) -> Iterator[dict[str, Any]]:
+    if runtime == "transformers":
+        for name in IMPLEMENTATIONS:
+            model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=name)
+            yield greedy(model, ids) | {"version": transformers.__version__}
+    else:
+        file = exported(work, form, folder) if runtime == "llama.cpp" else folder
+        yield ask(runtime, file, ids, COUNT, python)
+
+
+def random_qwen3(folder: Path) -> Path:
+    """Write a small random Qwen3, since PyPI has no trained one."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=49_152,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        initializer_range=0.1,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(builtin()).save_pretrained(folder)
+    return folder
+
+
+def converted(work: Path, name: str, dense: str | Path, choices: dict[str, Any]) -> Path:
+    folder = work / name.replace("/", "-")
+    if not (folder / "config.json").exists():
+        moefy.convert(dense, folder, **choices)
+    return folder
+
+
+def exported(work: Path, name: str, folder: Path) -> Path:
+    file = work / f"{name.replace('/', '-')}.gguf"
+    if not file.exists():
+        moefy.export_gguf(folder, file, dtype="f32")
+    return file
+
+
+def agreement(work: Path, runtime: str, python: str) -> list[dict[str, str]]:
+    tokenizer = AutoTokenizer.from_pretrained(builtin())
+    ids = tokenizer(PROMPT)["input_ids"]
+    rows = []
+    for form, choices in FORMS.items():
+        dense = random_qwen3(work / "qwen3") if form in QWEN3 else builtin()
+        folder = converted(work, form, dense, choices)
+        reference = dense if choices["active"] == choices["experts"] else folder
+        expected = greedy(
+            AutoModelForCausalLM.from_pretrained(reference, experts_implementation="eager"), ids
+        )
+        expected["text"] = tokenizer.decode(expected["tokens"])
+        found = [
+            compared(expected, answer)
+            for answer in answers(runtime, work, form, folder, ids, python)
+        ]
+        worst = max(
+            found, key=lambda row: (-int(row["same tokens"]), float(row["largest difference"] or 0))
+        )
+        rows.append({"form": form, "runtime": runtime} | worst)
+    return rows
+
+
+def compared(expected: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]:
+    """Return how many tokens are the same, and how far log-probabilities differ up to there."""
+    same, largest = 0, ""
+    if "text" in answer:
+        same = COUNT * (answer["text"] == expected["text"])
+    if "tokens" in answer:
+        pairs = list(zip(expected["tokens"], answer["tokens"], strict=True))
+        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), COUNT)
+        both = zip(reversed(expected["logprobs"]), reversed(answer["logprobs"]), strict=False)
+        differences = [abs(ours - theirs) for ours, theirs in both]
+        largest = f"{max(differences[COUNT - same :], default=0):.1e}"
+    return {
+        "version": answer.get("version", ""),
+        "same tokens": str(same),
+        "largest difference": largest,
+        "error": answer.get("error", ""),
+    }
+
+
+def agreement_tables(rows: list[dict[str, str]]) -> tuple[Rows, Rows]:
+    """Return the forms by runtimes, and the reasons of those that refuse."""
+    versions = {row["runtime"]: row["version"] for row in rows if row["version"]}
+    cells = {(row["form"], row["runtime"]): _cell(row) for row in rows}
+    table = [["form", *(f"{name} {version}" for name, version in versions.items())]]
+    table += [[form, *(cells[form, runtime] for runtime in versions)] for form in FORMS]
+    refused = [[row["runtime"], row["form"], row["error"]] for row in rows if row["error"]]
+    return table, [["runtime", "form", "what it says"], *refused]
+
+
+def _cell(row: dict[str, str]) -> str:
+    if row["error"]:
+        return "no"
+    text = row["largest difference"] or "same text"
+    return text if row["same tokens"] == str(COUNT) else f"{row['same tokens']} tokens, {text}"
+
+
 def speed(work: Path) -> list[dict[str, str]]:
-    folders = {"dense": (builtin(), work / "dense.gguf")}
-    if not folders["dense"][1].exists():
-        moefy.export_gguf(*folders["dense"], dtype="f32")
-    folders |= {name: converted(work, name, choices) for name, choices in HALF.items()}
+    files = {"dense": exported(work, "dense", builtin())}
+    for name, choices in HALF.items():
+        files[name] = exported(work, name, converted(work, name, builtin(), choices))
     ids = torch.randint(0, 49_000, (512,), generator=torch.Generator().manual_seed(0)).tolist()
-    timings: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+    timings: dict[str, list[dict[str, float]]] = {name: [] for name in files}
     for _ in range(3):
-        for name, (_, file) in folders.items():
-            timings[name].append(llama_cpp(file, ids, 64)["timings"])
+        for name, file in files.items():
+            timings[name].append(ask("llama.cpp", file, ids, 64, sys.executable)["timings"])
     rows = []
     for name, found in timings.items():
         prefill, decode = (
@@ -183,18 +238,36 @@ def _share(row: dict[str, Any], same_size: dict[str, Any], key: str) -> str:
     return f"{row[key] / same_size[key]:.0%}"
 
 
-def main(work: Path, tables: list[str]) -> None:
+def write_csv(file: Path, rows: list[dict[str, str]]) -> None:
+    with file.open("w", newline="") as lines:
+        table = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def main(work: Path, runtime: str, python: str = sys.executable) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    (DOCS / "runtimes").mkdir(exist_ok=True)
-    for name in tables or ["agreement", "speed"]:
-        rows = {"agreement": agreement, "speed": speed}[name](work)
-        with (DOCS / "runtimes" / f"{name}.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-        table_rows = [list(rows[0]), *(list(row.values()) for row in rows)]
-        replace_table(DOCS / "runtimes.md", name, table_rows)
+    page, file = DOCS / "runtimes.md", DOCS / "runtimes/agreement.csv"
+    if runtime == "speed":
+        rows = speed(work)
+        write_csv(DOCS / "runtimes/speed.csv", rows)
+        replace_table(page, "speed", [list(rows[0]), *(list(row.values()) for row in rows)])
+        return
+    rows = agreement(work, runtime, python)
+    rows += [row for row in read_csv(file) if row["runtime"] != runtime]
+    order = ["transformers", *CLIENTS]
+    rows.sort(key=lambda row: order.index(row["runtime"]))
+    write_csv(file, rows)
+    for mark, table in zip(("agreement", "refusals"), agreement_tables(rows), strict=True):
+        replace_table(page, mark, table)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), *sys.argv[2:])

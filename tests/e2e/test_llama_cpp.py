@@ -19,31 +19,17 @@ from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 NUM_TOKENS = 24
-
-# llama.cpp runs in a process of its own: it writes to stderr from C
-DECODE = """
-import json, sys, xllamacpp
-request = json.load(sys.stdin)
-params = xllamacpp.CommonParams()
-params.model.path = request["file"]
-params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-answer = xllamacpp.Server(params).handle_completions(
-    {"prompt": request["ids"], "n_predict": request["count"], "temperature": 0, "n_probs": 1,
-     "ignore_eos": True}
-)
-print(json.dumps(answer["choices"][0]["logprobs"]["content"]))
-"""
+CLIENT = Path(__file__).parents[2] / "benchmarks/clients/ask_llama_cpp.py"
 
 
 def llama_cpp(file: Path, ids: list[int]) -> tuple[list[int], list[float]]:
     """Return the greedy tokens and their log-probabilities."""
-    request = json.dumps({"file": str(file), "ids": ids, "count": NUM_TOKENS})
+    request = json.dumps({"model": str(file), "ids": ids, "count": NUM_TOKENS})
     done = subprocess.run(
-        [sys.executable, "-c", DECODE], input=request, capture_output=True, text=True, check=True
+        [sys.executable, CLIENT], input=request, capture_output=True, text=True, check=True
     )
-    content = json.loads(done.stdout.splitlines()[-1])
-    return [item["id"] for item in content], [item["logprob"] for item in content]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return answer["tokens"], answer["logprobs"]
 
 
 def transformers_(folder: Path, ids: list[int]) -> tuple[list[int], list[float]]:

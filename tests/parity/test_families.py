@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.conftest import write_tiny_model
 from tests.parity.test_construct import TOKENS, research_logits
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -207,6 +208,24 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
         if hasattr(theirs, key) and not (key == "head_dim" and theirs.head_dim is None):
             assert ours[key] == getattr(theirs, key), key
     assert rope_parameters(ours)["rope_theta"] == theirs.rope_parameters["rope_theta"]
+
+
+def test_glm4_moe_has_an_output_matrix_of_its_own(tmp_path: Path) -> None:
+    """Other runtimes answer from an empty one where glm4_moe is tied (vLLM), or refuse (MLX)."""
+    dense, moe = write_tiny_model(tmp_path / "dense", "qwen3"), tmp_path / "moe"
+    moefy.convert(dense, moe, **EXACT, experts=6, active=6, shared=2)
+    config, tensors = (
+        json.loads((moe / "config.json").read_text()),
+        load_file(moe / "model.safetensors"),
+    )
+    assert config["tie_word_embeddings"] is False
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert config["rope_scaling"] is None  # MLX wants to see the key
+    moefy.export_dense(moe, tmp_path / "back")
+    assert (
+        load_file(tmp_path / "back" / "model.safetensors").keys()
+        == load_file(dense / "model.safetensors").keys()
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

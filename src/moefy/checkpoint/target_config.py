@@ -50,9 +50,9 @@ def target_config(
     """Return the config.json of a converted model.
 
     The rotary settings are written in both spellings: transformers 5 reads `rope_parameters`,
-    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`. Where an expert's rows are
-    not a multiple of 16 bytes, which torch's grouped matrix product refuses, the config tells
-    transformers to run the experts one by one.
+    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`, which MLX wants to see even
+    where it is null. Where an expert's rows are not a multiple of 16 bytes, which torch's grouped
+    matrix product refuses, the config tells transformers to run the experts one by one.
 
     Args:
         target: the architecture to write.
@@ -74,9 +74,12 @@ def target_config(
         "num_experts_per_tok": active - shared,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
+        "rope_scaling": None,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if not target.tied:
+        config["tie_word_embeddings"] = False
     if target.shared_down:
         config[target.shared_key] = shared if target.shared_in_slices else shared * size
     if target.attention_bias != "none":

@@ -48,6 +48,9 @@ class NativeTarget:
         selection_bias: name of a bias [num_experts] that shifts the choice alone.
         attention_bias: the most that the architecture can express; see `families.attention_bias`.
         qk_norm: config key that norms queries and keys by head, True where it always does, or None.
+        tied: whether every runtime lets the output matrix be the embeddings; if not, it is written
+            as a tensor of its own (vLLM 0.32 loads a tied glm4_moe without a word and then answers
+            from a matrix that was never filled).
         window: where it can express `families.sliding_window`. "by layer" goes with a rotary
             embedding by layer (`families.rotary_layers`).
         sinks: name of logits [num_heads] that every query's softmax has besides the keys' own.
@@ -75,6 +78,7 @@ class NativeTarget:
     selection_bias: str | None = None
     attention_bias: Bias = "none"
     qk_norm: str | bool | None = None
+    tied: bool = True
     window: Window = "no"
     sinks: str | None = None
     multipliers: bool = False
@@ -174,6 +178,7 @@ GLM4_MOE = NativeTarget(
     attention_bias="qkv",
     qk_norm="use_qk_norm",
     partial_rotary=True,
+    tied=False,
     settings={
         "first_k_dense_replace": 0,
         "n_group": 1,

@@ -148,6 +148,8 @@ def convert(
             shutil.copyfile(file, partial / file.name)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
+        if dense.tied and not config["tie_word_embeddings"]:
+            writer.add("lm_head.weight", dense["model.embed_tokens.weight"])
         score = target.score if target else "softmax"
         slots = []
         for layer_idx, split in enumerate(split_layers(dense, choice, windows, score, report)):

@@ -62,7 +62,7 @@ def export_dense(
     check_output(out, overwrite=overwrite, sources=(folder,))
     files = [open_tensors(folder / name) for name in weight_files(folder)]
     stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
-    family = FAMILIES[dense_config["model_type"]]
+    family, tied = FAMILIES[dense_config["model_type"]], dense_config["tie_word_embeddings"]
     num_tensors = 16 * (len(slots) + 1)
     with (
         whole_folder(out) as partial,
@@ -71,7 +71,7 @@ def export_dense(
         for file in side_files(folder):
             shutil.copyfile(file, partial / file.name)
         for name in family.model_tensors:
-            if name in stored:
+            if name in stored and not (tied and name == "lm_head.weight"):
                 writer.add(name, stored[name].read(name))
         for layer_idx, order in enumerate(slots):
             prefix = family.layer.format(layer=layer_idx)
