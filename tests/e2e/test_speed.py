@@ -69,7 +69,10 @@ def test_in_transformers(tmp_path: Path) -> None:
         assert (row["implementation"] is not None) == (row["model"] == str(moe))
         assert row["operations"] > 0
         if row["model"] == str(moe):
-            assert {"eager", "grouped_mm", "batched_mm", "expert_views"} == set(row["tried"])
+            expected = {"eager", "grouped_mm", "batched_mm"}
+            if (row["phase"], row["batch"]) == ("decode", 1):
+                expected.add("expert_views")
+            assert set(row["tried"]) == expected
 
 
 def test_in_llama_cpp(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""An implementation of transformers' expert layers that is fast on a CPU.
+"""An implementation of transformers' expert layers that decodes faster on a CPU.
 
-Transformers' own are written for accelerators. On a CPU, decoding one token, `eager` spends its
+Transformers' own are written for accelerators. To compute one token on a CPU, `eager` spends its
 time on finding out which token goes where, `grouped_mm` calls a matrix product for every expert,
 chosen or not, and `batched_mm` copies the chosen experts' weights. Here each chosen expert is
 multiplied where it lies. Use it with
@@ -39,6 +39,7 @@ def expert_views(
 ) -> Float[Tensor, "tokens hidden"]:
     """Return Σ_i w_i · down_e(act(gate_e(x)) · up_e(x)), e the i-th expert chosen for x.
 
+    For one token; several at once are left to transformers' `grouped_mm`, which is as fast there.
     Differentiable. Works for every architecture that moefy writes.
 
     Args:
@@ -64,15 +65,13 @@ def expert_views(
             f"or experts on several devices, which {NAME} does not compute: choose "
             "experts_implementation='grouped_mm'"
         )
-    compute = _one_token if len(hidden_states) == 1 else _many_tokens
-    return compute(experts, hidden_states, top_k_index, top_k_weights)
+    from transformers.integrations.moe import grouped_mm_experts_forward
 
-
-def _one_token(experts: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Few operations: 2 per expert, and the activations of all experts together."""
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if len(hidden_states) > 1:
+        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    gate_up, down, x = experts.gate_up_proj, experts.down_proj, hidden_states
     chosen = top_k_index[0].tolist()
-    # torch's matrix-vector product is the faster one in float32 only
+    # torch's product of a matrix and a vector is the faster one in float32 only
     vectors = x.dtype == torch.float32
     if vectors:
         products = torch.stack([torch.mv(gate_up[e], x[0]) for e in chosen])
@@ -86,19 +85,3 @@ def _one_token(experts: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tens
     for g, e in zip(gated[1:], chosen[1:], strict=True):
         out = out.addmv_(down[e], g)
     return out[None]
-
-
-def _many_tokens(experts: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """One product over all tokens of an expert, for the experts that have any."""
-    num_tokens, active = top_k_index.shape
-    choices = top_k_index.flatten()
-    order = choices.argsort()
-    counts = choices.bincount(minlength=experts.num_experts).tolist()
-    parts = []
-    for e, rows in enumerate(x[order // active].split(counts)):
-        if len(rows):
-            gated = experts._apply_gate(F.linear(rows, experts.gate_up_proj[e]))
-            parts.append(F.linear(gated, experts.down_proj[e]))
-    weighted = torch.cat(parts) * top_k_weights.flatten()[order, None]
-    back = order.argsort()
-    return weighted[back].view(num_tokens, active, -1).sum(1).to(x.dtype)
