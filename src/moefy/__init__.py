@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moefy.errors import MoefyError
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
+    from moefy.evaluation.speed import measure_speed
     from moefy.training.run import train
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "export_gguf",
     "inspect",
     "leaderboard",
+    "measure_speed",
     "prepare",
     "train",
 ]
@@ -44,6 +46,7 @@ _HOME = {
     "export_gguf": "moefy.checkpoint.gguf",
     "inspect": "moefy.evaluation.inspect",
     "leaderboard": "moefy.construct.leaderboard",
+    "measure_speed": "moefy.evaluation.speed",
     "prepare": "moefy.data.prepare",
     "train": "moefy.training.run",
 }

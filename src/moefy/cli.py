@@ -311,12 +311,47 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Per domain.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
+    ] = False,
+    batch: Annotated[
+        str | None, typer.Option(help="With --speed: sequences at once. [1,8]")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="With --speed.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="With --speed.")] = 64,
+    rounds: Annotated[int, typer.Option(help="With --speed: measurements of each.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="With --speed: of the CPU. [all]")] = None,
+    dtype: Annotated[str, typer.Option(help="With --speed: or bfloat16.")] = "float32",
+    runtime: Annotated[str, typer.Option(help="With --speed: or llama.cpp.")] = "transformers",
     as_json: Json = False,
 ) -> None:
     """Compare models: held-out perplexity, KL to the dense model, cost, speed.
 
     Example: `moefy eval smollm2-135m out/moe out/trained`
+
+    Speed alone: `moefy eval --speed smollm2-135m out/moe`
     """
+    if speed:
+        from moefy.evaluation.speed import measure_speed
+        from moefy.report.tables import speed_rows, speed_title
+
+        with _bars() as report:
+            measured = measure_speed(
+                models,
+                batches=_counts("--batch", batch) if batch else None,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                dtype=dtype,
+                threads=threads,
+                runtime=runtime,
+                report=report,
+            )
+        if as_json:
+            _print_json(measured.to_dict())
+        else:
+            _print_table(speed_rows(measured), speed_title(measured))
+        return
     if split not in {"heldout", "train", "all"}:
         raise UsageError(f"--split {split}: allowed are heldout, train and all")
     from moefy.evaluation.compare import evaluate as run
@@ -434,6 +469,13 @@ def main() -> None:
 
 def _given(**choices: Any) -> dict[str, Any]:
     return {key: value for key, value in choices.items() if value is not None}
+
+
+def _counts(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: write whole numbers, as in 1,8") from None
 
 
 def _parse_settings(settings: list[str] | None) -> dict[str, Any]:

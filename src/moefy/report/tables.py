@@ -13,6 +13,7 @@ from moefy.evaluation.inspect import Inspection
 
 if TYPE_CHECKING:
     from moefy.construct.scores import Score
+    from moefy.evaluation.speed import SpeedComparison
 
 Rows = list[list[str]]
 
@@ -41,6 +42,40 @@ def comparison_rows(comparison: Comparison) -> Rows:
             ]
         )
     return rows
+
+
+def speed_rows(comparison: SpeedComparison) -> Rows:
+    """Return header and rows of measured speeds."""
+    header = ["phase", "batch", "model", "tok/s", "of the active size", "experts by"]
+    rows = [[*header, "GB/s", "GFLOP/s", "operations", "bound by"]]
+    for speed in comparison.speeds:
+        share = speed.of_active_size
+        rows.append(
+            [
+                speed.phase,
+                str(speed.batch),
+                speed.model,
+                _number(speed.tokens_per_s),
+                "–" if share is None else f"{share:.0%}",
+                speed.implementation or "–",
+                f"{speed.bytes_per_s / 1e9:.1f}",
+                f"{speed.flops_per_s / 1e9:.0f}",
+                "–" if speed.operations is None else f"{speed.operations:,}",
+                f"{speed.bound_by} {speed.limits[speed.bound_by]:.0%}",
+            ]
+        )
+    return rows
+
+
+def speed_title(comparison: SpeedComparison) -> str:
+    """Say what was measured, and on what."""
+    machine = comparison.machine
+    place = f"{machine.threads} CPU threads" if machine.device == "cpu" else machine.device
+    return (
+        f"{comparison.runtime}, {machine.dtype}, {comparison.prompt_tokens} tokens of prompt and "
+        f"{comparison.new_tokens} decoded; {place}: {machine.bytes_per_s / 1e9:.1f} GB/s, "
+        f"{machine.flops_per_s / 1e9:.0f} GFLOP/s"
+    )
 
 
 def inspection_rows(inspection: Inspection) -> Rows:
