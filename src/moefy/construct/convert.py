@@ -156,6 +156,7 @@ def convert(
             for name, tensor in native_layer(dense, layer_idx, split, target):
                 writer.add(name, tensor)
             slots.append(split.partition.slots)
+            del split
             report(Progress("convert", layer_idx + 1, dense.num_layers))
         np.save(partial / PARTITION, np.array(slots, dtype=np.int32))
         record = _provenance(source, dense, choice, data, windows, hashes.result())
@@ -212,7 +213,9 @@ def split_layers(
             sample.importance = importance[layer_idx]
         split = split_ffn(sample, recipe, layer_idx, score)
         walk.leave(sample, split)
+        del sample  # before the next one is made: a 7B layer's takes 2 GiB
         yield split
+        del split
 
 
 def _target(dense: DenseCheckpoint, recipe: ConvertRecipe, shape: Shape) -> NativeTarget | None:
