@@ -28,7 +28,9 @@ def write_moe(folder: Path, target: str) -> Path:
         target in ("qwen3_moe", "glm4_moe"),
         target in ("granitemoeshared", "glm4_moe"),
     )
-    dense = write_tiny_model(folder / "dense", "qwen3" if qk_norm else "llama")
+    settings = {"sliding_window": 8} if target == "granitemoe_swa" else {}
+    family = "qwen3" if qk_norm else "mistral" if settings else "llama"
+    dense = write_tiny_model(folder / "dense", family, **settings)
     moefy.convert(dense, folder / "moe", **SPLIT | {"target": target, "shared": shared})
     return folder / "moe"
 

@@ -76,7 +76,6 @@ def test_normalised_weights_are_on_the_simplex(weights: dict[str, float]) -> Non
     assert all(value >= 0 for value in found.values())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.lists(st.integers(0, 2**63), min_size=1, max_size=3), st.data())
 def test_a_permutation_is_one(length: int, key: list[int], data: st.DataObject) -> None:
     whole = permuted(np.arange(length), length, key)
@@ -114,7 +113,7 @@ def change_weights(mixture: Mixture, rule: UpdateRule) -> list[WeightUpdate]:
     return [mixture.reweight(losses, dict.fromkeys(mixture.names, 2.0), rule)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(mixtures, st.integers(0, 20), st.booleans(), st.sampled_from(list(UPDATE_RULES.values())))
 def test_a_restart_at_any_step_changes_nothing(
     drawn: dict[str, Any], stop: int, after_update: bool, rule: UpdateRule
@@ -142,7 +141,7 @@ def test_a_restart_at_any_step_changes_nothing(
     assert restarted.epochs() == whole.epochs()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(mixtures, st.integers(0, 40))
 def test_skipping_is_drawing(drawn: dict[str, Any], num_steps: int) -> None:
     whole, skipped = make(drawn), make(drawn)
@@ -153,7 +152,7 @@ def test_skipping_is_drawing(drawn: dict[str, Any], num_steps: int) -> None:
     assert skipped.next_batch() == whole.next_batch()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(mixtures)
 def test_any_number_of_workers_read_the_same_samples(drawn: dict[str, Any]) -> None:
     alone = make(drawn)
@@ -168,7 +167,7 @@ def test_any_number_of_workers_read_the_same_samples(drawn: dict[str, Any]) -> N
             assert sum(parts, ()) == samples
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(mixtures)
 def test_an_epoch_shows_every_sequence_once(drawn: dict[str, Any]) -> None:
     mixture = make(drawn)

@@ -50,7 +50,6 @@ def test_a_split_is_possible_or_refused(neurons: int, experts: int, active: int)
             check_split(neurons, experts, active)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32))
 def test_balanced_assignment_is_nearly_the_exact_optimum(
     num_clusters: int, size: int, seed: int
@@ -64,7 +63,7 @@ def test_balanced_assignment_is_nearly_the_exact_optimum(
     assert best - total <= len(value) * 1e-4 + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_checkpoint_cut_anywhere_is_refused(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +96,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_gguf_headers_end_in_our_error(gguf_file: Path, data: st.DataObject) -> None:
     """Bytes flipped or numbers made huge: what passes is within the file, and gguf can read it."""
@@ -118,7 +117,7 @@ def test_damaged_gguf_headers_end_in_our_error(gguf_file: Path, data: st.DataObj
     assert sum(tensor.n_bytes for tensor in GGUFReader(copy).tensors) == float32_bytes
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_a_gguf_file_cut_anywhere_is_refused(gguf_file: Path, data: st.DataObject) -> None:
     whole = gguf_file.read_bytes()
@@ -134,7 +133,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=40) | json_values.map(lambda v: json.dumps({"weight_map": v}).encode()))
 def test_damaged_indexes_end_in_our_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
@@ -148,7 +147,7 @@ def test_damaged_indexes_end_in_our_error(
     assert all(Path(name).name == name for name in names)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_headers_end_in_our_error_or_in_a_model(
     weight_file: Path, data: st.DataObject
