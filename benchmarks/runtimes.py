@@ -60,7 +60,10 @@ CLIENTS = {
     "vLLM": "vllm",
     "OpenVINO": "openvino",
     "MLX": "mlx",
+    "tinygrad": "tinygrad",
+    "fastllm": "fastllm",
 }
+READ_GGUF = ("llama.cpp", "tinygrad")
 
 
 def ask(runtime: str, model: Path, ids: list[int], count: int, python: str) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def ask(runtime: str, model: Path, ids: list[int], count: int, python: str) -> d
         [python, str(client)], input=question, capture_output=True, text=True, check=False
     )
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        return json.loads(found[-1])  # vLLM logs behind it
     _, found, reason = done.stderr.rpartition("Error: ")
     return {"error": " ".join(reason.split()).partition(". Please")[0] if found else done.stderr}
 
@@ -105,12 +109,14 @@ def answers(
             model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=name)
             yield greedy(model, ids) | {"version": transformers.__version__}
     else:
-        file = exported(work, form, folder) if runtime == "llama.cpp" else folder
+        file = exported(work, form, folder) if runtime in READ_GGUF else folder
         yield ask(runtime, file, ids, COUNT, python)
 
 
 def random_qwen3(folder: Path) -> Path:
     """Write a small random Qwen3, since PyPI has no trained one."""
+    if (folder / "config.json").exists():
+        return folder
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=49_152,

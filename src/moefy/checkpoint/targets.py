@@ -158,6 +158,7 @@ QWEN3_MOE = NativeTarget(
         "norm_topk_prob": True,
         "use_sliding_window": False,
         "sliding_window": None,
+        "max_window_layers": 28,  # means nothing without a window; mistral.rs wants to see it
         "router_aux_loss_coef": 0.01,
         "output_router_logits": False,
     },
