@@ -60,10 +60,8 @@ CLIENTS = {
     "vLLM": "vllm",
     "OpenVINO": "openvino",
     "MLX": "mlx",
-    "tinygrad": "tinygrad",
-    "fastllm": "fastllm",
 }
-READ_GGUF = ("llama.cpp", "tinygrad")
+READ_GGUF = ("llama.cpp",)
 
 
 def ask(runtime: str, model: Path, ids: list[int], count: int, python: str) -> dict[str, Any]:
@@ -77,7 +75,8 @@ def ask(runtime: str, model: Path, ids: list[int], count: int, python: str) -> d
         found = [line for line in done.stdout.splitlines() if line.startswith("{")]
         return json.loads(found[-1])  # vLLM logs behind it
     _, found, reason = done.stderr.rpartition("Error: ")
-    return {"error": " ".join(reason.split()).partition(". Please")[0] if found else done.stderr}
+    line = " ".join(reason.split()).partition(". Please")[0].partition(" 0: <")[0]
+    return {"error": line if found else done.stderr}
 
 
 def greedy(model: Any, ids: list[int]) -> dict[str, Any]:
