@@ -140,3 +140,14 @@ def test_a_dense_model_comes_before_each_active_size(
         ("dense of the active size", 1),
         ("half", 1),
     ]
+
+
+def test_a_narrowed_model_keeps_any_number_of_heads() -> None:
+    """SmolLM2 has nine; transformers refuses a hidden size that they do not divide."""
+    for heads in (9, 14, 32):
+        config = SHAPES["smollm2-135m"] | {"num_attention_heads": heads, "num_hidden_layers": 1}
+        config |= {"hidden_size": 64 * heads, "num_key_value_heads": 1}
+        small = random_model(narrow(config), torch.float32)
+        assert small.config.num_attention_heads == heads
+        with torch.no_grad():
+            assert small(torch.arange(9)[None]).logits.shape == (1, 9, 256)

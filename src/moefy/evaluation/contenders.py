@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ _SHAPE = (
     "tie_word_embeddings",
     "max_position_embeddings",
 )
+_NARROW_HIDDEN = 64
 _NARROW_WIDTHS = {
-    "hidden_size": 64,
     "intermediate_size": 16,
     "moe_intermediate_size": 16,
     "shared_intermediate_size": 16,
@@ -98,13 +99,15 @@ def dense_of_active_size(
 
 
 def narrow(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a model that runs the same operations on matrices of 64 columns.
+    """Return the config of a model that runs the same operations on matrices of about 64 columns.
 
     Layers, heads, experts and active experts stay; what it takes is the cost of having that many
     operations.
     """
     small = {key: value for key, value in config.items() if key != "rope_scaling"}
     small |= {key: width for key, width in _NARROW_WIDTHS.items() if key in config}
+    unit = math.lcm(8, config["num_attention_heads"])  # transformers wants a multiple of the heads
+    small["hidden_size"] = -(-_NARROW_HIDDEN // unit) * unit
     small |= {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     return {**small, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
