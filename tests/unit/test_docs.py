@@ -35,3 +35,19 @@ def test_the_data_tables(name: str) -> None:
     with (ROOT / f"docs/experiments/{name}.csv").open() as file:
         rows = list(csv.reader(file))
     assert markdown(rows) in (ROOT / "docs/data.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("runtimes/transformers", "runtimes"),
+        ("runtimes/machine", "runtimes"),
+        ("runtimes/experts", "runtimes"),
+        ("experiments/streaming", "experiments"),
+        ("experiments/calibrated", "experiments"),
+    ],
+)
+def test_the_measured_tables(name: str, page: str) -> None:
+    with (ROOT / f"docs/{name}.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert markdown(rows) in (ROOT / f"docs/{page}.md").read_text()
