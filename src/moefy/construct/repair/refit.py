@@ -33,7 +33,7 @@ def refit_down_proj(
         ridge: λ, in units of the mean diagonal of the Gram matrix.
     """
     target = sample.target()
-    start = sample.down[:, torch.from_numpy(partition.slots)].double()
+    start = partition.columns(sample.down).double()
     num_slots = start.shape[1]
     gram = torch.zeros(num_slots, num_slots)
     right = torch.zeros(num_slots, len(start))
@@ -55,7 +55,7 @@ def least_squares_scale(sample: FfnSample, partition: Partition, routing: Routin
     s = Σ ω·⟨y, f⟩ / Σ ω·‖f‖², one number for the layer.
     """
     target = sample.target()
-    down = sample.down[:, torch.from_numpy(partition.slots)]
+    down = partition.columns(sample.down)
     above = below = 0.0
     for tokens, masked in masked_chunks(sample, partition, routing):
         outputs = masked @ down.T
