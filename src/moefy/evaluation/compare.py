@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
@@ -271,6 +270,8 @@ class _Body(torch.nn.Module):
     hidden: Tensor
 
     def forward(self, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moefy.evaluation.compare import Comparison
-from moefy.evaluation.inspect import Inspection
-
 if TYPE_CHECKING:
     from moefy.construct.scores import Score
+    from moefy.evaluation.compare import Comparison
+    from moefy.evaluation.inspect import Inspection
     from moefy.evaluation.speed import SpeedComparison
 
 Rows = list[list[str]]
@@ -185,6 +184,17 @@ def markdown(rows: Rows) -> str:
     """Return rows as a Markdown table, numbers to the right."""
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
+
+
+def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:
+    """Return header and rows of records that all have the same keys."""
+    return [list(records[0]), *(list(record.values()) for record in records)]
+
+
+def publish_table(rows: Rows, file: Path, page: Path) -> None:
+    """Write measured rows as a CSV file, and on a page between the marks of that file's name."""
+    write_csv(file, rows)
+    replace_table(page, file.stem, rows)
 
 
 def replace_table(page: Path, mark: str, rows: Rows) -> None:
