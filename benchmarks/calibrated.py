@@ -23,7 +23,7 @@ from streaming import make_model
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.construct.convert import split_layers
 from moefy.recipe import ConvertRecipe
-from moefy.report.tables import replace_table, write_csv
+from moefy.report.tables import publish_table, rows_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULT, PAGE = DOCS / "experiments" / "calibrated.csv", DOCS / "experiments.md"
@@ -97,9 +97,7 @@ def main(work: Path) -> None:
         shutil.rmtree(folder)
         rows.append(json.loads(printed))
         print(printed, end="", flush=True)
-        table = [list(rows[0]), *(list(row.values()) for row in rows)]
-        write_csv(RESULT, table)
-        replace_table(PAGE, "calibrated", table)
+        publish_table(rows_of(rows), RESULT, PAGE)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ docs/experiments/filters.csv and the table in docs/data.md.
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.source import builtin
 from moefy.data.domains import open_domains
 from moefy.data.quality import gopher
-from moefy.report.tables import replace_table
+from moefy.report.tables import publish_table
 
 RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "filters.csv"
 CHARACTERS = 1_000_000
@@ -62,9 +61,7 @@ def main(data: str) -> None:
         row.append(f"{size / (time.process_time() - started):.2f}")
         rows.append(row)
         print(row, flush=True)
-    with RESULT.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    replace_table(RESULT.parents[1] / "data.md", "filter", rows)
+    publish_table(rows, RESULT, RESULT.parents[1] / "data.md")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Writes docs/experiments/prepare.csv and the table in docs/data.md.
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import os
 import shutil
@@ -29,7 +28,7 @@ import moefy
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.source import builtin
 from moefy.data.domains import open_domains
-from moefy.report.tables import replace_table
+from moefy.report.tables import publish_table
 
 RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "prepare.csv"
 MODEL = "smollm2-135m"
@@ -120,9 +119,7 @@ def main(data: str, work: Path, repeats: int) -> None:
             )
             row += [f"{tokens / seconds:,.0f}", f"{ceiling / seconds:.2f}"]
         rows.append(row)
-    with RESULT.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    replace_table(RESULT.parents[1] / "data.md", "prepare", rows)
+    publish_table(rows, RESULT, RESULT.parents[1] / "data.md")
     print(RESULT.read_text(), f"{tokens:,} tokens, {len(documents):,} documents", sep="")
 
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import moefy
 from moefy.checkpoint.source import builtin
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import Rows, replace_table
+from moefy.report.tables import Rows, publish_table, replace_table, rows_of, write_csv
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 16, "active": 16}
@@ -243,13 +243,6 @@ def _share(row: dict[str, Any], same_size: dict[str, Any], key: str) -> str:
     return f"{row[key] / same_size[key]:.0%}"
 
 
-def write_csv(file: Path, rows: list[dict[str, str]]) -> None:
-    with file.open("w", newline="") as lines:
-        table = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-
-
 def read_csv(file: Path) -> list[dict[str, str]]:
     if not file.exists():
         return []
@@ -261,15 +254,13 @@ def main(work: Path, runtime: str, python: str = sys.executable) -> None:
     work.mkdir(parents=True, exist_ok=True)
     page, file = DOCS / "runtimes.md", DOCS / "runtimes/agreement.csv"
     if runtime == "speed":
-        rows = speed(work)
-        write_csv(DOCS / "runtimes/speed.csv", rows)
-        replace_table(page, "speed", [list(rows[0]), *(list(row.values()) for row in rows)])
+        publish_table(rows_of(speed(work)), DOCS / "runtimes/speed.csv", page)
         return
     rows = agreement(work, runtime, python)
     rows += [row for row in read_csv(file) if row["runtime"] != runtime]
     order = ["transformers", *CLIENTS]
     rows.sort(key=lambda row: order.index(row["runtime"]))
-    write_csv(file, rows)
+    write_csv(file, rows_of(rows))
     for mark, table in zip(("agreement", "refusals"), agreement_tables(rows), strict=True):
         replace_table(page, mark, table)
 

@@ -9,7 +9,6 @@ docs/runtimes.md. A random split is as fast as any other.
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import moefy
 from moefy.evaluation.speed import SpeedComparison
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import Rows, replace_table, speed_rows
+from moefy.report.tables import Rows, publish_table, speed_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 HALF: dict[str, dict[str, Any]] = {
@@ -60,9 +59,7 @@ def machine_rows(found: SpeedComparison) -> Rows:
 
 
 def publish(name: str, rows: Rows) -> None:
-    with (DOCS / "runtimes" / f"{name}.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    replace_table(DOCS / "runtimes.md", name, rows)
+    publish_table(rows, DOCS / "runtimes" / f"{name}.csv", DOCS / "runtimes.md")
 
 
 if __name__ == "__main__":

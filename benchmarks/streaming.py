@@ -20,7 +20,7 @@ import torch
 
 from moefy.checkpoint.writer import ShardWriter
 from moefy.evaluation.inspect import SHAPES
-from moefy.report.tables import replace_table, write_csv
+from moefy.report.tables import publish_table, rows_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULT, PAGE = DOCS / "experiments" / "streaming.csv", DOCS / "experiments.md"
@@ -100,7 +100,7 @@ def main(work: Path) -> None:
         convert_s = statistics.median(seconds for seconds, _ in conversions)
         rows.append(
             {
-                "layers": num_layers,
+                "layers": str(num_layers),
                 "GB": f"{size / 1e9:.2f}",
                 "copy, s": f"{copy_s:.1f}",
                 "convert, s": f"{convert_s:.1f}",
@@ -109,9 +109,7 @@ def main(work: Path) -> None:
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
-    write_csv(RESULT, table)
-    replace_table(PAGE, "streaming", table)
+    publish_table(rows_of(rows), RESULT, PAGE)
 
 
 if __name__ == "__main__":
