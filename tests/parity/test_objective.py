@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moefy
 from moefy.errors import ArchitectureError, UsageError
 from moefy.recipe import LLAMA_MOE
-from moefy.training.balance import importance_and_load_loss, router_z_loss, switch_loss
+from moefy.training.balance import (
+    importance_and_load_loss,
+    router_sums,
+    router_z_loss,
+    switch_loss,
+)
 from moefy.training.layer_match import LayerMatch
 from moefy.training.noisy_gate import NoisyGate, choose
 from moefy.training.output_loss import LogitsInput, next_labels, output_loss
@@ -174,6 +181,8 @@ def test_noise_is_of_training_alone_and_learns(model_type: str) -> None:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gate.parameters())
         std = gate.std(0, torch.randn(4, 32).double())
         assert torch.allclose(std, torch.full_like(std, torch.log(torch.tensor(2.0)) + 1e-2))
+        half = NoisyGate(routers_of(model), scale=0.5).std(0, torch.randn(4, 32).double())
+        assert torch.allclose(half, std / 2)
         trace.clear()
         model.eval()
         with torch.no_grad():
@@ -277,3 +286,22 @@ def test_a_dense_model_leaves_no_trace(make_llama: Callable[..., Path]) -> None:
         assert trace.sums() is None
     with pytest.raises(UsageError, match="llama model has no selection bias"):
         SelectionBias(model)
+
+
+def test_two_workers_have_the_loss_and_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    logits = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0)).double()
+    torch.save(logits, tmp_path / "logits.pt")
+    script = Path(__file__).with_name("two_workers.py")
+    workers = [
+        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)])
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    logits.requires_grad_()
+    top, chosen = logits.topk(2)
+    loss = importance_and_load_loss(router_sums(logits, top.softmax(-1), chosen, score="softmax"))
+    loss.backward()
+    for rank in range(2):
+        found, grad = torch.load(tmp_path / f"{rank}.pt")
+        assert found.item() == pytest.approx(loss.item(), rel=1e-12)
+        assert torch.allclose(grad, logits.grad[:, rank::2], rtol=1e-10, atol=1e-15)

@@ -103,10 +103,7 @@ def router_sums(
         choice_probs: see `noisy_gate.choice_probs`; None without noise.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if mask is None:
-        counted = logits.new_ones(logits.shape[1])
-    else:
-        counted = mask.to(logits.dtype)
+    counted = logits.new_ones(logits.shape[1]) if mask is None else mask.to(logits.dtype)
 
     def summed(values: Float[Tensor, "layers tokens experts"]) -> Float[Tensor, "layers experts"]:
         return torch.einsum("lte,t->le", values, counted)
@@ -150,9 +147,9 @@ def switch_loss(sums: RouterSums) -> Float[Tensor, ""]:
     """Return the mean over layers of the Switch load-balancing loss; 1 when even, at most E / k.
 
     Source: Switch Transformer (arXiv 2101.03961), equations 4-6: L = E·Σ_e f_e·P_e, with f_e the
-    share of choices that fall on expert e and P_e the mean over tokens of its probability. It is the
-    auxiliary loss of mixtral, granitemoe and qwen3_moe. Deviations: f_e counts all k choices of a
-    token and is divided by k, so that Σ f_e = 1 for any k; every layer counts by itself, where
+    share of choices that fall on expert e and P_e the mean over tokens of its probability. It is
+    the auxiliary loss of mixtral, granitemoe and qwen3_moe. Deviations: f_e counts all k choices of
+    a token and is divided by k, so that Σ f_e = 1 for any k; every layer counts by itself, where
     transformers' `load_balancing_loss_func` pools the tokens of all layers before multiplying,
     which lets one layer's imbalance cancel another's; sigmoid routers, for which transformers has
     no loss, take the P_e of DeepSeek-V3 (arXiv 2412.19437, equations 17-20).

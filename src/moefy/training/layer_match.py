@@ -42,7 +42,7 @@ class LayerMatch:
     """Compares the layers of a student with its dense parent's inside a `with` block.
 
     Each model runs on its own inputs: the parent's layer outputs of one forward pass are the
-    targets, so that a student's layer also mends what earlier layers lost. (Why: docs/objective.md.)
+    targets, so that a student's layer also mends what earlier layers lost (docs/objective.md).
 
     Args:
         student: a native MoE.
@@ -112,7 +112,7 @@ class LayerMatch:
 
     def _hook(self, side: int, place: tuple[int, int]) -> Callable[[Any, Any, Tensor], None]:
         def note(_module: Any, _inputs: Any, output: Tensor) -> None:
-            # gradient checkpointing runs a layer twice: the first output is in the graph of the loss
+            # gradient checkpointing runs a layer twice; the first output is in the loss's graph
             self._outputs[side].setdefault(place, output)
 
         return note

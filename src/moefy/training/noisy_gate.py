@@ -5,8 +5,8 @@ trains with it. The noise is learned by matrices of the trainer's own, which bel
 trainer's state; a native router stays as it is on disk and routes without noise at inference.
 
 At the start W_noise = 0, so the noise has the standard deviation ln 2 + 0.01 = 0.70 in every logit.
-That is made for a router with random weights: logits that were fitted to be small (`convert`'s
-default) drown in it.
+That is made for a router of the usual scale. The logits that `convert` fits differ by about 0.01,
+so that the experts' weights stay nearly equal: they drown in it, and need a smaller `scale`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ class NoisyGate(nn.Module):
 
     Args:
         routers: of the model, layer by layer.
+        scale: factor on the noise. 1 is the papers'; for other routers, about the standard
+            deviation of their logits over the experts.
 
     Raises:
         ArchitectureError: a router that chooses groups of experts first, which no formula here
             covers; moefy writes none.
     """
 
-    def __init__(self, routers: list[Any]) -> None:
+    def __init__(self, routers: list[Any], *, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         for router in routers:
             if getattr(router, "num_group", 1) != 1:
                 raise ArchitectureError(
@@ -49,9 +52,10 @@ class NoisyGate(nn.Module):
     def std(
         self, layer_idx: int, inputs: Float[Tensor, "tokens hidden"]
     ) -> Float[Tensor, "tokens experts"]:
-        """Return the standard deviation of the noise in every logit: softplus(x·W_noise) + 1e-2."""
+        """Return the standard deviation of each logit's noise: softplus(x·W_noise) + 1e-2, scaled."""
         raw = F.linear(inputs, self.noise[layer_idx].to(inputs.dtype))
-        return F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32))) + _LEAST_STD
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return self.scale * (F.softplus(raw) + _LEAST_STD)
 
 
 def choose(
@@ -86,8 +90,8 @@ def choice_probs(
 ) -> Float[Tensor, "tokens experts"]:
     """Return the probability that each expert is chosen if only its own noise is drawn again.
 
-    P_e = Φ((clean_e - t_e) / std_e), with t_e the k-th largest of the *other* experts' noisy logits:
-    what e has to exceed. (LLaMA-MoE's code compares with the noise instead of the noisy logits.)
+    P_e = Φ((clean_e - t_e) / std_e), with t_e the k-th largest of the *other* experts' noisy
+    logits, which e has to exceed. (LLaMA-MoE's code takes the threshold from the noise instead.)
 
     Args:
         clean: logits without noise.

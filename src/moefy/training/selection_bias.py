@@ -45,8 +45,9 @@ class SelectionBias:
 
     def __init__(self, model: Any) -> None:
         routers = routers_of(model)
-        self._biases = [getattr(router, "e_score_correction_bias", None) for router in routers]
-        if not routers or any(bias is None for bias in self._biases):
+        found = [getattr(router, "e_score_correction_bias", None) for router in routers]
+        self._biases = [bias for bias in found if bias is not None]
+        if not routers or len(self._biases) < len(routers):
             with_bias = " or ".join(
                 target.model_type for target in TARGETS.values() if target.selection_bias
             )
