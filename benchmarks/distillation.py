@@ -10,16 +10,15 @@ at is what distillation reaches in half the tokens. First every method finds its
 first seed and all tokens; shares and further seeds use that rate alone.
 
 Finished runs in WORK are kept, an interrupted one starts again. Writes
-docs/training/distillation-<model>.csv, .md and .png.
+docs/training/distillation-<model>.csv and .png, and the table in docs/objective.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from llama2c import write_llama2c_model
-from matplotlib.figure import Figure
+from publish_distillation import BASELINE, Run, publish
 
 import moefy
 from moefy.calibrate.text import SELF, self_windows
@@ -40,9 +39,6 @@ from moefy.training.layer_match import LayerMatch, Place
 from moefy.training.output_loss import LogitsInput, next_labels, output_loss
 from moefy.training.router_trace import RouterTrace, routers_of
 from moefy.training.schedule import learning_rate
-
-DOCS = Path(__file__).parents[1] / "docs" / "training"
-BASELINE = "cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -65,21 +61,6 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training."""
-
-    method: str
-    rate: float
-    share: float
-    seed: int
-
-    def file(self, work: Path) -> Path:
-        """Where the run's curve lies; it exists when the run is complete."""
-        name = f"{self.method}-lr{self.rate:g}-x{self.share:g}-s{self.seed}.jsonl"
-        return work / "runs" / name.replace(" ", "-").replace(",", "")
-
-
 def main() -> None:
     options = _options()
     work: Path = options.work
@@ -97,22 +78,19 @@ def main() -> None:
     print(f"dense {floor:.4f}, converted {start:.4f} nats per held-out token", flush=True)
 
     def done(run: Run) -> float:
-        if not run.file(work).exists():
+        if not run.file(work / "runs").exists():
             _train(run, options, teacher, train, heldout)
-        last = json.loads(run.file(work).read_text().splitlines()[-1])
-        print(f"{run.file(work).stem}: {last['heldout']:.4f}", flush=True)
+        last = json.loads(run.file(work / "runs").read_text().splitlines()[-1])
+        print(f"{run.file(work / 'runs').stem}: {last['heldout']:.4f}", flush=True)
         return float(last["heldout"])
 
-    runs = []
     for method in options.methods:
         tried = {rate: done(Run(method, rate, 1.0, options.seeds[0])) for rate in options.rates}
         best = min(tried, key=lambda rate: tried[rate])
-        runs += [Run(method, rate, 1.0, options.seeds[0]) for rate in options.rates]
         shares = [1.0] if method == BASELINE else [1.0, *options.shares]
         for run in (Run(method, best, share, seed) for share in shares for seed in options.seeds):
             done(run)
-            runs.append(run)
-        _publish(options, list(dict.fromkeys(runs)), floor, start)
+        publish(work / "runs", Path(options.model).stem.lower(), floor, start)
 
 
 def _options() -> argparse.Namespace:
@@ -208,6 +186,7 @@ def _train(
             loss, divergence = _measure(student, teacher, heldout, options)
             lines.append(
                 {
+                    **asdict(run),
                     "tokens": step * tokens_per_step,
                     "heldout": loss,
                     "kl_to_dense": divergence,
@@ -229,7 +208,7 @@ def _train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         elapsed_s += time.perf_counter() - started
-    run.file(options.work).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.file(options.work / "runs").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _autocast(options: argparse.Namespace) -> torch.autocast:
@@ -281,99 +260,6 @@ def _measure(
     model.train()
     loss, divergence_mean = sums / (len(heldout) * (options.sequence_length - 1))
     return float(loss), float(divergence_mean)
-
-
-def _publish(options: argparse.Namespace, runs: list[Run], floor: float, start: float) -> None:
-    """Write curves, table and figure of the runs so far."""
-    DOCS.mkdir(parents=True, exist_ok=True)
-    name = DOCS / f"distillation-{Path(options.model).stem.lower()}"
-    curves = {
-        run: [json.loads(line) for line in run.file(options.work).read_text().splitlines()]
-        for run in runs
-    }
-    with name.with_suffix(".csv").open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        columns = ["method", "learning_rate", "share", "seed", "tokens", "heldout", "kl_to_dense"]
-        table.writerow([*columns, "seconds", "dense", "converted"])
-        for run, curve in curves.items():
-            for line in curve:
-                values = [run.method, f"{run.rate:g}", f"{run.share:g}", run.seed, line["tokens"]]
-                losses = [line["heldout"], line["kl_to_dense"], line["seconds"], floor, start]
-                table.writerow([*values, *(f"{value:.4f}" for value in losses)])
-    _table(name, curves, floor, start)
-    _figure(name, curves, floor)
-
-
-def _best(curves: dict[Run, list[dict[str, float]]]) -> dict[str, float]:
-    """Return each method's best rate: the lowest final loss of its first seed on all tokens."""
-    best: dict[str, tuple[float, float]] = {}
-    first_seed = next(iter(curves)).seed
-    for run, curve in curves.items():
-        if run.share == 1 and run.seed == first_seed:
-            found = (curve[-1]["heldout"], run.rate)
-            best[run.method] = min(best.get(run.method, found), found)
-    return {method: rate for method, (_, rate) in best.items()}
-
-
-def _table(
-    name: Path, curves: dict[Run, list[dict[str, float]]], floor: float, start: float
-) -> None:
-    best = _best(curves)
-    shares = sorted({run.share for run in curves}, reverse=True)
-    header = [
-        "nats above dense",
-        "learning rate",
-        *(f"{share:.0%} of the tokens" for share in shares),
-    ]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for method, rate in best.items():
-        cells = [method, f"{rate:g}"]
-        for share in shares:
-            ends = [
-                curve[-1]["heldout"] - floor
-                for run, curve in curves.items()
-                if (run.method, run.rate, run.share) == (method, rate, share)
-            ]
-            spread = f" ± {np.std(ends, ddof=1):.3f}" if len(ends) > 1 else ""
-            cells.append(f"{np.mean(ends):.3f}{spread}" if ends else "")
-        rows.append(cells)
-    text = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    name.with_suffix(".md").write_text(
-        text + f"\nDense {floor:.3f}, converted {start - floor:.3f} above it; "
-        f"{max(c[-1]['tokens'] for c in curves.values()):,.0f} tokens.\n"
-    )
-
-
-def _figure(name: Path, curves: dict[Run, list[dict[str, float]]], floor: float) -> None:
-    best = _best(curves)
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    first_seed = next(iter(curves)).seed
-    for place, (method, rate) in enumerate(best.items()):
-        for run, curve in curves.items():
-            if (run.method, run.rate, run.seed) != (method, rate, first_seed):
-                continue
-            axes.plot(
-                [line["tokens"] / 1e3 for line in curve],
-                [line["heldout"] - floor for line in curve],
-                color=f"C{place}",
-                linewidth=1.6 if run.share == 1 else 0.8,
-                marker=None if run.share == 1 else "o",
-                markevery=[-1],
-                label=f"{method} (rate {rate:g})" if run.share == 1 else None,
-            )
-    if BASELINE in best:
-        (base,) = (
-            curve[-1]["heldout"] - floor
-            for run, curve in curves.items()
-            if (run.method, run.rate, run.share, run.seed)
-            == (BASELINE, best[BASELINE], 1, first_seed)
-        )
-        axes.axhline(base, color="0.5", linestyle="--", linewidth=1, label="cross-entropy's end")
-    axes.set(xlabel="training tokens (thousands)", ylabel="held-out nats above dense", yscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(name.with_suffix(".png"), dpi=150)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,13 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
             sums = trace.sums()
             assert sums is not None
             loss = loss + importance_and_load_loss(sums) + router_z_loss(sums)
+            noted = [routed.logits for routed in trace._routed.values()]
+            noted += match._outputs[0].values()
             loss.backward()
+            # what is recomputed must not be held: it would keep every layer's activations
+            held = [routed.logits for routed in trace._routed.values()]
+            held += match._outputs[0].values()
+            assert all(a is b for a, b in zip(noted, held, strict=True))
         parameters = [*model.parameters(), *gate.parameters()]
         gradients.append([p.grad for p in parameters if p.grad is not None])
         for parameter in parameters:

@@ -170,6 +170,12 @@ def test_collapse_costs_more_than_even_use(
         assert worst == pytest.approx(EXPERTS / ACTIVE, rel=1e-6)
 
 
+def test_a_collapse_by_small_logits_shows_in_importance_and_not_in_switch() -> None:
+    sums = softmax_sums(collapsed(0.05), std=None)
+    assert importance_and_load_loss(sums).item() == pytest.approx(LAYERS * 4.0, rel=1e-2)
+    assert 1.0 < switch_loss(sums).item() < 1.05
+
+
 def test_z_loss_grows_with_the_logits_of_a_collapse() -> None:
     assert router_z_loss(softmax_sums(collapsed(50.0))) > router_z_loss(softmax_sums(even()))
 

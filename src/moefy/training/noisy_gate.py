@@ -52,7 +52,7 @@ class NoisyGate(nn.Module):
     def std(
         self, layer_idx: int, inputs: Float[Tensor, "tokens hidden"]
     ) -> Float[Tensor, "tokens experts"]:
-        """Return the standard deviation of each logit's noise: softplus(x·W_noise) + 1e-2, scaled."""
+        """Return the standard deviation of each logit's noise, softplus(x·W_noise) + 1e-2."""
         raw = F.linear(inputs, self.noise[layer_idx].to(inputs.dtype))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.scale * (F.softplus(raw) + _LEAST_STD)
