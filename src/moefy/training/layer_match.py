@@ -22,10 +22,9 @@ def relative_error(
 ) -> Float[Tensor, ""]:
     """Return the mean over tokens of ‖y_student - y_teacher‖² / ‖y_teacher‖².
 
-    Each token is divided by its own norm, because the residual stream of a few tokens (the first of
-    a text, above all) is hundreds of times larger than that of the others, and the RMSNorm behind
-    it sees directions only. As a mean over tokens, it does not depend on how a batch is cut where
-    every part has as many tokens.
+    Each token is divided by its own norm, so that tokens whose stream is large do not outweigh the
+    others; the RMSNorm behind it sees directions only. As a mean over tokens, it does not depend on
+    how a batch is cut where every part has as many tokens.
 
     Args:
         student: gets the gradients.
