@@ -45,6 +45,7 @@ def test_the_data_tables(name: str) -> None:
         ("runtimes/experts", "runtimes"),
         ("experiments/streaming", "experiments"),
         ("experiments/calibrated", "experiments"),
+        ("training/output-loss", "objective"),
     ],
 )
 def test_the_measured_tables(name: str, page: str) -> None:

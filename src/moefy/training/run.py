@@ -29,7 +29,8 @@ from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import TrainRecipe
 from moefy.storage import check_output, replace_file, storage_errors
-from moefy.training.balance import RouterTrace, routers_of
+from moefy.training.balance import switch_loss
+from moefy.training.router_trace import RouterTrace, routers_of
 from moefy.training.schedule import learning_rate
 from moefy.training.state import LOG, load_state, read_log, remove_state, save_state
 
@@ -177,13 +178,15 @@ def _step(
             losses = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
             ).view(len(samples), -1)
-            balance_loss = trace.balance_loss().to(losses.device)
+            sums = trace.sums()
+            balance_loss = losses.new_zeros(()) if sums is None else switch_loss(sums)
             loss = losses.mean() + recipe.balance_coefficient * balance_loss
             (loss / num_passes).backward()
             for (name, _, _), value in zip(samples, losses.detach().mean(1).tolist(), strict=True):
                 by_domain[name].append(value)
             balance += balance_loss.item() / num_passes
-            loads = loads + trace.loads().cpu() / num_passes
+            shares = torch.zeros(0, 0) if sums is None else sums.shares().cpu()
+            loads = loads + shares / num_passes
     grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_grad_norm).item()
     mean_loss = sum(map(sum, by_domain.values())) / recipe.sequences_per_step
     if not (mean_loss < float("inf") and grad_norm < float("inf")):

@@ -1,0 +1,289 @@
+"""Next-token loss and distillation from hidden states, without the logits of the whole batch.
+
+A language model's logits are by far its largest activation: [tokens, vocabulary] in float32, and as
+much again for their gradient and for each copy that a softmax makes. Here the output matrix is
+applied to a chunk of tokens at a time; the chunk's loss and its gradient are formed at once, and
+what is kept is the gradient of the hidden states and of the matrix. No product is computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moefy.errors import ArchitectureError
+
+IGNORED = -100
+"""Label of a token that is not learned, as in transformers."""
+
+_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class LogitsInput:
+    """What a model's logits are made of: scale · hidden · weightᵀ.
+
+    Attributes:
+        hidden: last hidden states, after the final norm.
+        weight: the output matrix; with tied embeddings the embedding itself, whose gradient then
+            has two parts.
+        scale: 1 / `logits_scaling` for Granite, else 1.
+    """
+
+    hidden: Float[Tensor, "*tokens hidden"]
+    weight: Float[Tensor, "vocab hidden"]
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, model: Any, tokens: Int[Tensor, "batch sequence"], **inputs: Any) -> LogitsInput:
+        """Run a transformers language model up to its output matrix.
+
+        Args:
+            model: any family or target of moefy.
+            tokens: ids.
+            **inputs: of the model's forward pass, as `attention_mask`.
+
+        Raises:
+            ArchitectureError: the logits are more than a scaled matrix product.
+        """
+        head = model.get_output_embeddings()
+        if head.bias is not None or getattr(model.config, "final_logit_softcapping", None):
+            raise ArchitectureError(
+                f"the logits of this {model.config.model_type} model have a bias or a soft cap, "
+                "which the chunked loss does not know"
+            )
+        hidden = model.model(tokens, use_cache=False, **inputs).last_hidden_state
+        return cls(hidden, head.weight, 1 / getattr(model.config, "logits_scaling", 1.0))
+
+    def predicting(self) -> LogitsInput:
+        """Return the same without each sequence's last token, which predicts nothing."""
+        return LogitsInput(self.hidden[:, :-1], self.weight, self.scale)
+
+
+def next_labels(
+    tokens: Int[Tensor, "batch sequence"], mask: Bool[Tensor, "batch sequence"] | None = None
+) -> Int[Tensor, "batch sequence-1"]:
+    """Return what each token but the last should predict: the next one.
+
+    Args:
+        tokens: ids.
+        mask: False for padding, which neither predicts nor is predicted; None if there is none.
+    """
+    labels = tokens[:, 1:]
+    return labels if mask is None else labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
+
+
+@dataclass(frozen=True)
+class OutputLoss:
+    """What `output_loss` returns.
+
+    Attributes:
+        loss: the weighted sum, with gradients.
+        cross_entropy: of every token, nats, without gradients; 0 where the label is IGNORED.
+        divergence: KL(teacher‖student) of every token at the temperature, nats, without gradients
+            and without the factor temperature²; None without a teacher.
+    """
+
+    loss: Float[Tensor, ""]
+    cross_entropy: Float[Tensor, "*tokens"]
+    divergence: Float[Tensor, "*tokens"] | None
+
+
+def output_loss(
+    student: LogitsInput,
+    labels: Int[Tensor, "*tokens"],
+    *,
+    teacher: LogitsInput | None = None,
+    teacher_share: float = 0.0,
+    temperature: float = 1.0,
+    num_tokens: float | None = None,
+    chunk_bytes: int = _CHUNK_BYTES,
+) -> OutputLoss:
+    """Return cross-entropy, distillation, or a mixture of both, and their gradients.
+
+    loss = Σ_t (1 - λ)·CE_t + λ·τ²·KL(softmax(z_teacher/τ) ‖ softmax(z_student/τ))_t, divided by the
+    number of tokens. Source: Hinton et al. (arXiv 1503.02531), section 2; τ² keeps the gradient's
+    size. At τ = 1 and λ = 1 nothing is asked of the labels but which tokens count.
+
+    A mean over tokens: passes and workers that all divide by the whole batch's `num_tokens` add up
+    to the same loss and gradient, however the batch is cut.
+
+    Memory beside the inputs: three buffers of `chunk_bytes` with a teacher (five with τ ≠ 1 and a
+    mixture) and two without, and the gradients of `hidden` and `weight`. Under autocast the
+    products run in its dtype; the loss is always float32 or wider.
+
+    Args:
+        student: gets the gradients.
+        labels: the token that each hidden state should predict, or IGNORED.
+        teacher: the dense parent on the same tokens, without gradients.
+        teacher_share: λ, 0 to 1.
+        temperature: τ.
+        num_tokens: to divide by; None for the number of labels that count.
+        chunk_bytes: size of a chunk's logits; at least one token is taken.
+
+    Raises:
+        ArchitectureError: student and teacher have different vocabularies.
+    """
+    if teacher is not None and len(teacher.weight) != len(student.weight):
+        raise ArchitectureError(
+            f"the teacher has {len(teacher.weight):,} tokens in its vocabulary, the student "
+            f"{len(student.weight):,}: distil from the model that was converted"
+        )
+    assert teacher is not None or teacher_share == 0, "a teacher's share needs a teacher"
+    counted = labels != IGNORED
+    settings = _Settings(
+        scale=student.scale,
+        teacher_scale=teacher.scale if teacher else 1.0,
+        share=teacher_share,
+        temperature=temperature,
+        divisor=max(1.0, float(counted.sum() if num_tokens is None else num_tokens)),
+        chunk_tokens=max(1, chunk_bytes // (4 * len(student.weight))),
+        with_gradient=torch.is_grad_enabled(),
+    )
+    loss, cross_entropy, divergence = _ChunkedLoss.apply(
+        student.hidden[counted],
+        student.weight,
+        labels[counted],
+        teacher.hidden[counted] if teacher else None,
+        teacher.weight if teacher else None,
+        settings,
+    )
+    by_token = torch.zeros(labels.shape, dtype=loss.dtype, device=loss.device)
+    return OutputLoss(
+        loss,
+        by_token.masked_scatter(counted, cross_entropy),
+        by_token.masked_scatter(counted, divergence) if teacher else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scale: float
+    teacher_scale: float
+    share: float
+    temperature: float
+    divisor: float
+    chunk_tokens: int
+    with_gradient: bool  # autograd.Function does not know: it runs without gradients itself
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradient in one pass over chunks of tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        matrix = weight.to(dtype)
+        teacher_matrix = None if teacher_weight is None else teacher_weight.to(dtype)
+        cross_entropy = hidden.new_zeros(len(hidden), dtype=wide)
+        divergence = torch.zeros_like(cross_entropy)
+        needs_hidden, needs_weight = (
+            needed and settings.with_gradient for needed in ctx.needs_input_grad[:2]
+        )
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(hidden), settings.chunk_tokens):
+                rows = slice(start, start + settings.chunk_tokens)
+                inputs = hidden[rows].to(dtype)
+                logits = F.linear(inputs, matrix).to(wide).mul_(settings.scale)
+                teacher_logits = None
+                if teacher_hidden is not None and teacher_matrix is not None:
+                    teacher_logits = F.linear(teacher_hidden[rows].to(dtype), teacher_matrix)
+                    teacher_logits = teacher_logits.to(wide).mul_(settings.teacher_scale)
+                cross_entropy[rows], divergence[rows], grad = _losses_and_gradient(
+                    logits,
+                    labels[rows],
+                    teacher_logits,
+                    settings.share,
+                    settings.temperature,
+                    with_gradient=needs_hidden or needs_weight,
+                )
+                if grad is None:
+                    continue
+                grad = grad.mul_(settings.scale / settings.divisor).to(dtype)
+                if hidden_grad is not None:
+                    hidden_grad[rows] = grad @ matrix
+                if weight_grad is not None and dtype == wide:
+                    weight_grad.addmm_(grad.T, inputs)
+                elif weight_grad is not None:
+                    weight_grad += grad.T @ inputs
+        ctx.gradients = (
+            hidden_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+        )
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        by_token = (1 - settings.share) * cross_entropy
+        by_token += settings.share * settings.temperature**2 * divergence
+        return by_token.sum() / settings.divisor, cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients is not None, "the chunked loss keeps its gradients for one backward"
+        gradients = [g if g is None else g.mul_(loss_grad) for g in ctx.gradients]
+        ctx.gradients = None  # so that autograd can keep the tensors instead of copying them
+        return *gradients, None, None, None, None
+
+
+def _losses_and_gradient(
+    logits: Float[Tensor, "chunk vocab"],
+    labels: Int[Tensor, " chunk"],
+    teacher_logits: Float[Tensor, "chunk vocab"] | None,
+    share: float,
+    temperature: float,
+    *,
+    with_gradient: bool,
+) -> tuple[
+    Float[Tensor, " chunk"], Float[Tensor, " chunk"] | float, Float[Tensor, "chunk vocab"] | None
+]:
+    """Return a chunk's losses and the gradient of (1 - λ)·CE + λ·τ²·KL in its logits.
+
+    Works in the buffers that it is given.
+    """
+    label_column = labels[:, None]
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    cross_entropy = (log_sum - logits.gather(-1, label_column))[:, 0]
+    if teacher_logits is None:
+        if not with_gradient:
+            return cross_entropy, 0.0, None
+        grad = logits.sub_(log_sum).exp_()
+        grad.scatter_add_(-1, label_column, torch.full_like(log_sum, -1.0))
+        return cross_entropy, 0.0, grad
+
+    hot_grad = None
+    if with_gradient and temperature != 1 and share != 1:
+        hot_grad = (logits - log_sum).exp_().mul_(1 - share)
+    if temperature != 1:
+        logits.div_(temperature)
+        log_sum = logits.logsumexp(-1, keepdim=True)
+        teacher_logits.div_(temperature)
+    log_probs = logits.sub_(log_sum)
+    teacher_log_probs = teacher_logits.sub_(teacher_logits.logsumexp(-1, keepdim=True))
+    teacher_probs = teacher_log_probs.exp()
+    divergence = torch.linalg.vecdot(teacher_probs, teacher_log_probs.sub_(log_probs))
+    if not with_gradient:
+        return cross_entropy, divergence, None
+    probs = log_probs.exp_()
+    if temperature == 1:
+        grad = probs.sub_(teacher_probs.mul_(share))
+    else:
+        grad = probs.sub_(teacher_probs).mul_(share * temperature)
+        if hot_grad is not None:
+            grad.add_(hot_grad)
+    grad.scatter_add_(-1, label_column, torch.full_like(log_sum, share - 1))
+    return cross_entropy, divergence, grad
