@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def add_adapters(network: Any, *, rank: int, alpha: float) -> Any:
+def add_adapters(network: Any, *, rank: int, alpha: float, seed: int = 0) -> Any:
     """Return the model with adapters on every matrix of its layers but the routers.
 
     Source: LoRA (arXiv 2106.09685): W + (alpha / rank)·B·A with A [rank, inputs] random and
@@ -19,6 +20,7 @@ def add_adapters(network: Any, *, rank: int, alpha: float) -> Any:
         network: any family or target; its own weights no longer learn.
         rank: of the adapters.
         alpha: their scale, times rank.
+        seed: of A.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -39,7 +41,9 @@ def add_adapters(network: Any, *, rank: int, alpha: float) -> Any:
         target_parameters=parameters,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # peft asks transformers 5 for a name that is to go in 6
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # peft asks transformers 5 for a name that is to go in 6
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(network, config)
 

@@ -132,7 +132,7 @@ def _message(number: int, turn: Any) -> Message:
         raise ValueError(f"message {number} is not a JSON object")
     speaker = turn.get("role", turn.get("from"))
     text = turn.get("content", turn.get("value"))
-    if speaker not in _ROLES:
+    if not (isinstance(speaker, str) and speaker in _ROLES):
         raise ValueError(f"message {number} is from {speaker!r}, not from {', '.join(_ROLES)}")
     if not isinstance(text, str):
         raise ValueError(f"message {number} has no text")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moefy.progress import Progress, ProgressFn, silent
 from moefy.tuning.conversations import Conversation
 from moefy.tuning.template import ChatTemplate, assistant_spans
 
@@ -28,7 +29,12 @@ class Example:
 
 
 def make_examples(
-    conversations: list[Conversation], tokenizer: Any, template: ChatTemplate, *, max_length: int
+    conversations: list[Conversation],
+    tokenizer: Any,
+    template: ChatTemplate,
+    *,
+    max_length: int,
+    report: ProgressFn = silent,
 ) -> tuple[list[Example], list[str]]:
     """Tokenise conversations; what cannot be used is named.
 
@@ -41,16 +47,18 @@ def make_examples(
         tokenizer: a fast one, which knows the characters of its tokens.
         template: renders them.
         max_length: tokens of the longest example; what is beyond is cut off.
+        report: told about progress.
 
     Returns:
         The examples, and a line about each conversation that gives none.
     """
     examples, unusable = [], []
-    for conversation in conversations:
+    for done, conversation in enumerate(conversations, start=1):
         try:
             examples.append(_example(conversation, tokenizer, template, max_length))
         except ValueError as error:
             unusable.append(f"{conversation.where}: {error}")
+        report(Progress("tokenise conversations", done, len(conversations)))
     return examples, unusable
 
 

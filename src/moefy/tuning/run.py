@@ -158,7 +158,7 @@ def tune(
 
     if choice.lora_rank:
         alpha = choice.lora_alpha or 2.0 * choice.lora_rank
-        network = add_adapters(network, rank=choice.lora_rank, alpha=alpha)
+        network = add_adapters(network, rank=choice.lora_rank, alpha=alpha, seed=choice.seed)
     trainer = make_trainer(
         network, tokenizer, trained, choice, folder=checkpoints, write=write, report=report
     )
@@ -224,7 +224,6 @@ def _examples(
     report: ProgressFn,
 ) -> tuple[list[Example], list[Example], list[str]]:
     """Return what is trained on, what is held out, and a line about everything broken."""
-    report(Progress("read conversations", 0, 1))
     conversations, broken = read_conversations(data)
     sides = []
     for is_held_out in (False, True):
@@ -232,15 +231,14 @@ def _examples(
         if is_held_out:
             side = side[: recipe.heldout_conversations]
         examples, unusable = make_examples(
-            side, tokenizer, template, max_length=recipe.sequence_length
+            side, tokenizer, template, max_length=recipe.sequence_length, report=report
         )
         sides.append(examples)
         broken += unusable
-    report(Progress("read conversations", 1, 1))
     if not sides[0]:
         raise CorpusError(
-            f"{data} holds no conversation to train on"
-            + (f": {broken[0]}" if broken else "; all of them are held out: add more")
+            f"{data} holds no conversation to train on: "
+            + (broken[0] if broken else "all of them are held out, add more")
         )
     return sides[0], sides[1], broken
 

@@ -22,11 +22,16 @@ from moefy.training.balance import switch_loss
 from moefy.training.router_trace import RouterTrace, routers_of
 from moefy.tuning.examples import Example
 
+_LEARNED = "learned.pt"
+
 
 class Trainer(SFTTrainer):
-    """SFTTrainer with the balance loss of `moefy.training`.
+    """SFTTrainer with the balance loss of `moefy.training`, and checkpoints that come back whole.
 
-    TRL's own pools the tokens of all layers and knows no sigmoid routers; it is switched off.
+    TRL's own balance loss pools the tokens of all layers and knows no sigmoid routers; it is
+    switched off. transformers 5.23 saves a checkpoint's experts in their on-disk form and does not
+    find them again when it resumes, with a warning; here a checkpoint is what learned, as it is in
+    memory.
 
     Args:
         coefficient: of the balance loss; 0 for none.
@@ -59,6 +64,25 @@ class Trainer(SFTTrainer):
         # Trainer divides by the passes of a step itself when it does not know the step's tokens
         passes = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         return loss + self._coefficient * balance / passes
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what learns into a checkpoint; the rest is the source's."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self._learning(), folder / _LEARNED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        learned = torch.load(
+            Path(resume_from_checkpoint) / _LEARNED, map_location="cpu", weights_only=True
+        )
+        parameters = self._learning()
+        assert parameters.keys() == learned.keys(), "a checkpoint of another run"
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(learned[name])
+
+    def _learning(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the balance loss of a step apart from its cross-entropy."""
