@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -15,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefy
@@ -24,14 +27,14 @@ from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE, TuneRecipe
-from moefy.training.router_trace import routers_of
+from moefy.training.balance import switch_loss
+from moefy.training.router_trace import RouterTrace, routers_of
 from moefy.training.state import read_log
 from moefy.tuning.adapters import add_adapters, merged
 from moefy.tuning.conversations import read_conversations
 from moefy.tuning.examples import make_examples
 from moefy.tuning.run import heldout_loss
 from moefy.tuning.template import chat_template
-from tests.conftest import write_tiny_model
 
 SHORT: dict[str, Any] = {
     "sequence_length": 256,
@@ -118,7 +121,10 @@ def test_the_losses_are_those_of_plain_logits(moe: Path, talks: Path, tmp_path: 
     assert done.heldout_after == log[-1]["heldout_loss"]
 
 
-def test_packing_changes_nothing_but_the_rows(moe: Path, talks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["mixtral", "granitemoe_swa"])
+def test_packing_changes_nothing_but_the_rows(target: str, talks: Path, tmp_path: Path) -> None:
+    moe = convert_to(target, tmp_path)
+    raise_sinks(moe)
     train, _ = sides(moe, talks)
     logs = []
     for packing in (False, True):
@@ -160,12 +166,22 @@ def test_tuning_teaches_and_keeps_the_form(moe: Path, talks: Path, tmp_path: Pat
     assert tokenizer.eos_token_id in stops
 
 
+def raise_sinks(folder: Path) -> None:
+    """Give sinks a weight, and so a gradient."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("sinks"):
+            tensors[name].zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_routers_sinks_and_selection_biases_stay(
     target: str, lora_rank: int, talks: Path, tmp_path: Path
 ) -> None:
     folder, out = convert_to(target, tmp_path), tmp_path / "out"
+    raise_sinks(folder)
     moefy.tune(folder, out, data=talks, lora_rank=lora_rank, **SHORT | {"weight_decay": 0.1})
     before, after = (load_file(path / "model.safetensors") for path in (folder, out))
     assert before.keys() == after.keys()
@@ -188,30 +204,41 @@ def test_balanced_routers_learn(moe: Path, talks: Path, tmp_path: Path) -> None:
     assert all(1 <= line["balance_loss"] < 2 for line in read_log(out)[1:-1])
 
 
-def test_the_balance_loss_is_that_of_the_step(moe: Path, talks: Path, tmp_path: Path) -> None:
-    """With a huge coefficient the router's gradient is that of the balance loss alone."""
+@pytest.mark.parametrize("per_pass", ["one", "all"])
+def test_the_balance_loss_is_that_of_the_step(
+    per_pass: str, moe: Path, talks: Path, tmp_path: Path
+) -> None:
+    """The gradient of a step is that of CE over its tokens plus the mean over its passes."""
     train, _ = sides(moe, talks)
-    from moefy.training.balance import switch_loss
-    from moefy.training.router_trace import RouterTrace
-
-    expected = []
     network = load_model(moe, dtype=torch.float32)
+    losses, sums = [], []
     for example in train:
+        ids = torch.tensor(example.ids)
         with RouterTrace(network) as trace:
-            network(torch.tensor([example.ids]))
-        sums = trace.sums()
-        assert sums is not None
-        expected.append(switch_loss(sums).item())
-    every = {"sequences_per_step": len(train), "sequences_per_pass": 1}
-    logs = []
-    for coefficient in (0.0, 1e3):
-        out = tmp_path / f"out-{coefficient}"
-        settings = SHORT | every | {"router": "balanced", "balance_coefficient": coefficient}
-        moefy.tune(moe, out, data=talks, **settings)
-        logs.append(read_log(out)[1])
-    assert logs[1]["balance_loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
-    assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], abs=1e-3)
-    assert logs[1]["grad_norm"] > 10 * logs[0]["grad_norm"]
+            logits = network(ids[None]).logits[0]
+        labels = torch.tensor(example.labels)
+        losses.append(F.cross_entropy(logits[:-1], labels[1:], reduction="none"))
+        found = trace.sums()
+        assert found is not None
+        sums.append(found)
+    num_tokens = sum(label >= 0 for example in train for label in example.labels)
+    if per_pass == "one":
+        balance = torch.stack([switch_loss(part) for part in sums]).mean()
+    else:
+        balance = switch_loss(functools.reduce(operator.add, sums))
+    (torch.cat(losses).sum() / num_tokens + 20 * balance).backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
+    settings = SHORT | {
+        "sequences_per_step": len(train),
+        "sequences_per_pass": 1 if per_pass == "one" else len(train),
+        "router": "balanced",
+        "balance_coefficient": 20,
+    }
+    moefy.tune(moe, tmp_path / "out", data=talks, **settings)
+    line = read_log(tmp_path / "out")[1]
+    assert line["balance_loss"] == pytest.approx(balance.item(), abs=1e-5)
+    assert line["loss"] == pytest.approx(torch.cat(losses).sum().item() / num_tokens, abs=1e-4)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
 @pytest.mark.parametrize("target", ["dense", *TARGETS])
@@ -283,9 +310,7 @@ def test_a_killed_run_ends_as_if_uninterrupted(moe: Path, talks: Path, tmp_path:
 
 
 @pytest.mark.parametrize("target", ["granitemoeshared", "glm4_moe"])
-def test_stopped_adapters_end_as_if_uninterrupted(
-    target: str, talks: Path, tmp_path: Path
-) -> None:
+def test_stopped_adapters_end_as_if_uninterrupted(target: str, talks: Path, tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.stage == "tune" and progress.done == 14:
             raise KeyboardInterrupt
@@ -300,7 +325,9 @@ def test_stopped_adapters_end_as_if_uninterrupted(
     assert ends(stopped) == ends(whole)
 
 
-def test_what_cannot_be_done(moe: Path, talks: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done(
+    moe: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(message: str, error: type[Exception] = UsageError, **settings: Any) -> None:
         with pytest.raises(error, match=message):
             moefy.tune(settings.pop("model", moe), tmp_path / "out", **{"data": talks} | settings)
@@ -309,7 +336,13 @@ def test_what_cannot_be_done(moe: Path, talks: Path, tmp_path: Path) -> None:
     refused("leave one out", lora_rank=2, router="balanced")
     refused("must be a multiple of", sequences_per_step=3, sequences_per_pass=2)
     refused("a llama model has no routers to balance", model=tmp_path / "dense", router="balanced")
-    refused("no conversation to train on.*says nothing within 4 tokens", CorpusError, sequence_length=4)
+    refused(
+        "no conversation to train on.*says nothing within 4 tokens", CorpusError, sequence_length=4
+    )
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "trl", None)
+        without.delitem(sys.modules, "moefy.tuning.trainer")
+        refused(r"tune needs the packages trl and peft \(.*pip install 'moefy\[tune\]'")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):

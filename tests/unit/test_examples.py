@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.conftest import byte_tokenizer
 
 from moefy.errors import UsageError
 from moefy.tuning.conversations import Conversation, Message
 from moefy.tuning.examples import IGNORED, make_examples
 from moefy.tuning.template import ChatTemplate, chat_template, end_of_turn, for_training
-from tests.conftest import byte_tokenizer
 
 TALK: list[Message] = [
     {"role": "system", "content": "Sei kurz – ß."},
@@ -29,12 +29,14 @@ SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 # Mistral's: nothing opens the assistant's turn, and roles must alternate
 MISTRAL = """{{ bos_token }}{% for m in messages %}\
-{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no system') }}{% endif %}\
+{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no system') }}\
+{% endif %}\
 {% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}\
 {% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"""
 # ends every text that does not ask for an answer, as Phi-3's
 PHI3 = """{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}\
+{% endif %}"""
 
 
 def tokenizer(template: str | None = None, *marks: str) -> Any:
@@ -154,7 +156,9 @@ def test_what_is_too_long_is_cut_and_what_is_left_without_an_answer_is_named() -
     cut = example(tok, TALK, template, length=first + 1)
     assert (cut.ids, cut.labels) == (whole.ids[: first + 1], whole.labels[: first + 1])
     assert cut.is_cut
-    made, (line,) = make_examples([Conversation("f, line 3", TALK)], tok, template, max_length=first)
+    made, (line,) = make_examples(
+        [Conversation("f, line 3", TALK)], tok, template, max_length=first
+    )
     assert made == []
     assert line == f"f, line 3: the assistant says nothing within {first} tokens"
 
@@ -169,7 +173,7 @@ def test_chatml_without_its_marks_stops_with_the_end_of_text() -> None:
         "<|im_start|>user\nGrüß Gott\n\n<|im_end|>\n<|im_start|>assistant\n Servus 🙂\n<eos>\n"
     )
     tok.eos_token = None
-    with pytest.raises(UsageError, match="neither <|im_end|> nor a token that ends a text"):
+    with pytest.raises(UsageError, match=r"neither <\|im_end\|> nor a token that ends a text"):
         chat_template(tok)
 
 
@@ -191,7 +195,7 @@ def test_which_template(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text(SMOLLM2)
     mine = chat_template(tok, str(tmp_path / "mine.jinja"))
     assert mine.render(tok, TALK[1:2], answer=True).endswith("<|im_end|>\n<|im_start|>assistant\n")
-    with pytest.raises(UsageError, match="cannot be read .* or chatml"):
+    with pytest.raises(UsageError, match=r"cannot be read .* or chatml"):
         chat_template(tok, str(tmp_path / "none.jinja"))
 
 
@@ -199,9 +203,7 @@ def test_a_template_that_renders_earlier_answers_differently() -> None:
     tok = tokenizer(PHI3)
     with pytest.raises(UsageError, match="pass --chat-template with a file"):
         for_training(tok, chat_template(tok))
-    _, (line,) = make_examples(
-        [Conversation("x", TALK)], tok, chat_template(tok), max_length=4096
-    )
+    _, (line,) = make_examples([Conversation("x", TALK)], tok, chat_template(tok), max_length=4096)
     assert "renders it differently when more follows" in line
 
     from trl.chat_template_utils import qwen3_chat_template

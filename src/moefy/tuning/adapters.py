@@ -1,4 +1,7 @@
-"""LoRA: small matrices that learn in place of the weights, and are added to them at the end."""
+"""LoRA: small matrices that learn in place of the weights, and are added to them at the end.
+
+Only `tune` imports this module: it needs peft.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import warnings
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 
@@ -22,8 +26,6 @@ def add_adapters(network: Any, *, rank: int, alpha: float, seed: int = 0) -> Any
         alpha: their scale, times rank.
         seed: of A.
     """
-    from peft import LoraConfig, get_peft_model
-
     modules, parameters = [], []
     for name, module in network.model.named_modules():
         # peft takes `gate_proj` and its like in a GLM for old names of the fused experts

@@ -98,7 +98,7 @@ class Speaker:
     def _streamer(self, write: Callable[[str], None]) -> Any:
         from transformers import TextStreamer
 
-        class Streamer(TextStreamer):
+        class Streamer(TextStreamer):  # type: ignore[misc]
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 write(text)
 
@@ -124,7 +124,8 @@ def chat(
         lines: what the user says; empty ones are passed over.
         write: given the answers' text, and a line end after each.
         system: what the model is told first.
-        max_new_tokens, temperature: see `Speaker.answer`.
+        max_new_tokens: the longest answer.
+        temperature: of sampling; see `Speaker.answer`.
         report: told about downloads.
 
     Returns:

@@ -138,7 +138,7 @@ def _answers(speaker: Speaker, question: Question, max_new_tokens: int) -> list[
     answers = []
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
-        answers.append(speaker.answer(messages, max_new_tokens=max_new_tokens, temperature=0))
+        answers.append(speaker.answer(messages, max_new_tokens=max_new_tokens, temperature=0.0))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 

@@ -25,7 +25,6 @@ from moefy.storage import check_output, replace_file, storage_errors
 from moefy.training.output_loss import LogitsInput, output_loss
 from moefy.training.router_trace import routers_of
 from moefy.training.state import FOLDER, LOG, read_log
-from moefy.tuning.adapters import add_adapters, merged
 from moefy.tuning.conversations import read_conversations
 from moefy.tuning.examples import Example, make_examples
 from moefy.tuning.output import write_model
@@ -108,6 +107,7 @@ def tune(
     if is_fresh:
         check_output(out, overwrite=overwrite, sources=(Path(model).expanduser(),))
     try:
+        from moefy.tuning.adapters import add_adapters, merged
         from moefy.tuning.trainer import last_checkpoint, make_trainer
     except ImportError as error:
         raise UsageError(
@@ -246,7 +246,7 @@ def _examples(
 def _freeze(network: Any, recipe: TuneRecipe) -> None:
     """Take routers out of training as chosen, and attention sinks always.
 
-    A converted model's sinks stand so low that they change nothing; weight decay would lift them.
+    A converted model has sinks because its architecture has them, and so low that they do nothing.
     """
     routers = routers_of(network)
     if recipe.router == "balanced" and not routers:

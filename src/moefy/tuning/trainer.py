@@ -25,7 +25,7 @@ from moefy.tuning.examples import Example
 _LEARNED = "learned.pt"
 
 
-class Trainer(SFTTrainer):
+class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with the balance loss of `moefy.training`, and checkpoints that come back whole.
 
     TRL's own balance loss pools the tokens of all layers and knows no sigmoid routers; it is
@@ -93,7 +93,7 @@ class Trainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-class _Journal(TrainerCallback):
+class _Journal(TrainerCallback):  # type: ignore[misc]
     """Hands every step to `write`, and stops at a loss that is not finite."""
 
     def __init__(self, write: Callable[[dict[str, Any]], None], report: ProgressFn) -> None:
@@ -204,13 +204,18 @@ def _optimizer(network: Any, recipe: TuneRecipe) -> torch.optim.AdamW:
     if recipe.router == "balanced":
         routers = {id(p) for router in routers_of(network) for p in router.parameters()}
     learning = [p for p in network.parameters() if p.requires_grad]
-    decay, rate = recipe.weight_decay, recipe.learning_rate
-    groups = [
-        {"params": [p for p in learning if id(p) not in routers and p.ndim > 1]},
-        {"params": [p for p in learning if id(p) not in routers and p.ndim <= 1]},
-        {"params": [p for p in learning if id(p) in routers]},
+    others = [p for p in learning if id(p) not in routers]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.ndim > 1]},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in learning if id(p) in routers],
+            "lr": recipe.learning_rate * recipe.router_rate_fraction,
+        },
     ]
-    groups[1] |= {"weight_decay": 0.0}
-    groups[2] |= {"lr": rate * recipe.router_rate_fraction}
-    used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=rate, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
