@@ -134,6 +134,9 @@ def test_packing_changes_nothing_but_the_rows(target: str, talks: Path, tmp_path
         logs.append(read_log(out)[1])
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
+    in_rows = moefy.tune(moe, tmp_path / "rows", data=talks, packing=True, **SHORT)
+    assert in_rows.conversations == len(train)
+    assert in_rows.steps < len(train) / SHORT["sequences_per_step"] / 2
 
 
 def test_tuning_teaches_and_keeps_the_form(moe: Path, talks: Path, tmp_path: Path) -> None:
