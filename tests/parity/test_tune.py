@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import operator
@@ -328,6 +329,24 @@ def test_stopped_adapters_end_as_if_uninterrupted(target: str, talks: Path, tmp_
     assert ends(stopped) == ends(whole)
 
 
+def test_a_run_that_fails_when_all_is_trained(
+    moe: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole, failed = tmp_path / "whole", tmp_path / "failed"
+    settings = LONG | {"epochs": 1}
+    steps = moefy.tune(moe, whole, data=talks, **settings).steps
+    assert steps % LONG["checkpoint_every_steps"] == 0
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("moefy.tuning.run.write_model", fail)
+        with pytest.raises(OSError, match="No space"):
+            moefy.tune(moe, failed, data=talks, **settings)
+    assert moefy.tune(moe, failed, data=talks, **settings).resumed_from_step == steps
+    assert ends(failed) == ends(whole)
+
+
 def test_what_cannot_be_done(
     moe: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,10 +365,14 @@ def test_what_cannot_be_done(
         without.setitem(sys.modules, "trl", None)
         without.delitem(sys.modules, "moefy.tuning.trainer")
         refused(r"tune needs the packages trl and peft \(.*pip install 'moefy\[tune\]'")
+    moefy.tune(moe, tmp_path / "done", data=talks, **SHORT)
+    inside = talks.rename(tmp_path / "done" / "talks.jsonl")
+    with pytest.raises(OutputError, match=r"would replace its own source .*talks\.jsonl"):
+        moefy.tune(moe, tmp_path / "done", data=inside, overwrite=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):
-        moefy.tune(moe, tmp_path / "full", data=talks)
+        moefy.tune(moe, tmp_path / "full", data=inside)
 
 
 def test_a_lost_run_says_so_and_refuses_other_settings(

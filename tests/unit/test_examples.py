@@ -200,7 +200,8 @@ def test_which_template(tmp_path: Path) -> None:
 
 
 def test_a_template_that_renders_earlier_answers_differently() -> None:
-    tok = tokenizer(PHI3)
+    tok = tokenizer(PHI3, "<|end|>")
+    assert end_of_turn(tok, chat_template(tok)) == tok.convert_tokens_to_ids("<|end|>")
     with pytest.raises(UsageError, match="pass --chat-template with a file"):
         for_training(tok, chat_template(tok))
     _, (line,) = make_examples([Conversation("x", TALK)], tok, chat_template(tok), max_length=4096)

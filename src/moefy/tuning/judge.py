@@ -194,8 +194,8 @@ def _ask(endpoint: str, request: dict[str, Any]) -> str:
                 text = json.loads(response.read())["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             with error:
-                body = error.read().decode("utf-8", "replace")[:200]
-            reason = f"status {error.code}: {body}"
+                body = error.read().decode("utf-8", "replace")
+            reason = f"status {error.code}: {' '.join(body.split())[:200]}"
             if error.code not in (408, 429) and error.code < 500:
                 break
         except (OSError, http.client.HTTPException) as error:

@@ -105,7 +105,8 @@ def tune(
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
     is_fresh = overwrite or not _is_unfinished(out)
     if is_fresh:
-        check_output(out, overwrite=overwrite, sources=(Path(model).expanduser(),))
+        read = (Path(model).expanduser(), Path(data).expanduser())
+        check_output(out, overwrite=overwrite, sources=read)
     try:
         from moefy.tuning.adapters import add_adapters, merged
         from moefy.tuning.trainer import last_checkpoint, make_trainer
@@ -142,14 +143,9 @@ def tune(
     replace_file(checkpoints / "identity.json", json.dumps(identity, indent=2) + "\n")
     if broken:
         replace_file(out / BROKEN, "".join(f"{line}\n" for line in broken))
-    lines = [
-        line
-        for line in (read_log(out) if (out / LOG).is_file() else [])
-        if line["step"] <= resumed_from_step
+    lines = _kept_lines(out, resumed_from_step) or [
+        {"step": 0, "heldout_loss": heldout_loss(network, heldout, choice, report)}
     ]
-    if not lines:
-        before = heldout_loss(network, heldout, choice, report)
-        lines = [{"step": 0, "heldout_loss": before}]
     replace_file(out / LOG, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(line: dict[str, Any]) -> None:
@@ -261,6 +257,14 @@ def _freeze(network: Any, recipe: TuneRecipe) -> None:
         for name, parameter in network.named_parameters():
             if name.endswith(target.sinks):
                 parameter.requires_grad_(False)
+
+
+def _kept_lines(out: Path, step: int) -> list[dict[str, Any]]:
+    """Return the lines of an earlier call's log up to a step, without its last held-out loss."""
+    if not (out / LOG).is_file():
+        return []
+    lines = [line for line in read_log(out) if line["step"] <= step]
+    return [line for line in lines if not line["step"] or "loss" in line]
 
 
 def _digest(examples: list[Example]) -> str:

@@ -142,9 +142,10 @@ def assistant_spans(
 
 def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
     """Return the special token that ends the assistant's turn; None if words or nothing do."""
-    text, _ = assistant_spans(tokenizer, template, _PROBE[:2])
-    token: int = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
-    return token if token in tokenizer.added_tokens_decoder else None
+    answer = _PROBE[1]["content"]
+    _, _, tail = template.render(tokenizer, _PROBE[:2]).rpartition(answer)
+    tokens: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
 
 
 def _can_be_masked(tokenizer: Any, template: ChatTemplate) -> bool:
