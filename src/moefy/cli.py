@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model in
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting, as in a.b=1."),
 ]
 Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, hf:DATASET or 'demo'.")]
 
@@ -217,7 +219,13 @@ def train(
     tokens: Annotated[int | None, typer.Option(help="Training tokens. [65536]")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Per window. [512]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak. [1e-4]")] = None,
-    weights: Annotated[str | None, typer.Option(help="As in wikipedia=0.7,book=0.3.")] = None,
+    mixture: Annotated[
+        str | None,
+        typer.Option(help="StaticSheared, ..., or as in wikipedia=0.7,book=0.3. [Uniform]"),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model: distil from it. [next-token loss]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sample order. [0]")] = None,
     recipe: RecipeFile = None,
     settings: Set = None,
@@ -226,7 +234,7 @@ def train(
 ) -> None:
     """Continue pre-training on a mixture of domains.
 
-    Example: `moefy train out/moe out/trained --data demo --tokens 65536`
+    Example: `moefy train out/moe out/trained --teacher smollm2-135m --tokens 65536`
     """
     from moefy.recipe import parse_weights
 
@@ -234,7 +242,8 @@ def train(
         tokens=tokens,
         sequence_length=sequence_length,
         learning_rate=learning_rate,
-        weights=parse_weights(weights) if weights else None,
+        mixture=parse_weights(mixture) if mixture and "=" in mixture else mixture,
+        teacher=teacher,
         seed=seed,
     )
     from moefy.training.run import train as run
@@ -243,6 +252,8 @@ def train(
         done = run(
             model, out, data=data, recipe=recipe, overwrite=overwrite, report=report, **choices
         )
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks
+        return
     if as_json:
         _print_json(
             {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")}

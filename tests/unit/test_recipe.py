@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from moefy.errors import UsageError
-from moefy.recipe import ConvertRecipe, TrainRecipe, check_split, parse_weights
+from moefy.recipe import ConvertRecipe, check_split, parse_weights
+from moefy.training.recipe import TrainRecipe
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    recipe = TrainRecipe.build(tokens=9999, weights={"a": 1.0}, learning_rate=3e-4)
+    recipe = TrainRecipe.build(tokens=9999, mixture={"a": 1.0}, learning_rate=3e-4)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert TrainRecipe.build(file) == recipe
