@@ -54,7 +54,9 @@ def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UsageError(f"frozen {', '.join(recipe.frozen)}: nothing is left to learn")
     if recipe.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 gave it a new name and warns of the old one
+        new = getattr(network, "activation_checkpointing_enable", None)
+        (new or network.gradient_checkpointing_enable)({"use_reentrant": False})
     if recipe.compile:
         for layer in network.model.layers:
             layer.compile()

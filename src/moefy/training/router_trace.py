@@ -92,6 +92,7 @@ class RouterTrace:
         )
 
     def _hook(self, layer_idx: int) -> Callable[..., tuple[Tensor, ...] | None]:
+        @torch.compiler.disable  # else every layer would be compiled by itself
         def note(
             router: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor, Tensor]
         ) -> tuple[Tensor, ...] | None:
