@@ -6,7 +6,7 @@ A recipe holds every choice that changes the result. Paths and progress are not 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -271,13 +271,32 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def _recipe_at(recipe: type[Recipe], path: tuple[int | str, ...]) -> type[Recipe]:
+    """Return the recipe inside a recipe that pydantic's path to an error leads to."""
+    kinds: list[type[Recipe]] = []
+    for part in path:
+        if kinds:
+            recipe = next((r for r in kinds if r.model_fields["kind"].default == part), recipe)
+            kinds = []
+        elif field := recipe.model_fields.get(str(part)):
+            inside = _recipes_in(field.annotation)
+            recipe, kinds = inside[0], inside if len(inside) > 1 else []
+    return recipe
+
+
+def _recipes_in(annotation: Any) -> list[type[Recipe]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Recipe) else []
+    return [found for argument in get_args(annotation) for found in _recipes_in(argument)]
+
+
 def _explain(recipe: type[Recipe], error: ValidationError) -> str:
     """Turn pydantic's report into one line."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            allowed = ", ".join(recipe.model_fields)
+            allowed = ", ".join(_recipe_at(recipe, item["loc"][:-1]).model_fields)
             lines.append(f"unknown key {where!r}; allowed: {allowed}")
         elif where:
             lines.append(f"{where} = {item['input']!r}: {item['msg'].lower()}")
