@@ -229,6 +229,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the sample order. [0]")] = None,
     recipe: RecipeFile = None,
     settings: Set = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--dry-run", min=1, help="Only check and count a run of so many processes."),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -246,6 +250,9 @@ def train(
         teacher=teacher,
         seed=seed,
     )
+    if processes is not None:
+        _print_dry_run(model, processes, recipe, choices, as_json)
+        return
     from moefy.training.run import train as run
 
     with _bars() as report:
@@ -264,6 +271,20 @@ def train(
         f"{done.recipe.num_steps} steps ({done.elapsed_s:.0f} s); every step is in "
         f"{done.folder / 'log.jsonl'}"
     )
+
+
+def _print_dry_run(
+    model: str, processes: int, recipe: Path | None, choices: dict[str, Any], as_json: bool
+) -> None:
+    from moefy.report.tables import dry_run_rows
+    from moefy.training.dry_run import dry_run
+
+    _quiet_libraries()
+    found = dry_run(model, processes=processes, recipe=recipe, **choices)
+    if as_json:
+        _print_json(vars(found))
+        return
+    _print_table(dry_run_rows(found), f"{model}, {processes} processes")
 
 
 @app.command()

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.load import device, load_model
-from moefy.checkpoint.reader import read_config
 from moefy.errors import UsageError
-from moefy.evaluation.cost import ffn_shape
 from moefy.training.recipe import Lora, TrainRecipe
 from moefy.training.workers import Workers
 
@@ -37,16 +35,24 @@ def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
 
     Raises:
         CheckpointError: the folder is no model.
-        UsageError: the experts cannot be spread over as many processes, or a parallelism that the
-            architecture has no plan for, or LoRA with several processes or without peft.
+        UsageError: nothing is left to learn, or LoRA with several processes or without peft.
     """
-    _check_parallel(source, recipe, workers)
     options: dict[str, Any] = {}
     if recipe.experts_implementation:
         options["experts_implementation"] = recipe.experts_implementation
     network = _load(source, torch.float32, workers, workers.sizes, recipe, options).train()
     if recipe.lora:
         network = _with_adapters(network, recipe.lora, workers)
+    prepare_student(network, recipe)
+    return network
+
+
+def prepare_student(network: Any, recipe: TrainRecipe) -> None:
+    """Freeze what the recipe freezes, and say how the layers are computed.
+
+    Raises:
+        UsageError: nothing is left to learn.
+    """
     for name, parameter in network.named_parameters():
         # a sink of a converted model is there to do nothing, see checkpoint/targets.py
         if name.endswith(_SINKS) or any(re.search(_PARTS[part], name) for part in recipe.frozen):
@@ -60,7 +66,6 @@ def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
     if recipe.compile:
         for layer in network.model.layers:
             layer.compile()
-    return network
 
 
 def load_teacher(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
@@ -99,15 +104,6 @@ def _load(
     is_mixed = recipe.precision == "bfloat16" and device().type == "cuda"
     config = DistributedConfig(**sizes, fsdp_mixed_precision=is_mixed)
     return load_model(source, dtype=dtype, distributed_config=config, **options)
-
-
-def _check_parallel(source: Path, recipe: TrainRecipe, workers: Workers) -> None:
-    experts, expert = ffn_shape(read_config(source)).experts, recipe.parallel.expert
-    if expert > 1 and (not experts or experts % expert):
-        raise UsageError(
-            f"expert {expert}: the {experts} routed experts of {source} cannot be spread evenly "
-            f"over {expert} processes"
-        )
 
 
 def _with_adapters(network: Any, lora: Lora, workers: Workers) -> Any:

@@ -19,9 +19,10 @@ from moefy.checkpoint.source import resolve
 from moefy.data.corpus import Corpus, heldout_of, open_corpus
 from moefy.data.mixture import Batch, Mixture, MixtureState, WeightUpdate
 from moefy.data.strategies import initial_weights
-from moefy.errors import TrainingError, UsageError
+from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import check_output, replace_file, storage_errors
+from moefy.training.checks import check_batch, check_model
 from moefy.training.follow import Follower, check_reference, is_dynamic, reference_losses
 from moefy.training.heldout import heldout_losses
 from moefy.training.log import RunLog, check_trackers
@@ -98,13 +99,13 @@ def train(
     check_reference(choice)
     check_trackers(choice)
     workers = join_workers(choice.parallel)
-    _check_sizes(choice, workers)
+    check_batch(choice, workers.num_data)
     report = report if workers.is_first else silent
     is_fresh = workers.of_first(overwrite or not _is_unfinished(out))
     if is_fresh:
         check_output(out, overwrite=overwrite, sources=(Path(model).expanduser(),))
     source = _resolved(model, workers, report)
-    _check_context(source, choice)
+    check_model(read_config(source), choice, str(source))
     corpus = open_corpus(
         data,
         source,
@@ -318,24 +319,6 @@ def _resolved(model: str | Path, workers: Workers, report: ProgressFn) -> Path:
         resolve(model, report=report)
     workers.wait()
     return resolve(model)
-
-
-def _check_sizes(recipe: TrainRecipe, workers: Workers) -> None:
-    at_once = workers.num_data * recipe.sequences_per_pass
-    if recipe.sequences_per_step % at_once:
-        raise UsageError(
-            f"sequences_per_step {recipe.sequences_per_step} must be a multiple of {at_once}: "
-            f"{workers.num_data} processes with sequences_per_pass {recipe.sequences_per_pass}"
-        )
-
-
-def _check_context(source: Path, recipe: TrainRecipe) -> None:
-    context = read_config(source).get("max_position_embeddings")
-    if context and recipe.sequence_length > context:
-        raise UsageError(
-            f"--sequence-length {recipe.sequence_length} is longer than the context of {source}, "
-            f"{context} tokens: lower it"
-        )
 
 
 def _precision(recipe: TrainRecipe) -> str:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.errors import UsageError
+from moefy.training.checks import check_processes
 from moefy.training.recipe import Parallel
 
 _TENSOR_PLAN = {"lm_head": "replicate", "model.embed_tokens": "replicate"}
@@ -76,29 +77,7 @@ def join_workers(parallel: Parallel) -> Workers:
             machine's than it has GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    fixed = parallel.replicate * parallel.tensor
-    shard = parallel.shard or max(1, size // fixed)
-    if shard * fixed != size:
-        asked = " × ".join(
-            f"{name} {count}"
-            for name, count in [
-                ("shard", parallel.shard),
-                ("replicate", parallel.replicate),
-                ("tensor", parallel.tensor),
-            ]
-            if count
-        )
-        raise UsageError(
-            f"the recipe's parallel ({asked}) does not make {size} "
-            f"process{'es' * (size > 1)}: start {shard * fixed} with torchrun --nproc-per-node "
-            f"{shard * fixed} -m moefy train …, or change parallel"
-        )
-    expert = parallel.expert
-    if (shard * parallel.tensor) % expert or (expert > 1 and expert % parallel.tensor):
-        raise UsageError(
-            f"expert {expert} is impossible with shard {shard} and tensor "
-            f"{parallel.tensor}: it must be a multiple of tensor and divide shard × tensor"
-        )
+    shard, num_data = check_processes(parallel, size)
     if size == 1:
         return Workers()
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -121,7 +100,7 @@ def join_workers(parallel: Parallel) -> Workers:
         rank,
         size,
         data_idx=rank // parallel.tensor,
-        num_data=size // parallel.tensor,
+        num_data=num_data,
         group=groups[rank % parallel.tensor],
         sizes={
             "fsdp_size": shard,
