@@ -146,6 +146,8 @@ def test_the_mixture_follows_the_dense_models_losses(
     ids = heldout(dense, corpus, "ab")
     expected = trained(ids, labels=ids).loss.item()
     assert log[-1]["heldout_loss"]["ab"] == pytest.approx(expected, abs=1e-5)
+    for name in ("loss", "mixture", "expert-load"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_mixture_that_follows_nothing_is_refused(moe: Path, corpus: Path, tmp_path: Path) -> None:

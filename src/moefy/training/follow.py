@@ -111,9 +111,9 @@ def reference_losses(
         )
     if recipe.reference_losses != "dense":
         return read_reference(recipe.reference_losses, names)
-    kept = workers.of_first((out / REFERENCE).is_file())
+    kept = workers.of_first(kept_reference(out) if workers.is_first else None)
     if kept:
-        return dict(json.loads((out / REFERENCE).read_text()))
+        return dict(kept)
     assert recipe.teacher is not None  # see `check_reference`
     report(Progress("measure the dense model", 0, 1))
     dense = teacher or load_teacher(resolve(recipe.teacher), recipe, workers)
@@ -128,6 +128,12 @@ def reference_losses(
     if workers.is_first:
         replace_file(out / REFERENCE, json.dumps(losses, indent=2) + "\n")
     return losses
+
+
+def kept_reference(out: Path) -> dict[str, float]:
+    """Return the dense model's losses that a run has measured, empty if it has not."""
+    file = out / REFERENCE
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def check_reference(recipe: TrainRecipe) -> None:

@@ -23,7 +23,13 @@ from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import check_output, replace_file, storage_errors
 from moefy.training.checks import check_batch, check_model
-from moefy.training.follow import Follower, check_reference, is_dynamic, reference_losses
+from moefy.training.follow import (
+    Follower,
+    check_reference,
+    is_dynamic,
+    kept_reference,
+    reference_losses,
+)
 from moefy.training.heldout import heldout_losses
 from moefy.training.log import RunLog, check_trackers
 from moefy.training.models import load_student, load_teacher, merge_adapters
@@ -42,7 +48,7 @@ class Training:
     """What `train` did.
 
     Attributes:
-        folder: the trained model, with `recipe.yaml` and `log.jsonl` (one line a step) in it.
+        folder: the trained model, with `recipe.yaml`, `log.jsonl` (one line a step) and figures.
         recipe: every choice that was made.
         resumed_from_step: 0 for a fresh run.
         first_loss, last_loss: training loss of the first and the last step, nats per token.
@@ -200,10 +206,11 @@ def train(
     if choice.lora:
         merge_adapters(student)
     write_model(student, source, out, identity, workers)
+    lines = workers.of_first(read_log(out) if log else None)
     if workers.is_first:
         remove_state(out)
-    losses = [line["loss"] for line in workers.of_first(read_log(out) if log else None)]
-    return Training(out, choice, first_step, losses[0], losses[-1], elapsed_s)
+        _draw(lines, out)
+    return Training(out, choice, first_step, lines[0]["loss"], lines[-1]["loss"], elapsed_s)
 
 
 def _step(
@@ -292,6 +299,14 @@ def _losses(
         line["router_entropy"] = [round(x, 5) for x in entropy.tolist()]
         line["expert_load"] = [[round(x, 5) for x in row] for row in load.tolist()]
     return line
+
+
+def _draw(log: list[dict[str, Any]], out: Path) -> None:
+    from moefy.report.figures import training_figures
+
+    for name, figure in training_figures(log, kept_reference(out)).items():
+        with storage_errors(out):
+            figure.savefig(out / name, dpi=150)
 
 
 def _note(line: dict[str, Any]) -> str:
