@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 import moefy
@@ -356,3 +357,31 @@ def test_tensorboard_gets_every_number(moe: Path, corpus: Path, tmp_path: Path) 
     assert "domain_loss/ab" in events.Tags()["scalars"]
     with pytest.raises(UsageError, match="wandb is not installed: pip install wandb"):
         moefy.train(moe, tmp_path / "none", data=corpus, trackers=("wandb",), **steps(3))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "target"),
+    [
+        ("mistral", {"sliding_window": 16}, "granitemoe_swa"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "granitemoe_swa"),
+        ("granite", {"residual_multiplier": 0.5, "logits_scaling": 3.0}, "granitemoeshared"),
+        ("qwen2", {}, "granitemoeshared"),
+        ("qwen3", {}, "glm4_moe"),
+        ("phi3", {}, "granitemoeshared"),
+    ],
+)
+def test_every_family_trains(
+    family: str, settings: dict[str, Any], target: str, corpus: Path, tmp_path: Path
+) -> None:
+    source, moe, out = (tmp_path / name for name in ("family", "moe", "out"))
+    write_tiny_model(source, family, initializer_range=0.3, **settings)
+    choices = LLAMA_MOE | {"shared": 2, "repair": "none", "target": target}
+    moefy.convert(source, moe, experts=6, active=4, **choices)
+    distilled = {"teacher": str(source), "distillation": {"layers": "residual"}}
+    moefy.train(moe, out, data=corpus, **distilled, **steps(16) | {"learning_rate": 3e-4})
+    log = read_log(out)
+    assert log[-1]["layer_loss"] < log[0]["layer_loss"]
+    assert (out / "config.json").read_bytes() == (moe / "config.json").read_bytes()
+    still = {name for name in tensors(moe) if "correction_bias" in name or "sinks" in name}
+    assert changed(moe, out) == tensors(moe).keys() - still
+    assert len(still) == (2 if target in ("granitemoe_swa", "glm4_moe") else 0)
