@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from moefy.cli import app
 from moefy.errors import UsageError
 from moefy.evaluation.inspect import inspect
+from moefy.report.tables import dry_run_rows, markdown
 from moefy.training.dry_run import DryRun, dry_run
 from moefy.training.recipe import TrainRecipe
 
@@ -34,6 +35,10 @@ def test_the_papers_run(paper: DryRun) -> None:
     assert paper.total_flops == trained * 3 * counted.flops_per_token
     hidden = 32 * 4096 * 4096 * 2  # of every layer a sequence's input, in 16 bits, is kept
     assert 1 < paper.activation_bytes / hidden < 3
+
+
+def test_the_training_pages_table(paper: DryRun) -> None:
+    assert markdown(dry_run_rows(paper)) in (RECIPES.parent / "docs/training.md").read_text()
 
 
 def test_activations_grow_with_the_pass_and_shrink_with_checkpointing() -> None:
