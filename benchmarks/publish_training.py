@@ -1,6 +1,6 @@
 """Writes the dry run of the paper's recipe into docs/training.md.
 
-    python benchmarks/publish_training.py
+python benchmarks/publish_training.py
 """
 
 from __future__ import annotations
