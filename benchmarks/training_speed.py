@@ -2,9 +2,10 @@
 
     python benchmarks/training_speed.py WORK [--model smollm2-135m] [--steps 6] [--rounds 3]
 
-Dense, dense of the active size, converted to 8 of 16 and to 32 of 64 slices, and the former while it
-is distilled: the same sequences, each by `moefy train`, in rounds. Tokens/s and MFU are those of the
-log, medians of the steps after each round's first. Weights do not matter here: the splits are random.
+Dense, dense of the active size, converted to 8 of 16 and to 32 of 64 slices, and the former while
+it is distilled: the same sequences, each by `moefy train`, in rounds. Tokens/s and MFU are those of
+the log, medians of the steps after each round's first. Weights do not matter: the splits are
+random.
 """
 
 from __future__ import annotations
