@@ -9,7 +9,7 @@ from itertools import islice
 os.environ.setdefault("DEV", "CPU")
 os.environ["HALF"] = "0"  # float32 weights stay
 
-from tinygrad.llm.model import Transformer  # noqa: E402 (reads the environment)
+from tinygrad.llm.model import Transformer
 
 ask = json.load(sys.stdin)
 model, _ = Transformer.from_gguf(ask["model"], max_context=256)
