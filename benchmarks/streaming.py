@@ -9,7 +9,6 @@ own and until the bytes are on the disk. Writes docs/experiments/streaming.csv.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import statistics
@@ -21,8 +20,10 @@ import torch
 
 from moefy.checkpoint.writer import ShardWriter
 from moefy.evaluation.inspect import SHAPES
+from moefy.report.tables import replace_table, write_csv
 
-RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "streaming.csv"
+DOCS = Path(__file__).parents[1] / "docs"
+RESULT, PAGE = DOCS / "experiments" / "streaming.csv", DOCS / "experiments.md"
 
 COPY = """
 import os, shutil, sys, time
@@ -46,9 +47,13 @@ print(seconds, 1024 * int(peak.split()[1]))
 """
 
 
-def make_model(folder: Path, num_layers: int) -> None:
-    config = SHAPES["llama-2-7b"] | {"num_hidden_layers": num_layers, "rms_norm_eps": 1e-5}
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+def make_model(folder: Path, num_layers: int, inner: int = 11008) -> None:
+    config = SHAPES["llama-2-7b"] | {
+        "num_hidden_layers": num_layers,
+        "intermediate_size": inner,
+        "rms_norm_eps": 1e-5,
+    }
+    hidden = config["hidden_size"]
     noise = (0.02 * torch.randn(1 << 28, generator=torch.Generator().manual_seed(0))).bfloat16()
 
     def random(rows: int, columns: int) -> torch.Tensor:
@@ -96,18 +101,17 @@ def main(work: Path) -> None:
         rows.append(
             {
                 "layers": num_layers,
-                "gigabytes": f"{size / 1e9:.2f}",
-                "copy_s": f"{copy_s:.1f}",
-                "convert_s": f"{convert_s:.1f}",
-                "speed_of_copying": f"{copy_s / convert_s:.2f}",
-                "peak_gib": f"{max(peak for _, peak in conversions) / 2**30:.2f}",
+                "GB": f"{size / 1e9:.2f}",
+                "copy, s": f"{copy_s:.1f}",
+                "convert, s": f"{convert_s:.1f}",
+                "of copying's speed": f"{copy_s / convert_s:.2f}",
+                "peak GiB": f"{max(peak for _, peak in conversions) / 2**30:.2f}",
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    with RESULT.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    write_csv(RESULT, table)
+    replace_table(PAGE, "streaming", table)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from moefy.construct.convert import convert
     from moefy.construct.leaderboard import leaderboard
     from moefy.construct.merge import export_dense
+    from moefy.data.prepare import prepare
     from moefy.errors import MoefyError
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
+    from moefy.evaluation.speed import measure_speed
     from moefy.training.run import train
 
 __version__ = "0.1.0"
@@ -31,6 +33,8 @@ __all__ = [
     "export_gguf",
     "inspect",
     "leaderboard",
+    "measure_speed",
+    "prepare",
     "train",
 ]
 
@@ -42,6 +46,8 @@ _HOME = {
     "export_gguf": "moefy.checkpoint.gguf",
     "inspect": "moefy.evaluation.inspect",
     "leaderboard": "moefy.construct.leaderboard",
+    "measure_speed": "moefy.evaluation.speed",
+    "prepare": "moefy.data.prepare",
     "train": "moefy.training.run",
 }
 

@@ -91,8 +91,8 @@ def convert(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Architecture to write: mixtral, granitemoeshared, granitemoe, qwen3_moe or "
-            "glm4_moe. [the first of these that is exact]"
+            help="Architecture to write: mixtral, granitemoeshared, granitemoe, qwen3_moe, "
+            "glm4_moe or granitemoe_swa. [the first of these that is exact]"
         ),
     ] = None,
     data: Annotated[
@@ -144,6 +144,68 @@ def convert(
         f"neurons each), of which {made.active} run per token, {made.shared} of them always; "
         f"{done.written_bytes / 1e6:.0f} MB. What next: moefy eval {source} {done.folder}, "
         f"or moefy train {done.folder} OUT"
+    )
+
+
+@app.command()
+def prepare(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of DOMAIN.jsonl(.gz, .zst) files or DOMAIN/ folders, hf:DATASET or 'demo'."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; the same command resumes it.")],
+    tokenizer: Annotated[str, typer.Option(help="The model that will read the tokens.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [one per core]")] = None,
+    quality: Annotated[
+        str | None, typer.Option("--filter", help="none or gopher (quality rules). [none]")
+    ] = None,
+    domain_key: Annotated[
+        str | None,
+        typer.Option(help="Where a line names its domain: meta.redpajama_set_name of SlimPajama."),
+    ] = None,
+    skip_broken: Annotated[
+        bool | None, typer.Option("--skip-broken", help="Count broken lines, don't stop at them.")
+    ] = None,
+    recipe: RecipeFile = None,
+    settings: Set = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a corpus in OUT.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tokenise raw text into memory-mapped shards by domain.
+
+    Example: `moefy prepare demo out/tokens --tokenizer smollm2-135m`
+    """
+    choices = _parse_settings(settings) | _given(
+        filter=quality, domain_key=domain_key, skip_broken=skip_broken
+    )
+    from moefy.data.prepare import prepare as run
+    from moefy.report.tables import corpus_rows
+
+    with _bars() as report:
+        done = run(
+            data,
+            out,
+            tokenizer=tokenizer,
+            workers=workers,
+            recipe=recipe,
+            overwrite=overwrite,
+            report=report,
+            **choices,
+        )
+    speed = done.tokens_per_s_per_core
+    if as_json:
+        _print_json({**done.record, "folder": str(done.folder), "tokens_per_s_per_core": speed})
+        return
+    _print_table(corpus_rows(done.record), f"{done.folder}, tokens of {tokenizer}")
+    for line in done.record["broken_examples"]:
+        print(f"skipped: {line}", file=sys.stderr)
+    print(
+        f"{done.tokens:,} tokens in {done.elapsed_s:.0f} s, {speed:,.0f} per second and worker "
+        f"({done.workers}); {done.record['broken_lines']:,} broken lines skipped"
     )
 
 
@@ -249,12 +311,47 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Per domain.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
+    ] = False,
+    batch: Annotated[
+        str | None, typer.Option(help="With --speed: sequences at once. [1,8]")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="With --speed.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="With --speed.")] = 64,
+    rounds: Annotated[int, typer.Option(help="With --speed: measurements of each.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="With --speed: of the CPU. [all]")] = None,
+    dtype: Annotated[str, typer.Option(help="With --speed: or bfloat16.")] = "float32",
+    runtime: Annotated[str, typer.Option(help="With --speed: or llama.cpp.")] = "transformers",
     as_json: Json = False,
 ) -> None:
     """Compare models: held-out perplexity, KL to the dense model, cost, speed.
 
     Example: `moefy eval smollm2-135m out/moe out/trained`
+
+    Speed alone: `moefy eval --speed smollm2-135m out/moe`
     """
+    if speed:
+        from moefy.evaluation.speed import measure_speed
+        from moefy.report.tables import speed_rows, speed_title
+
+        with _bars() as report:
+            measured = measure_speed(
+                models,
+                batches=_counts("--batch", batch) if batch else None,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                dtype=dtype,
+                threads=threads,
+                runtime=runtime,
+                report=report,
+            )
+        if as_json:
+            _print_json(measured.to_dict())
+        else:
+            _print_table(speed_rows(measured), speed_title(measured))
+        return
     if split not in {"heldout", "train", "all"}:
         raise UsageError(f"--split {split}: allowed are heldout, train and all")
     from moefy.evaluation.compare import evaluate as run
@@ -372,6 +469,13 @@ def main() -> None:
 
 def _given(**choices: Any) -> dict[str, Any]:
     return {key: value for key, value in choices.items() if value is not None}
+
+
+def _counts(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: write whole numbers, as in 1,8") from None
 
 
 def _parse_settings(settings: list[str] | None) -> dict[str, Any]:

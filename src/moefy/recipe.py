@@ -84,9 +84,17 @@ class ConvertRecipe(Recipe):
     repair: Literal["none", "paper", "scale", "refit"] = "refit"
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
     aim: Literal["ffn", "residual"] = "residual"
-    target: Literal["mixtral", "granitemoeshared", "granitemoe", "qwen3_moe", "glm4_moe"] | None = (
-        None
-    )
+    target: (
+        Literal[
+            "mixtral",
+            "granitemoeshared",
+            "granitemoe",
+            "qwen3_moe",
+            "glm4_moe",
+            "granitemoe_swa",
+        ]
+        | None
+    ) = None
     calibration_tokens: Positive = 28_672
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
@@ -199,6 +207,51 @@ class TrainRecipe(Recipe):
     def num_steps(self) -> int:
         """Optimizer steps: the tokens asked for, rounded up to whole steps."""
         return -(-self.tokens // (self.sequence_length * self.sequences_per_step))
+
+
+SLIMPAJAMA_KEY = "meta.redpajama_set_name"
+SLIMPAJAMA_NAMES = {
+    "RedPajamaCommonCrawl": "cc",
+    "RedPajamaC4": "c4",
+    "RedPajamaGithub": "github",
+    "RedPajamaWikipedia": "wiki",
+    "RedPajamaBook": "book",
+    "RedPajamaArXiv": "arxiv",
+    "RedPajamaStackExchange": "stackexchange",
+}
+"""SlimPajama's domains, as its lines name them, and the paper's names for them."""
+
+
+class PrepareRecipe(Recipe):
+    """How text becomes token shards.
+
+    Keys are names in a line's object; dots lead into objects inside it. `domain_names` maps what
+    `domain_key` finds to domains and allows no other; None takes the names as they are, and
+    SlimPajama's own map with SlimPajama's key.
+    """
+
+    filter: Literal["none", "gopher"] = "none"
+    filter_domains: list[str] | None = None
+    text_key: str = "text"
+    domain_key: str | None = None
+    domain_names: dict[str, str] | None = None
+    skip_broken: bool = False
+    shard_tokens: Positive = 1 << 28
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Self:
+        if self.domain_names is not None and self.domain_key is None:
+            raise ValueError("domain_names without a domain_key: pass --domain-key too")
+        if self.filter_domains is not None and self.filter == "none":
+            raise ValueError("filter_domains without a filter: pass --filter gopher too")
+        return self
+
+    @property
+    def allowed_names(self) -> dict[str, str] | None:
+        """What a line may name as its domain, and what that becomes; None: any plain name."""
+        if self.domain_names is None and self.domain_key == SLIMPAJAMA_KEY:
+            return SLIMPAJAMA_NAMES
+        return self.domain_names
 
 
 def _usual_experts(intermediate_size: int) -> int:

@@ -52,8 +52,23 @@ def transformers_(folder: Path, ids: list[int]) -> tuple[list[int], list[float]]
     return new, probs
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 64}
+    },
+    "llama3.1": {"rope_parameters": LLAMA3, "max_position_embeddings": 131_072},
     "mistral": {"sliding_window": None},
+    "window": {"sliding_window": 32},
+    "partial": {"partial_rotary_factor": 0.75},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "qwen3": {"head_dim": 128},  # transformers reads no other from GGUF
     "granite": {
         "embedding_multiplier": 3.0,
@@ -67,7 +82,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def write_small_model(folder: Path, family: str) -> None:
     """Write a random model with SmolLM2's tokenizer, which llama.cpp knows."""
     shape = {"vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    write_tiny_model(folder, family, initializer_range=0.1, **shape | SETTINGS.get(family, {}))
+    families = {"llama3": "llama", "llama3.1": "llama", "window": "mistral", "partial": "phi3"}
+    model_type = families.get(family, family)
+    write_tiny_model(folder, model_type, initializer_range=0.1, **shape | SETTINGS.get(family, {}))
     AutoTokenizer.from_pretrained(builtin()).save_pretrained(folder)
 
 
@@ -78,8 +95,12 @@ def write_small_model(folder: Path, family: str) -> None:
         ("smollm2", {"shared": 8, "experts": 24, "active": 24}, "granitemoeshared"),
         ("smollm2", {"shared": 4, "target": "glm4_moe"}, "glm4_moe"),
         ("llama", {"shared": 0, "target": "granitemoe"}, "granitemoe"),
+        ("llama3", {"shared": 4}, "granitemoeshared"),
         ("mistral", {"shared": 0}, "mixtral"),
+        ("window", {"shared": 4}, "granitemoe_swa"),
+        ("partial", {"shared": 4}, "glm4_moe"),
         ("qwen2", {"shared": 4}, "granitemoeshared"),
+        ("smollm3", {"shared": 4}, "granitemoe_swa"),
         ("qwen3", {"shared": 0}, "qwen3_moe"),
         ("qwen3", {"shared": 4}, "glm4_moe"),
         ("granite", {"shared": 4}, "granitemoeshared"),
@@ -97,7 +118,9 @@ def test_llama_cpp_decodes_the_same(
     moefy.convert(dense, moe, **EXACT | {"experts": 16, "active": 16} | choices)
     assert json.loads((moe / "config.json").read_text())["model_type"] == target
     file = moefy.export_gguf(moe, tmp_path / "moe.gguf", dtype="f32")
-    ids = AutoTokenizer.from_pretrained(moe)("The history of the city begins")["input_ids"]
+    times = 12 if family in ("llama3", "window") else 1  # past Llama 3's short part, and the window
+    text = "The history of the city begins" * times
+    ids = AutoTokenizer.from_pretrained(moe)(text)["input_ids"]
     expected, probs = transformers_(moe, ids)
     found, their_probs = llama_cpp(file, ids)
     assert found == expected
@@ -105,14 +128,14 @@ def test_llama_cpp_decodes_the_same(
     assert len(set(found)) > 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3.1", "qwen3"])
 def test_a_gguf_file_is_a_source(tmp_path: Path, family: str) -> None:
     """Dense folder to GGUF, GGUF to MoE: all experts active is the dense model."""
     dense, out = tmp_path / "dense", tmp_path / "moe"
     write_small_model(dense, family)
     file = moefy.export_gguf(dense, tmp_path / "dense.gguf", dtype="f32")
     moefy.convert(file, out, **EXACT | {"experts": 16, "active": 16, "shared": 4})
-    ids = torch.randint(0, 49_000, (1, 60), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 49_000, (1, 600), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = (
             AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits

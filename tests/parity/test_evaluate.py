@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 import moefy
-from moefy.checkpoint.load import load_tokenizer
+from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
-from moefy.evaluation.compare import token_divergences
+from moefy.evaluation import compare
+from moefy.evaluation.compare import _Recall, token_divergences
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -66,6 +71,42 @@ def test_divergence_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     assert token_divergences(p, q).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_is_recalled_without_its_layers(tmp_path: Path, family: str) -> None:
+    scales = {"logits_scaling": 2.0, "embedding_multiplier": 3.0} if family == "granite" else {}
+    network = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path, family, **scales))
+    passes = torch.arange(24).view(3, 1, 8)
+    layers = weakref.ref(network.base_model)
+    with torch.inference_mode():
+        recall = _Recall(network)
+        expected = [network(ids).logits[0] for ids in passes]
+        recall.forget_layers()
+        gc.collect()
+        assert layers() is None
+        for i, logits in enumerate(expected):
+            assert torch.equal(recall.logits(i), logits)
+
+
+def test_one_model_at_a_time_is_in_memory(
+    make_llama: Callable[..., Path], corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies: list[weakref.ref[torch.nn.Module]] = []
+    most = 0
+
+    def load(folder: Path, *, dtype: torch.dtype) -> Any:
+        nonlocal most
+        gc.collect()
+        network = load_model(folder, dtype=dtype)
+        bodies.append(weakref.ref(network.base_model))
+        most = max(most, sum(body() is not None for body in bodies))
+        return network
+
+    monkeypatch.setattr(compare, "load_model", load)
+    models = [make_llama(name) for name in "abcd"]
+    moefy.evaluate(models, data=corpus, windows=1, sequence_length=16)
+    assert (len(bodies), most) == (4, 1)
 
 
 def test_other_vocabularies_are_refused(make_llama: Callable[..., Path], corpus: Path) -> None:

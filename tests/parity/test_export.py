@@ -19,6 +19,24 @@ from moefy.errors import ArchitectureError, CheckpointError, OutputError
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "factor": 4.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ROUTERS = ("mlp.gate.weight", "router.layer.weight", "router.weight")
+MODELS: dict[str, dict[str, Any]] = {
+    "phi3-partial": {"partial_rotary_factor": 0.5},  # glm4_moe
+    "mistral": {"sliding_window": 16},  # granitemoe_swa
+}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +50,9 @@ EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
         ("qwen3", {"shared": 2}),
         ("granite", {"shared": 0, "active": 4}),
         ("phi3", {"shared": 0}),
+        ("phi3-partial", {"shared": 2}),
+        ("mistral", {"shared": 2}),
+        ("smollm3", {"shared": 0}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -40,21 +61,20 @@ def test_merged_experts_are_the_dense_weights(
     tmp_path: Path, family: str, choices: dict[str, Any], dtype: torch.dtype
 ) -> None:
     dense, moe, back = (tmp_path / name for name in ("dense", "moe", "back"))
-    write_tiny_model(dense, family)
+    write_tiny_model(dense, family.partition("-")[0], **MODELS.get(family, {}))
     AutoModelForCausalLM.from_pretrained(dense).to(dtype).save_pretrained(dense)
     settings = EXACT | {"experts": 8, "active": 2 + choices["shared"]} | choices
     moefy.convert(dense, moe, **settings)
     moefy.export_dense(moe, back)
     found, source = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (back, dense))
-    if family == "phi3":  # comes back unfused
-        fused = source.pop("model.layers.1.mlp.gate_up_proj.weight")
-        gate, up = (found[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-        assert torch.equal(torch.cat([gate, up]), fused)
-        return
     assert found.keys() == source.keys()
     for name, tensor in source.items():
         assert tensor.dtype == found[name].dtype
         assert torch.equal(tensor, found[name]), name
+    ids = torch.arange(50)[None]
+    with torch.inference_mode():
+        found, source = (AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (back, dense))
+    assert torch.equal(found, source)
 
 
 def test_factors_that_are_no_powers_of_two_cost_one_rounding(tmp_path: Path) -> None:
@@ -108,15 +128,16 @@ def test_what_does_not_add_up_is_refused(
         ("llama", {"shared": 0, "target": "granitemoe"}),
         ("qwen3", {"shared": 0}),
         ("qwen3", {"shared": 2}),
+        ("mistral", {"shared": 2}),
     ],
-    ids=["granitemoe", "qwen3_moe", "glm4_moe"],
+    ids=["granitemoe", "qwen3_moe", "glm4_moe", "granitemoe_swa"],
 )
 def test_every_target_trains(
     tmp_path: Path, corpus: Path, family: str, choices: dict[str, Any]
 ) -> None:
     """The routers are found, balanced and changed, and the form on disk stays."""
     dense, moe, out = (tmp_path / name for name in ("dense", "moe", "out"))
-    write_tiny_model(dense, family)
+    write_tiny_model(dense, family, **MODELS.get(family, {}))
     moefy.convert(dense, moe, experts=8, active=4, **EXACT | choices)
     moefy.train(moe, out, data=corpus, tokens=256, sequence_length=64)
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
@@ -124,7 +145,7 @@ def test_every_target_trains(
     assert last["balance_loss"] > 0.9
     before, after = (load_file(f / "model.safetensors") for f in (moe, out))
     assert before.keys() == after.keys()
-    router = next(name for name in before if name.endswith(("mlp.gate.weight", "layer.weight")))
+    router = next(name for name in before if name.endswith(ROUTERS))
     assert not torch.equal(before[router], after[router])
     with torch.inference_mode():
         AutoModelForCausalLM.from_pretrained(out)(torch.zeros(1, 4, dtype=torch.long))
@@ -135,6 +156,13 @@ def test_gguf_refusals(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     moefy.convert(window, tmp_path / "moe", experts=8, active=4, **EXACT)
     with pytest.raises(ArchitectureError, match="sliding window of 16 tokens"):
         moefy.export_gguf(tmp_path / "moe", tmp_path / "moe.gguf")
+    with pytest.raises(ArchitectureError, match="does not apply to mistral"):
+        moefy.export_gguf(window, tmp_path / "moe.gguf")
+    for rope, target in ((LONGROPE, "granitemoeshared"), (LLAMA3, "glm4_moe")):
+        dense, moe = make_llama(target, rope_parameters=rope), tmp_path / f"{target}-moe"
+        moefy.convert(dense, moe, experts=8, active=4, **EXACT | {"shared": 2, "target": target})
+        with pytest.raises(ArchitectureError, match=f"{rope['rope_type']}'.* not to {target}"):
+            moefy.export_gguf(moe, tmp_path / "moe.gguf")
     dense = make_llama()
     (tmp_path / "there.gguf").write_text("mine")
     with pytest.raises(OutputError, match=r"there.gguf exists: .*--overwrite"):

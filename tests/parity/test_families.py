@@ -16,17 +16,30 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moefy
 from moefy.calibrate.text import calibration_windows
 from moefy.checkpoint.families import FAMILIES, canonical_config, rope_parameters, sliding_window
+from moefy.checkpoint.reader import read_config
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
+from moefy.evaluation.cost import cost
 from moefy.recipe import LLAMA_MOE, ConvertRecipe
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [2.0, 3.0, 4.0, 5.0],
-    "original_max_position_embeddings": 64,
-}
+
+
+def longrope(rotated: int) -> dict[str, Any]:
+    """Phi-3's settings; 100 tokens are more than 64, so the long factors are in use."""
+    pairs = range(rotated // 2)
+    return {
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1 + 0.1 * i for i in pairs],
+            "long_factor": [2.0 + i for i in pairs],
+            "partial_rotary_factor": rotated / 8,
+        },
+    }
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 GRANITE_SCALES = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.4,
@@ -40,7 +53,7 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
     ("llama", {"head_dim": 16}, "mixtral", "granitemoeshared"),
     ("llama", {"attention_bias": True}, "granitemoe", "granitemoeshared"),
     ("mistral", {"sliding_window": None}, "mixtral", "granitemoeshared"),
-    ("mistral", {"sliding_window": 16}, "mixtral", ""),
+    ("mistral", {"sliding_window": 16}, "mixtral", "granitemoe_swa"),
     ("qwen2", {}, "granitemoe", "granitemoeshared"),
     (
         "qwen2",
@@ -48,13 +61,29 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
         "granitemoe",
         "granitemoeshared",
     ),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "granitemoe_swa",
+        "granitemoe_swa",
+    ),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "granitemoe_swa", "granitemoe_swa"),
+    (
+        "smollm3",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 16},
+        "granitemoe_swa",
+        "granitemoe_swa",
+    ),
     ("qwen3", {}, "qwen3_moe", "glm4_moe"),
     ("qwen3", {"head_dim": 16, "tie_word_embeddings": False}, "qwen3_moe", "glm4_moe"),
     ("qwen3", {"attention_bias": True}, "qwen3_moe", ""),
     ("granite", GRANITE_SCALES, "granitemoe", "granitemoeshared"),
     ("granite", GRANITE_SCALES | {"attention_bias": True}, "granitemoe", "granitemoeshared"),
     ("phi3", {"tie_word_embeddings": False}, "mixtral", "granitemoeshared"),
-    ("phi3", {"rope_parameters": LONGROPE}, "mixtral", "granitemoeshared"),
+    ("phi3", {"sliding_window": 16}, "mixtral", "granitemoe_swa"),
+    ("phi3", longrope(8), "mixtral", "granitemoeshared"),
+    ("phi3", {"rope_parameters": PARTIAL, "head_dim": 16}, "", "glm4_moe"),
+    ("phi3", longrope(6), "", "glm4_moe"),
 ]
 CASES = [
     (family, settings, shared, target)
@@ -85,6 +114,7 @@ def test_all_active_equals_dense(
     moefy.convert(dense, out, experts=6, active=6, **EXACT | {"shared": shared})
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.model_type == target
+    assert cost(read_config(out)).total_params == model.num_parameters()
     ids = token_ids(100)
     expected = logits(dense, ids)
     assert (expected - logits(out, ids)).abs().max() < 1e-4
@@ -128,6 +158,45 @@ def test_fitted_checkpoint_equals_research_form(
     assert tied.float().mean() < 0.05
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("granite", GRANITE_SCALES),
+        ("phi3", longrope(6) | {"sliding_window": 16}),
+    ],
+    ids=name_of,
+)
+def test_all_shared_stays_in_the_family(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    dense, out = write_tiny_model(tmp_path / "dense", family, **settings), tmp_path / "out"
+    config = read_config(dense)
+    code = {"auto_map": {"AutoConfig": "configuration_x.XConfig"}}  # Phi-3's folders have one
+    (dense / "config.json").write_text(json.dumps(config | code))
+    moefy.convert(dense, out, experts=8, active=8, **EXACT | {"shared": 8})
+    assert read_config(out)["model_type"] == family
+    assert "auto_map" not in read_config(out)
+    difference = logits(dense, token_ids(100)) - logits(out, token_ids(100))
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su"])
+def test_phi_4_minis_own_config_means_the_same(tmp_path: Path, kind: str) -> None:
+    """The rotary settings as published: in three places and under older names."""
+    dense, out = write_tiny_model(tmp_path / "dense", "phi3", **longrope(6)), tmp_path / "moe"
+    expected = logits(dense, token_ids(100))
+    config = read_config(dense)
+    rope = config.pop("rope_parameters")
+    factors = {name: rope[name] for name in ("short_factor", "long_factor")}
+    config |= {"rope_scaling": {"type": kind} | factors, "rope_theta": rope["rope_theta"]}
+    config |= {"partial_rotary_factor": 0.75}
+    (dense / "config.json").write_text(json.dumps(config))
+    moefy.convert(dense, out, experts=8, active=8, **EXACT | {"shared": 2})
+    assert (logits(out, token_ids(100)) - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_those_of_transformers(family: str) -> None:
     """What config.json leaves out means the same here and there."""
@@ -138,7 +207,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     for key in set(ours) - {"model_type", "use_cache", "sliding_window"}:
         if hasattr(theirs, key) and not (key == "head_dim" and theirs.head_dim is None):
             assert ours[key] == getattr(theirs, key), key
-    assert rope_parameters(given)["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    assert rope_parameters(ours)["rope_theta"] == theirs.rope_parameters["rope_theta"]
 
 
 def test_glm4_moe_has_an_output_matrix_of_its_own(tmp_path: Path) -> None:
@@ -182,10 +251,19 @@ def test_pytorch_files_give_the_same_bytes(tmp_path: Path, family: str) -> None:
     ("family", "settings", "choices", "message"),
     [
         (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+            {"shared": 0},
+            r"no native target computes this split.*mixtral: .*its window is in all layers"
+            r".*granitemoe_swa: it has no q/k norm",
+        ),
+        ("smollm3", {"no_rope_layers": [1, 0]}, {"target": "mixtral"}, "it rotates in all layers"),
+        ("phi3", {"rope_parameters": PARTIAL}, {"shared": 0}, "it rotates whole heads, not 0.5 of"),
+        (
             "mistral",
-            {"sliding_window": 16},
-            {"shared": 2},
-            r"no native target computes this split.*granitemoeshared: .*no sliding window \(16",
+            {"sliding_window": None},
+            {"target": "granitemoe_swa"},
+            "is for models whose layers",
         ),
         (
             "qwen3",
@@ -220,7 +298,7 @@ def test_windows_longer_than_the_sliding_window_are_refused(tmp_path: Path, corp
         ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
-        ({"model_type": "smollm3"}, "layers without rotary embedding"),
+        ({"model_type": "olmo2"}, "norms behind attention and FFN"),
         ({"model_type": "nonsense"}, "'nonsense'; moefy converts dense llama, mistral"),
     ],
 )

@@ -22,6 +22,7 @@ from moefy.checkpoint.load import load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.mixture import Mixture
 from moefy.data.packing import pack
+from moefy.data.strategies import initial_weights
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
@@ -76,7 +77,10 @@ def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: 
         )
         for domain in open_domains(corpus)
     }
-    ids = torch.from_numpy(Mixture(windows, None, seed=5).sample()[2])[None]
+    weights = initial_weights("Uniform", windows)
+    one_each = dict.fromkeys(windows, 1)
+    ((name, _, _),) = Mixture(one_each, weights, seed=5, sequences_per_step=1).next_batch().samples
+    ids = torch.from_numpy(windows[name])
     model = AutoModelForCausalLM.from_pretrained(moe).double()
     expected = model(ids, labels=ids).loss.item()
     assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(expected, abs=1e-5)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import write_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import MIXTRAL, target_config
+from moefy.checkpoint.target_config import target_config
+from moefy.checkpoint.targets import MIXTRAL
 from moefy.errors import ArchitectureError, UsageError
 from moefy.evaluation.cost import cost
 from moefy.evaluation.inspect import SHAPES
@@ -60,6 +62,16 @@ def test_flops_are_those_pytorch_counts(
     assert context * counted - attention * context * (context + 1) // 2 == pytest.approx(
         expected, rel=1e-3
     )
+
+
+def test_a_model_without_a_plain_target_is_counted_with_a_shared_slice(tmp_path: Path) -> None:
+    dense = write_tiny_model(tmp_path / "dense", "phi3", partial_rotary_factor=0.5)
+    settings = {"experts": 8, "active": 4, "shared": 1}
+    moefy.convert(dense, tmp_path / "moe", **LLAMA_MOE | settings)
+    counted = moefy.inspect(dense, experts=8, active=4).costs["4/8"]
+    assert counted == cost(read_config(tmp_path / "moe"), context=counted.context)
+    with pytest.raises(ArchitectureError, match="rotates whole heads"):
+        moefy.inspect(dense, experts=8, active=1)
 
 
 def test_unknown_architecture_is_refused() -> None:

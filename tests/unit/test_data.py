@@ -1,20 +1,17 @@
-"""Documents, held-out split, packing and mixture."""
+"""Documents, held-out split and packing."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import zstandard
 from tests.conftest import byte_tokenizer
 
 from moefy.data.demo_text import _plain
 from moefy.data.domains import documents_of, is_held_out, open_domains
-from moefy.data.mixture import Mixture
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
 
@@ -105,27 +102,6 @@ def test_packing_reads_only_what_it_needs() -> None:
 
     assert pack(documents(), byte_tokenizer(), sequence_length=10, max_windows=3).shape == (3, 10)
     assert read < 1000
-
-
-def test_mixture_follows_its_weights_and_visits_every_window_once_an_epoch() -> None:
-    windows = {"a": np.arange(50)[:, None], "b": np.arange(400)[:, None]}
-    mixture = Mixture(windows, {"a": 3.0, "b": 1.0}, seed=0)
-    drawn = [mixture.sample()[:2] for _ in range(1000)]
-    names = Counter(name for name, _ in drawn)
-    assert abs(names["a"] - 750) < 4 * (1000 * 0.75 * 0.25) ** 0.5
-    first_epoch = [index for name, index in drawn if name == "a"][:50]
-    second_epoch = [index for name, index in drawn if name == "a"][50:100]
-    assert sorted(first_epoch) == sorted(second_epoch) == list(range(50))
-    assert first_epoch != second_epoch
-
-
-def test_mixture_weights_name_the_domains() -> None:
-    windows = {"a": np.zeros((1, 2), int), "b": np.zeros((0, 2), int)}
-    with pytest.raises(CorpusError, match="the corpus has a, b"):
-        Mixture(windows, {"a": 1.0}, seed=0)
-    with pytest.raises(CorpusError, match="'b' has not enough text"):
-        Mixture(windows, None, seed=0)
-    assert Mixture(windows, {"a": 1.0, "b": 0.0}, seed=0).sample()[0] == "a"
 
 
 def test_wiki_markup_goes() -> None:

@@ -28,3 +28,26 @@ def test_the_runtimes_tables() -> None:
     tables = runpy.run_path(str(ROOT / "benchmarks/runtimes.py"))["agreement_tables"](measured)
     for table in (speed, *tables):
         assert markdown(table) in (ROOT / "docs/runtimes.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["filters", "prepare"])
+def test_the_data_tables(name: str) -> None:
+    with (ROOT / f"docs/experiments/{name}.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert markdown(rows) in (ROOT / "docs/data.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("runtimes/transformers", "runtimes"),
+        ("runtimes/machine", "runtimes"),
+        ("runtimes/experts", "runtimes"),
+        ("experiments/streaming", "experiments"),
+        ("experiments/calibrated", "experiments"),
+    ],
+)
+def test_the_measured_tables(name: str, page: str) -> None:
+    with (ROOT / f"docs/{name}.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert markdown(rows) in (ROOT / f"docs/{page}.md").read_text()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moefy.checkpoint import stream
 from moefy.checkpoint.writer import ShardWriter
 
 
@@ -35,16 +36,36 @@ def test_a_name_is_written_once(tmp_path: Path) -> None:
 
 def test_more_tensors_than_the_header_has_room_for_begin_a_new_shard(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, max_tensors=1) as writer:
-        for i in range(40):
+        for i in range(120):
             writer.add(f"a.rather.long.name.{i}", torch.full((2, 3), float(i)).bfloat16())
         writer.add("empty", torch.zeros(0, 4))
         writer.finish({"model_type": "x"})
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    assert len(found) == 41
+    assert len(found) == 121
     assert found["empty"].shape == (0, 4)
-    for i in range(40):
+    for i in range(120):
         assert torch.equal(
             found[f"a.rather.long.name.{i}"], torch.full((2, 3), float(i)).bfloat16()
         )
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("size", [1, 4095, 4096, 8191, 8192, 8193, 3 * 8192, 100_001])
+def test_a_stream_holds_its_head_and_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, direct: bool
+) -> None:
+    monkeypatch.setattr(stream, "_BUFFER_BYTES", 8192)
+    if not direct:
+        monkeypatch.setattr(stream, "_DIRECT", 0)
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    thread = stream.WriteThread()
+    for name in ("first", "second"):  # the buffers serve one file after another
+        file = stream.FileStream(tmp_path / name, 4096, thread)
+        file.write(data[: size // 3])
+        file.write(data[size // 3 :])
+        file.close(b"h" * 4096)
+    thread.close()
+    for name in ("first", "second"):
+        assert (tmp_path / name).read_bytes() == b"h" * 4096 + data.numpy().tobytes()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
 from moefy.checkpoint.families import sliding_window, transformers_settings
+from moefy.checkpoint.fused import stored_form
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.errors import UsageError
 
@@ -34,7 +35,7 @@ class LayerReplay:
         prefix = family.layer.format(layer=layer_idx)
         names = (*dense.layer_tensors, family.gate, family.up, family.down)
         state = {name: dense[prefix + name].float() for name in names}
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(stored_form(family, state), assign=True)
         module.requires_grad_(False)
         self._module, self._rotary = module, rotary
         self._residual_scale = dense.residual_scale

@@ -13,7 +13,7 @@ from torch import Tensor
 from moefy.errors import CorpusError
 
 _CHUNK_TOKENS = 4096
-_KEEP_BYTES = 1 << 30
+_KEEP_BYTES = 2 << 30
 _LARGEST = 1e15
 
 
@@ -21,7 +21,7 @@ _LARGEST = 1e15
 class FfnSample:
     """A layer's SwiGLU FFN and the calibration tokens' inputs to it.
 
-    The activations h = silu(z·gateᵀ) ⊙ (z·upᵀ) are kept if they fit into 1 GiB, and recomputed in
+    The activations h = silu(z·gateᵀ) ⊙ (z·upᵀ) are kept if they fit into 2 GiB, and recomputed in
     every pass if not: memory does not grow with d_ff times the number of tokens.
 
     Attributes:
@@ -57,7 +57,7 @@ class FfnSample:
 
     @property
     def fits_in_memory(self) -> bool:
-        """Whether one number per token and neuron takes at most 1 GiB."""
+        """Whether one number per token and neuron takes at most 2 GiB."""
         return 4 * self.num_tokens * self.num_neurons <= _KEEP_BYTES
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "chunk neurons"]]]:

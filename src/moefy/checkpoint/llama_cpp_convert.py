@@ -1,7 +1,8 @@
 """Run llama.cpp's convert_hf_to_gguf.py: `python -m … LLAMA_CPP_FOLDER ARGUMENTS…`.
 
-One thing is changed. The converter gives every glm4_moe model the special tokens of GLM's own
-tokenizer and stops where there are none; here such a model keeps the tokenizer that it has.
+Two things are changed. The converter gives every glm4_moe model the special tokens of GLM's own
+tokenizer and stops where there are none; here such a model keeps the tokenizer that it has. And it
+does not know that Granite's MoE can have Llama 3's rotary factors, which llama.cpp reads there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def main(root: Path, arguments: list[str]) -> None:
             model._set_vocab_gpt2()  # type: ignore[attr-defined]
 
     glm.set_vocab = set_vocab
+    gguf = import_module("gguf")
+    for arch in (gguf.MODEL_ARCH.GRANITE_MOE, gguf.MODEL_ARCH.GRANITE_SWA):
+        gguf.MODEL_TENSORS[arch].append(gguf.MODEL_TENSOR.ROPE_FREQS)
     script = str(root / "convert_hf_to_gguf.py")
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

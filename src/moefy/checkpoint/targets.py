@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 from moefy.checkpoint.families import (
     FAMILIES,
-    MULTIPLIERS,
     Bias,
     attention_bias,
-    rope_parameters,
+    rotary_fraction,
+    rotary_layers,
+    sliding_layers,
     sliding_window,
 )
 from moefy.errors import ArchitectureError
 
 Score = Literal["softmax", "sigmoid"]
+Window = Literal["no", "in all layers", "by layer"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class NativeTarget:
             `{expert}` the tensors of all experts are one, [num_experts, …]; where `gate` and `up`
             are the same name, gate lies above up.
         shared_gate, shared_up, shared_down: the same of the shared expert, or None if the
-            architecture has none; where there is one, it must not be empty.
+            architecture has none.
+        shared_optional: whether a model may go without it; elsewhere it must not be empty.
         num_experts_key: config key of the number of routed experts.
         expert_size_key: config key of an expert's neurons.
         shared_key: config key of the shared expert's size.
@@ -48,8 +51,11 @@ class NativeTarget:
         tied: whether every runtime lets the output matrix be the embeddings; if not, it is written
             as a tensor of its own (vLLM 0.32 loads a tied glm4_moe without a word and then answers
             from a matrix that was never filled).
-        window, multipliers: whether it can express `families.sliding_window` in every layer and
-            Granite's multipliers.
+        window: where it can express `families.sliding_window`. "by layer" goes with a rotary
+            embedding by layer (`families.rotary_layers`).
+        sinks: name of logits [num_heads] that every query's softmax has besides the keys' own.
+        multipliers, partial_rotary: whether it can express Granite's multipliers, and heads that
+            are rotated in part.
         settings: config values that make the target compute what the conversion relies on.
     """
 
@@ -67,13 +73,16 @@ class NativeTarget:
     expert_size_key: str = "intermediate_size"
     shared_key: str = "shared_intermediate_size"
     shared_in_slices: bool = False
+    shared_optional: bool = False
     score: Score = "softmax"
     selection_bias: str | None = None
     attention_bias: Bias = "none"
     qk_norm: str | bool | None = None
     tied: bool = True
-    window: bool = False
+    window: Window = "no"
+    sinks: str | None = None
     multipliers: bool = False
+    partial_rotary: bool = False
 
 
 MIXTRAL = NativeTarget(
@@ -83,7 +92,7 @@ MIXTRAL = NativeTarget(
     gate="block_sparse_moe.experts.{expert}.w1.weight",
     up="block_sparse_moe.experts.{expert}.w3.weight",
     down="block_sparse_moe.experts.{expert}.w2.weight",
-    window=True,
+    window="in all layers",
     settings={
         "router_jitter_noise": 0.0,
         "router_aux_loss_coef": 0.01,
@@ -103,13 +112,29 @@ _GRANITE: dict[str, Any] = {
 
 GRANITEMOE = NativeTarget("granitemoe", "GraniteMoeForCausalLM", **_GRANITE)
 
+_GRANITE_SHARED: dict[str, Any] = _GRANITE | {
+    "shared_gate": "shared_mlp.input_linear.weight",
+    "shared_up": "shared_mlp.input_linear.weight",
+    "shared_down": "shared_mlp.output_linear.weight",
+}
+
 GRANITEMOESHARED = NativeTarget(
-    "granitemoeshared",
-    "GraniteMoeSharedForCausalLM",
-    shared_gate="shared_mlp.input_linear.weight",
-    shared_up="shared_mlp.input_linear.weight",
-    shared_down="shared_mlp.output_linear.weight",
-    **_GRANITE,
+    "granitemoeshared", "GraniteMoeSharedForCausalLM", **_GRANITE_SHARED
+)
+
+GRANITEMOE_SWA = NativeTarget(
+    "granitemoe_swa",
+    "GraniteMoeSWAForCausalLM",
+    **_GRANITE_SHARED
+    | {
+        "router": "block_sparse_moe.router.weight",
+        "gate": "block_sparse_moe.experts.gate_up_proj",
+        "up": "block_sparse_moe.experts.gate_up_proj",
+        "down": "block_sparse_moe.experts.down_proj",
+    },
+    shared_optional=True,
+    window="by layer",
+    sinks="self_attn.sinks",
 )
 
 _EXPERTS_OF_MLP: dict[str, Any] = {
@@ -153,6 +178,7 @@ GLM4_MOE = NativeTarget(
     selection_bias="mlp.gate.e_score_correction_bias",
     attention_bias="qkv",
     qk_norm="use_qk_norm",
+    partial_rotary=True,
     tied=False,
     settings={
         "first_k_dense_replace": 0,
@@ -160,7 +186,6 @@ GLM4_MOE = NativeTarget(
         "topk_group": 1,
         "norm_topk_prob": False,
         "routed_scaling_factor": 2.0,
-        "partial_rotary_factor": 1.0,
         "num_nextn_predict_layers": 0,
         "num_mtp_layers": 0,
     },
@@ -168,7 +193,7 @@ GLM4_MOE = NativeTarget(
 
 TARGETS = {
     target.model_type: target
-    for target in (MIXTRAL, GRANITEMOESHARED, GRANITEMOE, QWEN3_MOE, GLM4_MOE)
+    for target in (MIXTRAL, GRANITEMOESHARED, GRANITEMOE, QWEN3_MOE, GLM4_MOE, GRANITEMOE_SWA)
 }
 """In the order of preference."""
 
@@ -230,104 +255,28 @@ def _differences(
     bias = attention_bias(dense)
     family = FAMILIES[dense["model_type"]]
     window = sliding_window(dense)
+    fraction = rotary_fraction(dense)
+    rotary = all(rotary_layers(dense))
     found = {
         f"it has no bias on {bias}": _BIASES.index(bias) > _BIASES.index(target.attention_bias),
         "it has no q/k norm": family.qk_norm and not target.qk_norm,
         "it always norms q and k": not family.qk_norm and target.qk_norm is True,
-        f"it has no sliding window ({window} tokens)": window and not target.window,
+        f"it has no sliding window ({window} tokens)": window and target.window == "no",
+        "its window is in all layers": (
+            window and target.window == "in all layers" and not all(sliding_layers(dense))
+        ),
+        "it rotates in all layers": not rotary and target.window != "by layer",
+        "it is for models whose layers differ or have a window": (
+            rotary and not window and target.window == "by layer"
+        ),
         "it has no multipliers": family.multipliers and not target.multipliers,
+        f"it rotates whole heads, not {fraction:g} of each": (
+            fraction != 1 and not target.partial_rotary
+        ),
         f"it has no shared expert, {shared} slices are shared": shared and not target.shared_down,
-        "it always has a shared expert, no slice is shared": not shared and target.shared_down,
+        "it always has a shared expert, no slice is shared": (
+            not shared and target.shared_down and not target.shared_optional
+        ),
         "it needs two routed experts": routed < 2 and target.score == "sigmoid",
     }
     return [reason for reason, holds in found.items() if holds]
-
-
-_COPIED = (
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "use_cache",
-    "vocab_size",
-)
-
-
-def target_config(
-    target: NativeTarget,
-    dense: Mapping[str, Any],
-    *,
-    experts: int,
-    active: int,
-    dtype: str,
-    shared: int = 0,
-) -> dict[str, Any]:
-    """Return the config.json of a converted model.
-
-    The rotary settings are written in both spellings: transformers 5 reads `rope_parameters`,
-    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`, which MLX wants to see even
-    where it is null. Where an expert's rows are not a multiple of 16 bytes, which torch's grouped
-    matrix product refuses, the config tells transformers to run the experts one by one.
-
-    Args:
-        target: the architecture to write.
-        dense: the dense model's canonical config.json.
-        experts: E, slices that the dense FFN is cut into, the shared ones included.
-        active: k, slices that run for a token, the shared ones included.
-        shared: slices that always run.
-        dtype: of the stored weights ("float32", "bfloat16", "float16").
-    """
-    rope = rope_parameters(dense)
-    size = dense["intermediate_size"] // experts
-    config: dict[str, Any] = {
-        "architectures": [target.architecture],
-        "model_type": target.model_type,
-        **{key: dense[key] for key in _COPIED if key in dense},
-        **target.settings,
-        target.expert_size_key: size,
-        target.num_experts_key: experts - shared,
-        "num_experts_per_tok": active - shared,
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-    if not target.tied:
-        config["tie_word_embeddings"] = False
-    if target.shared_down:
-        config[target.shared_key] = shared if target.shared_in_slices else shared * size
-    if target.attention_bias != "none":
-        config["attention_bias"] = attention_bias(dense) != "none"
-    if isinstance(target.qk_norm, str):
-        config[target.qk_norm] = FAMILIES[dense["model_type"]].qk_norm
-    if target.window:
-        config["sliding_window"] = sliding_window(dense)
-    if target.multipliers:
-        own = {"attention_multiplier": dense["head_dim"] ** -0.5}
-        config |= {key: dense.get(key, own.get(key, one)) for key, one in MULTIPLIERS.items()}
-    if rope["rope_type"] != "default":
-        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if size % 8 or config["hidden_size"] % 8:
-        config["experts_implementation"] = "eager"
-    return config
-
-
-def pruned_config(dense: Mapping[str, Any], *, slices: int, kept: int) -> dict[str, Any]:
-    """Return the config.json of a dense model that keeps some of its FFN's slices."""
-    return {
-        **dense,
-        "architectures": [FAMILIES[dense["model_type"]].architecture],
-        "intermediate_size": dense["intermediate_size"] // slices * kept,
-    }

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moefy.checkpoint.reader import INDEX, SINGLE
+from moefy.checkpoint.stream import BLOCK_BYTES, FileStream, WriteThread
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_BYTES_PER_TENSOR = 192
@@ -19,7 +20,7 @@ _METADATA = {"__metadata__": {"format": "pt"}}
 
 
 class ShardWriter:
-    """Writes tensors into safetensors shards of a folder; memory is one tensor.
+    """Writes tensors into safetensors shards of a folder; memory is a few buffers.
 
     The header of a safetensors file stands in front of the data and may end in spaces: room for it
     is left free and filled when the shard is complete. The files get their final names in
@@ -36,8 +37,11 @@ class ShardWriter:
     ) -> None:
         self._folder = folder
         self._shard_bytes = shard_bytes
-        self._header_bytes = _HEADER_BYTES_PER_TENSOR * max_tensors // 8 * 8 + 1024
-        self._file: BinaryIO | None = None
+        head_bytes = 1024 + _HEADER_BYTES_PER_TENSOR * max_tensors
+        self._head_bytes = -(-head_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        self._header_bytes = self._head_bytes - 8  # its length stands before it
+        self._thread = WriteThread()
+        self._file: FileStream | None = None
         self._header: dict[str, Any] = dict(_METADATA)
         self._header_used = len(_json(_METADATA))
         self._filled_bytes = 0
@@ -54,8 +58,9 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._thread.close()
         if self._file is not None:  # an error before `finish`
-            self._file.close()
+            self._file.abandon()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -77,13 +82,12 @@ class ShardWriter:
             self._close()
             entry["data_offsets"] = [0, size]
         if self._file is None:
-            self._file = self._part(len(self._shards) + 1).open("wb")
-            self._file.seek(8 + self._header_bytes)
+            path = self._part(len(self._shards) + 1)
+            self._file = FileStream(path, self._head_bytes, self._thread)
         self._header[name] = entry
         self._header_used += room
         if size:
-            data = tensor.contiguous().flatten().view(torch.uint8)
-            self._file.write(data.numpy().data)
+            self._file.write(tensor.contiguous().flatten())
         self._filled_bytes += size
         self.total_bytes += size
 
@@ -108,11 +112,8 @@ class ShardWriter:
     def _close(self) -> None:
         if self._file is None:
             return
-        header = _json(self._header)
-        self._file.seek(0)
-        self._file.write(self._header_bytes.to_bytes(8, "little"))
-        self._file.write(header.ljust(self._header_bytes))
-        self._file.close()
+        header = _json(self._header).ljust(self._header_bytes)
+        self._file.close(self._header_bytes.to_bytes(8, "little") + header)
         self._shards.append([name for name in self._header if name not in _METADATA])
         self._file, self._header, self._filled_bytes = None, dict(_METADATA), 0
         self._header_used = len(_json(_METADATA))

@@ -23,13 +23,8 @@ from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
-from moefy.checkpoint.targets import (
-    NativeTarget,
-    Score,
-    native_target,
-    pruned_config,
-    target_config,
-)
+from moefy.checkpoint.target_config import pruned_config, target_config
+from moefy.checkpoint.targets import NativeTarget, Score, native_target
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster
@@ -161,6 +156,7 @@ def convert(
             for name, tensor in native_layer(dense, layer_idx, split, target):
                 writer.add(name, tensor)
             slots.append(split.partition.slots)
+            del split
             report(Progress("convert", layer_idx + 1, dense.num_layers))
         np.save(partial / PARTITION, np.array(slots, dtype=np.int32))
         record = _provenance(source, dense, choice, data, windows, hashes.result())
@@ -217,7 +213,9 @@ def split_layers(
             sample.importance = importance[layer_idx]
         split = split_ffn(sample, recipe, layer_idx, score)
         walk.leave(sample, split)
+        del sample  # before the next one is made: a 7B layer's takes 2 GiB
         yield split
+        del split
 
 
 def _target(dense: DenseCheckpoint, recipe: ConvertRecipe, shape: Shape) -> NativeTarget | None:

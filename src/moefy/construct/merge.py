@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.checkpoint.families import FAMILIES, layer_tensors
+from moefy.checkpoint.fused import stored_form
 from moefy.checkpoint.reader import read_config, side_files, weight_files
 from moefy.checkpoint.targets import TARGETS, NativeTarget
 from moefy.checkpoint.tensors import TensorFile, open_tensors
@@ -74,10 +75,13 @@ def export_dense(
                 writer.add(name, stored[name].read(name))
         for layer_idx, order in enumerate(slots):
             prefix = family.layer.format(layer=layer_idx)
-            for name in layer_tensors(dense_config):
-                writer.add(prefix + name, stored[prefix + name].read(prefix + name))
+            layer = {
+                name: stored[prefix + name].read(prefix + name)
+                for name in layer_tensors(dense_config)
+            }
             matrices = _merged(prefix, stored, target, shape_of(recipe), recipe, order)
-            for name, tensor in zip((family.gate, family.up, family.down), matrices, strict=True):
+            layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
+            for name, tensor in stored_form(family, layer).items():
                 writer.add(prefix + name, tensor)
             report(Progress("export dense", layer_idx + 1, len(slots)))
         writer.finish({**dense_config, "architectures": [family.architecture]})
@@ -139,7 +143,7 @@ def _merged(
         return stored[prefix + name].read(prefix + name)
 
     gates, ups, downs = [], [], []
-    if target.shared_gate and target.shared_up and target.shared_down:
+    if shape.shared and target.shared_gate and target.shared_up and target.shared_down:
         gates.append(_half(read(target.shared_gate), target.shared_gate == target.shared_up, 0))
         ups.append(_half(read(target.shared_up), target.shared_gate == target.shared_up, 1))
         downs.append(read(target.shared_down))

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from moefy.checkpoint.families import O_BIAS, attention_bias
+from moefy.checkpoint.fused import stored_form
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import NativeTarget
 from moefy.construct.split import SplitFfn
+
+NO_SINK = -1e4
+"""An attention sink's logit that takes exp(-10,000) = 0 of the attention, in every dtype."""
 
 
 def native_layer(
@@ -27,48 +31,59 @@ def native_layer(
     family = dense.family
     prefix = family.layer.format(layer=layer_idx)
     dtype = dense[prefix + family.down].dtype
+    if target is None:
+        layer = {name: dense[prefix + name] for name in dense.layer_tensors}
+        layer |= {name: tensor.to(dtype) for name, tensor in _pruned(dense, split)}
+        yield from ((prefix + name, whole) for name, whole in stored_form(family, layer).items())
+        return
     for name in dense.layer_tensors:
         yield prefix + name, dense[prefix + name]
-    if target and target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
+    if target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
         queries = dense[prefix + "self_attn.q_proj.weight"]
         yield prefix + O_BIAS, queries.new_zeros(queries.shape[1])
-    tensors = _experts(split, dense.residual_scale, target) if target else _pruned(dense, split)
-    for name, tensor in tensors:
+    for name, tensor in _experts(split, dense.residual_scale, target):
         yield prefix + name, tensor.to(dtype)
-    if target and target.selection_bias:
+    if target.sinks:
+        sinks = torch.full((dense.config["num_attention_heads"],), NO_SINK)
+        yield prefix + target.sinks, sinks.to(dtype)
+    if target.selection_bias:
         yield prefix + target.selection_bias, torch.zeros(len(split.partition.routed))
 
 
 def _pruned(dense: DenseCheckpoint, split: SplitFfn) -> Iterator[tuple[str, Tensor]]:
-    kept = len(split.partition.shared)
-    yield dense.family.gate, split.gate[:kept]
-    yield dense.family.up, split.up[:kept]
-    yield dense.family.down, split.down[:, :kept] / dense.residual_scale
+    shared = torch.from_numpy(split.partition.shared)
+    yield dense.family.gate, split.gate[shared]
+    yield dense.family.up, split.up[shared]
+    yield dense.family.down, split.down[:, : len(shared)] / dense.residual_scale
 
 
 def _experts(
     split: SplitFfn, residual_scale: float, target: NativeTarget
 ) -> Iterator[tuple[str, Tensor]]:
-    kept, experts = len(split.partition.shared), len(split.partition.routed)
-    down = split.down if residual_scale == 1 else split.down / residual_scale
+    kept, size = len(split.partition.shared), split.partition.routed.shape[1]
     yield target.router, split.routing.router
-    if target.shared_gate and target.shared_up and target.shared_down:
+    if kept and target.shared_gate and target.shared_up and target.shared_down:
+        shared = torch.from_numpy(split.partition.shared)
         yield from _gate_up(
-            target.shared_gate, target.shared_up, split.gate[:kept], split.up[:kept]
+            target.shared_gate, target.shared_up, split.gate[shared], split.up[shared]
         )
-        yield target.shared_down, down[:, :kept]
-    gates = split.gate[kept:].unflatten(0, (experts, -1))
-    ups = split.up[kept:].unflatten(0, (experts, -1))
-    downs = down[:, kept:].unflatten(1, (experts, -1)).transpose(0, 1)
-    downs = split.routing.folded_factor * downs
+        yield target.shared_down, _times(1 / residual_scale, split.down[:, :kept])
+    factor = split.routing.folded_factor / residual_scale
+    gates = (split.gate[neurons] for neurons in torch.from_numpy(split.partition.routed))
+    ups = (split.up[neurons] for neurons in torch.from_numpy(split.partition.routed))
+    downs = (_times(factor, columns) for columns in split.down[:, kept:].split(size, dim=1))
     if target.gate == target.up:
-        yield target.gate, torch.cat([gates, ups], dim=1)
-        yield target.down, downs
+        yield target.gate, torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+        yield target.down, torch.stack(list(downs))
         return
-    for expert in range(experts):
-        yield target.gate.format(expert=expert), gates[expert]
-        yield target.up.format(expert=expert), ups[expert]
-        yield target.down.format(expert=expert), downs[expert]
+    for expert, (gate, up, down) in enumerate(zip(gates, ups, downs, strict=True)):
+        yield target.gate.format(expert=expert), gate
+        yield target.up.format(expert=expert), up
+        yield target.down.format(expert=expert), down
+
+
+def _times(factor: float, matrix: Tensor) -> Tensor:
+    return matrix if factor == 1 else factor * matrix
 
 
 def _gate_up(

@@ -13,13 +13,19 @@ class RidgeFactor:
     Args:
         gram: G, symmetric and positive semidefinite.
         ridge: λ.
+
+    Attributes:
+        added: what was added to the diagonal, λ·mean(diag G).
     """
 
     def __init__(self, gram: Float[Tensor, "n n"], ridge: float) -> None:
         system = gram.to(torch.float64, copy=True)
-        system.diagonal().add_(ridge * system.diagonal().mean().clone().clamp_min(1e-30))
-        self._factor = torch.linalg.cholesky(system)
+        self.added = ridge * max(float(system.diagonal().mean()), 1e-30)
+        system.diagonal().add_(self.added)
+        self._factor = torch.linalg.cholesky(system, out=system)
 
     def solve(self, right: Float[Tensor, "n targets"]) -> Float[Tensor, "n targets"]:
         """Return the solution, in float64."""
-        return torch.cholesky_solve(right.double(), self._factor)
+        # torch.cholesky_solve would copy the factor
+        half = torch.linalg.solve_triangular(self._factor, right.double(), upper=False)
+        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True)

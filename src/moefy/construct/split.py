@@ -121,14 +121,14 @@ class SplitFfn:
     Attributes:
         partition: of the neurons.
         routing: of the tokens.
-        gate, up: [slots, hidden], the dense rows in the order of `partition.slots`.
-        down: [hidden, slots].
+        gate, up: the dense matrices, [neurons, hidden]; the partition says which row goes where.
+        down: [hidden, slots], its columns in the order of `partition.slots`.
     """
 
     partition: Partition
     routing: Routing
-    gate: Float[Tensor, "slots hidden"]
-    up: Float[Tensor, "slots hidden"]
+    gate: Float[Tensor, "neurons hidden"]
+    up: Float[Tensor, "neurons hidden"]
     down: Float[Tensor, "hidden slots"]
 
     def __call__(self, sample: FfnSample) -> Float[Tensor, "tokens hidden"]:

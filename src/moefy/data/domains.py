@@ -5,22 +5,18 @@ A domain is a name and a way to iterate over its documents, lazily and always in
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from moefy.data import demo_text
+from moefy.data.jsonl import ENDINGS, lines, record_of
 from moefy.errors import CorpusError
 from moefy.progress import ProgressFn, silent
 
-_ENDINGS = ("", ".gz", ".zst")
 Split = Literal["train", "heldout", "all"]
 HELD_OUT_ONE_IN = 20
 DEMO = "demo"
@@ -66,7 +62,7 @@ def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domai
             f"{HUB}DATASET, or {DEMO}"
         )
     files: dict[str, Path] = {}
-    for file in sorted(f for ending in _ENDINGS for f in folder.glob(f"*.jsonl{ending}")):
+    for file in sorted(f for ending in ENDINGS for f in folder.glob(f"*.jsonl{ending}")):
         name = file.name[: file.name.rindex(".jsonl")]
         if name in files:
             raise CorpusError(f"{file} and {files[name]} are both the domain {name!r}: remove one")
@@ -93,7 +89,12 @@ def documents_of(domain: Domain, split: Split) -> Iterator[str]:
             yield document
 
 
-def _read_dataset(name: str, config: str | None) -> Iterator[str]:
+def dataset_rows(name: str, config: str | None) -> Iterator[dict[str, Any]]:
+    """Iterate over the training split of a Hugging Face dataset, as a stream.
+
+    Raises:
+        CorpusError: the datasets package is missing, or the dataset cannot be read.
+    """
     try:
         import datasets
     except ImportError:
@@ -101,14 +102,7 @@ def _read_dataset(name: str, config: str | None) -> Iterator[str]:
             f"{HUB}{name} needs the datasets package: pip install 'moefy[datasets]'"
         ) from None
     try:
-        for row in datasets.load_dataset(name, config, split="train", streaming=True):
-            if "text" not in row or not isinstance(row["text"], str | None):
-                columns = ", ".join(sorted(row))
-                raise CorpusError(
-                    f"the dataset {name!r} has no text in a column 'text', only {columns}"
-                )
-            if row["text"]:
-                yield row["text"]
+        yield from datasets.load_dataset(name, config, split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CorpusError(
@@ -117,61 +111,18 @@ def _read_dataset(name: str, config: str | None) -> Iterator[str]:
         ) from error
 
 
+def _read_dataset(name: str, config: str | None) -> Iterator[str]:
+    for row in dataset_rows(name, config):
+        if "text" not in row or not isinstance(row["text"], str | None):
+            columns = ", ".join(sorted(row))
+            raise CorpusError(
+                f"the dataset {name!r} has no text in a column 'text', only {columns}"
+            )
+        if row["text"]:
+            yield row["text"]
+
+
 def _read_jsonl(file: Path) -> Iterator[str]:
-    try:
-        with _open(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, TypeError, KeyError) as error:
-                    raise CorpusError(
-                        f"{file}, line {number}: not a JSON object with a 'text' ({error!r})"
-                    ) from error
-                if not isinstance(text, str):
-                    raise CorpusError(f"{file}, line {number}: 'text' is not a string")
-                if text:
-                    yield text
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CorpusError(
-            f"{file} is a damaged compressed file ({error}): fetch it again"
-        ) from error
-
-
-def _open(file: Path) -> Any:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")
-    if file.suffix == ".zst":
-        return closing(_zst_lines(file))
-    return file.open("rb")
-
-
-def _zst_lines(file: Path) -> Iterator[bytes]:
-    """Iterate over the lines of a Zstandard file.
-
-    The library's own file object ends without a word where a frame is cut off.
-    """
-    try:
-        import zstandard
-    except ImportError:
-        raise CorpusError(
-            f"{file} needs the zstandard package: pip install 'moefy[zst]', or decompress it"
-        ) from None
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    rest = b""
-    try:
-        with file.open("rb") as raw:
-            while block := raw.read(1 << 20):
-                while block:
-                    if frame.eof:
-                        frame = zstandard.ZstdDecompressor().decompressobj()
-                    rest += frame.decompress(block)
-                    block = frame.unused_data
-                *lines, rest = rest.split(b"\n")
-                yield from lines
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from error
-    if not frame.eof:
-        raise EOFError("it ends inside a frame")
-    yield rest
+    for number, line in enumerate(lines(file), start=1):
+        if line.strip() and (text := record_of(line, f"{file}, line {number}")[1]):
+            yield text

@@ -37,7 +37,10 @@ def pack(
         batch = _batch(documents)
         if not batch:
             break
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+        tokenised = tokenizer(
+            batch, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        for ids in tokenised["input_ids"]:
             pending += [*ids, *separators]
         cut = len(pending) // sequence_length * sequence_length
         windows += [

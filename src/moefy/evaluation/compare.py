@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
@@ -23,6 +24,7 @@ from moefy.data.domains import Domain, Split, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
 from moefy.evaluation.cost import Cost, cost
+from moefy.evaluation.roofline import synchronise
 from moefy.progress import Progress, ProgressFn, silent
 
 _DECODE_TOKENS = 24
@@ -107,9 +109,9 @@ def evaluate(
 ) -> Comparison:
     """Measure models on the same windows of held-out text, in one run.
 
-    All models are in memory together, in float32, and take turns on every window and every timed
-    generation, so that a busy machine disturbs all of them alike. The first dense model among
-    them is the reference of the KL.
+    One model at a time is in memory, in float32; of the first dense model, the reference of the
+    KL, the last hidden states and the output matrix stay. The speeds are those of that moment:
+    `measure_speed` lets the models take turns.
 
     Args:
         models: model folders, or anything `convert` takes as a source.
@@ -145,50 +147,38 @@ def evaluate(
         sequence_length=sequence_length,
         report=report,
     )
-    networks = []
-    for done, folder in enumerate(folders):
-        report(Progress("load", done, len(folders), shown[done]))
-        networks.append(load_model(folder, dtype=torch.float32).to(device()))
-    report(Progress("load", len(folders), len(folders)))
     reference = next((i for i, c in enumerate(costs) if c.experts == 0), None)
+    recall: _Recall | None = None
+    measured: dict[int, _Measured] = {}
+    for i in sorted(range(len(folders)), key=lambda i: i != reference):
+        report(Progress("load", len(measured), len(folders), shown[i]))
+        network = load_model(folders[i], dtype=torch.float32).to(device())
+        speed = _decode_speed(network, next(iter(text.values()))[0]) if decode else None
+        watched = _Recall(network) if i == reference else None
+        measured[i] = _measure(network, text, recall, speed, report)
+        if watched is not None:
+            watched.forget_layers()
+            recall = watched
+        del network
+    report(Progress("load", len(folders), len(folders)))
 
-    losses: list[dict[str, list[float]]] = [{name: [] for name in text} for _ in networks]
-    divergences: list[list[float]] = [[] for _ in networks]
-    seconds: list[list[float]] = [[] for _ in networks]
-    order = sorted(range(len(networks)), key=lambda i: i != reference)
-    total, done = sum(map(len, text.values())), 0
-    for domain, rows in text.items():
-        for row in rows:
-            ids = torch.from_numpy(row).to(device())
-            reference_logits: Tensor | None = None
-            for i in order:
-                logits, elapsed_s = _forward(networks[i], ids)
-                seconds[i].append(elapsed_s)
-                losses[i][domain] += token_losses(logits, ids).tolist()
-                if i == reference:
-                    reference_logits = logits
-                elif reference_logits is not None:
-                    divergences[i] += token_divergences(reference_logits, logits).tolist()
-            done += 1
-            report(Progress("evaluate", done, total, domain))
-
-    decoded = _decode_speeds(networks, next(iter(text.values()))[0], report) if decode else None
     results = []
     for i, name in enumerate(shown):
-        every = [loss for domain in losses[i].values() for loss in domain]
-        kl = None if reference is None else statistics.fmean(divergences[i] or [0.0])
+        found = measured[i]
+        every = [loss for domain in found.losses.values() for loss in domain]
+        kl = None if reference is None else statistics.fmean(found.divergences or [0.0])
         results.append(
             Result(
                 name=name,
                 perplexity=_perplexity(every),
-                domain_perplexity={d: _perplexity(values) for d, values in losses[i].items()},
+                domain_perplexity={d: _perplexity(values) for d, values in found.losses.items()},
                 kl_to_reference=kl,
                 cost=costs[i],
-                prefill_tokens_per_s=sequence_length / statistics.median(seconds[i]),
-                decode_tokens_per_s=decoded[i] if decoded else None,
+                prefill_tokens_per_s=sequence_length / statistics.median(found.seconds),
+                decode_tokens_per_s=found.decode_tokens_per_s,
             )
         )
-    tokens = total * (sequence_length - 1)
+    tokens = sum(map(len, text.values())) * (sequence_length - 1)
     label = None if reference is None else shown[reference]
     return Comparison(label, tokens, sequence_length, results)
 
@@ -240,34 +230,91 @@ def evaluation_windows(
     return text
 
 
-def _synchronise() -> None:
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+@dataclass
+class _Measured:
+    """One model's losses by domain, divergences from the reference, and times of the windows."""
+
+    losses: dict[str, list[float]]
+    divergences: list[float]
+    seconds: list[float]
+    decode_tokens_per_s: float | None
+
+
+class _Recall:
+    """Gives a model's logits again without its layers.
+
+    Keeps the last hidden states of the passes that it watched, and puts them through whatever the
+    model does with them.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self._hidden: list[Tensor] = []
+        self._hook = network.base_model.register_forward_hook(
+            lambda _module, _inputs, out: self._hidden.append(out.last_hidden_state)
+        )
+
+    def forget_layers(self) -> None:
+        """Stop watching and give the layers' memory back."""
+        self._hook.remove()
+        setattr(self._network, self._network.base_model_prefix, _Body())
+
+    def logits(self, pass_idx: int) -> Float[Tensor, "tokens vocab"]:
+        """Return the logits of an earlier pass."""
+        self._network.base_model.hidden = self._hidden[pass_idx]
+        return self._network(use_cache=False).logits[0]
+
+
+class _Body(torch.nn.Module):
+    """Stands where the layers were; its output is what `hidden` says."""
+
+    hidden: Tensor
+
+    def forward(self, **_: Any) -> Any:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def _measure(
+    network: Any,
+    text: dict[str, Int[np.ndarray, "windows sequence"]],
+    recall: _Recall | None,
+    decode_tokens_per_s: float | None,
+    report: ProgressFn,
+) -> _Measured:
+    measured = _Measured({domain: [] for domain in text}, [], [], decode_tokens_per_s)
+    total, done = sum(map(len, text.values())), 0
+    for domain, rows in text.items():
+        for row in rows:
+            ids = torch.from_numpy(row).to(device())
+            logits, elapsed_s = _forward(network, ids)
+            measured.seconds.append(elapsed_s)
+            measured.losses[domain] += token_losses(logits, ids).tolist()
+            if recall is not None:
+                measured.divergences += token_divergences(recall.logits(done), logits).tolist()
+            done += 1
+            report(Progress("evaluate", done, total, domain))
+    return measured
 
 
 def _forward(network: Any, ids: Tensor) -> tuple[Tensor, float]:
-    _synchronise()
+    synchronise()
     started = time.perf_counter()
     logits = network(ids[None], use_cache=False).logits[0]
-    _synchronise()
+    synchronise()
     return logits, time.perf_counter() - started
 
 
-def _decode_speeds(
-    networks: list[Any], window: Int[np.ndarray, " sequence"], report: ProgressFn
-) -> list[float]:
-    """Time greedy generation, the models taking turns; the prompt's pass is not counted."""
+def _decode_speed(network: Any, window: Int[np.ndarray, " sequence"]) -> float:
+    """Time greedy generation; the prompt's pass is not counted."""
     prompt = torch.from_numpy(window[:32])[None].to(device())
-    speeds: list[list[float]] = [[] for _ in networks]
-    for round_idx in range(_DECODE_ROUNDS):
-        for i, network in enumerate(networks):
-            out = network(prompt, use_cache=True)
-            _synchronise()
-            started = time.perf_counter()
-            for _ in range(_DECODE_TOKENS):
-                token = out.logits[:, -1:].argmax(-1)
-                out = network(token, past_key_values=out.past_key_values, use_cache=True)
-            _synchronise()
-            speeds[i].append(_DECODE_TOKENS / (time.perf_counter() - started))
-        report(Progress("time decoding", round_idx + 1, _DECODE_ROUNDS))
-    return [statistics.median(values) for values in speeds]
+    speeds = []
+    for _ in range(_DECODE_ROUNDS):
+        out = network(prompt, use_cache=True)
+        synchronise()
+        started = time.perf_counter()
+        for _ in range(_DECODE_TOKENS):
+            token = out.logits[:, -1:].argmax(-1)
+            out = network(token, past_key_values=out.past_key_values, use_cache=True)
+        synchronise()
+        speeds.append(_DECODE_TOKENS / (time.perf_counter() - started))
+    return statistics.median(speeds)

@@ -34,6 +34,56 @@ class Cost:
     context: int
 
 
+@dataclass(frozen=True)
+class FfnShape:
+    """The FFN of one layer.
+
+    Attributes:
+        experts, active: routed experts, and those that run for one token; 0 for a dense model.
+        size: neurons of one expert, or of the dense FFN.
+        shared_size: neurons of the expert that always runs.
+    """
+
+    experts: int
+    active: int
+    size: int
+    shared_size: int
+
+    @property
+    def running(self) -> int:
+        """Neurons that run for one token."""
+        return self.shared_size + max(self.active, 1) * self.size
+
+
+def ffn_shape(config: Mapping[str, Any]) -> FfnShape:
+    """Read the FFN's shape from config.json.
+
+    Raises:
+        ArchitectureError: the architecture has no table here.
+    """
+    model_type = config.get("model_type")
+    if model_type in TARGETS:
+        target = TARGETS[model_type]
+        size, shared_size = config[target.expert_size_key], 0
+        if target.shared_down:
+            shared_size = config[target.shared_key] * (size if target.shared_in_slices else 1)
+        experts, active = config[target.num_experts_key], config["num_experts_per_tok"]
+        return FfnShape(int(experts), int(active), size, shared_size)
+    if model_type in FAMILIES:
+        return FfnShape(0, 0, config["intermediate_size"], 0)
+    known = ", ".join(sorted([*FAMILIES, *TARGETS]))
+    raise ArchitectureError(f"cannot count the architecture {model_type!r}; known: {known}")
+
+
+def has_qk_norm(config: Mapping[str, Any]) -> bool:
+    """Return whether queries and keys are normed by head."""
+    model_type = config["model_type"]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].qk_norm
+    key = TARGETS[model_type].qk_norm
+    return bool(config.get(key) if isinstance(key, str) else key)
+
+
 def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     """Count a dense or converted model.
 
@@ -48,24 +98,17 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     Raises:
         ArchitectureError: the architecture has no table here.
     """
-    model_type = config.get("model_type")
-    experts = active = shared_size = 0
-    if model_type in TARGETS:
-        target = TARGETS[model_type]
-        experts, active = int(config[target.num_experts_key]), int(config["num_experts_per_tok"])
-        size = config[target.expert_size_key]
-        if target.shared_down:
-            shared_size = config[target.shared_key] * (size if target.shared_in_slices else 1)
-        bias = target.attention_bias if config.get("attention_bias") else "none"
-        key = target.qk_norm
-        qk_norm = bool(config.get(key) if isinstance(key, str) else key)
-    elif model_type in FAMILIES:
-        config = canonical_config(FAMILIES[model_type], config)
-        size = config["intermediate_size"]
-        bias, qk_norm = attention_bias(config), FAMILIES[config["model_type"]].qk_norm
+    shape = ffn_shape(config)
+    qk_norm = has_qk_norm(config)
+    sinks = 0
+    if config["model_type"] in TARGETS:
+        target = TARGETS[config["model_type"]]
+        sinks = config["num_attention_heads"] if target.sinks else 0
+        bias = target.attention_bias
+        bias = bias if config.get("attention_bias") else "none"
     else:
-        known = ", ".join(sorted([*FAMILIES, *TARGETS]))
-        raise ArchitectureError(f"cannot count the architecture {model_type!r}; known: {known}")
+        config = canonical_config(FAMILIES[config["model_type"]], config)
+        bias = attention_bias(config)
 
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -74,23 +117,23 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     tied = bool(config.get("tie_word_embeddings", False))
 
     attention = 2 * hidden * head_dim * (heads + kv_heads)
-    ffn = 3 * hidden * size  # of one expert, or of the dense layer
-    shared = 3 * hidden * shared_size
-    router = hidden * experts
-    vectors = 2 * hidden + 2 * head_dim * qk_norm  # norms and biases
+    ffn = 3 * hidden * shape.size  # of one expert, or of the dense layer
+    shared = 3 * hidden * shape.shared_size
+    router = hidden * shape.experts
+    vectors = 2 * hidden + 2 * head_dim * qk_norm + sinks  # norms, sinks and biases
     vectors += head_dim * (heads + 2 * kv_heads) * (bias != "none") + hidden * (bias == "qkvo")
     outside = vocab * hidden * (1 if tied else 2) + hidden
 
     def params(num_ffns: int) -> int:
         return outside + layers * (attention + shared + num_ffns * ffn + router + vectors)
 
-    met = vocab * hidden + layers * (attention + shared + max(active, 1) * ffn + router)
+    met = vocab * hidden + layers * (attention + shared + max(shape.active, 1) * ffn + router)
     attended = 2 * layers * heads * head_dim * (context + 1)
     return Cost(
-        experts=experts,
-        active_experts=active,
-        total_params=params(max(experts, 1)),
-        active_params=params(max(active, 1)),
+        experts=shape.experts,
+        active_experts=shape.active,
+        total_params=params(max(shape.experts, 1)),
+        active_params=params(max(shape.active, 1)),
         flops_per_token=2 * met + attended,
         context=context,
     )

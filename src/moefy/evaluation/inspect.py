@@ -8,8 +8,9 @@ from typing import Any
 
 from moefy.checkpoint.families import FAMILIES, canonical_config, dense_family
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import native_target, target_config
-from moefy.errors import CheckpointError, UsageError
+from moefy.checkpoint.target_config import target_config
+from moefy.checkpoint.targets import native_target
+from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.evaluation.cost import Cost, cost
 from moefy.recipe import check_split
 
@@ -106,7 +107,21 @@ def inspect(
     dense = canonical_config(dense_family(config, str(source)), config)
     for k, num_experts in splits:
         check_split(config["intermediate_size"], num_experts, k)
-        target = native_target(dense, shared=0, routed=num_experts)
-        split = target_config(target, dense, experts=num_experts, active=k, dtype="bfloat16")
+        split = _split_config(dense, experts=num_experts, active=k)
         costs[f"{k}/{num_experts}"] = cost(split, context=length)
     return Inspection(str(source), config, costs)
+
+
+def _split_config(dense: dict[str, Any], *, experts: int, active: int) -> dict[str, Any]:
+    """Return the config of a split without shared slices, or with one where no target has none."""
+    shared = 0
+    try:
+        target = native_target(dense, shared=0, routed=experts)
+    except ArchitectureError:
+        if active < 2:
+            raise
+        shared = 1
+        target = native_target(dense, shared=1, routed=experts - 1)
+    return target_config(
+        target, dense, experts=experts, active=active, shared=shared, dtype="bfloat16"
+    )

@@ -55,6 +55,34 @@ def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def mixture_weights(log: list[dict[str, Any]]) -> Figure:
+    """Draw the domains' weights over tokens, on a logarithmic scale: the small ones move most.
+
+    Args:
+        log: a run's steps; those before which weights were set carry them as `mixture` (the fields
+            of `data.mixture.WeightUpdate`). Domains that were left out are not drawn.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    updates = [line["mixture"] for line in log if "mixture" in line]
+    tokens_per_step = log[0]["tokens"] / log[0]["step"]
+    starts = [update["step"] * tokens_per_step / 1e3 for update in updates]
+    for domain in sorted({domain for update in updates for domain in update["weights"]}):
+        weights = [update["weights"][domain] for update in updates]
+        if any(weights):
+            axes.step(
+                [*starts, log[-1]["tokens"] / 1e3],
+                [*weights, weights[-1]],
+                where="post",
+                label=domain,
+            )
+    axes.set(xlabel="training tokens (thousands)", ylabel="weight in the mixture")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def leaderboard_figure(scores: Sequence[Score]) -> Figure:
     """Draw nats above dense over the active share of the FFN, one line per method.
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moefy.evaluation.compare import Comparison
 from moefy.evaluation.inspect import Inspection
 
 if TYPE_CHECKING:
     from moefy.construct.scores import Score
+    from moefy.evaluation.speed import SpeedComparison
 
 Rows = list[list[str]]
 
@@ -40,6 +42,40 @@ def comparison_rows(comparison: Comparison) -> Rows:
             ]
         )
     return rows
+
+
+def speed_rows(comparison: SpeedComparison) -> Rows:
+    """Return header and rows of measured speeds."""
+    header = ["phase", "batch", "model", "tok/s", "of the active size", "experts by"]
+    rows = [[*header, "GB/s", "GFLOP/s", "operations", "bound by"]]
+    for speed in comparison.speeds:
+        share = speed.of_active_size
+        rows.append(
+            [
+                speed.phase,
+                str(speed.batch),
+                speed.model,
+                _number(speed.tokens_per_s),
+                "–" if share is None else f"{share:.0%}",
+                speed.implementation or "–",
+                f"{speed.bytes_per_s / 1e9:.1f}",
+                f"{speed.flops_per_s / 1e9:.0f}",
+                "–" if speed.operations is None else f"{speed.operations:,}",
+                f"{speed.bound_by} {speed.limits[speed.bound_by]:.0%}",
+            ]
+        )
+    return rows
+
+
+def speed_title(comparison: SpeedComparison) -> str:
+    """Say what was measured, and on what."""
+    machine = comparison.machine
+    place = f"{machine.threads} CPU threads" if machine.device == "cpu" else machine.device
+    return (
+        f"{comparison.runtime}, {machine.dtype}, {comparison.prompt_tokens} tokens of prompt and "
+        f"{comparison.new_tokens} decoded; {place}: {machine.bytes_per_s / 1e9:.1f} GB/s, "
+        f"{machine.flops_per_s / 1e9:.0f} GFLOP/s"
+    )
 
 
 def inspection_rows(inspection: Inspection) -> Rows:
@@ -96,6 +132,52 @@ def leaderboard_rows(scores: Sequence[Score], *, brief: bool = False) -> Rows:
     if brief:
         kept = [rows[0].index(name) for name in _BRIEF]
         rows = [[row[place] for place in kept] for row in rows]
+    return rows
+
+
+def mixture_rows(log: list[dict[str, Any]]) -> Rows:
+    """Return header and rows of a mixture's history: one row for each domain and change.
+
+    Args:
+        log: as for `figures.mixture_weights`. The losses of the weights that a run starts with are
+            empty.
+    """
+    rows = [["step", "tokens", "domain", "weight", "loss", "reference"]]
+    tokens_per_step = log[0]["tokens"] // log[0]["step"]
+    for update in (line["mixture"] for line in log if "mixture" in line):
+        step = update["step"]
+        for domain, weight in update["weights"].items():
+            losses = (update[key].get(domain, "") for key in ("losses", "reference"))
+            cells = (step, step * tokens_per_step, domain, weight, *losses)
+            rows.append([str(cell) for cell in cells])
+    return rows
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Write rows as a CSV file."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def corpus_rows(record: dict[str, Any]) -> Rows:
+    """Return header and rows of a prepared corpus's record, a domain a row."""
+    rows = [["domain", "documents", "tokens", "held-out documents", "held-out tokens"]]
+    rows[0] += ["characters/token", "filtered", "broken"]
+    for domain, found in record["domains"].items():
+        tokens = found["tokens"] + found["heldout_tokens"]
+        characters = found["characters"] + found["heldout_characters"]
+        rows.append(
+            [
+                domain,
+                f"{found['documents']:,}",
+                f"{found['tokens']:,}",
+                f"{found['heldout_documents']:,}",
+                f"{found['heldout_tokens']:,}",
+                f"{characters / tokens:.2f}" if tokens else "–",
+                f"{found['filtered']:,}",
+                f"{found['broken_lines']:,}",
+            ]
+        )
     return rows
 
 

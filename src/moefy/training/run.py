@@ -13,15 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 
 from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config, side_files
 from moefy.checkpoint.source import resolve
 from moefy.data.domains import Domain, documents_of, open_domains
-from moefy.data.mixture import Mixture, normalised_weights
+from moefy.data.mixture import Mixture
 from moefy.data.packing import pack
+from moefy.data.strategies import initial_weights
 from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import TrainRecipe
@@ -29,6 +32,8 @@ from moefy.storage import check_output, replace_file, storage_errors
 from moefy.training.balance import RouterTrace, routers_of
 from moefy.training.schedule import learning_rate
 from moefy.training.state import LOG, load_state, read_log, remove_state, save_state
+
+Windows = dict[str, Int[np.ndarray, "_windows sequence"]]
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,17 @@ def train(
         check_output(out, overwrite=overwrite, sources=(Path(model).expanduser(),))
     source = resolve(model, report=report)
     domains = open_domains(data, report=report)
-    normalised_weights([domain.name for domain in domains], choice.weights)
+    weights = initial_weights(
+        choice.weights or "Uniform", [domain.name for domain in domains], normalise=True
+    )
     network = load_model(source, dtype=torch.float32).to(device()).train()
-    mixture = _mixture(domains, source, choice, report)
+    windows = _windows(domains, source, choice, report)
+    mixture = Mixture(
+        {name: len(found) for name, found in windows.items()},
+        weights,
+        seed=choice.seed,
+        sequences_per_step=choice.sequences_per_step,
+    )
     optimizer = _optimizer(network, choice)
     identity = {
         "source": fingerprint(source),
@@ -105,7 +118,7 @@ def train(
     if is_fresh:  # only now is it sure that this run can begin
         shutil.rmtree(out, ignore_errors=True)
     first_step = load_state(out, identity=identity, model=network, optimizer=optimizer)
-    mixture.skip(first_step * choice.sequences_per_step)
+    mixture.skip(first_step)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "recipe.yaml", choice.to_yaml())
@@ -114,7 +127,7 @@ def train(
 
     started = time.perf_counter()
     for step in range(first_step, choice.num_steps):
-        line = _step(step, network, optimizer, mixture, choice)
+        line = _step(step, network, optimizer, mixture, windows, choice)
         with storage_errors(out), (out / LOG).open("a") as log:
             log.write(json.dumps(line) + "\n")
         report(Progress("train", step + 1, choice.num_steps, f"loss {line['loss']:.3f}"))
@@ -129,7 +142,12 @@ def train(
 
 
 def _step(
-    step: int, network: Any, optimizer: torch.optim.Optimizer, mixture: Mixture, recipe: TrainRecipe
+    step: int,
+    network: Any,
+    optimizer: torch.optim.Optimizer,
+    mixture: Mixture,
+    windows: Windows,
+    recipe: TrainRecipe,
 ) -> dict[str, Any]:
     """Do one optimizer step and return its line of the log."""
     started = time.perf_counter()
@@ -145,13 +163,12 @@ def _step(
     num_passes = recipe.sequences_per_step // recipe.sequences_per_pass
     by_domain: dict[str, list[float]] = defaultdict(list)
     balance, loads = 0.0, torch.zeros(())
-    drawn: list[str] = []
+    batch = mixture.next_batch().samples
     with _dropout_of(recipe.seed, step), RouterTrace(network) as trace:
-        for _ in range(num_passes):
-            samples = [mixture.sample() for _ in range(recipe.sequences_per_pass)]
-            drawn += [f"{name}[{window_idx}]" for name, window_idx, _ in samples]
-            tokens = torch.stack([torch.from_numpy(ids) for _, _, ids in samples])
-            tokens = tokens.to(network.device)
+        for first in range(0, len(batch), recipe.sequences_per_pass):
+            samples = batch[first : first + recipe.sequences_per_pass]
+            ids = np.stack([windows[name][window_idx] for name, window_idx, _ in samples])
+            tokens = torch.from_numpy(ids).to(network.device)
             trace.clear()
             with torch.autocast(
                 tokens.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
@@ -170,9 +187,10 @@ def _step(
     grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_grad_norm).item()
     mean_loss = sum(map(sum, by_domain.values())) / recipe.sequences_per_step
     if not (mean_loss < float("inf") and grad_norm < float("inf")):
+        drawn = ", ".join(f"{name}[{window_idx}]" for name, window_idx, _ in batch)
         raise TrainingError(
             f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}, on the windows "
-            f"{', '.join(drawn)}: lower --learning-rate, or look at these documents; the last "
+            f"{drawn}: lower --learning-rate, or look at these documents; the last "
             "checkpoint is kept"
         )
     optimizer.step()
@@ -213,9 +231,9 @@ def _precision(recipe: TrainRecipe) -> str:
     return "bfloat16" if has_bf16 else "float32"
 
 
-def _mixture(
+def _windows(
     domains: list[Domain], source: Path, recipe: TrainRecipe, report: ProgressFn
-) -> Mixture:
+) -> Windows:
     tokenizer = load_tokenizer(source)
     windows = {}
     for done, domain in enumerate(domains):
@@ -227,7 +245,7 @@ def _mixture(
             max_windows=recipe.num_steps * recipe.sequences_per_step,
         )
     report(Progress("tokenise", len(domains), len(domains)))
-    return Mixture(windows, recipe.weights, seed=recipe.seed)
+    return windows
 
 
 def _optimizer(network: Any, recipe: TrainRecipe) -> torch.optim.AdamW:

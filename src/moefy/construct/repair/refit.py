@@ -20,7 +20,7 @@ def refit_down_proj(
 
     W = argmin Σ_t ω_t·‖y_t − W·h̃_t‖² + λ̄·‖W − W₀‖², h̃ = h ⊙ the slot's gate weight (0 where its
     expert does not run, 1 for shared slots), W₀ the dense columns: with G = H̃ᵀΩH̃,
-    Wᵀ = W₀ᵀ + (G + λ̄·I)⁻¹·(H̃ᵀΩY − G·W₀ᵀ), λ̄ = λ·mean(diag G). Streamed: memory is the Gram matrix
+    Wᵀ = (G + λ̄·I)⁻¹·(H̃ᵀΩY + λ̄·W₀ᵀ), λ̄ = λ·mean(diag G). Streamed: memory is the Gram matrix
     and one chunk of activations.
 
     W₀ is feasible, so the weighted calibration error never rises; a slot that no token uses keeps
@@ -43,9 +43,10 @@ def refit_down_proj(
             block = slice(first, first + _BLOCK_SLOTS)
             gram[block, first:] += weighted[:, block].T @ masked[:, first:]
         right += weighted.T @ target[tokens]
-    gram = gram.triu() + gram.triu(1).T
-    missing = right.double() - gram.double() @ start.T
-    return (start + RidgeFactor(gram, ridge).solve(missing).T).float()
+    gram.triu_()
+    gram += gram.triu(1).T
+    factor = RidgeFactor(gram, ridge)
+    return factor.solve(right.double().add_(start.T, alpha=factor.added)).T.float()
 
 
 def least_squares_scale(sample: FfnSample, partition: Partition, routing: Routing) -> float:

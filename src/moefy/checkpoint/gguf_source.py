@@ -1,0 +1,193 @@
+"""GGUF in: which files transformers reads exactly, and what it leaves out.
+
+transformers skips tensors and keys of a GGUF file that it does not know; here they stop the
+conversion.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.checkpoint.gguf_header import GgufHeader, read_header
+from moefy.errors import ArchitectureError, CheckpointError
+
+_ATTENTION = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
+_LAYER = ("attn_norm.weight", "attn_output.weight", "ffn_norm.weight", "ffn_down.weight")
+_GATED = ("ffn_gate.weight", "ffn_up.weight")
+
+GGUF_ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "llama": (*_ATTENTION, *_GATED),
+    "qwen2": (*_ATTENTION, "attn_q.bias", "attn_k.bias", "attn_v.bias", *_GATED),
+    "qwen3": (*_ATTENTION, "attn_q_norm.weight", "attn_k_norm.weight", *_GATED),
+    "phi3": ("attn_qkv.weight", "ffn_up.weight"),
+}
+"""Those that were read back exactly, and the tensors of a layer besides `_LAYER`.
+
+In GGUF, Mistral's is llama.
+"""
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Llama 3's rotary embedding, as one factor per frequency."""
+
+
+def check_gguf(path: Path) -> tuple[int, bool]:
+    """Check a GGUF file before anything is built from it.
+
+    Returns:
+        Its size in float32, in bytes, and whether it has `ROPE_FACTORS`.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged.
+        ArchitectureError: it holds something that would be left out, or another architecture.
+    """
+    header = read_header(path)
+    architecture = header.fields.get("general.architecture")
+    if architecture not in GGUF_ARCHITECTURES:
+        raise ArchitectureError(
+            f"{path} has the architecture {architecture!r}; moefy reads "
+            f"{', '.join(GGUF_ARCHITECTURES)} from GGUF files"
+        )
+    sizes = _sizes(path, header, architecture)
+    _check_settings(path, header, architecture, sizes)
+    _check_tensors(path, header, architecture, sizes)
+    return 4 * sum(map(prod, header.shapes.values())), ROPE_FACTORS in header.shapes
+
+
+def _sizes(path: Path, header: GgufHeader, architecture: str) -> dict[str, int]:
+    names = {
+        "layers": "block_count",
+        "hidden": "embedding_length",
+        "inner": "feed_forward_length",
+        "heads": "attention.head_count",
+        "kv_heads": "attention.head_count_kv",
+    }
+    found: dict[str, Any] = {
+        name: header.fields.get(f"{architecture}.{key}") for name, key in names.items()
+    }
+    found["kv_heads"] = found["kv_heads"] or found["heads"]
+    for name, value in found.items():
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path} has {architecture}.{names[name]} = {value!r}")
+    head_dim = header.fields.get(f"{architecture}.attention.key_length")
+    return found | {"head_dim": head_dim or found["hidden"] // found["heads"]}
+
+
+def _check_settings(
+    path: Path, header: GgufHeader, architecture: str, sizes: dict[str, int]
+) -> None:
+    """Refuse the keys that transformers does not read where they change the model."""
+
+    def get(key: str, default: Any = None) -> Any:
+        return header.fields.get(f"{architecture}.{key}", default)
+
+    rotated = get("rope.dimension_count", sizes["head_dim"])
+    window, longest = get("attention.sliding_window"), get("context_length")
+    only_head = 128 if architecture == "qwen3" else sizes["hidden"] // sizes["heads"]
+    refused = {
+        f"the rotary scaling {get('rope.scaling.type')!r}": get("rope.scaling.type", "none")
+        != "none",
+        "a linear rotary scaling": get("rope.scale_linear", 1.0) != 1.0,
+        f"rotary embedding in {rotated} of {sizes['head_dim']} dimensions": (
+            rotated != sizes["head_dim"]
+        ),
+        f"a sliding window of {window} tokens": window and not (longest and window >= longest),
+        f"heads of {sizes['head_dim']}": architecture != "llama" and sizes["head_dim"] != only_head,
+    }
+    for what, holds in refused.items():
+        if holds:
+            raise ArchitectureError(
+                f"{path} has {what}, which transformers does not read from a GGUF file: convert "
+                "the Hugging Face folder of this model"
+            )
+
+
+def _check_tensors(
+    path: Path, header: GgufHeader, architecture: str, sizes: dict[str, int]
+) -> None:
+    """Compare names and shapes with the keys, so that no key can ask for more than the file has."""
+    hidden, inner = sizes["hidden"], sizes["inner"]
+    queries, keys = (sizes[name] * sizes["head_dim"] for name in ("heads", "kv_heads"))
+    vocab = header.fields.get(
+        f"{architecture}.vocab_size", header.fields.get("tokenizer.ggml.tokens")
+    )
+    fused = architecture == "phi3"
+    layer: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (hidden,),
+        "ffn_norm.weight": (hidden,),
+        "attn_q_norm.weight": (sizes["head_dim"],),
+        "attn_k_norm.weight": (sizes["head_dim"],),
+        "attn_q.weight": (queries, hidden),
+        "attn_k.weight": (keys, hidden),
+        "attn_v.weight": (keys, hidden),
+        "attn_q.bias": (queries,),
+        "attn_k.bias": (keys,),
+        "attn_v.bias": (keys,),
+        "attn_qkv.weight": (queries + 2 * keys, hidden),
+        "attn_output.weight": (hidden, queries),
+        "ffn_gate.weight": (inner, hidden),
+        "ffn_up.weight": (2 * inner if fused else inner, hidden),
+        "ffn_down.weight": (hidden, inner),
+    }
+    if sizes["layers"] > len(header.shapes):
+        raise CheckpointError(f"{path} says {sizes['layers']} layers and holds fewer tensors")
+    expected: dict[str, tuple[Any, ...]] = {
+        "token_embd.weight": (vocab, hidden),
+        "output_norm.weight": (hidden,),
+    }
+    for layer_idx in range(sizes["layers"]):
+        for name in (*_LAYER, *GGUF_ARCHITECTURES[architecture]):
+            expected[f"blk.{layer_idx}.{name}"] = layer[name]
+    optional: dict[str, tuple[Any, ...]] = {"output.weight": (vocab, hidden)}
+    if architecture == "llama":
+        optional[ROPE_FACTORS] = (sizes["head_dim"] // 2,)
+    for name, shape in header.shapes.items():
+        wanted = expected.get(name, optional.get(name))
+        if wanted is None:
+            raise ArchitectureError(
+                f"{path} holds {name}, which no rule maps for {architecture}: nothing was "
+                "converted, because dropping it would change the model"
+            )
+        if shape != wanted:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(shape)}, the header says {list(wanted)}"
+            )
+    if missing := sorted(expected.keys() - header.shapes.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]} the first")
+
+
+def llama3_rope(path: Path, config: Any) -> dict[str, Any]:
+    """Return the rotary settings that give a file's `ROPE_FACTORS`.
+
+    The factor is the largest of them; the other three settings are those of every Llama 3.
+
+    Raises:
+        ArchitectureError: those settings give other factors.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    tensors = GGUFReader(path).tensors
+    factors = torch.tensor(next(t.data for t in tensors if t.name == ROPE_FACTORS).tolist())
+    theta = config.rope_parameters["rope_theta"]
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config.rope_parameters = rope
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    plain = theta ** -(torch.arange(0, 2 * len(factors), 2) / (2 * len(factors)))
+    if not torch.allclose(plain / frequencies, factors, rtol=1e-4):
+        raise ArchitectureError(
+            f"{path} has rotary factors that are not those of a Llama 3: convert the Hugging Face "
+            "folder of this model"
+        )
+    return rope

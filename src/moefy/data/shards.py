@@ -1,0 +1,200 @@
+"""Prepared corpora on disk: token ids by domain and split, memory-mapped.
+
+    OUT/<domain>/train-00000.bin     raw little-endian uint16 (uint32 where the vocabulary needs it)
+    OUT/<domain>/heldout-00000.bin   the documents kept out of training (`domains.is_held_out`)
+    OUT/moefy.json                   what they are; written last, so a folder with it is whole
+
+The shards of a split are one stream of tokens: where it was cut into files means nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from moefy.errors import CorpusError
+
+RECORD = "moefy.json"
+SPLITS = ("train", "heldout")
+StoredSplit = Literal["train", "heldout"]
+
+
+class TokenShards:
+    """A folder that `moefy prepare` wrote.
+
+    Args:
+        folder: of the corpus.
+
+    Attributes:
+        domains: names, sorted.
+        record: what moefy.json says.
+
+    Raises:
+        CorpusError: the folder is no whole prepared corpus, or a shard has another size.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.record = _record(self.folder)
+        self.domains = sorted(self.record["domains"])
+        self._dtype = np.dtype(self.record["dtype"]).newbyteorder("<")
+        self._files: dict[tuple[str, str], list[Path]] = {}
+        self._starts: dict[tuple[str, str], list[int]] = {}
+        self._maps: dict[Path, Integer[np.ndarray, " tokens"]] = {}
+        for domain, found in self.record["domains"].items():
+            for split in SPLITS:
+                shards = [shard for shard in found["shards"] if shard["split"] == split]
+                self._files[domain, split] = [self._checked(shard) for shard in shards]
+                counts = (shard["tokens"] for shard in shards)
+                self._starts[domain, split] = list(accumulate(counts, initial=0))
+
+    def num_tokens(self, domain: str, split: StoredSplit = "train") -> int:
+        """Return the number of token ids, end tokens included.
+
+        Raises:
+            CorpusError: no such domain or split.
+        """
+        return self._stream(domain, split)[-1]
+
+    def num_sequences(self, domain: str, length: int, split: StoredSplit = "train") -> int:
+        """Return how many whole sequences of `length` tokens there are.
+
+        Raises:
+            CorpusError: no such domain or split.
+        """
+        return self.num_tokens(domain, split) // length
+
+    def sequence(
+        self, domain: str, idx: int, length: int, split: StoredSplit = "train"
+    ) -> Int[np.ndarray, " length"]:
+        """Return tokens idx × length to (idx + 1) × length of a domain, as int64.
+
+        Nothing but this window is copied. The same arguments give the same tokens, whatever was
+        read before.
+
+        Raises:
+            CorpusError: no such domain or split.
+            IndexError: `idx` is not below `num_sequences`.
+        """
+        starts = self._stream(domain, split)
+        count = starts[-1] // length
+        if not 0 <= idx < count:
+            raise IndexError(f"sequence {idx} of {domain!r}: there are {count} of {length} tokens")
+        window = np.empty(length, np.int64)
+        first, filled = idx * length, 0
+        shard = int(np.searchsorted(starts, first, side="right")) - 1
+        while filled < length:
+            begin = first + filled - starts[shard]
+            ids = self._map(self._files[domain, split][shard])[begin : begin + length - filled]
+            window[filled : filled + len(ids)] = ids
+            filled += len(ids)
+            shard += 1
+        return window
+
+    def require_tokenizer(self, model: str | Path) -> None:
+        """Check that a model reads these ids: its tokenizer must be the one that wrote them.
+
+        Args:
+            model: a model folder.
+
+        Raises:
+            CorpusError: it is another tokenizer.
+            CheckpointError: the folder has none.
+        """
+        from moefy.checkpoint.load import load_tokenizer
+
+        wanted = self.record["tokenizer"]
+        found = describe_tokenizer(load_tokenizer(Path(model)), wanted["name"])
+        if found != wanted:
+            raise CorpusError(
+                f"{self.folder} was prepared with the tokenizer of {wanted['name']} "
+                f"({_brief(wanted)}); that of {model} is another one ({_brief(found)}): prepare "
+                f"the text again with --tokenizer {model}"
+            )
+
+    def _stream(self, domain: str, split: str) -> list[int]:
+        if (domain, split) not in self._starts:
+            raise CorpusError(
+                f"{self.folder} has no {split!r} of {domain!r}: there are {', '.join(SPLITS)} of "
+                f"{', '.join(self.domains)}"
+            )
+        return self._starts[domain, split]
+
+    def _checked(self, shard: dict[str, Any]) -> Path:
+        file = self.folder / shard["file"]
+        wanted = shard["tokens"] * self._dtype.itemsize
+        found = file.stat().st_size if file.is_file() else None
+        if found != wanted:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise CorpusError(
+                f"{file} {state}, {wanted:,} bytes were written: copy the folder again, or run "
+                "moefy prepare again"
+            )
+        return file
+
+    def _map(self, file: Path) -> Integer[np.ndarray, " tokens"]:
+        if file not in self._maps:
+            self._maps[file] = np.memmap(file, self._dtype, mode="r")
+        return self._maps[file]
+
+
+def is_prepared(folder: str | Path) -> bool:
+    """Say whether a folder holds a whole prepared corpus."""
+    file = Path(folder).expanduser() / RECORD
+    try:
+        return bool(json.loads(file.read_text()).get("stage") == "prepare")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
+    """Return a tokenizer's record: two with the same one give the same ids.
+
+    The hash is over the tokenizer as the library writes it to tokenizer.json, not over files: a
+    chat template or another layout of the same file changes no id.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        name: what the user calls it.
+
+    Raises:
+        CorpusError: it is a slow tokenizer, or has no end-of-text token.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CorpusError(f"the tokenizer of {name} is no fast one: save it with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise CorpusError(
+            f"the tokenizer of {name} has no end-of-text token, with which every "
+            "prepared document ends: name one as eos_token in its tokenizer_config.json"
+        )
+    backend.no_truncation()
+    backend.no_padding()
+    return {
+        "name": name,
+        "sha256": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        "vocab_size": 1 + max(tokenizer.get_vocab().values()),
+        "eos": tokenizer.eos_token_id,
+    }
+
+
+def _brief(tokenizer: dict[str, Any]) -> str:
+    size, eos = tokenizer["vocab_size"], tokenizer["eos"]
+    return f"{size:,} tokens, end {eos}, SHA-256 {tokenizer['sha256'][:12]}…"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    if is_prepared(folder):
+        return json.loads((folder / RECORD).read_text())
+    if any(folder.glob("part-*-of-*")):
+        raise CorpusError(
+            f"{folder} is an unfinished corpus: run its moefy prepare command again, it goes on "
+            "where it stopped"
+        )
+    raise CorpusError(f"{folder} is no prepared corpus: write one with moefy prepare DATA {folder}")

@@ -1,0 +1,229 @@
+"""How much of each domain: the published mixtures, and how one may change while it is trained on.
+
+Weights are float64 and sum to 1. A domain of weight 0 is left out and stays left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+
+from moefy.errors import CorpusError, UsageError
+
+EVALUATION_INTERVAL_STEPS = 340
+"""Steps between two evaluations in LLaMA-MoE's runs with fixed weights."""
+UPDATE_INTERVAL_STEPS = 170
+"""The same in its dynamic runs: 2.5B tokens of 14.7M a step."""
+
+SLIMPAJAMA = ("cc", "c4", "github", "wiki", "book", "arxiv", "stackexchange")
+_OTHER_SPELLINGS = {
+    "commoncrawl": "cc",
+    "c4rp": "c4",
+    "code": "github",
+    "wikipedia": "wiki",
+    "books": "book",
+    "stack": "stackexchange",
+}
+_SUM_TOLERANCE = 1e-6
+_FLOOR = 1e-4
+
+_LLAMA = dict(zip(SLIMPAJAMA, (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02), strict=True))
+_SHEARED = dict(zip(SLIMPAJAMA, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01), strict=True))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A named way to mix domains.
+
+    Attributes:
+        name: as in LLaMA-MoE (arXiv 2406.16554, section on data sampling).
+        weights: by SlimPajama domain; None means the same for every domain of any corpus. LLaMA's
+            row is the mixture LLaMA was trained on; Sheared's is where Sheared-LLaMA's dynamic
+            loading (arXiv 2310.06694) ended.
+        is_dynamic: whether the weights follow the losses (see `UPDATE_RULES`).
+    """
+
+    name: str
+    weights: Mapping[str, float] | None
+    is_dynamic: bool
+
+
+STRATEGIES = (
+    Strategy("StaticLLaMA", _LLAMA, is_dynamic=False),
+    Strategy("StaticSheared", _SHEARED, is_dynamic=False),
+    Strategy("Uniform", None, is_dynamic=False),
+    Strategy("DynamicLLaMA", _LLAMA, is_dynamic=True),
+    Strategy("DynamicSheared", _SHEARED, is_dynamic=True),
+    Strategy("DynamicUniform", None, is_dynamic=True),
+)
+
+
+def find_strategy(name: str) -> Strategy:
+    """Return a strategy by its name, in any case.
+
+    Raises:
+        UsageError: no such strategy.
+    """
+    for strategy in STRATEGIES:
+        if strategy.name.casefold() == name.casefold():
+            return strategy
+    names = ", ".join(strategy.name for strategy in STRATEGIES)
+    raise UsageError(f"unknown mixture {name!r}: write one of {names}, or a weight for each domain")
+
+
+def slimpajama_name(domain: str) -> str | None:
+    """Return which of SlimPajama's seven domains a name means, or None.
+
+    `cc`, `common_crawl`, `en_cc` and `RedPajamaCommonCrawl` are all `cc`.
+    """
+    plain = domain.casefold().removeprefix("redpajama").removeprefix("en_")
+    plain = plain.replace("_", "").replace("-", "")
+    plain = _OTHER_SPELLINGS.get(plain, plain)
+    return plain if plain in SLIMPAJAMA else None
+
+
+def for_domains(
+    values: Mapping[str, float], domains: Iterable[str], *, what: str
+) -> dict[str, float]:
+    """Give every domain of a corpus its value, whichever name of it was used.
+
+    Args:
+        values: by domain: the corpus's own name, or another name of the same SlimPajama domain.
+        domains: the corpus's names.
+        what: names the values in the error, as in "the weights".
+
+    Returns:
+        The values by the corpus's names, in the corpus's order.
+
+    Raises:
+        CorpusError: a domain has no value or two, or a value belongs to no domain.
+    """
+    domains = list(domains)
+    found = {domain: _key_of(domain, values, domains) for domain in domains}
+    missing = [domain for domain, key in found.items() if key is None]
+    extra = [key for key in values if key not in found.values()]
+    if missing or extra:
+        wrong = [f"lack {', '.join(missing)}"] if missing else []
+        wrong += [f"name {', '.join(extra)} besides"] if extra else []
+        raise CorpusError(
+            f"{what} {' and '.join(wrong)}; the corpus has {', '.join(domains)}: give every domain "
+            "of the corpus one value and no other"
+        )
+    return {domain: values[key] for domain, key in found.items() if key is not None}
+
+
+def _key_of(domain: str, values: Mapping[str, float], domains: list[str]) -> str | None:
+    """Return the only key that can mean this domain, and no other domain of the corpus."""
+    if domain in values:
+        return domain
+    same = slimpajama_name(domain)
+    if same is None or sum(slimpajama_name(other) == same for other in domains) > 1:
+        return None
+    keys = [key for key in values if slimpajama_name(key) == same]
+    return keys[0] if len(keys) == 1 else None
+
+
+def initial_weights(
+    mixture: str | Mapping[str, float], domains: Iterable[str], *, normalise: bool = False
+) -> dict[str, float]:
+    """Return the weights that a run starts with.
+
+    Args:
+        mixture: a strategy's name, or weights by domain; 0 leaves a domain out.
+        domains: the corpus's names.
+        normalise: divide weights by their sum instead of refusing them when it is not 1.
+
+    Returns:
+        By domain, summing to 1.
+
+    Raises:
+        UsageError: no such strategy.
+        CorpusError: weights and corpus name different domains, a weight is negative or not finite,
+            or they do not sum to 1.
+    """
+    domains = list(domains)
+    if isinstance(mixture, str):
+        strategy = find_strategy(mixture)
+        if strategy.weights is None:
+            return dict.fromkeys(domains, 1 / len(domains))
+        return _published(strategy, domains)
+    weights = for_domains(mixture, domains, what="the weights")
+    for domain, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise CorpusError(f"the weight of {domain!r} is {weight}: give 0 or more")
+    total = math.fsum(weights.values())
+    if total <= 0:
+        raise CorpusError("the domain weights sum to 0: at least one must be positive")
+    if normalise:
+        return {domain: weight / total for domain, weight in weights.items()}
+    if abs(total - 1) > _SUM_TOLERANCE:
+        raise CorpusError(
+            f"the domain weights sum to {total:.6g}: make them sum to 1, or set normalise_weights "
+            "to have them divided by their sum"
+        )
+    return weights
+
+
+def _published(strategy: Strategy, domains: list[str]) -> dict[str, float]:
+    assert strategy.weights is not None
+    meant = [slimpajama_name(domain) for domain in domains]
+    missing = [name for name in SLIMPAJAMA if name not in meant]
+    extra = [domain for domain, name in zip(domains, meant, strict=True) if name is None]
+    if missing or extra:
+        wrong = [f"lacks {', '.join(missing)}"] if missing else []
+        wrong += [f"has {', '.join(extra)} besides"] if extra else []
+        other = "DynamicUniform" if strategy.is_dynamic else "Uniform"
+        raise CorpusError(
+            f"{strategy.name} is a mixture of SlimPajama's seven domains; this corpus "
+            f"{' and '.join(wrong)}: use {other}, or give a weight for each domain"
+        )
+    return for_domains(strategy.weights, domains, what=f"the weights of {strategy.name}")
+
+
+Weights = Float64[np.ndarray, " domains"]
+UpdateRule = Callable[[Weights, Weights], Weights]
+
+
+def llama_moe_update(weights: Weights, excess: Weights) -> Weights:
+    """Move weight to where the loss is still far above the reference, with a floor.
+
+    w <- softmax(log w + excess), then w <- (1 - c) w + c/n with c = 1e-4, as LLaMA-MoE's code does
+    (`update_weight_sheared_llama`) after Sheared-LLaMA's, which took c from DoReMi (arXiv
+    2305.10429). No deviation, but float64 where the original computes in float32.
+
+    Args:
+        weights: w, positive, summing to 1.
+        excess: loss minus reference loss, nats per token.
+
+    Returns:
+        The new weights, each at least c/n.
+    """
+    return (1 - _FLOOR) * _grown(weights, excess) + _FLOOR / len(weights)
+
+
+def sheared_llama_update(weights: Weights, excess: Weights) -> Weights:
+    """Move weight to where the loss is above the reference; below it nothing is taken away.
+
+    alpha = w · exp(max(0, excess)), w <- alpha / sum(alpha): algorithm 1 of Sheared-LLaMA (arXiv
+    2310.06694). No smoothing; a weight gets smaller only because others grow.
+
+    Args:
+        weights: w, positive, summing to 1.
+        excess: loss minus reference loss, nats per token.
+    """
+    return _grown(weights, np.maximum(0.0, excess))
+
+
+UPDATE_RULES: Mapping[str, UpdateRule] = {
+    "llama-moe": llama_moe_update,
+    "sheared-llama": sheared_llama_update,
+}
+
+
+def _grown(weights: Weights, growth: Weights) -> Weights:
+    grown = weights * np.exp(growth - growth.max())  # the largest factor is 1: nothing overflows
+    return grown / grown.sum()

@@ -1,0 +1,240 @@
+"""Models timed in transformers, in turn, with every expert implementation that works here."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moefy.checkpoint.load import device, load_model
+from moefy.evaluation.contenders import Contender, narrow, random_model
+from moefy.evaluation.cost import cost, ffn_shape
+from moefy.evaluation.experts import register
+from moefy.evaluation.roofline import synchronise
+from moefy.progress import Progress, ProgressFn
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_SLOWER = 1.25
+"""An implementation this many times slower than the best is not measured again."""
+_COPIED_BYTES = 2**30
+"""batched_mm copies the weights of every token's experts: not tried where that is more."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        batches: sequences at once.
+        prompt_tokens, new_tokens: of each sequence.
+        rounds: times that everything is measured.
+        dtype: of weights and computation.
+    """
+
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    dtype: torch.dtype
+
+
+_Key = tuple[int, Phase, int]  # contender, phase, batch
+Seconds = dict[_Key, dict[str | None, list[float]]]  # of one pass, by implementation
+
+
+def in_transformers(contenders: list[Contender], setting: Setting, report: ProgressFn) -> Seconds:
+    """Return the seconds of one forward pass of everything, one value per round."""
+    seconds: Seconds = {}
+    network = _networks(contenders, setting.dtype)
+    done, total = 0, setting.rounds * len(contenders)
+    for _ in range(setting.rounds):
+        for i, contender in enumerate(contenders):
+            report(Progress("measure speed", done, total, contender.name))
+            for batch in setting.batches:
+                _one_round(network(i), i, contender.config, batch, setting, seconds)
+            done += 1
+    report(Progress("measure speed", done, total))
+    return seconds
+
+
+def _one_round(
+    network: Any,
+    i: int,
+    config: Mapping[str, Any],
+    batch: int,
+    setting: Setting,
+    seconds: Seconds,
+) -> None:
+    """Time both phases once, with every implementation that is still in the race."""
+    ids = random_prompt(config["vocab_size"], batch, setting.prompt_tokens)
+    prefilled = seconds.setdefault((i, "prefill", batch), {})
+    names = _kept(prefilled) or _implementations(config, ids.numel(), setting.dtype)
+    _race(network, names, prefilled, lambda: _prefill(network, ids)[2])
+
+    _use(network, _kept(prefilled)[0])
+    cache, token, _ = _prefill(network, ids)
+    decoded = seconds.setdefault((i, "decode", batch), {})
+    names = _kept(decoded) or _implementations(config, batch, setting.dtype)
+    count = setting.new_tokens
+    _race(
+        network,
+        names,
+        decoded,
+        lambda: _decode(network, copy.deepcopy(cache), token, count) / count,
+    )
+
+
+def _race(
+    network: Any,
+    names: list[str | None],
+    measured: dict[str | None, list[float]],
+    timed: Callable[[], float],
+) -> None:
+    """Time one pass with every implementation; one that does not work here is left out."""
+    short = random_prompt(2, 1, 8)
+    failure = None
+    for name in names:
+        try:
+            _use(network, name)
+            _decode(network, *_prefill(network, short)[:2], 1)  # the first run of a name is slow
+            elapsed_s = timed()
+        except Exception as error:  # what the implementations raise has no common type
+            failure = error
+        else:
+            measured.setdefault(name, []).append(elapsed_s)
+    if failure is not None and not measured:
+        raise failure
+
+
+def _kept(measured: dict[str | None, list[float]]) -> list[str | None]:
+    """Return the implementations worth another round, the fastest first."""
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    best = min(medians.values(), default=0.0)
+    kept = [name for name, value in medians.items() if value <= _SLOWER * best]
+    return sorted(kept, key=lambda name: medians[name])
+
+
+def _implementations(
+    config: Mapping[str, Any], tokens: int, dtype: torch.dtype
+) -> list[str | None]:
+    """Return what transformers can be asked for; some work on an accelerator only."""
+    shape = ffn_shape(config)
+    if not shape.experts:
+        return [None]
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ours = register()
+    names: list[str | None] = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    if tokens > 1:  # then ours is grouped_mm
+        names.remove(ours)
+    copied = tokens * shape.active * 3 * shape.size * config["hidden_size"] * dtype.itemsize
+    return [name for name in names if name != "batched_mm" or copied <= _COPIED_BYTES]
+
+
+def _use(network: Any, implementation: str | None) -> None:
+    if implementation is not None:
+        network.set_experts_implementation(implementation)
+
+
+def random_prompt(vocab_size: int, batch: int, tokens: int) -> Tensor:
+    """Return token ids [batch, tokens], always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (batch, tokens), generator=generator).to(device())
+
+
+@torch.inference_mode()
+def _prefill(network: Any, ids: Tensor) -> tuple[Any, Tensor, float]:
+    """Return the cache, the next tokens and the seconds."""
+    synchronise()
+    started = time.perf_counter()
+    out = network(ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    synchronise()
+    return out.past_key_values, token, time.perf_counter() - started
+
+
+@torch.inference_mode()
+def _decode(network: Any, cache: Any, token: Tensor, count: int) -> float:
+    """Decode greedily and return the seconds."""
+    synchronise()
+    started = time.perf_counter()
+    for _ in range(count):
+        token = network(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    synchronise()
+    return time.perf_counter() - started
+
+
+def _networks(contenders: list[Contender], dtype: torch.dtype) -> Callable[[int], Any]:
+    """Return what gives the i-th model: all stay if half of the memory holds them, else one."""
+    params = sum(cost(contender.config).total_params for contender in contenders)
+    keep_all = 2 * params * dtype.itemsize <= _available_bytes()
+    kept: dict[int, Any] = {}
+
+    def network(i: int) -> Any:
+        if i not in kept:
+            if not keep_all:
+                kept.clear()
+            contender = contenders[i]
+            if contender.folder is None:
+                kept[i] = random_model(contender.config, dtype)
+            else:
+                kept[i] = load_model(contender.folder, dtype=dtype).to(device())
+        return kept[i]
+
+    return network
+
+
+def _available_bytes() -> int:
+    """Return the free memory of the device, 0 where that is not known."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operations that torch is asked for."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def small_operations(
+    config: Mapping[str, Any],
+    phase: Phase,
+    batch: int,
+    setting: Setting,
+    implementation: str | None,
+) -> tuple[int, float]:
+    """Return the number of operations of a pass and its seconds on narrow matrices."""
+    network = random_model(narrow(config), setting.dtype)
+    _use(network, implementation)
+    ids = random_prompt(256, batch, setting.prompt_tokens)
+    cache, token, _ = _prefill(network, ids)
+    passes, elapsed = max(4, setting.new_tokens // 4), []
+    for _ in range(3):
+        if phase == "prefill":
+            elapsed.append(_prefill(network, ids)[2])
+        else:
+            elapsed.append(_decode(network, copy.deepcopy(cache), token, passes) / passes)
+    with _Counter() as counter:
+        if phase == "prefill":
+            _prefill(network, ids)
+        else:
+            _decode(network, cache, token, 1)
+    return counter.operations, min(elapsed)

@@ -1,0 +1,77 @@
+"""Killing `prepare` again and again changes nothing in what it finally writes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.conftest import byte_tokenizer
+
+from moefy.data.shards import TokenShards, is_prepared
+from moefy.errors import CorpusError
+
+KILLER = Path(__file__).with_name("kill_prepare.py")
+
+
+@pytest.fixture
+def killer() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, str(KILLER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    process.communicate()
+
+
+def test_killed_at_ever_later_moments(
+    corpus: Path, tmp_path: Path, killer: subprocess.Popen[str]
+) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+
+    def run(out: Path, last: int) -> str:
+        assert killer.stdin is not None
+        assert killer.stdout is not None
+        killer.stdin.write(f"{corpus}\t{out}\t{tmp_path / 'tokenizer'}\t{last}\n")
+        killer.stdin.flush()
+        return killer.stdout.readline().strip()
+
+    def contents(out: Path) -> dict[str, bytes]:
+        files = (file for file in out.rglob("*") if file.is_file())
+        found = {file.relative_to(out).as_posix(): file.read_bytes() for file in files}
+        # a kill between moefy.json and the tidying up leaves hidden files and journals
+        return {name: text for name, text in found.items() if not name.startswith((".", "part-"))}
+
+    assert run(tmp_path / "whole", 0) == "exit 0"
+    whole = contents(tmp_path / "whole")
+    assert len(whole) > 30
+    out = tmp_path / "out"
+    kills = 0
+    while not is_prepared(out):
+        if out.exists():
+            with pytest.raises(CorpusError, match=r"unfinished|no prepared"):
+                TokenShards(out)
+        ended = run(out, 1 + 5 * kills)
+        assert ended == "killed" or is_prepared(out)
+        kills += 1
+    assert kills > 8
+    assert contents(out) == whole
+    for _ in range(100):  # orphans read the end of their pipes
+        if not _workers():
+            break
+        time.sleep(0.05)
+    assert not _workers()
+
+
+def _workers() -> list[psutil.Process]:
+    marked = []
+    for process in psutil.process_iter():
+        try:
+            if "moefy.data.workers" in process.cmdline() and process.cwd() == str(Path.cwd()):
+                marked.append(process)
+        except psutil.Error:
+            continue
+    return marked

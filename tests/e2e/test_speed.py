@@ -1,0 +1,136 @@
+"""`moefy eval --speed` on two tiny models: its numbers agree with each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import write_tiny_llama, write_tiny_model
+from transformers import AutoTokenizer
+
+import moefy
+from moefy.checkpoint.source import builtin
+from moefy.cli import main
+from moefy.recipe import LLAMA_MOE
+
+MOEFY = str(Path(sys.executable).with_name("moefy"))
+PLAIN: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
+PROMPT, NEW = 24, 6
+
+
+def eval_speed(*arguments: object) -> dict[str, Any]:
+    counts = ("--prompt-tokens", PROMPT, "--new-tokens", NEW, "--rounds", 2, "--threads", 1)
+    command = [MOEFY, "eval", "--speed", *map(str, (*arguments, *counts)), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(found: dict[str, Any], batches: list[int], moe: str) -> None:
+    """Recompute every number that others imply."""
+    machine = found["machine"]
+    assert machine["bytes_per_s"] > 1e8
+    assert machine["flops_per_s"] > 1e8
+    rows = {(row["phase"], row["batch"], row["model"]): row for row in found["speeds"]}
+    assert len(rows) == len(found["speeds"])
+    assert {key[:2] for key in rows} == {(p, b) for p in ("prefill", "decode") for b in batches}
+    for (phase, batch, model), row in rows.items():
+        same_size = rows[phase, batch, "dense of the active size"]
+        assert row["of_active_size"] == pytest.approx(
+            row["tokens_per_s"] / same_size["tokens_per_s"]
+        )
+        passes_per_s = row["tokens_per_s"] / (batch * (PROMPT if phase == "prefill" else 1))
+        for what in ("bytes", "flops"):
+            assert row[f"{what}_per_s"] == pytest.approx(row[f"pass_{what}"] * passes_per_s)
+            limit = {"bytes": "memory", "flops": "arithmetic"}[what]
+            share = row[f"{what}_per_s"] / machine[f"{what}_per_s"]
+            assert row["limits"][limit] == pytest.approx(share)
+        assert all(share > 0 for share in row["limits"].values())
+        assert row["bound_by"] == max(row["limits"], key=row["limits"].get)
+        if row["tried"]:
+            assert model == moe
+            assert row["tried"][row["implementation"]] == max(row["tried"].values())
+            assert row["tokens_per_s"] == row["tried"][row["implementation"]]
+        else:
+            assert row["implementation"] is None
+
+
+def test_in_transformers(tmp_path: Path) -> None:
+    dense, moe = write_tiny_llama(tmp_path / "dense"), tmp_path / "moe"
+    moefy.convert(dense, moe, experts=6, active=3, **PLAIN)
+    found = eval_speed(dense, moe, "--batch", "1,3")
+    check(found, [1, 3], str(moe))
+    for row in found["speeds"]:
+        assert (row["implementation"] is not None) == (row["model"] == str(moe))
+        assert row["operations"] > 0
+        if row["model"] == str(moe):
+            expected = {"eager", "grouped_mm", "batched_mm"}
+            if (row["phase"], row["batch"]) == ("decode", 1):
+                expected.add("expert_views")
+            assert set(row["tried"]) == expected
+
+
+def test_in_llama_cpp(tmp_path: Path) -> None:
+    """A MoE alone: the dense model beside it is made from its config."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    write_tiny_model(dense, "llama", vocab_size=49_152, hidden_size=64, intermediate_size=128)
+    AutoTokenizer.from_pretrained(builtin()).save_pretrained(dense)
+    moefy.convert(dense, moe, experts=4, active=2, **PLAIN)
+    found = eval_speed(moe, "--runtime", "llama.cpp")
+    check(found, [1], str(moe))
+    assert {row["model"] for row in found["speeds"]} == {"dense of the active size", str(moe)}
+
+
+def test_the_table(
+    make_llama: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A dense model alone: nothing to compare it with."""
+    counts = ["--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--batch", "2"]
+    command = ["moefy", "eval", "--speed", str(make_llama()), *counts, "--dtype", "bfloat16"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16, 8 tokens of prompt and 2 decoded" in printed
+    rows = [line for line in printed.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--batch", "1,x", "write whole numbers"),
+        ("--batch", "0", "at least 1"),
+        ("--rounds", "0", "at least 1"),
+        ("--dtype", "int8", "allowed are float32 and bfloat16"),
+        ("--runtime", "onnx", "allowed are transformers and llama.cpp"),
+        ("--prompt-tokens", "600", "has room for 512 tokens, not for 600 of prompt and 64 new"),
+    ],
+)
+def test_bad_options(
+    make_llama: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    command = ["moefy", "eval", "--speed", str(make_llama()), option, value]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_llama_cpp_takes_one_sequence(make_llama: Callable[..., Path]) -> None:
+    with pytest.raises(moefy.errors.UsageError, match="pass --batch 1"):
+        moefy.measure_speed(make_llama(), batches=[2], runtime="llama.cpp")

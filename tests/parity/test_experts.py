@@ -1,0 +1,87 @@
+"""Our expert implementation computes what transformers' own do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import write_tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+import moefy
+from moefy.checkpoint.targets import TARGETS
+from moefy.errors import ArchitectureError
+from moefy.evaluation.experts import expert_views, register
+from moefy.recipe import LLAMA_MOE
+
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+SPLIT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 6, "active": 4}
+
+
+def write_moe(folder: Path, target: str) -> Path:
+    qk_norm, shared = (
+        target in ("qwen3_moe", "glm4_moe"),
+        target in ("granitemoeshared", "glm4_moe"),
+    )
+    settings = {"sliding_window": 8} if target == "granitemoe_swa" else {}
+    family = "qwen3" if qk_norm else "mistral" if settings else "llama"
+    dense = write_tiny_model(folder / "dense", family, **settings)
+    moefy.convert(dense, folder / "moe", **SPLIT | {"target": target, "shared": shared})
+    return folder / "moe"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_logits_and_generated_tokens(tmp_path: Path, target: str) -> None:
+    folder = write_moe(tmp_path, target)
+    ids = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in ("eager", register()):
+        model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=name)
+        assert model.config._experts_implementation == name
+        with torch.inference_mode():
+            written = [
+                model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+                for prompt in (ids, ids[:1])  # two tokens at a time, then one
+            ]
+            found[name] = model(ids).logits, torch.cat([w.flatten() for w in written])
+    (logits, tokens), (ours, our_tokens) = found.values()
+    assert (logits - ours).abs().max() < 1e-5
+    assert torch.equal(tokens, our_tokens)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype"), [(50, torch.float32), *((1, dtype) for dtype in CLOSE)]
+)
+def test_outputs_and_gradients(tmp_path: Path, num_tokens: int, dtype: torch.dtype) -> None:
+    """Also where an expert has no token, and with the float32 weights that Mixtral gives."""
+    model = AutoModelForCausalLM.from_pretrained(write_moe(tmp_path, "mixtral"), dtype=dtype)
+    experts = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, 32, generator=generator).to(dtype).requires_grad_()
+    scores = torch.rand(num_tokens, 6, generator=generator)
+    weights, index = scores[:, :5].topk(4)  # nothing for the last
+    weights = weights.to(torch.promote_types(dtype, torch.float32))
+    results = []
+    for name, compute in {"eager": type(experts).forward, "ours": expert_views}.items():
+        model.set_experts_implementation("eager")
+        out = compute(experts, x, index, weights)
+        parameters = [x, experts.gate_up_proj, experts.down_proj]
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), parameters)])
+        assert out.dtype == dtype, name
+    for theirs, ours in zip(*results, strict=True):
+        scale = theirs.abs().max()
+        assert (theirs - ours).abs().max() <= CLOSE[dtype] * scale
+
+
+def test_other_layouts_are_refused() -> None:
+    config = GptOssConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
+    experts: nn.Module = GptOssExperts(config)
+    with pytest.raises(ArchitectureError, match="GptOssExperts has biases"):
+        expert_views(
+            experts, torch.ones(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
+        )

@@ -1,0 +1,515 @@
+"""Raw text to token shards: every layout, every error, restart, and what reads them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import zstandard
+from tests.conftest import byte_tokenizer
+
+import moefy
+from moefy.cli import main
+from moefy.data import jsonl
+from moefy.data.domains import documents_of, is_held_out, open_domains
+from moefy.data.packing import pack
+from moefy.data.prepare import gather, prepare_part
+from moefy.data.shards import TokenShards, is_prepared
+from moefy.errors import CorpusError, MoefyError, OutputError, StorageError, UsageError
+from moefy.progress import Progress
+from moefy.recipe import SLIMPAJAMA_KEY, SLIMPAJAMA_NAMES
+
+ROOT = Path(__file__).parents[2]
+PROSE = "It was the best of times, and it was the worst of times. "
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer: Path) -> Callable[..., TokenShards]:
+    """Prepare with one worker, and open the result."""
+
+    def prepare(data: object, out: str = "tokens", **choices: Any) -> TokenShards:
+        choices = {"workers": 1, "tokenizer": tokenizer} | choices
+        return TokenShards(moefy.prepare(str(data), tmp_path / out, **choices).folder)
+
+    return prepare
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    content = b"".join(
+        row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows
+    )
+    if file.suffix == ".gz":
+        content = gzip.compress(content, mtime=0)
+    elif file.suffix == ".zst":
+        content = zstandard.compress(content)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    return file
+
+
+def rows(word: str, count: int = 30) -> list[dict[str, str]]:
+    return [{"text": f"{word} {number}"} for number in range(count)]
+
+
+def texts(shards: TokenShards, domain: str) -> set[str]:
+    """Return all documents of a domain, decoded."""
+    found: set[str] = set()
+    for split in ("train", "heldout"):
+        if count := shards.num_tokens(domain, split):
+            ids = shards.sequence(domain, 0, count, split)
+            found |= set(byte_tokenizer().decode(ids).split("<eos>"))
+    return found - {""}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_sequences_are_the_windows_that_training_packs(
+    corpus: Path, run: Callable[..., TokenShards], split: Any
+) -> None:
+    file = corpus / "ab.jsonl"
+    special = [{"text": f"ends <eos> early, {number}: wörld 漢字"} for number in range(60)]
+    write(file, [*special, {"text": ""}, b"\n", file.read_bytes()])
+    shards = run(corpus, shard_tokens=1000)
+    tokenizer = byte_tokenizer()
+    assert shards.domains == ["ab", "xyz"]
+    for domain in open_domains(corpus):
+        windows = pack(
+            documents_of(domain, split), tokenizer, sequence_length=64, max_windows=10**6
+        )
+        count = shards.num_sequences(domain.name, 64, split)
+        assert count == len(windows) > 0
+        for idx in [*range(count)][::-1]:
+            window = shards.sequence(domain.name, idx, 64, split)
+            assert window.dtype == np.int64
+            np.testing.assert_array_equal(window, windows[idx])
+    record = shards.record["domains"]["ab"]
+    assert record["documents"] + record["heldout_documents"] == 140
+    assert record["empty"] == 1
+    assert len(record["shards"]) > 10  # so sequences crossed from shard to shard
+    assert tokenizer("<eos>")["input_ids"] == [tokenizer.eos_token_id]  # pack changed nothing
+
+
+def test_the_same_bytes_whatever_the_number_of_workers(
+    corpus: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(corpus, "one", workers=1)
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "_BATCH_BYTES", 3000)
+    many = run(corpus, "many", workers=3)
+    assert contents(one.folder) == contents(many.folder)
+    for shard in one.record["domains"]["ab"]["shards"]:
+        content = (one.folder / shard["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+        assert len(content) == 2 * shard["tokens"]
+    files = {file["file"]: file for file in one.record["inputs"]["files"]}
+    raw = (corpus / "xyz.jsonl.gz").read_bytes()
+    assert files["xyz.jsonl.gz"]["sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+def test_a_folder_for_each_domain(tmp_path: Path, run: Callable[..., TokenShards]) -> None:
+    data = tmp_path / "data"
+    write(data / "web/b/2.jsonl.gz", rows("second"))
+    write(data / "web/a.jsonl", rows("first"))
+    write(data / "web/.cache/c.jsonl", rows("hidden"))
+    write(data / "code.jsonl.zst", rows("code"))
+    write(data / ".cache/d.jsonl", rows("hidden"))
+    (data / "notes.txt").write_text("no corpus")
+    shards = run(data)
+    assert shards.domains == ["code", "web"]
+    assert texts(shards, "web") == {row["text"] for row in rows("first") + rows("second")}
+    write(data / "code/more.jsonl", rows("x"))
+    with pytest.raises(CorpusError, match="are both the domain 'code'"):
+        run(data, "other")
+
+
+def test_slimpajama_as_published(tmp_path: Path, run: Callable[..., TokenShards]) -> None:
+    data = tmp_path / "SlimPajama-627B/train"
+    stream = [
+        {"text": f"{name} {number}", "meta": {"redpajama_set_name": name}}
+        for number in range(40)
+        for name in SLIMPAJAMA_NAMES
+    ]
+    write(data / "chunk1/example_train_0.jsonl.zst", stream[:100])
+    write(data / "chunk2/example_train_1.jsonl.zst", stream[100:])
+    with pytest.raises(CorpusError, match=r"pass --domain-key meta\.redpajama_set_name"):
+        run(data)
+    shards = run(data, domain_key=SLIMPAJAMA_KEY)
+    assert shards.domains == ["arxiv", "book", "c4", "cc", "github", "stackexchange", "wiki"]
+    assert texts(shards, "wiki") == {f"RedPajamaWikipedia {number}" for number in range(40)}
+    write(
+        data / "chunk2/example_train_2.jsonl.zst",
+        [{"text": "x", "meta": {"redpajama_set_name": "RedPajamaNews"}}],
+    )
+    with pytest.raises(CorpusError, match=r"train_2.jsonl.zst, line 1: .*'RedPajamaNews'; allowed"):
+        run(data, "unknown", domain_key=SLIMPAJAMA_KEY)
+    shards = run(data, "unknown", domain_key=SLIMPAJAMA_KEY, skip_broken=True)
+    assert shards.record["broken_lines"] == 1
+    assert "RedPajamaNews" in shards.record["broken_examples"][0]
+
+
+def test_any_other_key(tmp_path: Path, run: Callable[..., TokenShards]) -> None:
+    file = write(
+        tmp_path / "all.jsonl",
+        [{"body": f"{name} {number}", "by": name} for number in range(30) for name in "ab"],
+    )
+    keys = {"domain_key": "by", "text_key": "body"}
+    assert run(file, **keys).domains == ["a", "b"]
+    shards = run(file, "mapped", **keys, domain_names={"a": "one", "b": "one"})
+    assert len(texts(shards, "one")) == 60
+    for name, message in (("../up", "cannot name a folder"), (3, "is 3,"), (None, "is None")):
+        write(file, [{"body": "x", "by": name}])
+        with pytest.raises(CorpusError, match=message):
+            run(file, f"bad{name}".replace("/", ""), **keys)
+    write(file, [{"body": "x", "by": f"d{number}"} for number in range(300)])
+    with pytest.raises(CorpusError, match="more than 200 domains"):
+        run(file, "many", **keys)
+    with pytest.raises(UsageError, match="pass --domain-key too"):
+        run(file, "none", domain_names={"a": "b"})
+
+
+def test_a_hugging_face_dataset(tmp_path: Path, run: Callable[..., TokenShards]) -> None:
+    import datasets
+
+    columns = {
+        "text": [None, *(f"document {number}" for number in range(40)), ""],
+        "meta": [{"from": "ab"[number % 2]} for number in range(42)],
+        "id": list(range(42)),
+    }
+    folder = tmp_path / "stories"
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
+    shards = run(f"hf:{folder}")
+    assert texts(shards, "stories") == set(columns["text"][1:41])
+    assert shards.record["domains"]["stories"]["empty"] == 2
+    shards = run(f"hf:{folder}", "keyed", domain_key="meta.from")
+    assert texts(shards, "a") == set(columns["text"][2:41:2])
+    with pytest.raises(CorpusError, match=r"no column 'body', only id, meta, text"):
+        run(f"hf:{folder}", "other", text_key="body")
+    with pytest.raises(UsageError, match="cannot be cut into parts"):
+        prepare_part(f"hf:{folder}", tmp_path / "x", 0, 2, tokenizer=tmp_path / "tokenizer")
+
+
+BROKEN = {
+    "no JSON": (b"not json\n", "line 2"),
+    "no object": (b"[1]\n", "line 2"),
+    "deep": (b"[" * 100_000 + b"\n", "line 2"),
+    "no text": (b'{"body": "a"}\n', "line 2: .*'text'"),
+    "text no string": (b'{"text": 3}\n', "line 2: 'text' is not a string"),
+    "half a pair": (b'{"text": "\\ud800"}\n', "line 2: 'text' is no valid Unicode"),
+    "no UTF-8": (b'{"text": "\xff"}\n', "line 2"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_lines_are_named_or_counted(
+    tmp_path: Path,
+    run: Callable[..., TokenShards],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 10)
+    monkeypatch.setattr(jsonl, "_BATCH_BYTES", 1)  # so that each line is a batch of its own
+    line, message = BROKEN[kind]
+    good = rows("good")
+    file = write(tmp_path / "data/book.jsonl", [good[0], line, *good[1:]])
+    with pytest.raises(CorpusError, match=f"book.jsonl, {message}.*--skip-broken") as error:
+        run(file.parent)
+    assert len(str(error.value)) < 1000
+    with pytest.raises(CorpusError, match="is an unfinished corpus"):
+        TokenShards(tmp_path / "tokens")
+    shards = run(file.parent, skip_broken=True)  # goes on where it stopped
+    assert texts(shards, "book") == {row["text"] for row in good}
+    assert shards.record["broken_lines"] == shards.record["domains"]["book"]["broken_lines"] == 1
+    assert re.search(message, shards.record["broken_examples"][0])
+    fresh = run(file.parent, "fresh", skip_broken=True)
+    assert contents(fresh.folder) == contents(shards.folder)
+
+
+def test_files_that_are_no_text(
+    tmp_path: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    write(data / "a.jsonl", rows("a"))
+    write(data / "b.jsonl.gz", [b"\n\n"])
+    with pytest.raises(CorpusError, match=r"b.jsonl.gz is empty: remove it, or pass --skip-broken"):
+        run(data)
+    shards = run(data, skip_broken=True)
+    assert shards.domains == ["a"]
+    assert [file["empty"] for file in shards.record["inputs"]["files"]] == [False, True]
+
+    whole = write(data / "b.jsonl.gz", rows("b", 5000)).read_bytes()
+    (data / "b.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(CorpusError, match="damaged compressed file"):
+        run(data, "cut")
+    (data / "b.jsonl.gz").write_bytes(whole + bytes(512))  # padded, which is allowed
+    assert len(texts(run(data, "padded"), "b")) == 5000
+    monkeypatch.setattr(jsonl, "_LONGEST_LINE_BYTES", 1000)
+    write(data / "b.jsonl.gz", [b"x" * 2000])
+    with pytest.raises(CorpusError, match="no line end in"):
+        run(data, "long")
+    for nothing in (tmp_path / "nothing", tmp_path / "tokenizer"):
+        with pytest.raises(CorpusError, match=r"does not exist|holds no \.jsonl"):
+            run(nothing, "none")
+    write(tmp_path / "blank/a.jsonl", [{"text": ""}])
+    with pytest.raises(CorpusError, match="no document is left"):
+        run(tmp_path / "blank", "blank-tokens")
+
+
+def test_tokenizers_that_do_not_fit(
+    corpus: Path, tmp_path: Path, run: Callable[..., TokenShards]
+) -> None:
+    shards = run(corpus)
+    again = byte_tokenizer()
+    again.chat_template = "{{ messages }}"
+    again.save_pretrained(tmp_path / "again")
+    shards.require_tokenizer(tmp_path / "again")
+    other = byte_tokenizer()
+    other.add_tokens(["th"])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CorpusError, match=r"257 tokens.*is another one \(258 tokens"):
+        shards.require_tokenizer(tmp_path / "other")
+    other.eos_token = None
+    other.save_pretrained(tmp_path / "endless")
+    with pytest.raises(CorpusError, match="no end-of-text token"):
+        run(corpus, "endless-tokens", tokenizer=tmp_path / "endless")
+    with pytest.raises(MoefyError, match="no readable tokenizer"):
+        run(corpus, "none-tokens", tokenizer=corpus)
+    with pytest.raises(MoefyError, match="does not exist; a source is"):
+        run(corpus, "none-tokens", tokenizer="nothing")
+    assert not (tmp_path / "none-tokens").exists()
+
+
+def test_a_large_vocabulary_takes_four_bytes(
+    tmp_path: Path, run: Callable[..., TokenShards]
+) -> None:
+    large = byte_tokenizer()
+    large.add_tokens([f"w{number:05d}" for number in range(70_000)])
+    large.save_pretrained(tmp_path / "large")
+    write(tmp_path / "data/a.jsonl", [{"text": "w69999"}, {"text": "w69998w00000"}])
+    shards = run(tmp_path / "data", tokenizer=tmp_path / "large")
+    assert shards.record["dtype"] == "uint32"
+    assert 257 + 69_999 in shards.sequence("a", 0, shards.num_tokens("a")).tolist()
+
+
+def test_shards_that_are_not_whole(
+    corpus: Path, tmp_path: Path, run: Callable[..., TokenShards]
+) -> None:
+    shards = run(corpus)
+    assert is_prepared(shards.folder)
+    assert not is_prepared(corpus)
+    with pytest.raises(IndexError, match="there are 0 of"):
+        shards.sequence("ab", 0, 10**6)
+    with pytest.raises(IndexError):
+        shards.sequence("ab", -1, 8)
+    with pytest.raises(CorpusError, match=r"has no 'train' of 'news': there are train, heldout of"):
+        shards.num_sequences("news", 8)
+    with pytest.raises(CorpusError, match="is no prepared corpus"):
+        TokenShards(corpus)
+    file = shards.folder / "ab/train-00000.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(CorpusError, match=r"has [\d,]+ bytes, [\d,]+ bytes were written"):
+        TokenShards(shards.folder)
+    file.unlink()
+    with pytest.raises(CorpusError, match="is missing"):
+        TokenShards(shards.folder)
+
+
+def test_an_output_in_the_way(
+    corpus: Path, tmp_path: Path, run: Callable[..., TokenShards]
+) -> None:
+    run(corpus)
+    with pytest.raises(OutputError, match=r"whole corpus already.*--overwrite"):
+        run(corpus)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").touch()
+    with pytest.raises(OutputError, match="is not empty"):
+        run(corpus, "full")
+    run(corpus, overwrite=True)
+    with pytest.raises(OutputError, match="its own source"):
+        run(corpus, "corpus", overwrite=True)
+    write(tmp_path / "data/a.jsonl", [*rows("a"), b"x\n"])
+    with pytest.raises(CorpusError):
+        run(tmp_path / "data", "stopped")
+    with pytest.raises(OutputError, match=r"other settings \(recipe: was .*gopher"):
+        run(tmp_path / "data", "stopped", filter="gopher")
+    (tmp_path / "stopped/part-00000-of-00001/journal.json").write_text("{")
+    with pytest.raises(OutputError, match="damaged"):
+        run(tmp_path / "data", "stopped")
+    run(tmp_path / "data", "stopped", overwrite=True, skip_broken=True)
+
+
+def test_a_killed_worker_and_a_full_disk_lose_nothing(
+    corpus: Path, tmp_path: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "_BATCH_BYTES", 1000)
+    whole = contents(run(corpus, "whole").folder)
+    notes = []
+
+    def kill(progress: Progress) -> None:
+        notes.append(progress.note)
+        for child in psutil.Process().children():
+            child.kill()
+
+    with pytest.raises(MoefyError, match="a worker process ended with exit status -9"):
+        run(corpus, report=kill)
+    assert 0 < len(notes) < 20
+    assert contents(run(corpus).folder) == whole
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(StorageError, match="the disk filled up"):
+            run(corpus, "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(run(corpus, "full").folder) == whole
+    assert not psutil.Process().children()
+
+
+def test_reading_stays_only_a_little_ahead(tokenizer: Path) -> None:
+    from moefy.data.tokenise import Batch, Job
+    from moefy.data.workers import Workers
+    from moefy.recipe import PrepareRecipe
+
+    read = 0
+
+    def endless() -> Iterator[Batch]:
+        nonlocal read
+        while True:
+            read += 1
+            yield Batch("a", "a", 1, b'{"text": "a"}\n', (0, read), read)
+
+    backend = byte_tokenizer().backend_tokenizer.to_str()
+    workers = Workers(2, Job(backend, 256, "<u2", PrepareRecipe()))
+    results = workers.tokenise(endless())
+    for number in range(1, 50):
+        assert next(results)[0].after == (0, number)
+    assert read < 70
+    workers.close()
+
+
+def test_gophers_rules(tmp_path: Path, run: Callable[..., TokenShards]) -> None:
+    prose = " ".join(f"{number} {PROSE}" for number in range(3)) + " ".join(
+        map(chr, range(97, 123))
+    )
+    varied = " ".join(
+        f"the {a}{b} and a {b}{a} of that {a}ing"
+        for a in ("walk", "sing", "draw", "read", "play")
+        for b in ("man", "dog", "bird", "ship")
+    )
+    bad = ["too short", "2 ~ # " * 100, PROSE * 30]
+    for domain in ("web", "code"):
+        write(tmp_path / f"data/{domain}.jsonl", [{"text": text} for text in [varied, *bad]])
+    assert not is_held_out(varied), prose
+    found = run(tmp_path / "data", filter="gopher", filter_domains=["web"]).record["domains"]
+    assert found["code"]["documents"] + found["code"]["heldout_documents"] == 4
+    assert found["web"]["documents"] == 1
+    assert found["web"]["filtered"] == 3
+    assert set(found["web"]["filtered_by"]) == {
+        "gopher_short_doc",
+        "gopher_below_avg_threshold",
+        "top_2_gram",
+    }
+    with pytest.raises(CorpusError, match="filter_domains names news; the corpus has code, web"):
+        run(tmp_path / "data", "x", filter="gopher", filter_domains=["news"])
+    with pytest.raises(UsageError, match="pass --filter gopher too"):
+        run(tmp_path / "data", "x", filter_domains=["web"])
+
+
+def test_a_missing_filter_package(
+    corpus: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datatrove.data", None)
+    with pytest.raises(UsageError, match=r"pip install 'moefy\[datatrove\]'"):
+        run(corpus, filter="gopher")
+
+
+def test_parts_give_the_tokens_of_one_run(
+    tmp_path: Path, tokenizer: Path, run: Callable[..., TokenShards]
+) -> None:
+    data = tmp_path / "data"
+    for number in range(3):
+        write(data / f"web/{number}.jsonl", rows(f"web {number}", 50))
+    write(data / "code.jsonl", rows("code", 100))
+    whole = run(data, "whole")
+    for rank in (2, 0, 4):
+        prepare_part(data, tmp_path / "parts", rank, 5, tokenizer=tokenizer)
+    with pytest.raises(CorpusError, match=r"2 of 5 parts are not finished \(1, 3\)"):
+        gather(tmp_path / "parts")
+    for rank in (1, 3):
+        prepare_part(data, tmp_path / "parts", rank, 5, tokenizer=tokenizer)
+    gather(tmp_path / "parts")
+    parts = TokenShards(tmp_path / "parts")
+    for domain in ("code", "web"):
+        assert len(parts.record["domains"]["web"]["shards"]) > 2
+        for split in ("train", "heldout"):
+            count = whole.num_tokens(domain, split)
+            np.testing.assert_array_equal(
+                parts.sequence(domain, 0, count, split), whole.sequence(domain, 0, count, split)
+            )
+    assert parts.record["inputs"] == whole.record["inputs"]
+    with pytest.raises(OutputError, match="whole corpus already"):
+        prepare_part(data, tmp_path / "parts", 0, 5, tokenizer=tokenizer)
+    with pytest.raises(CorpusError, match="holds no parts"):
+        gather(tmp_path / "parts")
+
+
+def test_the_cluster_recipe(
+    corpus: Path, tmp_path: Path, tokenizer: Path, run: Callable[..., TokenShards]
+) -> None:
+    """In datatrove's local executor; its Slurm and Ray executors run the same steps."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("shard_tokens: 500\n")
+    command = [sys.executable, ROOT / "recipes/prepare_cluster.py", corpus, tmp_path / "parts"]
+    command += [tokenizer, "--tasks", "2", "--workers", "1", "--recipe", recipe]
+    subprocess.run(command, check=True, capture_output=True)
+    parts = contents(tmp_path / "parts")
+    whole = contents(run(corpus, recipe=recipe).folder)
+    assert parts.pop("moefy.json")
+    assert whole.pop("moefy.json")
+    assert parts == whole
+
+
+def test_the_command(
+    corpus: Path,
+    tmp_path: Path,
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with (corpus / "ab.jsonl").open("a") as file:
+        file.write("broken\n")
+    command = ["moefy", "prepare", corpus, tmp_path / "out", "--tokenizer", tokenizer]
+    command += ["--workers", 1, "--skip-broken"]
+    for extra in ([], ["--json", "--overwrite"]):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, *extra]])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        assert not exit_info.value.code
+    printed = capsys.readouterr()
+    table, _, rest = printed.out.partition("1 broken lines skipped")
+    assert "xyz" in table
+    assert json.loads(rest)["domains"]["xyz"]["documents"] > 60
+    assert "skipped: ab.jsonl, line 81" in printed.err
+    assert "0:00:00 left" in printed.err
