@@ -22,7 +22,9 @@ import moefy
 from moefy.cli import main
 from moefy.errors import CorpusError, JudgeError, OutputError, UsageError
 from moefy.tuning.chat import Speaker
-from moefy.tuning.questions import mt_bench, read_questions
+from moefy.tuning.conversations import Message
+from moefy.tuning.judge import answer_both
+from moefy.tuning.questions import Question, mt_bench, read_questions
 
 MOEFY = str(Path(sys.executable).with_name("moefy"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -146,6 +148,23 @@ def test_a_conversation_ends_where_the_model_does(tuned: Path) -> None:
         speaker.answer([{"role": "user", "content": "x" * 600}])
 
 
+def test_the_second_question_follows_the_first_answer() -> None:
+    heard: list[list[Message]] = []
+
+    class Parrot(Speaker):
+        def __init__(self) -> None:
+            pass
+
+        def answer(self, messages: list[Message], **_: Any) -> str:
+            heard.append([dict(message) for message in messages])
+            return f"answer {len(heard)}"
+
+    assert answer_both(Parrot(), Question(1, "x", ("a", "b")), 9) == ["answer 1", "answer 2"]
+    said = [("user", "a"), ("assistant", "answer 1"), ("user", "b")]
+    assert heard[1] == [{"role": role, "content": text} for role, text in said]
+    assert heard[0] == heard[1][:1]
+
+
 class Endpoint(BaseHTTPRequestHandler):
     """Stumbles once, then marks with 7; finds no mark for answers to Frage 2, turn 2."""
 
@@ -203,12 +222,7 @@ def test_a_judge_marks_the_answers(
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in answers] == [1, 2]
     assert answers[0]["choices"][0]["turns"][0] == "Servus!"
-    asked = [{"role": "user", "content": "Hallo {2}"}, {"role": "assistant", "content": ""}]
-    asked[1]["content"] = answers[1]["choices"][0]["turns"][0]
-    second = Speaker(tuned).answer(
-        [*asked, {"role": "user", "content": "Frage 2b"}], max_new_tokens=16, temperature=0.0
-    )
-    assert answers[1]["choices"][0]["turns"][1] == second
+    second = answers[1]["choices"][0]["turns"][1]
 
     flags = ("--questions", questions, "--max-new-tokens", 16, "--judge-model", "strict")
     done = run("judge", tuned, out, *flags, "--endpoint", endpoint, "--json")

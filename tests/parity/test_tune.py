@@ -27,13 +27,14 @@ import moefy.checkpoint.targets
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 from moefy.progress import Progress
-from moefy.recipe import LLAMA_MOE, TuneRecipe
+from moefy.recipe import LLAMA_MOE
 from moefy.training.balance import switch_loss
 from moefy.training.router_trace import RouterTrace, routers_of
 from moefy.training.state import read_log
 from moefy.tuning.adapters import add_adapters, merged
 from moefy.tuning.conversations import read_conversations
 from moefy.tuning.examples import make_examples
+from moefy.tuning.recipe import TuneRecipe
 from moefy.tuning.run import heldout_loss
 from moefy.tuning.template import chat_template
 
@@ -125,7 +126,7 @@ def test_the_losses_are_those_of_plain_logits(moe: Path, talks: Path, tmp_path: 
 @pytest.mark.parametrize("target", ["mixtral", "granitemoe_swa"])
 def test_packing_changes_nothing_but_the_rows(target: str, talks: Path, tmp_path: Path) -> None:
     moe = convert_to(target, tmp_path)
-    raise_sinks(moe)
+    disturb(moe)
     train, _ = sides(moe, talks)
     logs = []
     for packing in (False, True):
@@ -170,13 +171,20 @@ def test_tuning_teaches_and_keeps_the_form(moe: Path, talks: Path, tmp_path: Pat
     assert tokenizer.eos_token_id in stops
 
 
-def raise_sinks(folder: Path) -> None:
-    """Give sinks a weight, and so a gradient."""
-    tensors = load_file(folder / "model.safetensors")
-    for name in tensors:
+def disturb(folder: Path) -> None:
+    """Give sinks a gradient, and biases what bfloat16 cannot hold beside weights that it holds."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
         if name.endswith("sinks"):
-            tensors[name].zero_()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            tensors[name] = torch.zeros_like(tensor)
+        elif name.endswith("e_score_correction_bias"):
+            tensors[name] = torch.linspace(-1e-3, 1e-3, len(tensor))
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -185,10 +193,10 @@ def test_routers_sinks_and_selection_biases_stay(
     target: str, lora_rank: int, talks: Path, tmp_path: Path
 ) -> None:
     folder, out = convert_to(target, tmp_path), tmp_path / "out"
-    raise_sinks(folder)
+    disturb(folder)
     moefy.tune(folder, out, data=talks, lora_rank=lora_rank, **SHORT | {"weight_decay": 0.1})
     before, after = (load_file(path / "model.safetensors") for path in (folder, out))
-    assert before.keys() == after.keys()
+    assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
     routing = moefy.checkpoint.targets.TARGETS[target]
     fixed = (routing.router, routing.selection_bias or "-", routing.sinks or "-")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -297,7 +305,7 @@ def test_a_killed_run_ends_as_if_uninterrupted(moe: Path, talks: Path, tmp_path:
     chosen = [flag for key, value in LONG.items() for flag in ("--set", f"{key}={value}")]
     arguments = ["tune", str(moe), str(killed), "--data", str(talks), *chosen]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from moefy.cli import main; main()", *arguments],
+        [sys.executable, "-m", "moefy", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -357,6 +365,7 @@ def test_what_cannot_be_done(
 
     refused("leave one out", lora_rank=2, router="balanced")
     refused("must be a multiple of", sequences_per_step=3, sequences_per_pass=2)
+    refused("longer than the context of .* 512 tokens: lower it", sequence_length=513)
     refused("a llama model has no routers to balance", model=tmp_path / "dense", router="balanced")
     refused(
         "no conversation to train on.*says nothing within 4 tokens", CorpusError, sequence_length=4

@@ -98,7 +98,7 @@ def judge(
         row = {
             "question_id": question.number,
             "model_id": str(model),
-            "choices": [{"index": 0, "turns": _answers(speaker, question, max_new_tokens)}],
+            "choices": [{"index": 0, "turns": answer_both(speaker, question, max_new_tokens)}],
             "key": key,
         }
         _append(out / ANSWERS, row)
@@ -132,7 +132,7 @@ def judge(
     return _summary(out, asked, marks)
 
 
-def _answers(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
+def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
     """Return the model's answers to both turns; the second sees the first."""
     messages: list[Message] = []
     answers = []

@@ -12,6 +12,7 @@ import torch
 
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.storage import storage_errors
+from moefy.training.write import cast_weights
 from moefy.tuning.template import ChatTemplate, end_of_turn
 
 
@@ -49,7 +50,7 @@ def write_model(
         "from": json.loads(origin.read_text()) if origin.is_file() else None,
     }
     with storage_errors(out):
-        network.to(dtype).cpu().save_pretrained(finished)
+        cast_weights(network, dtype).cpu().save_pretrained(finished)
         for file in side_files(source):
             shutil.copyfile(file, finished / file.name)
         if template.source is not None:

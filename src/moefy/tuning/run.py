@@ -15,12 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.checkpoint.load import device, load_model, load_tokenizer, training_precision
-from moefy.checkpoint.reader import fingerprint
+from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import TuneRecipe
 from moefy.storage import check_output, replace_file, storage_errors
 from moefy.training.output_loss import LogitsInput, output_loss
 from moefy.training.router_trace import routers_of
@@ -28,6 +27,7 @@ from moefy.training.state import FOLDER, LOG, read_log
 from moefy.tuning.conversations import read_conversations
 from moefy.tuning.examples import Example, make_examples
 from moefy.tuning.output import write_model
+from moefy.tuning.recipe import TuneRecipe
 from moefy.tuning.template import ChatTemplate, chat_template, for_training
 
 BROKEN = "broken.txt"
@@ -120,6 +120,12 @@ def tune(
         raise UsageError(
             f"{source} has a slow tokenizer, which does not know where its tokens stand in the "
             "text: save it with a tokenizer.json"
+        )
+    context = read_config(source).get("max_position_embeddings")
+    if context and choice.sequence_length > context:
+        raise UsageError(
+            f"--sequence-length {choice.sequence_length} is longer than the context of {source}, "
+            f"{context} tokens: lower it"
         )
     template = for_training(tokenizer, chat_template(tokenizer, choice.chat_template))
     trained, heldout, broken = _examples(data, tokenizer, template, choice, report)

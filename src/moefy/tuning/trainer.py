@@ -17,10 +17,10 @@ from trl import SFTConfig, SFTTrainer
 from moefy.checkpoint.load import device
 from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn
-from moefy.recipe import TuneRecipe
 from moefy.training.balance import switch_loss
 from moefy.training.router_trace import RouterTrace, routers_of
 from moefy.tuning.examples import Example
+from moefy.tuning.recipe import TuneRecipe
 
 _LEARNED = "learned.pt"
 
