@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,7 +43,7 @@ class TuneRecipe(Recipe):
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
-    def _choices_fit(self) -> Self:
+    def _choices_fit(self) -> TuneRecipe:
         if self.sequences_per_step % self.sequences_per_pass:
             raise ValueError(
                 f"sequences_per_step {self.sequences_per_step} must be a multiple of "
