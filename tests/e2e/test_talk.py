@@ -262,6 +262,9 @@ def test_a_judge_that_refuses(tuned: Path, tmp_path: Path, endpoint: str) -> Non
     with pytest.raises(JudgeError, match=r"does not judge \(status 401: .*\$OPENAI_API_KEY"):
         moefy.judge(tuned, tmp_path / "out", questions=questions, endpoint=endpoint)
     assert len(Endpoint.requests) == 1
+    with pytest.raises(UsageError, match="--endpoint localhost:8000: write its whole address"):
+        moefy.judge(tuned, tmp_path / "no", questions=questions, endpoint="localhost:8000")
+    assert not (tmp_path / "no").exists()
 
 
 def test_mt_bench() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from moefy.checkpoint.reader import fingerprint
 from moefy.checkpoint.source import resolve
-from moefy.errors import JudgeError, OutputError
+from moefy.errors import JudgeError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import replace_file, storage_errors
 from moefy.tuning.chat import Speaker
@@ -82,6 +82,10 @@ def judge(
         UsageError: the model, the questions or the output are not usable.
         JudgeError: the endpoint gives no answer.
     """
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UsageError(
+            f"--endpoint {endpoint}: write its whole address, as in http://localhost:8000/v1"
+        )
     out = Path(out).expanduser()
     asked = read_questions(questions) if questions else mt_bench(report=report)
     prompts = judge_prompts(report=report)
@@ -104,32 +108,40 @@ def judge(
         _append(out / ANSWERS, row)
         answers[question.number] = row
     report(Progress("answer", len(asked), len(asked)))
-    requests = [
-        _request(question, answers[question.number]["choices"][0]["turns"], prompts, turn)
-        | {"model": judge_model}
+    requests = {
+        f"{question.number}-{turn}": {
+            "model": judge_model,
+            **_request(question, answers[question.number]["choices"][0]["turns"], prompts, turn),
+        }
         for question in asked
         for turn in (1, 2)
-    ]
-    names = [f"{question.number}-{turn}" for question in asked for turn in (1, 2)]
+    }
     batch = [
         {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": request}
-        for name, request in zip(names, requests, strict=True)
+        for name, request in requests.items()
     ]
     replace_file(out / REQUESTS, "".join(json.dumps(row) + "\n" for row in batch))
     if endpoint is None:
         return Judging(out, len(asked), None, {}, 0)
-    marks: dict[str, float | None] = {}
-    opinions = {row["custom_id"]: row for row in _journal(out / JUDGEMENTS, _digest(requests))}
-    for name, request in zip(names, requests, strict=True):
-        report(Progress("judge", len(marks), len(names)))
-        if name not in opinions:
-            text = _ask(endpoint, request)
-            row = {"custom_id": name, "judge": judge_model, "judgement": text, "score": _mark(text)}
-            opinions[name] = row | {"key": _digest(requests)}
-            _append(out / JUDGEMENTS, opinions[name])
-        marks[name] = opinions[name]["score"]
-    report(Progress("judge", len(names), len(names)))
-    return _summary(out, asked, marks)
+    return _summary(out, asked, _marks(out, endpoint, requests, report))
+
+
+def _marks(
+    out: Path, endpoint: str, requests: dict[str, dict[str, Any]], report: ProgressFn
+) -> dict[str, float | None]:
+    """Return the judge's mark for every request; what it said before is not asked again."""
+    key = _digest(requests)
+    marks = {row["custom_id"]: row["score"] for row in _journal(out / JUDGEMENTS, key)}
+    for name, request in requests.items():
+        if name in marks:
+            continue
+        report(Progress("judge", len(marks), len(requests)))
+        text = _ask(endpoint, request)
+        marks[name] = _mark(text)
+        row = {"custom_id": name, "judge": request["model"], "judgement": text}
+        _append(out / JUDGEMENTS, row | {"score": marks[name], "key": key})
+    report(Progress("judge", len(requests), len(requests)))
+    return marks
 
 
 def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
