@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import threading
@@ -140,6 +141,14 @@ def test_an_interrupted_answer_ends_and_the_conversation_goes_on(tuned: Path) ->
     assert messages[1]["content"] == written[0]
     assert messages[3]["content"] == "Servus!"
     assert speaker.answer(messages[:1], max_new_tokens=3) == "Ser"
+
+
+def test_an_answer_ends_with_the_turn_whatever_the_model_says(tuned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tuned, tmp_path / "copy")
+    (copy / "generation_config.json").unlink()
+    speaker = Speaker(copy)
+    assert speaker.stops == [2, 256]  # config.json's, and what ends a turn
+    assert speaker.answer([{"role": "user", "content": "Hallo 1"}], max_new_tokens=40) == "Servus!"
 
 
 def test_a_conversation_ends_where_the_model_does(tuned: Path) -> None:

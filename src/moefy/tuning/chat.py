@@ -26,6 +26,7 @@ class Speaker:
 
     Attributes:
         template: what the conversation is written in; see `tuning.template.chat_template`.
+        stops: the tokens that end an answer.
 
     Raises:
         UsageError: the model cannot be read, or has no way to write a conversation.
@@ -38,7 +39,7 @@ class Speaker:
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         self._model = load_model(self.folder, dtype=dtype).to(device())
-        self._stops = self._stop_tokens()
+        self.stops = self._stop_tokens()
 
     def answer(
         self,
@@ -78,8 +79,8 @@ class Speaker:
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
-            eos_token_id=self._stops or None,
-            pad_token_id=self._stops[0] if self._stops else 0,
+            eos_token_id=self.stops or None,
+            pad_token_id=self.stops[0] if self.stops else 0,
             streamer=self._streamer(write) if write else None,
             **_sampling(temperature),
         )
