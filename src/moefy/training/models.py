@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.load import device, load_model
+from moefy.checkpoint.reader import read_config
 from moefy.errors import UsageError
+from moefy.evaluation.cost import ffn_shape
+from moefy.training.lean_experts import register
 from moefy.training.recipe import Lora, TrainRecipe
 from moefy.training.workers import Workers
 
@@ -37,8 +40,9 @@ def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
         CheckpointError: the folder is no model.
         UsageError: nothing is left to learn, or LoRA with several processes or without peft.
     """
+    register()
     options: dict[str, Any] = {}
-    if recipe.experts_implementation:
+    if ffn_shape(read_config(source)).experts:
         options["experts_implementation"] = recipe.experts_implementation
     network = _load(source, torch.float32, workers, workers.sizes, recipe, options).train()
     if recipe.lora:
