@@ -42,16 +42,14 @@ def dense(make_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def moe(dense: Path, corpus: Path, tmp_path: Path) -> Path:
-    choices = {"experts": 8, "active": 4, "shared": 2, "target": "glm4_moe"}
-    moefy.convert(
-        dense,
-        tmp_path / "moe",
-        data=corpus,
-        calibration_tokens=512,
-        calibration_length=32,
-        **choices,
-    )
-    return tmp_path / "moe"
+    return converted(dense, corpus, tmp_path / "moe", "glm4_moe")
+
+
+def converted(dense: Path, corpus: Path, out: Path, target: str) -> Path:
+    choices = {"experts": 8, "active": 4, "shared": 2, "target": target}
+    sizes = {"calibration_tokens": 512, "calibration_length": 32}
+    moefy.convert(dense, out, data=corpus, **sizes, **choices)
+    return out
 
 
 def command(
@@ -105,9 +103,10 @@ def losses(out: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_train_as_one(
-    layout: str, moe: Path, dense: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_as_one(layout: str, dense: Path, corpus: Path, tmp_path: Path) -> None:
+    # granitemoeshared's output matrix is tied, and 257 rows are no multiple of two processes
+    target = "granitemoeshared" if layout == "shard" else "glm4_moe"
+    moe = converted(dense, corpus, tmp_path / "moe", target)
     settings = {
         "teacher": dense,
         "distillation": "{weight: 0.5, layers: residual}",
