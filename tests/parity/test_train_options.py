@@ -103,6 +103,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "noisy gate": {"balance": {"kind": "importance-load", "noise": 1.0}},
     "distillation": {"distillation": {"layers": "ffn", "temperature": 2.0}},
     "router warm-up": {"router_warmup_fraction": 0.6},
+    "adapters": {"lora": {"rank": 2, "dropout": 0.1}, "distillation": {"weight": 0.0}},
 }
 
 
@@ -290,6 +291,28 @@ def test_adapters_are_merged_into_a_plain_model(moe: Path, corpus: Path, tmp_pat
         for name in moved
     ]
     assert max(differences) <= 4
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"lora": {"modules": ["nothing"]}}, "lora.modules: .*'nothing'"),
+        ({"lora": {"modules": ["lm_head"]}}, "cannot be adapted"),
+        ({"lora": {}, "router_warmup_fraction": 0.5}, "no router learns here"),
+        ({"frozen": ("routers",), "router_warmup_fraction": 0.5}, "no router learns here"),
+        ({"parallel": {"cpu_offload": True}}, "cpu_offload is FSDP's"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # peft's own
+def test_what_would_do_nothing_is_refused(
+    choices: dict[str, Any], message: str, moe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        moefy.train(moe, tmp_path / "out", data=corpus, **steps(2) | choices)
+
+
+def test_a_large_seed_is_a_seed(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    moefy.train(moe, tmp_path / "out", data=corpus, **steps(1) | {"seed": 10**20})
 
 
 def test_a_torn_checkpoint_falls_back(moe: Path, corpus: Path, tmp_path: Path) -> None:

@@ -42,16 +42,14 @@ def dense(make_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def moe(dense: Path, corpus: Path, tmp_path: Path) -> Path:
-    choices = {"experts": 8, "active": 4, "shared": 2, "target": "glm4_moe"}
-    moefy.convert(
-        dense,
-        tmp_path / "moe",
-        data=corpus,
-        calibration_tokens=512,
-        calibration_length=32,
-        **choices,
-    )
-    return tmp_path / "moe"
+    return converted(dense, corpus, tmp_path / "moe", "glm4_moe")
+
+
+def converted(dense: Path, corpus: Path, out: Path, target: str) -> Path:
+    choices = {"experts": 8, "active": 4, "shared": 2, "target": target}
+    sizes = {"calibration_tokens": 512, "calibration_length": 32}
+    moefy.convert(dense, out, data=corpus, **sizes, **choices)
+    return out
 
 
 def command(
@@ -105,9 +103,10 @@ def losses(out: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_train_as_one(
-    layout: str, moe: Path, dense: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_as_one(layout: str, dense: Path, corpus: Path, tmp_path: Path) -> None:
+    # granitemoeshared's output matrix is tied, and 257 rows are no multiple of two processes
+    target = "granitemoeshared" if layout == "shard" else "glm4_moe"
+    moe = converted(dense, corpus, tmp_path / "moe", target)
     settings = {
         "teacher": dense,
         "distillation": "{weight: 0.5, layers: residual}",
@@ -138,21 +137,30 @@ def test_two_processes_train_as_one(
         assert torch.allclose(found[name], tensor, atol=2e-3), name
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(
-    before: int, after: int, moe: Path, corpus: Path, tmp_path: Path
+def test_a_stopped_run_goes_on_with_any_number_of_processes(
+    moe: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    """With as many as before it ends bit for bit as if uninterrupted, with others to rounding."""
     settings = {"checkpoint_every_steps": 10, "balance": "selection-bias"}
-    parallel = {1: {}, 2: {"parallel": "{shard: 2, expert: 2}"}}
-    run(command(moe, whole, corpus, 1, 60, **settings))
-    stop_after(command(moe, out, corpus, before, 60, **settings, **parallel[before]), out, 25)
-    resumed = command(moe, out, corpus, after, 60, **settings, **parallel[after])
-    run(resumed)
-    assert np.allclose(losses(out), losses(whole), rtol=2e-3)
-    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, out))
-    for name, tensor in expected.items():
-        assert torch.allclose(found[name], tensor, atol=1e-2), name
+    parallel: dict[int, dict[str, Any]] = {1: {}, 2: {"parallel": "{shard: 2, expert: 2}"}}
+
+    def line(out: Path, processes: int) -> list[str]:
+        return command(moe, out, corpus, processes, 60, **settings, **parallel[processes])
+
+    whole = {processes: tmp_path / f"whole{processes}" for processes in (1, 2)}
+    for processes, out in whole.items():
+        run(line(out, processes))
+    for before, after in ((2, 2), (2, 1), (1, 2)):
+        out = tmp_path / f"{before}then{after}"
+        stop_after(line(out, before), out, 25)
+        run(line(out, after))
+        expected, found = (load_file(m / "model.safetensors") for m in (whole[after], out))
+        if before == after:
+            assert losses(out).tolist() == losses(whole[after]).tolist()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert np.allclose(losses(out), losses(whole[after]), rtol=2e-3)
+        for name, tensor in expected.items():
+            assert torch.allclose(found[name], tensor, atol=1e-2), name
 
 
 def test_a_parallelism_that_is_not_there_is_an_error(

@@ -18,7 +18,7 @@ def check_processes(parallel: Parallel, size: int) -> tuple[int, int]:
         size: processes that were started.
 
     Raises:
-        UsageError: they are not as many as the recipe asks for.
+        UsageError: they are not as many as the recipe asks for, or cannot do what it asks for.
     """
     fixed = parallel.replicate * parallel.tensor
     shard = parallel.shard or max(1, size // fixed)
@@ -33,6 +33,11 @@ def check_processes(parallel: Parallel, size: int) -> tuple[int, int]:
             f"the recipe's parallel ({factors}) does not make {size} process{'es' * (size > 1)}: "
             f"start {shard * fixed} with torchrun --nproc-per-node {shard * fixed} -m moefy train "
             "…, or change parallel"
+        )
+    if parallel.cpu_offload and shard * parallel.replicate == 1:
+        raise UsageError(
+            "parallel.cpu_offload is FSDP's, which one copy of the weights in one process does not "
+            "have: start more processes with torchrun, or leave it out"
         )
     expert = parallel.expert
     if (shard * parallel.tensor) % expert or (expert > 1 and expert % parallel.tensor):

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moefy.checkpoint.reader import read_config
 from moefy.errors import UsageError
-from moefy.evaluation.cost import cost
+from moefy.evaluation.cost import cost, ffn_shape
 from moefy.evaluation.inspect import SHAPES, split_config
 from moefy.training.checks import check_batch, check_model, check_processes
+from moefy.training.lean_experts import register
 from moefy.training.models import prepare_student
 from moefy.training.recipe import TrainRecipe
 from moefy.training.throughput import flops_per_trained_token
@@ -78,11 +79,13 @@ def dry_run(
     check_model(config, choice, str(model))
     # tensors of the meta device, which transformers knows not to ask for their values
     with FakeTensorMode():
-        network = _built(config)
+        network = _built(config, choice)
         prepare_student(network, choice)
         activation_bytes = _activations(network, choice) + _CHUNK_BYTES
         if choice.gradient_checkpointing:  # one layer at a time is computed again
-            activation_bytes += _activations(_built({**config, "num_hidden_layers": 1}), choice)
+            activation_bytes += _activations(
+                _built({**config, "num_hidden_layers": 1}, choice), choice
+            )
     learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     held = _OPTIMIZER_BYTES * learned + 4 * (total - learned)
@@ -119,13 +122,17 @@ def _config_of(model: str | Path) -> dict[str, Any]:
     return split_config(SHAPES[name], experts=int(experts), active=int(active))
 
 
-def _built(config: Mapping[str, Any]) -> Any:
+def _built(config: Mapping[str, Any], recipe: TrainRecipe) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
-    return AutoModelForCausalLM.from_config(
+    network = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config["model_type"], **settings), dtype=torch.bfloat16
     ).train()
+    if ffn_shape(config).experts:
+        register()
+        network.set_experts_implementation(recipe.experts_implementation)
+    return network
 
 
 def _activations(network: Any, recipe: TrainRecipe) -> int:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.load import device, load_model
+from moefy.checkpoint.reader import read_config
 from moefy.errors import UsageError
+from moefy.evaluation.cost import ffn_shape
+from moefy.training.lean_experts import register
 from moefy.training.recipe import Lora, TrainRecipe
 from moefy.training.workers import Workers
 
@@ -35,14 +38,16 @@ def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
 
     Raises:
         CheckpointError: the folder is no model.
-        UsageError: nothing is left to learn, or LoRA with several processes or without peft.
+        UsageError: nothing is left to learn, or LoRA with several processes, without peft, or of
+            matrices that are not there.
     """
+    register()
     options: dict[str, Any] = {}
-    if recipe.experts_implementation:
+    if ffn_shape(read_config(source)).experts:
         options["experts_implementation"] = recipe.experts_implementation
     network = _load(source, torch.float32, workers, workers.sizes, recipe, options).train()
     if recipe.lora:
-        network = _with_adapters(network, recipe.lora, workers)
+        network = _with_adapters(network, recipe.lora, recipe.seed % 2**63, workers)
     prepare_student(network, recipe)
     return network
 
@@ -106,13 +111,14 @@ def _load(
     return load_model(source, dtype=dtype, distributed_config=config, **options)
 
 
-def _with_adapters(network: Any, lora: Lora, workers: Workers) -> Any:
+def _with_adapters(network: Any, lora: Lora, seed: int, workers: Workers) -> Any:
     if workers.size > 1:
         raise UsageError(
             "lora runs in one process: its adapters are not sharded; start without torchrun"
         )
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise UsageError("lora needs the peft package: pip install 'moefy[lora]'") from None
     config = LoraConfig(
@@ -122,4 +128,16 @@ def _with_adapters(network: Any, lora: Lora, workers: Workers) -> Any:
         target_modules=lora.modules or _ATTENTION,
         target_parameters=_EXPERTS if lora.experts else None,
     )
-    return inject_adapter_in_model(config, network)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of the adapters, so that a run begun again is the same
+            network = inject_adapter_in_model(config, network)
+    except ValueError as error:
+        raise UsageError(f"lora.modules: {error}") from error
+    ends = (network.get_input_embeddings(), network.get_output_embeddings())
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise UsageError(
+            "lora.modules: embeddings and output matrix cannot be adapted; name matrices inside "
+            "the layers, as q_proj"
+        )
+    return network

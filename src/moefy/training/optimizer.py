@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moefy.errors import UsageError
 from moefy.training.recipe import TrainRecipe
 from moefy.training.router_trace import routers_of
 
@@ -26,6 +27,9 @@ def build_optimizer(
         network: what learns; its frozen parameters stay out.
         noise: the noisy gate, learned with the routers.
         recipe: of the run.
+
+    Raises:
+        UsageError: routers are to learn alone at first, and there is none that learns.
     """
     routers = {id(p) for router in routers_of(network) for p in router.parameters()}
     routers |= {id(p) for p in noise.parameters()} if noise is not None else set()
@@ -35,6 +39,11 @@ def build_optimizer(
         if parameter.requires_grad:
             is_router, is_matrix = id(parameter) in routers, parameter.ndim > 1
             groups[is_router, is_matrix, _layout(parameter)].append(parameter)
+    if recipe.router_warmup_fraction and not any(is_router for is_router, *_ in groups):
+        raise UsageError(
+            f"router_warmup_fraction {recipe.router_warmup_fraction}: no router learns here (a "
+            "dense model has none, lora and frozen routers leave them as they are): set it to 0"
+        )
     return torch.optim.AdamW(
         [
             {

@@ -61,7 +61,10 @@ class LogitsInput:
             )
         with _passed_over(head):
             hidden = model(tokens, use_cache=False, **inputs).logits
-        return cls(hidden, head.weight)
+        # a tied matrix is taken where FSDP keeps it up to date: the head's has rows that never
+        # change where the vocabulary has no multiple of the processes (pytorch issue 176076)
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        return cls(hidden, (model.get_input_embeddings() if tied else head).weight)
 
     def predicting(self) -> LogitsInput:
         """Return the same without each sequence's last token, which predicts nothing."""

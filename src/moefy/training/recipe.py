@@ -147,7 +147,7 @@ class TrainRecipe(Recipe):
     parallel: Parallel = Parallel()
     gradient_checkpointing: bool = False
     compile: bool = False
-    experts_implementation: Literal["eager", "grouped_mm", "batched_mm"] | None = None
+    experts_implementation: Literal["lean", "grouped_mm", "batched_mm", "eager"] = "lean"
 
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
     checkpoints_kept: Positive = 2

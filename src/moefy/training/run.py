@@ -319,8 +319,9 @@ def _note(line: dict[str, Any]) -> str:
 @contextmanager
 def _randomness_of(seed: int, step: int, workers: Workers) -> Iterator[None]:
     """Give a step its own dropout and noise, so that a resumed run draws the same."""
-    with torch.random.fork_rng():
-        torch.manual_seed((seed * 1_000_003 + step) * 4099 + workers.data_idx)
+    own = device()
+    with torch.random.fork_rng(devices=[own] if own.type == "cuda" else []):
+        torch.manual_seed(((seed * 1_000_003 + step) * 4099 + workers.data_idx) % 2**63)
         yield
 
 

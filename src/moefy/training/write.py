@@ -33,7 +33,7 @@ def write_model(
         shutil.rmtree(finished, ignore_errors=True)
     workers.wait()
     with storage_errors(out):
-        cast_weights(network, dtype).save_pretrained(finished)
+        _untied(cast_weights(network, dtype)).save_pretrained(finished)
         workers.wait()
         if not workers.is_first:
             return
@@ -53,6 +53,14 @@ def write_model(
         for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(out / file.name)
         finished.rmdir()
+
+
+def _untied(network: Any) -> Any:
+    """Drop a tied output matrix: gathered from several processes, it would be written twice."""
+    head = network.get_output_embeddings()
+    if head.weight is network.get_input_embeddings().weight:
+        head.weight = None
+    return network
 
 
 def cast_weights(network: Any, dtype: torch.dtype) -> Any:
