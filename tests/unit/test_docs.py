@@ -46,6 +46,7 @@ def test_the_data_tables(name: str) -> None:
         ("experiments/streaming", "experiments"),
         ("experiments/calibrated", "experiments"),
         ("training/output-loss", "objective"),
+        ("tuning/tuning", "tuning"),
     ],
 )
 def test_the_measured_tables(name: str, page: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moefy.checkpoint.load import device
+from moefy.checkpoint.load import device, training_precision
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.corpus import Corpus, heldout_of, open_corpus
@@ -101,7 +101,7 @@ def train(
     """
     out = Path(out).expanduser()
     choice = TrainRecipe.build(recipe, **choices)
-    choice = choice.model_copy(update={"precision": _precision(choice)})
+    choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
     check_reference(choice)
     check_trackers(choice)
     workers = join_workers(choice.parallel)
@@ -335,13 +335,3 @@ def _resolved(model: str | Path, workers: Workers, report: ProgressFn) -> Path:
         resolve(model, report=report)
     workers.wait()
     return resolve(model)
-
-
-def _precision(recipe: TrainRecipe) -> str:
-    if recipe.precision != "auto":
-        return recipe.precision
-    if device().type == "cuda":
-        return "bfloat16"
-    flags = Path("/proc/cpuinfo")
-    has_bf16 = flags.is_file() and "avx512_bf16" in flags.read_text()
-    return "bfloat16" if has_bf16 else "float32"

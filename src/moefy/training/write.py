@@ -33,7 +33,7 @@ def write_model(
         shutil.rmtree(finished, ignore_errors=True)
     workers.wait()
     with storage_errors(out):
-        _untied(_cast(network, dtype)).save_pretrained(finished)
+        _untied(cast_weights(network, dtype)).save_pretrained(finished)
         workers.wait()
         if not workers.is_first:
             return
@@ -63,7 +63,7 @@ def _untied(network: Any) -> Any:
     return network
 
 
-def _cast(network: Any, dtype: torch.dtype) -> Any:
+def cast_weights(network: Any, dtype: torch.dtype) -> Any:
     """Round the weights; buffers, as selection biases, keep what small steps have added up to."""
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network.to(dtype)

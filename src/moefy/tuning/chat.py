@@ -1,0 +1,167 @@
+"""Talking to a model: its answers, word by word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.source import resolve
+from moefy.errors import UsageError
+from moefy.progress import ProgressFn, silent
+from moefy.tuning.conversations import Message
+from moefy.tuning.template import chat_template, end_of_turn
+
+
+class Speaker:
+    """A model, loaded to answer.
+
+    Args:
+        model: a folder, or any source `convert` takes.
+        report: told about downloads.
+
+    Attributes:
+        template: what the conversation is written in; see `tuning.template.chat_template`.
+        stops: the tokens that end an answer.
+
+    Raises:
+        UsageError: the model cannot be read, or has no way to write a conversation.
+    """
+
+    def __init__(self, model: str | Path, *, report: ProgressFn = silent) -> None:
+        self.folder = resolve(model, report=report)
+        self._tokenizer = load_tokenizer(self.folder)
+        self.template = chat_template(self._tokenizer)
+        config = read_config(self.folder)
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+        self._model = load_model(self.folder, dtype=dtype).to(device())
+        self.stops = self._stop_tokens()
+
+    def answer(
+        self,
+        messages: list[Message],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        write: Callable[[str], None] | None = None,
+    ) -> str:
+        """Return what the model says next.
+
+        Args:
+            messages: of the conversation so far; the last is the user's.
+            max_new_tokens: the longest answer.
+            temperature: of sampling; 0 takes the likeliest token; None leaves it to the model's
+                generation_config.json (and without one is 0).
+            write: given the text as it comes.
+
+        Raises:
+            UsageError: the conversation is too long, or the template refuses it.
+        """
+        try:
+            text = self.template.render(self._tokenizer, messages, answer=True)
+        except ValueError as error:
+            raise UsageError(f"{self.folder}: {error}") from error
+        inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        prompt = inputs["input_ids"].to(self._model.device)
+        room = getattr(self._model.config, "max_position_embeddings", None)
+        if room and prompt.shape[1] >= room:
+            raise UsageError(
+                f"the conversation has {prompt.shape[1]:,} tokens and the model reads {room:,}: "
+                "begin a new one"
+            )
+        if room:
+            max_new_tokens = min(max_new_tokens, room - prompt.shape[1])
+        written = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.stops or None,
+            pad_token_id=self.stops[0] if self.stops else 0,
+            streamer=self._streamer(write) if write else None,
+            **_sampling(temperature),
+        )
+        answer: str = self._tokenizer.decode(
+            written[0, prompt.shape[1] :], skip_special_tokens=True
+        )
+        return answer
+
+    def _stop_tokens(self) -> list[int]:
+        """Return the tokens that end an answer: the model's own, and the template's."""
+        known = self._model.generation_config.eos_token_id
+        stops = known if isinstance(known, list) else [known]
+        end = end_of_turn(self._tokenizer, self.template)
+        return sorted({stop for stop in (*stops, end) if stop is not None})
+
+    def _streamer(self, write: Callable[[str], None]) -> Any:
+        from transformers import TextStreamer
+
+        class Streamer(TextStreamer):  # type: ignore[misc]
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                write(text)
+
+        return Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def chat(
+    model: str | Path | Speaker,
+    lines: Iterable[str],
+    write: Callable[[str], None],
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    report: ProgressFn = silent,
+) -> list[Message]:
+    """Hold a conversation: each line is a message, each answer is written as it comes.
+
+    A KeyboardInterrupt during an answer ends that answer and not the conversation.
+
+    Args:
+        model: a folder, any source `convert` takes, or one loaded before.
+        lines: what the user says; empty ones are passed over.
+        write: given the answers' text, and a line end after each.
+        system: what the model is told first.
+        max_new_tokens: the longest answer.
+        temperature: of sampling; see `Speaker.answer`.
+        report: told about downloads.
+
+    Returns:
+        The whole conversation.
+
+    Raises:
+        UsageError: see `Speaker`.
+    """
+    speaker = model if isinstance(model, Speaker) else Speaker(model, report=report)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for line in lines:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        said: list[str] = []
+
+        def hear(text: str, said: list[str] = said) -> None:
+            said.append(text)
+            write(text)
+
+        try:
+            answer = speaker.answer(
+                messages, max_new_tokens=max_new_tokens, temperature=temperature, write=hear
+            )
+        except KeyboardInterrupt:
+            answer = "".join(said)
+        write("\n")
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def _sampling(temperature: float | None) -> dict[str, Any]:
+    """Return `generate`'s options: none, or all, so that none of the model's own remain."""
+    if temperature is None:
+        return {}
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature}

@@ -1,0 +1,82 @@
+"""Conversations as tokens, with the loss on what the assistant says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moefy.progress import Progress, ProgressFn, silent
+from moefy.tuning.conversations import Conversation
+from moefy.tuning.template import ChatTemplate, assistant_spans
+
+IGNORED = -100
+"""The label of a token without loss, as transformers and TRL have it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation's tokens.
+
+    Attributes:
+        ids: of the tokens.
+        labels: the same where the assistant speaks, elsewhere IGNORED.
+        is_cut: whether the conversation is longer.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    is_cut: bool
+
+
+def make_examples(
+    conversations: list[Conversation],
+    tokenizer: Any,
+    template: ChatTemplate,
+    *,
+    max_length: int,
+    report: ProgressFn = silent,
+) -> tuple[list[Example], list[str]]:
+    """Tokenise conversations; what cannot be used is named.
+
+    A conversation is rendered and tokenised whole. A token belongs to the assistant when all of
+    its characters do; see `assistant_spans`. (A token that begins before the assistant's turn is
+    one that the model is never asked for.)
+
+    Args:
+        conversations: with their places.
+        tokenizer: a fast one, which knows the characters of its tokens.
+        template: renders them.
+        max_length: tokens of the longest example; what is beyond is cut off.
+        report: told about progress.
+
+    Returns:
+        The examples, and a line about each conversation that gives none.
+    """
+    examples, unusable = [], []
+    for done, conversation in enumerate(conversations, start=1):
+        try:
+            examples.append(_example(conversation, tokenizer, template, max_length))
+        except ValueError as error:
+            unusable.append(f"{conversation.where}: {error}")
+        report(Progress("tokenise conversations", done, len(conversations)))
+    return examples, unusable
+
+
+def _example(
+    conversation: Conversation, tokenizer: Any, template: ChatTemplate, max_length: int
+) -> Example:
+    text, spans = assistant_spans(tokenizer, template, conversation.messages)
+    tokenised = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    ids: list[int] = tokenised["input_ids"]
+    labels = [IGNORED] * len(ids)
+    span_idx = 0
+    for i, (start, end) in enumerate(tokenised["offset_mapping"]):
+        while span_idx < len(spans) and start >= spans[span_idx][1]:
+            span_idx += 1
+        if span_idx < len(spans) and spans[span_idx][0] <= start and end <= spans[span_idx][1]:
+            labels[i] = ids[i]
+    if all(label == IGNORED for label in labels[:max_length]):
+        raise ValueError(f"the assistant says nothing within {max_length:,} tokens")
+    return Example(ids[:max_length], labels[:max_length], len(ids) > max_length)

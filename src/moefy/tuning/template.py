@@ -1,0 +1,185 @@
+"""Chat templates: the model's own, or a named default; and what of a conversation is whose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moefy.errors import UsageError
+from moefy.tuning.conversations import Message
+
+CHATML = "chatml"
+_BEGIN, _END = "<|im_start|>", "<|im_end|>"
+_PROBE: list[Message] = [
+    {"role": "user", "content": "Ping?"},
+    {"role": "assistant", "content": "Pong."},
+    {"role": "user", "content": "Ping again?"},
+    {"role": "assistant", "content": "Pong again."},
+]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How messages become text.
+
+    Attributes:
+        name: for the user.
+        source: Jinja text that is used, and saved with the model, in place of its own; None where
+            the model's own stays.
+        training: Jinja text for training where that differs (earlier answers rendered like the
+            last one); else None.
+    """
+
+    name: str
+    source: str | None = None
+    training: str | None = None
+
+    def render(self, tokenizer: Any, messages: list[Message], *, answer: bool = False) -> str:
+        """Return the text of messages.
+
+        Args:
+            tokenizer: the model's.
+            messages: so far.
+            answer: end with what opens the assistant's turn.
+
+        Raises:
+            ValueError: the template refuses these messages.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text: str = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=answer,
+                chat_template=self.training or self.source,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+        return text
+
+
+def chat_template(tokenizer: Any, asked: str | None = None) -> ChatTemplate:
+    """Return the template to talk to a model with.
+
+    Args:
+        tokenizer: the model's.
+        asked: `chatml`, a file with a Jinja template, or None: the model's own, and where it has
+            none, `chatml`.
+
+    Raises:
+        UsageError: no such file, or ChatML cannot be written with this vocabulary.
+    """
+    if asked == CHATML:
+        return _chatml(tokenizer)
+    if asked is not None:
+        try:
+            return ChatTemplate(asked, Path(asked).expanduser().read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"the chat template {asked} cannot be read ({error}): name a file with a Jinja "
+                f"template, or {CHATML}"
+            ) from error
+    if tokenizer.chat_template:
+        return ChatTemplate("the model's own")
+    return _chatml(tokenizer)
+
+
+def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
+    """Return a template that renders a beginning of a conversation as the beginning of its text.
+
+    Some do not: Qwen3's drops the thoughts of all answers but the last, Phi-3's ends every text.
+    TRL knows a form for training of the common ones.
+
+    Raises:
+        UsageError: it does not, and TRL knows no other form of it.
+    """
+    if _can_be_masked(tokenizer, template):
+        return template
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        known = get_training_chat_template(tokenizer) if template.source is None else None
+    except ValueError:
+        known = None
+    if known:
+        changed = ChatTemplate(f"{template.name} in TRL's form for training", None, known)
+        if _can_be_masked(tokenizer, changed):
+            return changed
+    raise UsageError(
+        f"the chat template ({template.name}) renders a conversation differently when more follows "
+        "it, so what the assistant said cannot be told apart: pass --chat-template with a file "
+        f"whose text only grows, or --chat-template {CHATML}"
+    )
+
+
+def assistant_spans(
+    tokenizer: Any, template: ChatTemplate, messages: list[Message]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation's text up to the assistant's last word, and where it speaks.
+
+    A span begins behind what opens the assistant's turn and ends with what closes it, which it has
+    to learn to write; white space behind that is left out.
+
+    Raises:
+        ValueError: the template refuses these messages, or renders them differently when more
+            follows.
+    """
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    whole = template.render(tokenizer, messages[: last + 1])
+    spans = []
+    for i, message in enumerate(messages[: last + 1]):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(tokenizer, messages[:i], answer=True)
+        after = template.render(tokenizer, messages[: i + 1])
+        if not (whole.startswith(after) and after.startswith(before)):
+            raise ValueError("the chat template renders it differently when more follows")
+        spans.append((len(before), len(after.rstrip())))
+    return whole[: spans[-1][1]], spans
+
+
+def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
+    """Return the special token that ends the assistant's turn; None if words or nothing do."""
+    answer = _PROBE[1]["content"]
+    _, _, tail = template.render(tokenizer, _PROBE[:2]).rpartition(answer)
+    tokens: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
+
+
+def _can_be_masked(tokenizer: Any, template: ChatTemplate) -> bool:
+    try:
+        assistant_spans(tokenizer, template, _PROBE)
+    except ValueError:
+        return False
+    return True
+
+
+def _chatml(tokenizer: Any) -> ChatTemplate:
+    """Return ChatML, written so that the model's vocabulary need not grow.
+
+    Where ChatML's marks are no tokens they are written as plain text, and the assistant's turn ends
+    with the token that ends a text, because every runtime stops there.
+    """
+    vocabulary = tokenizer.get_vocab()
+    name, end = CHATML, _END
+    if _END not in vocabulary:
+        end = tokenizer.eos_token
+        if end is None:
+            raise UsageError(
+                f"the vocabulary has neither {_END} nor a token that ends a text, so a model tuned "
+                "on ChatML would never stop: pass --chat-template with a file"
+            )
+        name = f"{CHATML} with {end} for {_END}, which is not in the vocabulary"
+    first = tokenizer("a")["input_ids"][:1]
+    begins = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return ChatTemplate(
+        name,
+        ("{{ bos_token }}" if begins else "")
+        + "{% for message in messages %}"
+        + f"{{{{ '{_BEGIN}' + message['role'] + '\\n' + message['content'] }}}}"
+        + f"{{{{ '{end}\\n' if message['role'] == 'assistant' else '{_END}\\n' }}}}"
+        + "{% endfor %}"
+        + f"{{% if add_generation_prompt %}}{{{{ '{_BEGIN}assistant\\n' }}}}{{% endif %}}",
+    )

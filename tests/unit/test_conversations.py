@@ -1,0 +1,133 @@
+"""Conversations are read in both forms, and every broken one is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moefy.errors import CorpusError
+from moefy.tuning.conversations import Conversation, read_conversations
+
+PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def write(file: Path, *rows: Any) -> Path:
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    elif file.suffix == ".zst":
+        import zstandard
+
+        file.write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+    else:
+        file.write_text(text)
+    return file
+
+
+def test_sharegpt_and_messages_are_the_same(tmp_path: Path) -> None:
+    for speakers in (("system", "human", "gpt"), ("system", "user", "chatgpt")):
+        turns = zip(speakers, ("Be short.", "Hi", "Ho"), strict=True)
+        sharegpt = {"id": "x", "conversations": [{"from": s, "value": t} for s, t in turns]}
+        messages = {"messages": [{"role": "system", "content": "Be short."}, *PAIR]}
+        file = write(tmp_path / "c.jsonl", sharegpt, "", messages)
+        (one, two), broken = read_conversations(file)
+        assert one.messages == two.messages == messages["messages"]
+        assert two.where == f"{file}, line 3"
+        assert broken == []
+
+
+def test_folders_compressed_files_and_datasets(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        write(folder / name, {"messages": PAIR})
+    (folder / "readme.txt").write_text("not read")
+    found, _ = read_conversations(folder)
+    assert [Path(c.where.partition(",")[0]).name for c in found] == [
+        "a.jsonl",
+        "b.jsonl.gz",
+        "c.jsonl.zst",
+    ]
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub/train.jsonl", {"messages": PAIR})
+    (row,), broken = read_conversations(f"hf:{tmp_path / 'hub'}")
+    assert (row.messages, broken) == (PAIR, [])
+    assert row.where.endswith(", row 1")
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no JSON": ('{"messages": [', "Expecting value"),
+    "no object": ([1], "not a JSON object"),
+    "no messages": ({"text": "x", "id": 1}, "only 'id', 'text'"),
+    "no list": ({"messages": "Hi"}, 'no list "messages"'),
+    "nothing said": ({"conversations": []}, "an empty one"),
+    "no message": ({"messages": ["Hi"]}, "message 1 is not a JSON object"),
+    "stranger": ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 is from 'tool'"),
+    "list for a speaker": ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 is from"),
+    "no text": ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 has no text"),
+    "empty": ({"messages": [PAIR[0], {"role": "assistant", "content": " "}]}, "message 2 is empty"),
+    "half a character": (
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        "no valid Unicode",
+    ),
+    "wrong beginning": ({"messages": PAIR[1:]}, "message 1 is assistant's, not user's"),
+    "twice": (
+        {"messages": [{"role": "system", "content": "s"}, *PAIR, PAIR[1]]},
+        "message 4 is assistant's, not user's",
+    ),
+    "late system": (
+        {"messages": [*PAIR, {"role": "system", "content": "s"}]},
+        "message 3 is system's, not user's",
+    ),
+    "no answer": ({"messages": PAIR[:1]}, "the assistant never speaks"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_conversations_are_named(kind: str, tmp_path: Path) -> None:
+    row, reason = BROKEN[kind]
+    file = write(tmp_path / "c.jsonl", {"messages": PAIR}, row)
+    (whole,), (line,) = read_conversations(file)
+    assert whole.messages == PAIR
+    assert line.startswith(f"{file}, line 2: ")
+    assert reason in line
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.jsonl", {"messages": PAIR})
+    file.write_bytes(file.read_bytes() + b'{"messages": "\xff"}\n')
+    _, (line,) = read_conversations(file)
+    assert line.startswith(f"{file}, line 2: ")
+
+
+@pytest.mark.parametrize("name", ["missing", "text.txt"])
+def test_nothing_to_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(CorpusError, match=r"is no \.jsonl, \.jsonl\.gz, \.jsonl\.zst file"):
+        read_conversations(tmp_path / name)
+
+
+def test_only_broken_conversations_are_an_error(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.jsonl", {"text": "x"}, {"text": "y"})
+    with pytest.raises(CorpusError, match=r"no whole conversation in 2 lines.*line 1: no list"):
+        read_conversations(file)
+
+
+def test_one_in_twenty_is_held_out_by_its_opening() -> None:
+    def say(opening: str, answer: str) -> Conversation:
+        return Conversation(
+            "x",
+            [
+                {"role": "system", "content": answer},
+                {"role": "user", "content": opening},
+                {"role": "assistant", "content": answer},
+            ],
+        )
+
+    held_out = [say(f"question {i}", "a").is_held_out for i in range(4000)]
+    assert 140 < sum(held_out) < 260
+    assert held_out == [say(f"question {i}", "another").is_held_out for i in range(4000)]
