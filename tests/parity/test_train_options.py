@@ -152,6 +152,19 @@ def test_the_mixture_follows_the_dense_models_losses(
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_without_a_checkpoint_measures_its_own_reference(
+    moe: Path, make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = steps(3) | RESUMED["dynamic mixture"]
+    parents = [make_llama(f"parent{seed}", initializer_range=0.1 * seed) for seed in (1, 3)]
+    with pytest.raises(StopError):
+        moefy.train(moe, out, data=corpus, teacher=str(parents[0]), report=stop_at(1), **settings)
+    first = json.loads((out / "reference.json").read_text())
+    moefy.train(moe, out, data=corpus, teacher=str(parents[1]), **settings)
+    assert json.loads((out / "reference.json").read_text())["ab"] > first["ab"] + 0.1
+
+
 def test_a_mixture_that_follows_nothing_is_refused(moe: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="name it with --teacher"):
         moefy.train(moe, tmp_path / "out", data=corpus, mixture="DynamicUniform", **steps(2))

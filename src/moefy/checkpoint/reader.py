@@ -57,7 +57,7 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def _unfinished(folder: Path) -> str:
-    if folder.is_dir() and (folder / "recipe.yaml").is_file():
+    if (folder / "log.jsonl").is_file():
         return (
             "; it holds an unfinished training run, which the same `moefy train` command continues"
         )
