@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -355,18 +356,25 @@ def test_no_whole_checkpoint_is_an_error(moe: Path, corpus: Path, tmp_path: Path
         moefy.train(moe, out, data=corpus, **settings)
 
 
+@pytest.mark.parametrize("seen", ["before", "while writing"])
 def test_a_full_disk_keeps_the_last_checkpoint(
-    moe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seen: str, moe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, settings = tmp_path / "out", steps(12) | {"checkpoint_every_steps": 4}
     usage = shutil.disk_usage(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(progress: Any) -> None:
-        if progress.stage == "train" and progress.done == 7:
+        if progress.stage == "train" and progress.done == 7 and seen == "before":
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        elif progress.stage == "train" and progress.done == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
 
-    with pytest.raises(StorageError, match="GB free"):
-        moefy.train(moe, out, data=corpus, report=fill, **settings)
+    try:
+        with pytest.raises(StorageError, match="GB free|the disk filled up"):
+            moefy.train(moe, out, data=corpus, report=fill, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
     assert [folder.name for folder in (out / "checkpoint").iterdir()] == ["step-00000004"]
     assert moefy.train(moe, out, data=corpus, **settings).resumed_from_step == 4
