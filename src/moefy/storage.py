@@ -153,7 +153,8 @@ def _remove_leftovers(out: Path) -> None:
         mark = f".{out.name}.{kind}-{socket.gethostname()}-"
         for folder in out.parent.glob(f".{out.name}.{kind}-*"):
             pid = folder.name.removeprefix(mark)
-            if not pid.isdigit() or _is_running(int(pid)):
+            # in a container that is started again, the killed process had our number
+            if not pid.isdigit() or (int(pid) != os.getpid() and _is_running(int(pid))):
                 continue
             if kind == "old" and not out.exists():
                 folder.rename(out)

@@ -23,7 +23,14 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.mixture import Mixture
 from moefy.data.packing import pack
 from moefy.data.strategies import initial_weights
-from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
+from moefy.errors import (
+    ArchitectureError,
+    CheckpointError,
+    CorpusError,
+    OutputError,
+    TrainingError,
+    UsageError,
+)
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
@@ -172,6 +179,36 @@ def test_bad_input_keeps_what_overwrite_would_replace(
     with pytest.raises(OutputError, match="its own source"):
         moefy.train(moe, moe, data=corpus, overwrite=True, **SHORT)
     assert weights(out) == before
+
+
+def test_overwrite_keeps_what_the_run_reads(
+    moe: Path, make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    other = make_llama("other", vocab_size=300)
+    out, reference = tmp_path / "out", tmp_path / "reference.yaml"
+    reference.write_text("ab: 1.5\n")
+    moefy.train(moe, out, data=corpus, tokens=128, **SHORT)
+    before = weights(out)
+    follows = {"mixture": "DynamicUniform", "reference_losses": str(reference)}
+    again: dict[str, Any] = {"data": corpus, "tokens": 128, "overwrite": True, **SHORT}
+    with pytest.raises(ArchitectureError, match="300 tokens in its vocabulary"):
+        moefy.train(moe, out, teacher=str(other), **again)
+    with pytest.raises(CorpusError, match="lack xyz"):
+        moefy.train(moe, out, **follows, **again)
+    with pytest.raises(OutputError, match="its own source"):
+        moefy.train(moe, out, teacher=str(out), **again)
+    with pytest.raises(OutputError, match="its own source"):
+        moefy.train(moe, out, **again | {"data": out})
+    assert weights(out) == before
+
+
+def test_a_prepared_corpus_is_no_unfinished_run(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    moefy.prepare(corpus, tokens, tokenizer=str(moe), workers=1)
+    with pytest.raises(OutputError, match="not empty"):
+        moefy.train(moe, tokens, data=corpus, tokens=128, **SHORT)
+    with pytest.raises(CheckpointError, match=r"no config\.json$"):
+        moefy.evaluate(tokens, data=corpus)
 
 
 def test_a_dense_model_trains_too(

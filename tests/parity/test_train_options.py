@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,19 @@ def test_the_mixture_follows_the_dense_models_losses(
     assert log[-1]["heldout_loss"]["ab"] == pytest.approx(expected, abs=1e-5)
     for name in ("loss", "mixture", "expert-load"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_a_checkpoint_measures_its_own_reference(
+    moe: Path, make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = steps(3) | RESUMED["dynamic mixture"]
+    parents = [make_llama(f"parent{seed}", initializer_range=0.1 * seed) for seed in (1, 3)]
+    with pytest.raises(StopError):
+        moefy.train(moe, out, data=corpus, teacher=str(parents[0]), report=stop_at(1), **settings)
+    first = json.loads((out / "reference.json").read_text())
+    moefy.train(moe, out, data=corpus, teacher=str(parents[1]), **settings)
+    assert json.loads((out / "reference.json").read_text())["ab"] > first["ab"] + 0.1
 
 
 def test_a_mixture_that_follows_nothing_is_refused(moe: Path, corpus: Path, tmp_path: Path) -> None:
@@ -342,18 +356,25 @@ def test_no_whole_checkpoint_is_an_error(moe: Path, corpus: Path, tmp_path: Path
         moefy.train(moe, out, data=corpus, **settings)
 
 
+@pytest.mark.parametrize("seen", ["before", "while writing"])
 def test_a_full_disk_keeps_the_last_checkpoint(
-    moe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seen: str, moe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, settings = tmp_path / "out", steps(12) | {"checkpoint_every_steps": 4}
     usage = shutil.disk_usage(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(progress: Any) -> None:
-        if progress.stage == "train" and progress.done == 7:
+        if progress.stage == "train" and progress.done == 7 and seen == "before":
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        elif progress.stage == "train" and progress.done == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
 
-    with pytest.raises(StorageError, match="GB free"):
-        moefy.train(moe, out, data=corpus, report=fill, **settings)
+    try:
+        with pytest.raises(StorageError, match="GB free|the disk filled up"):
+            moefy.train(moe, out, data=corpus, report=fill, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
     assert [folder.name for folder in (out / "checkpoint").iterdir()] == ["step-00000004"]
     assert moefy.train(moe, out, data=corpus, **settings).resumed_from_step == 4

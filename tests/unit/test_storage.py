@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path: Path) 
     alive = tmp_path / f".out.partial-{host}-1"
     other_host = tmp_path / f".out.partial-not-{host}-{dead}"
     old = tmp_path / f".out.old-{host}-{dead}"
-    for folder in (alive, other_host, old):
+    # of the process before this one in a container that was started again
+    own = tmp_path / f".out.partial-{host}-{os.getpid()}"
+    for folder in (alive, other_host, old, own):
         folder.mkdir()
     (old / "config.json").write_text("old")
     with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):

@@ -85,7 +85,6 @@ def reference_losses(
     source: Path,
     recipe: TrainRecipe,
     workers: Workers,
-    out: Path,
     report: ProgressFn,
 ) -> dict[str, float]:
     """Return what the losses are compared with: the dense model's, published ones, or a file's.
@@ -96,7 +95,6 @@ def reference_losses(
         source: the model in training; published losses are chosen by its size.
         recipe: of the run.
         workers: of the run.
-        out: the run's folder; measured losses are kept there, so that a resumed run has the same.
         report: told about the measuring.
 
     Raises:
@@ -111,9 +109,6 @@ def reference_losses(
         )
     if recipe.reference_losses != "dense":
         return read_reference(recipe.reference_losses, names)
-    kept = workers.of_first(kept_reference(out) if workers.is_first else None)
-    if kept:
-        return dict(kept)
     assert recipe.teacher is not None  # see `check_reference`
     report(Progress("measure the dense model", 0, 1))
     dense = teacher or load_teacher(resolve(recipe.teacher), recipe, workers)
@@ -125,13 +120,16 @@ def reference_losses(
         precision=recipe.precision,
     )
     report(Progress("measure the dense model", 1, 1))
-    if workers.is_first:
-        replace_file(out / REFERENCE, json.dumps(losses, indent=2) + "\n")
     return losses
 
 
+def keep_reference(out: Path, losses: Mapping[str, float]) -> None:
+    """Keep what a run's losses are compared with, so that a resumed run has the same."""
+    replace_file(out / REFERENCE, json.dumps(dict(losses), indent=2) + "\n")
+
+
 def kept_reference(out: Path) -> dict[str, float]:
-    """Return the dense model's losses that a run has measured, empty if it has not."""
+    """Return what a run's losses are compared with, empty if they are with nothing."""
     file = out / REFERENCE
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 

@@ -24,7 +24,7 @@ from moefy.training.balance import (
 )
 from moefy.training.layer_match import LayerMatch
 from moefy.training.noisy_gate import NoisyGate
-from moefy.training.output_loss import LogitsInput, next_labels, output_loss
+from moefy.training.output_loss import LogitsInput, check_vocabularies, next_labels, output_loss
 from moefy.training.recipe import (
     ImportanceLoadBalance,
     SelectionBiasBalance,
@@ -70,7 +70,8 @@ class Objective:
 
     Raises:
         UsageError: selection-bias balancing of a model whose checkpoint cannot hold the bias.
-        ArchitectureError: the noisy gate cannot serve the student's routers.
+        ArchitectureError: the noisy gate cannot serve the student's routers, or the teacher is not
+            the student's parent.
     """
 
     def __init__(
@@ -78,6 +79,10 @@ class Objective:
     ) -> None:
         self._student, self._teacher = student, teacher
         self._recipe, self._workers = recipe, workers
+        if teacher is not None:
+            check_vocabularies(student.config.vocab_size, teacher.config.vocab_size)
+            if recipe.distillation.layers != "none":
+                LayerMatch(student, teacher, recipe.distillation.layers)
         balance = recipe.balance
         self.noise: NoisyGate | None = None
         if isinstance(balance, ImportanceLoadBalance) and balance.noise:

@@ -149,11 +149,8 @@ def output_loss(
     Raises:
         ArchitectureError: student and teacher have different vocabularies.
     """
-    if teacher is not None and len(teacher.weight) != len(student.weight):
-        raise ArchitectureError(
-            f"the teacher has {len(teacher.weight):,} tokens in its vocabulary, the student "
-            f"{len(student.weight):,}: distil from the model that was converted"
-        )
+    if teacher is not None:
+        check_vocabularies(len(student.weight), len(teacher.weight))
     assert teacher is not None or teacher_share == 0, "a teacher's share needs a teacher"
     counted = labels != IGNORED
     settings = _Settings(
@@ -177,6 +174,19 @@ def output_loss(
         by_token.masked_scatter(counted, cross_entropy),
         by_token.masked_scatter(counted, divergence) if teacher else None,
     )
+
+
+def check_vocabularies(student: int, teacher: int) -> None:
+    """Refuse to compare the logits of different vocabularies.
+
+    Raises:
+        ArchitectureError: they have not the same number of tokens.
+    """
+    if student != teacher:
+        raise ArchitectureError(
+            f"the teacher has {teacher:,} tokens in its vocabulary, the student {student:,}: "
+            "distil from the model that was converted"
+        )
 
 
 @dataclass(frozen=True)

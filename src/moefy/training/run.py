@@ -27,6 +27,7 @@ from moefy.training.follow import (
     Follower,
     check_reference,
     is_dynamic,
+    keep_reference,
     kept_reference,
     reference_losses,
 )
@@ -37,7 +38,7 @@ from moefy.training.objective import Objective, StepLosses
 from moefy.training.optimizer import build_optimizer, clip_gradients
 from moefy.training.recipe import TrainRecipe
 from moefy.training.schedule import learning_rate
-from moefy.training.state import RunState, Saved, read_log, remove_state
+from moefy.training.state import LOG, RunState, Saved, read_log, remove_state
 from moefy.training.throughput import flops_per_trained_token, peak
 from moefy.training.workers import Workers, join_workers
 from moefy.training.write import write_model
@@ -109,7 +110,9 @@ def train(
     report = report if workers.is_first else silent
     is_fresh = workers.of_first(overwrite or not _is_unfinished(out))
     if is_fresh:
-        check_output(out, overwrite=overwrite, sources=(Path(model).expanduser(),))
+        read = (model, data, recipe, choice.teacher, choice.reference_losses)
+        sources = tuple(Path(path).expanduser() for path in read if path)
+        check_output(out, overwrite=overwrite, sources=sources)
     source = _resolved(model, workers, report)
     check_model(read_config(source), choice, str(source))
     corpus = open_corpus(
@@ -150,23 +153,26 @@ def train(
         workers=workers,
         kept=choice.checkpoints_kept,
     )
-    if is_fresh and workers.is_first:  # only now is it sure that this run can begin
-        shutil.rmtree(out, ignore_errors=True)
-    workers.wait()
-    saved = state.load()
+    saved = None if is_fresh else state.load()
     first_step = saved.step if saved else 0
     if saved:
         mixture.restore(MixtureState(**saved.mixture))
+    follower = None
+    if follows:
+        kept = workers.of_first(kept_reference(out) if saved and workers.is_first else {})
+        reference = kept or reference_losses(heldout, teacher, source, choice, workers, report)
+        follower = Follower(mixture, heldout, reference, choice, workers)
+    if is_fresh and workers.is_first:  # only now is it sure that this run can begin
+        shutil.rmtree(out, ignore_errors=True)
+    workers.wait()
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     log = None
     if workers.is_first:
-        replace_file(out / "recipe.yaml", choice.to_yaml())
         log = RunLog(out, read_log(out)[:first_step] if first_step else [], choice)
-    follower = None
-    if follows:
-        reference = reference_losses(heldout, teacher, source, choice, workers, out, report)
-        follower = Follower(mixture, heldout, reference, choice, workers)
+        replace_file(out / "recipe.yaml", choice.to_yaml())
+        if follower:
+            keep_reference(out, reference)
     flops = flops_per_trained_token(read_config(source), choice.sequence_length)
     peak_flops = workers.size * peak(choice.precision).flops_per_s
 
@@ -326,7 +332,8 @@ def _randomness_of(seed: int, step: int, workers: Workers) -> Iterator[None]:
 
 
 def _is_unfinished(out: Path) -> bool:
-    return (out / "recipe.yaml").is_file() and not (out / "config.json").exists()
+    # not by recipe.yaml: a corpus that `prepare` wrote has one too
+    return (out / LOG).is_file() and not (out / "config.json").exists()
 
 
 def _resolved(model: str | Path, workers: Workers, report: ProgressFn) -> Path:

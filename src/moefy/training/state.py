@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -96,7 +97,7 @@ class RunState:
         }
         target = self._out / FOLDER / f"step-{saved.step:08d}"
         needed_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        with _shared_folder(target, needed_bytes, self._workers) as partial, _alone_is_fine():
+        with _shared_folder(target, needed_bytes, self._workers) as partial, _as_one():
             save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))
             if self._workers.is_first:
                 record = {
@@ -122,7 +123,7 @@ class RunState:
         if found is None:
             return None
         folder, record = found
-        with _alone_is_fine():
+        with _as_one():
             present = FileSystemReader(folder).read_metadata().state_dict_metadata
             moments = {
                 name: (self._parameters[of], key)
@@ -261,8 +262,15 @@ def _shared_folder(target: Path, needed_bytes: int, workers: Workers) -> Iterato
 
 
 @contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Silence torch's warning that there is only one process."""
+def _as_one() -> Iterator[None]:
+    """Let torch's checkpoints behave alike for one process and for many.
+
+    Silences the warning that there is only one, and raises the first process's error for
+    CheckpointException, which is no Exception.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
