@@ -371,7 +371,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
 
     try:
-        with pytest.raises(StorageError, match="GB free|the disk filled up"):
+        with pytest.raises(StorageError, match=r"GB free|the disk filled up"):
             moefy.train(moe, out, data=corpus, report=fill, **settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -57,15 +57,8 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def _unfinished(folder: Path) -> str:
-<<<<<<< HEAD
-    if folder.is_dir() and (folder / "recipe.yaml").is_file():
+    if any((folder / name).is_file() for name in ("recipe.yaml", "log.jsonl")):
         return "; it holds an unfinished training run, which the command that began it continues"
-=======
-    if (folder / "log.jsonl").is_file():
-        return (
-            "; it holds an unfinished training run, which the same `moefy train` command continues"
-        )
->>>>>>> e00cf1d
     return ""
 
 
