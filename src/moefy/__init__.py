@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
     from moefy.evaluation.speed import measure_speed
+    from moefy.evaluation.suite import evaluate_suite
     from moefy.training.run import train
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "MoefyError",
     "convert",
     "evaluate",
+    "evaluate_suite",
     "export_dense",
     "export_gguf",
     "inspect",
@@ -42,6 +44,7 @@ _HOME = {
     "MoefyError": "moefy.errors",
     "convert": "moefy.construct.convert",
     "evaluate": "moefy.evaluation.compare",
+    "evaluate_suite": "moefy.evaluation.suite",
     "export_dense": "moefy.construct.merge",
     "export_gguf": "moefy.checkpoint.gguf",
     "inspect": "moefy.evaluation.inspect",

@@ -2,6 +2,7 @@
 
     MoefyError                  run time, exit code 1
     ├── AssetError              something could not be fetched or its hash is wrong
+    ├── EvaluationError         a benchmark could not be measured
     ├── TrainingError           training stopped because it could not go on (a NaN loss)
     └── UsageError              what was asked for cannot be done here, exit code 2
         ├── StorageError        the disk is full or refuses to be written
@@ -24,6 +25,10 @@ class MoefyError(Exception):
 
 class AssetError(MoefyError):
     """A pinned archive could not be fetched, or is not the one that was pinned."""
+
+
+class EvaluationError(MoefyError):
+    """A benchmark could not be measured; the others' results are kept."""
 
 
 class TrainingError(MoefyError):

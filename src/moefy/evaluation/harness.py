@@ -1,0 +1,265 @@
+"""One task of lm-evaluation-harness on one model in memory.
+
+Task, prompts, requests and metrics are the harness's own. Ours is where the data lies, how progress
+is reported, and the refusal of what does not fit into memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.api.task
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from moefy.errors import EvaluationError
+from moefy.evaluation.suite_data import TaskData
+from moefy.evaluation.timing import available_bytes
+from moefy.storage import cache_folder
+
+VERSION: str = lm_eval.__version__
+STOCK = Path(lm_eval.__file__).parent / "tasks"
+_FEWSHOT_SEED = 1234  # the harness's own default
+
+ShareFn = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task of the harness, with data of our own if the hub's is not used.
+
+    Attributes:
+        name: the harness's.
+        stock: its YAML file in the harness.
+        shots: examples before every question.
+        data: on this machine; None for the hub's.
+    """
+
+    name: str
+    stock: Path
+    shots: int
+    data: TaskData | None
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """What one task gave, item by item in the data's order.
+
+    Attributes:
+        metric: whose mean is the score.
+        values: of the metric.
+        nll: −log p of the right answer after its question, nats; None where no answer is scored.
+        truncated: requests cut from the left to fit into the model's context.
+    """
+
+    metric: str
+    values: list[float]
+    nll: list[float] | None
+    truncated: int
+
+
+def task_manager(specs: Iterable[TaskSpec], folder: Path) -> TaskManager:
+    """Return a manager of these tasks alone (one of all tasks takes seconds to build).
+
+    Args:
+        specs: the tasks.
+        folder: for a YAML file per task, which must stay.
+    """
+    for spec in specs:
+        settings: dict[str, Any] = {"include": str(spec.stock), "task": spec.name}
+        settings["num_fewshot"] = spec.shots
+        if spec.data is not None:
+            files = {split: str(file) for split, file in spec.data.files.items()}
+            splits = {"training_split": "train", "validation_split": "validation"}
+            splits["test_split"] = "test"
+            settings |= {key: name if name in files else None for key, name in splits.items()}
+            settings |= {"dataset_path": "parquet", "dataset_name": None, **spec.data.settings}
+            copies = str(cache_folder() / "benchmarks" / "datasets")
+            settings["dataset_kwargs"] = {"data_files": files, "cache_dir": copies}
+        (folder / f"{spec.name}.yaml").write_text(yaml.safe_dump(settings))
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def load_tasks(manager: TaskManager, name: str) -> dict[str, Any]:
+    """Return the harness's task of that name, or all of a group's, with their data.
+
+    Raises:
+        EvaluationError: the data cannot be had.
+    """
+    _quiet()
+    try:
+        tasks = manager.load([name])["tasks"]
+    except Exception as error:  # datasets, the hub's client and the network have no common type
+        raise EvaluationError(
+            f"the data of {name} cannot be loaded ({_first_line(error)}): it lies on the hub, "
+            "which must answer or have been read before"
+        ) from error
+    for task in tasks.values():
+        if task.config.num_fewshot is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return tasks
+
+
+class HarnessModel(HFLM):  # type: ignore[misc]
+    """A model in memory as the harness sees it, which says how far it is.
+
+    Args:
+        network: the model, on its device.
+        tokenizer: its tokenizer.
+        batch_size: requests at once.
+    """
+
+    def __init__(self, network: Any, tokenizer: Any, batch_size: int) -> None:
+        _quiet()
+        super().__init__(
+            pretrained=network,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            device=str(network.device),
+        )
+        self.share: ShareFn = lambda _: None
+        self.truncated = 0
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """See the harness; without its progress bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> Any:
+        costs: dict[tuple[str, str], int] = {}
+        computed = set()
+        for request, context, continuation in requests:
+            tokens = (*context, *continuation[:-1])
+            costs[request] = 0 if tokens in computed else len(tokens)
+            computed.add(tokens)
+        lengths = [len(context) + len(answer) - 1 for _, context, answer in requests]
+        self.truncated += sum(length > self.max_length for length in lengths)
+        self._check_memory(min(max(lengths), self.max_length), logits=2)
+        self.set_cache_hook(_Watch(costs, self.share))
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """See the harness; without its progress bar."""
+        lengths = {request.args[0]: len(self.tok_encode(request.args[0])) for request in requests}
+        room = self.max_length - self.max_gen_toks
+        self.truncated += sum(length > room for length in lengths.values())
+        self._check_memory(min(max(lengths.values()) + self.max_gen_toks, self.max_length), 0)
+        self.set_cache_hook(_Watch(lengths, self.share))
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _check_memory(self, tokens: int, logits: int) -> None:
+        """Refuse a batch that cannot fit, before the machine starts to swap.
+
+        Args:
+            tokens: of the longest request.
+            logits: copies of them that are held for every token.
+        """
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        cached = 2 * config.num_hidden_layers * heads * width
+        per_token = (cached + logits * config.vocab_size) * self.model.dtype.itemsize
+        needed, free = self.batch_size * tokens * per_token, available_bytes()
+        if free and needed > free:
+            raise EvaluationError(
+                f"{self.batch_size} requests of {tokens:,} tokens need {needed / 2**30:.1f} GiB "
+                f"beside the model, and {free / 2**30:.1f} GiB are free: lower --batch or free "
+                "memory"
+            )
+
+
+class _Watch:
+    """Takes the place of the harness's cache, which is told of every answer."""
+
+    def __init__(self, costs: dict[Any, int], share: ShareFn) -> None:
+        self._costs, self._share = costs, share
+        self._total, self._done = max(1, sum(costs.values())), 0
+
+    def add_partial(self, method: str, request: Any, answer: Any) -> None:
+        """Count what an answer cost."""
+        key = request[0] if method == "generate_until" else request
+        self._done += self._costs[key]
+        self._share(min(1.0, self._done / self._total))
+
+
+def run_task(
+    model: HarnessModel,
+    task: Any,
+    *,
+    metric: str | None = None,
+    limit: int | None = None,
+    share: ShareFn = lambda _: None,
+) -> ItemScores:
+    """Ask a model every item of a task.
+
+    Args:
+        model: whom to ask.
+        task: from `load_tasks`.
+        metric: of the harness; None for the task's first.
+        limit: items from the start of the data; None for all.
+        share: told how much of the work is done, from 0 to 1.
+
+    Raises:
+        EvaluationError: it does not fit into memory, or its metric is no mean over items.
+    """
+    name = task.config.task
+    metric = metric or next(iter(task.aggregation()))
+    model.share, model.truncated = share, 0
+    try:
+        # no bootstrap: standard errors are computed from the items
+        results = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EvaluationError(
+            f"the memory was not enough for {name}: lower --batch or free memory"
+        ) from error
+    samples = results["samples"][name]
+    kept = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    kept.sort(key=lambda sample: sample["doc_id"])
+    values = [sample.get(metric) for sample in kept]
+    if not all(isinstance(value, int | float) for value in values):
+        raise EvaluationError(f"{name} has no score per item: its metric {metric} is no mean")
+    nll = [_gold_nll(task, sample) for sample in kept]
+    return ItemScores(
+        metric,
+        [float(value) for value in values],
+        None if None in nll else nll,  # type: ignore[arg-type]
+        model.truncated,
+    )
+
+
+def _gold_nll(task: Any, sample: dict[str, Any]) -> float | None:
+    """Return −log p of an item's right answer, or None if the harness does not ask for it."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return -float(sample["resps"][0][0][0])
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    if isinstance(gold, str):
+        gold = task.doc_to_choice(sample["doc"]).index(gold)
+    return -float(sample["resps"][gold][0][0]) if isinstance(gold, int) else None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{error}".strip().partition("\n")[0] or type(error).__name__
+
+
+@functools.cache
+def _quiet() -> None:
+    """Leave progress and warnings to us; the harness has no switch for its bar over prompts."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
