@@ -327,7 +327,7 @@ def evaluate(
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(help="Sequences at once, with --speed [1,8] or benchmarks [1 on a CPU]."),
+        typer.Option(help="With --speed: sequences at once. [1,8]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="With --speed.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="With --speed.")] = 64,
@@ -348,7 +348,7 @@ def evaluate(
     Benchmarks: `moefy eval --suite llama-moe --limit 100 smollm2-135m out/moe`
     """
     if suite or tasks:
-        _evaluate_suite(models, suite, tasks, limit, hub, batch, dtype, as_json)
+        _evaluate_suite(models, suite, tasks, limit, hub, dtype, as_json)
         return
     if speed:
         from moefy.evaluation.speed import measure_speed
@@ -398,23 +398,18 @@ def _evaluate_suite(
     tasks: str | None,
     limit: int | None,
     hub: bool | None,
-    batch: str | None,
     dtype: str,
     as_json: bool,
 ) -> None:
     from moefy.evaluation.suite import evaluate_suite
     from moefy.report.suite_tables import nll_rows, suite_notes, suite_rows
 
-    sizes = _counts("--batch", batch) if batch else [None]
-    if len(sizes) > 1:
-        raise UsageError(f"--batch {batch}: benchmarks take one number")
     with _bars() as report:
         done = evaluate_suite(
             models,
             suite=suite,
             tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
             limit=limit,
-            batch_size=sizes[0],
             dtype=dtype,
             hub=hub,
             report=report,

@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from moefy.errors import EvaluationError
+from moefy.evaluation.answers import score_answers
 from moefy.evaluation.suite_data import TaskData
 from moefy.evaluation.timing import available_bytes
 from moefy.storage import cache_folder
@@ -117,16 +118,20 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     Args:
         network: the model, on its device.
         tokenizer: its tokenizer.
-        batch_size: requests at once.
+
+    Attributes:
+        share: told how much of the present task is done, from 0 to 1.
+        truncated: requests that were cut from the left to fit into the model's context.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, network: Any, tokenizer: Any) -> None:
         _quiet()
+        place = network.device
         super().__init__(
             pretrained=network,
             tokenizer=tokenizer,
-            batch_size=batch_size,
-            device=str(network.device),
+            batch_size=1 if place.type == "cpu" else 8,
+            device=str(place),
         )
         self.share: ShareFn = lambda _: None
         self.truncated = 0
@@ -137,62 +142,71 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> Any:
-        costs: dict[tuple[str, str], int] = {}
-        computed = set()
-        for request, context, continuation in requests:
-            tokens = (*context, *continuation[:-1])
-            costs[request] = 0 if tokens in computed else len(tokens)
-            computed.add(tokens)
-        lengths = [len(context) + len(answer) - 1 for _, context, answer in requests]
-        self.truncated += sum(length > self.max_length for length in lengths)
-        self._check_memory(min(max(lengths), self.max_length), logits=2)
-        self.set_cache_hook(_Watch(costs, self.share))
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+    ) -> list[tuple[float, bool]]:
+        """Score requests (its text, question, answer), those with the same question together."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, question, answer) in enumerate(requests):
+            room = self.max_length + 1 - len(answer)
+            self.truncated += len(question) > room
+            groups.setdefault(tuple(question[-room:]), []).append(place)
+        order = sorted(groups, key=len, reverse=True)  # what does not fit fails at once
+        total = done = 0
+        costs = {}
+        for question in order:
+            costs[question] = len(question) + sum(len(requests[i][2]) for i in groups[question])
+            total += costs[question]
+        self._check_memory(max(costs.values()))
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for question in order:
+            answers = [requests[place][2] for place in groups[question]]
+            found = score_answers(self.model, question, answers, dtype=self.softmax_dtype)
+            for place, score in zip(groups[question], found, strict=True):
+                scores[place] = score
+            done += costs[question]
+            self.share(done / total)
+        return scores
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """See the harness; without its progress bar."""
-        lengths = {request.args[0]: len(self.tok_encode(request.args[0])) for request in requests}
+        costs = {request.args[0]: len(self.tok_encode(request.args[0])) for request in requests}
         room = self.max_length - self.max_gen_toks
-        self.truncated += sum(length > room for length in lengths.values())
-        self._check_memory(min(max(lengths.values()) + self.max_gen_toks, self.max_length), 0)
-        self.set_cache_hook(_Watch(lengths, self.share))
+        self.truncated += sum(length > room for length in costs.values())
+        longest = min(max(costs.values()), room) + self.max_gen_toks
+        self._check_memory(self.batch_size * longest)
+        self.set_cache_hook(_Watch(costs, self.share))
         return super().generate_until(requests, disable_tqdm=True)
 
-    def _check_memory(self, tokens: int, logits: int) -> None:
-        """Refuse a batch that cannot fit, before the machine starts to swap.
-
-        Args:
-            tokens: of the longest request.
-            logits: copies of them that are held for every token.
-        """
+    def _check_memory(self, tokens: int) -> None:
+        """Refuse a pass whose keys and values cannot fit, before the machine starts to swap."""
         config = self.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
-        cached = 2 * config.num_hidden_layers * heads * width
-        per_token = (cached + logits * config.vocab_size) * self.model.dtype.itemsize
-        needed, free = self.batch_size * tokens * per_token, available_bytes()
+        per_token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+        needed, free = tokens * per_token, available_bytes()
         if free and needed > free:
             raise EvaluationError(
-                f"{self.batch_size} requests of {tokens:,} tokens need {needed / 2**30:.1f} GiB "
-                f"beside the model, and {free / 2**30:.1f} GiB are free: lower --batch or free "
-                "memory"
+                f"{tokens:,} tokens at once need {needed / 2**30:.2f} GiB beside the model, and "
+                f"{free / 2**30:.2f} GiB are free: free memory and run the command again"
             )
 
 
 class _Watch:
-    """Takes the place of the harness's cache, which is told of every answer."""
+    """Takes the place of the harness's cache, which is told of every answer.
 
-    def __init__(self, costs: dict[Any, int], share: ShareFn) -> None:
+    Args:
+        costs: tokens by request.
+        share: see `HarnessModel`.
+    """
+
+    def __init__(self, costs: dict[str, int], share: ShareFn) -> None:
         self._costs, self._share = costs, share
-        self._total, self._done = max(1, sum(costs.values())), 0
+        self._total, self._done = sum(costs.values()), 0
 
     def add_partial(self, method: str, request: Any, answer: Any) -> None:
         """Count what an answer cost."""
-        key = request[0] if method == "generate_until" else request
-        self._done += self._costs[key]
+        self._done += self._costs[request[0]]
         self._share(min(1.0, self._done / self._total))
 
 
@@ -224,7 +238,7 @@ def run_task(
         results = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EvaluationError(
-            f"the memory was not enough for {name}: lower --batch or free memory"
+            f"the memory was not enough for {name}: free memory and run the command again"
         ) from error
     samples = results["samples"][name]
     kept = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]

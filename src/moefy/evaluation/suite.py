@@ -102,7 +102,6 @@ def evaluate_suite(
     suite: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
-    batch_size: int | None = None,
     dtype: str = "float32",
     hub: bool | None = None,
     names: Sequence[str] | None = None,
@@ -120,7 +119,6 @@ def evaluate_suite(
             used them, others as the harness defines them.
         limit: items per benchmark, from the start of its data (of MMLU, spread evenly over its 57
             subjects, at least one of each); None for all.
-        batch_size: requests at once; None for 1 on a CPU and 8 on an accelerator.
         dtype: "float32" or "bfloat16", of weights and computation.
         hub: take the data from the hub (True), from the archives (False), or from the hub if it
             answers (None). Tasks that are not the paper's are always the hub's.
@@ -132,7 +130,7 @@ def evaluate_suite(
         AssetError: the data is neither in the cache nor can it be fetched.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    _check(given, limit, batch_size, dtype)
+    _check(given, limit, dtype)
     chosen = _chosen(suite, tasks)
 
     from moefy.checkpoint.reader import read_config
@@ -152,7 +150,6 @@ def evaluate_suite(
                 name,
                 plans,
                 limit=limit,
-                batch_size=batch_size,
                 dtype=dtype,
                 report=report,
             )
@@ -179,12 +176,11 @@ def evaluate_suite(
     )
 
 
-def _check(given: list[str | Path], limit: int | None, batch_size: int | None, dtype: str) -> None:
+def _check(given: list[str | Path], limit: int | None, dtype: str) -> None:
     if not given:
         raise UsageError("name at least one model")
-    for option, count in {"--limit": limit, "--batch": batch_size}.items():
-        if count is not None and count < 1:
-            raise UsageError(f"{option} {count}: at least 1 is needed")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: at least 1 is needed")
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
     if importlib.util.find_spec("lm_eval") is None:

@@ -121,7 +121,6 @@ def measure(
     plans: Sequence[Plan],
     *,
     limit: int | None,
-    batch_size: int | None,
     dtype: str,
     report: ProgressFn,
 ) -> Measured:
@@ -132,7 +131,6 @@ def measure(
         name: to show.
         plans: what to run.
         limit: items per benchmark.
-        batch_size: requests at once; None for the default.
         dtype: of weights and computation.
         report: told about progress.
 
@@ -142,8 +140,7 @@ def measure(
     report(Progress(f"{name}: hash", 0, 1))
     kept = cache_folder() / "scores" / _model_hash(folder)
     report(Progress(f"{name}: hash", 1, 1))
-    batch = batch_size or (1 if device().type == "cpu" else 8)
-    settings = {"limit": limit, "batch": batch, "dtype": dtype, "device": device().type}
+    settings = {"limit": limit, "dtype": dtype, "device": device().type}
     model: HarnessModel | None = None
     measured = Measured({}, {})
     for entry in plans:
@@ -153,7 +150,7 @@ def measure(
             for task, version in entry.tasks.items():
                 file = kept / f"{task}-{_key(entry.benchmark, version, settings)}.json"
                 if not file.is_file():
-                    model = model or _open(folder, batch, dtype)
+                    model = model or _open(folder, dtype)
                     scores = _run(model, entry, task, limit, clock)
                     with storage_errors(file):
                         kept.mkdir(parents=True, exist_ok=True)
@@ -185,7 +182,7 @@ def _joined(scores: Sequence[ItemScores]) -> ItemScores:
     )
 
 
-def _open(folder: Path, batch_size: int, dtype: str) -> HarnessModel:
+def _open(folder: Path, dtype: str) -> HarnessModel:
     tokenizer = load_tokenizer(folder)
     rows = read_config(folder)["vocab_size"]
     if len(tokenizer) > rows:
@@ -194,7 +191,7 @@ def _open(folder: Path, batch_size: int, dtype: str) -> HarnessModel:
             f"{rows:,}: the tokenizer belongs to another model"
         )
     network = load_model(folder, dtype=getattr(torch, dtype)).to(device())
-    return HarnessModel(network, tokenizer, batch_size)
+    return HarnessModel(network, tokenizer)
 
 
 def _model_hash(folder: Path) -> str:
