@@ -103,7 +103,7 @@ def load_tasks(manager: TaskManager, name: str) -> dict[str, Any]:
     except Exception as error:  # datasets, the hub's client and the network have no common type
         raise EvaluationError(
             f"the data of {name} cannot be loaded ({_first_line(error)}): it lies on the hub, "
-            "which must answer or have been read before"
+            "which must answer or have been read before (the paper's eleven need no hub: --no-hub)"
         ) from error
     for task in tasks.values():
         if task.config.num_fewshot is None:
@@ -146,7 +146,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         """Score requests (its text, question, answer), those with the same question together."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, (_, question, answer) in enumerate(requests):
-            room = self.max_length + 1 - len(answer)
+            room = max(1, self.max_length + 1 - len(answer))
             self.truncated += len(question) > room
             groups.setdefault(tuple(question[-room:]), []).append(place)
         order = sorted(groups, key=len, reverse=True)  # what does not fit fails at once
@@ -274,6 +274,7 @@ def _first_line(error: Exception) -> str:
 @functools.cache
 def _quiet() -> None:
     """Leave progress and warnings to us; the harness has no switch for its bar over prompts."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for library in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
