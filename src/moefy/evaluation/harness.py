@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,14 @@ class ItemScores:
         values: of the metric.
         nll: −log p of the right answer after its question, nats; None where no answer is scored.
         truncated: requests cut from the left to fit into the model's context.
+        elapsed_s: it took.
     """
 
     metric: str
     values: list[float]
     nll: list[float] | None
     truncated: int
+    elapsed_s: float
 
 
 def task_manager(specs: Iterable[TaskSpec], folder: Path) -> TaskManager:
@@ -233,6 +236,7 @@ def run_task(
     name = task.config.task
     metric = metric or next(iter(task.aggregation()))
     model.share, model.truncated = share, 0
+    started_s = time.monotonic()
     try:
         # no bootstrap: standard errors are computed from the items
         results = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
@@ -252,6 +256,7 @@ def run_task(
         [float(value) for value in values],
         None if None in nll else nll,  # type: ignore[arg-type]
         model.truncated,
+        time.monotonic() - started_s,
     )
 
 

@@ -39,6 +39,7 @@ class Score:
             asks for none. It moves before the accuracy does.
         gold_nll_stderr: of that mean.
         truncated: requests cut from the left to fit into the model's context.
+        elapsed_s: it took, when it was measured.
     """
 
     metric: str
@@ -48,6 +49,7 @@ class Score:
     gold_nll: float | None
     gold_nll_stderr: float | None
     truncated: int
+    elapsed_s: float
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ def _model_scores(
             gold_nll=None if found.nll is None else statistics.fmean(found.nll),
             gold_nll_stderr=None if found.nll is None else standard_error(found.nll),
             truncated=found.truncated,
+            elapsed_s=found.elapsed_s,
         )
     average, error, paired = None, None, None
     if not measured.failed:

@@ -32,7 +32,7 @@ from moefy.evaluation.suite_data import archive_data
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import cache_folder, replace_file, storage_errors
 
-_FORMAT = 1  # raise it when what is kept of a task changes
+_FORMAT = 2  # raise it when what is kept of a task changes
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def _joined(scores: Sequence[ItemScores]) -> ItemScores:
         [value for each in scores for value in each.values],
         None if None in nll else [value for each in nll for value in each or []],
         sum(each.truncated for each in scores),
+        sum(each.elapsed_s for each in scores),
     )
 
 

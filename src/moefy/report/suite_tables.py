@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moefy.report.tables import Rows
 
 if TYPE_CHECKING:
-    from moefy.evaluation.paired import Interval
-    from moefy.evaluation.suite import SuiteResult
+    from moefy.evaluation.paired import Interval, Paired
+    from moefy.evaluation.suite import ModelScores, SuiteResult
 
 
 def suite_rows(result: SuiteResult) -> Rows:
-    """Return header and rows of the scores, with average and retention below.
+    """Return header and rows of the scores; average, retention and minutes below.
 
-    After each model that is compared with the reference comes its difference from it.
+    After each model that is compared with the reference come its differences from it.
     """
     header = ["benchmark", "shots", "metric", "items"]
     for model in result.models:
@@ -29,22 +30,29 @@ def suite_rows(result: SuiteResult) -> Rows:
             if model.against_reference:
                 row.append(_interval(model.against_reference.differences[benchmark.name], "+"))
         rows.append(row)
-    average = ["average", "", "", ""]
-    retention, above_chance = ["retention", "", "", ""], ["retention above chance", "", "", ""]
-    for model in result.models:
-        average.append(
-            "–" if model.average is None else _percent(model.average, model.average_stderr)
+    rows.append(
+        _below(
+            result,
+            "average",
+            lambda model: (
+                "–" if model.average is None else _percent(model.average, model.average_stderr)
+            ),
+            lambda paired: _interval(paired.average, "+"),
         )
-        paired = model.against_reference
-        retention.append(_interval(paired.retention) if paired else "")
-        above_chance.append(_interval(paired.retention_above_chance) if paired else "")
-        if paired:
-            average.append(_interval(paired.average, "+"))
-            retention.append("")
-            above_chance.append("")
-    rows.append(average)
+    )
     if any(model.against_reference for model in result.models):
-        rows += [retention, above_chance]
+        rows.append(
+            _below(result, "retention", lambda _: "", lambda paired: _interval(paired.retention))
+        )
+        rows.append(
+            _below(
+                result,
+                "retention above chance",
+                lambda _: "",
+                lambda paired: _interval(paired.retention_above_chance),
+            )
+        )
+    rows.append(_below(result, "minutes", _minutes, lambda _: ""))
     return rows
 
 
@@ -79,6 +87,24 @@ def suite_notes(result: SuiteResult) -> list[str]:
                     "context and lost their beginning."
                 )
     return notes
+
+
+def _below(
+    result: SuiteResult,
+    label: str,
+    cell: Callable[[ModelScores], str],
+    beside: Callable[[Paired], str],
+) -> list[str]:
+    row = [label, "", "", ""]
+    for model in result.models:
+        row.append(cell(model))
+        if model.against_reference:
+            row.append(beside(model.against_reference))
+    return row
+
+
+def _minutes(model: ModelScores) -> str:
+    return f"{sum(score.elapsed_s for score in model.scores.values()) / 60:.1f}"
 
 
 def _percent(value: float, error: float | None) -> str:
