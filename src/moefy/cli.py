@@ -348,6 +348,8 @@ def evaluate(
     Benchmarks: `moefy eval --suite llama-moe --limit 100 smollm2-135m out/moe`
     """
     if suite or tasks:
+        if speed:
+            raise UsageError("--speed and benchmarks are measured one by one: drop one of them")
         _evaluate_suite(models, suite, tasks, limit, hub, dtype, as_json)
         return
     if speed:

@@ -149,6 +149,17 @@ def test_too_little_memory(
     assert len(list((cache_folder() / "scores").rglob("winogrande-*.json"))) == 1
 
 
+def test_data_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a task that only the hub has: it is named, and the others are measured."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    dense = write_tiny_llama(tmp_path / "dense")
+    (model,) = evaluate_suite(dense, tasks=["openbookqa", "winogrande"], limit=2).models
+    assert "the data of openbookqa cannot be loaded" in model.failed["openbookqa"]
+    assert set(model.scores) == {"WinoGrande"}
+    assert model.average is None
+
+
 def test_a_vocabulary_that_is_too_small(tmp_path: Path) -> None:
     dense = write_tiny_llama(tmp_path / "dense", vocab_size=250)
     with pytest.raises(CheckpointError, match="tokenizer has 257 tokens and its embedding 250"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from moefy import assets
 from moefy.evaluation.benchmarks import LLAMA_MOE
 from moefy.evaluation.harness import STOCK, TaskSpec, load_tasks, task_manager
 from moefy.evaluation.suite_data import SOURCES, archive_data
+from moefy.storage import cache_folder
 
 # documents to score and to take examples from, as the datasets' authors count them
 SIZES = {
@@ -30,6 +32,18 @@ SIZES = {
     "nq_open": {"validation": 3610},
     "mmlu_anatomy": {"test": 135, "dev": 5},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is unpacked yet; the archives are the machine's."""
+    fresh = tmp_path_factory.mktemp("cache")
+    archives = cache_folder() / "archives"
+    archives.mkdir(parents=True, exist_ok=True)
+    (fresh / "archives").symlink_to(archives)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEFY_CACHE", str(fresh))
+        yield
 
 
 @pytest.mark.parametrize("task", SIZES)

@@ -55,7 +55,8 @@ def score_answers(
 
 
 def _can_share(config: Any) -> bool:
-    return not any(kind in str(config.rope_parameters) for kind in _LENGTH_DEPENDENT)
+    rotary = str(getattr(config, "rope_parameters", None))
+    return not any(kind in rotary for kind in _LENGTH_DEPENDENT)
 
 
 def _ids(network: Any, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import datasets
 import lm_eval
 import lm_eval.api.task
-import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -240,7 +239,9 @@ def run_task(
     try:
         # no bootstrap: standard errors are computed from the items
         results = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         raise EvaluationError(
             f"the memory was not enough for {name}: free memory and run the command again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import time
@@ -43,11 +44,13 @@ class Plan:
         benchmark: what to measure.
         tasks: names, with the version of each one's data.
         manager: gives the tasks.
+        problem: why it cannot be measured, empty if it can.
     """
 
     benchmark: Benchmark
     tasks: dict[str, str]
     manager: TaskManager
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,6 @@ def plan(
     Raises:
         UsageError: the harness has no such task.
         AssetError: an archive cannot be fetched.
-        EvaluationError: another task's data cannot be had.
     """
     specs: dict[str, list[TaskSpec]] = {}
     for benchmark in (entry for entry in chosen if isinstance(entry, Benchmark)):
@@ -88,7 +90,6 @@ def plan(
             spec = TaskSpec(name, file, benchmark.shots, data)
             specs.setdefault(benchmark.task, []).append(spec)
     ours = task_manager([spec for found in specs.values() for spec in found], folder)
-    others: TaskManager | None = None
     plans = []
     for entry in chosen:
         if isinstance(entry, Benchmark):
@@ -98,10 +99,14 @@ def plan(
             plans.append(Plan(entry, versions, ours))
         else:
             report(Progress("find the harness's tasks", 0, 1))
-            others = others or TaskManager()
-            plans.append(_other(entry, others))
+            plans.append(_other(entry, _manager_of_all()))
             report(Progress("find the harness's tasks", 1, 1))
     return plans
+
+
+@functools.cache
+def _manager_of_all() -> TaskManager:
+    return TaskManager()
 
 
 def _other(name: str, manager: TaskManager) -> Plan:
@@ -109,7 +114,10 @@ def _other(name: str, manager: TaskManager) -> Plan:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise UsageError(f"lm-evaluation-harness {VERSION} has no task {name!r}{hint}")
-    tasks = load_tasks(manager, name)
+    try:
+        tasks = load_tasks(manager, name)
+    except EvaluationError as error:
+        return Plan(Benchmark(name, name, 0, "–"), {}, manager, str(error))
     first = next(iter(tasks.values()))
     benchmark = Benchmark(name, name, first.config.num_fewshot, next(iter(first.aggregation())))
     return Plan(benchmark, dict.fromkeys(tasks, "hub"), manager)
@@ -147,6 +155,8 @@ def measure(
         found = []
         clock = _Clock(f"{name}: {entry.benchmark.name}", len(entry.tasks), report)
         try:
+            if entry.problem:
+                raise EvaluationError(entry.problem)
             for task, version in entry.tasks.items():
                 file = kept / f"{task}-{_key(entry.benchmark, version, settings)}.json"
                 if not file.is_file():
@@ -233,16 +243,17 @@ class _Clock:
     def finished(self) -> None:
         """Count a task."""
         self._done += 1
-        self.share(0.0)
+        self._tell(self._done / self._tasks, "")
 
     def share(self, share: float) -> None:
         """Tell how much of the present task is done, from 0 to 1."""
         done = (self._done + share) / self._tasks
-        left = ""
-        if 0 < done < 1:
+        if 0 < share < 1:
             left_s = (time.monotonic() - self._started_s) * (1 - done) / done
-            left = f"{_duration(left_s)} left"
-        self._report(Progress(self._stage, int(100 * done), 100, left))
+            self._tell(done, f"{_duration(left_s)} left")
+
+    def _tell(self, done: float, note: str) -> None:
+        self._report(Progress(self._stage, int(100 * done), 100, note))
 
 
 def _duration(seconds: float) -> str:
