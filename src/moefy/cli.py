@@ -326,8 +326,7 @@ def evaluate(
         typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]"),
     ] = None,
     batch: Annotated[
-        str | None,
-        typer.Option(help="With --speed: sequences at once. [1,8]"),
+        str | None, typer.Option(help="With --speed: sequences at once. [1,8]")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="With --speed.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="With --speed.")] = 64,

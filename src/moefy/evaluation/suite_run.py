@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lm_eval.tasks import TaskManager
 
 from moefy.checkpoint.load import device, load_model, load_tokenizer
@@ -143,7 +144,7 @@ def measure(
         report: told about progress.
 
     Raises:
-        CheckpointError: the model or its tokenizer is not usable.
+        CheckpointError: the model is not usable.
     """
     report(Progress(f"{name}: hash", 0, 1))
     kept = cache_folder() / "scores" / _model_hash(folder)
@@ -193,16 +194,23 @@ def _joined(scores: Sequence[ItemScores]) -> ItemScores:
     )
 
 
-def _open(folder: Path, dtype: str) -> HarnessModel:
-    tokenizer = load_tokenizer(folder)
-    rows = read_config(folder)["vocab_size"]
-    if len(tokenizer) > rows:
+def check_vocabulary(folder: Path) -> None:
+    """Refuse a tokenizer with more tokens than the model has.
+
+    Raises:
+        CheckpointError: so it is, or the tokenizer cannot be read.
+    """
+    tokens, rows = len(load_tokenizer(folder)), read_config(folder)["vocab_size"]
+    if tokens > rows:
         raise CheckpointError(
-            f"{folder}: its tokenizer has {len(tokenizer):,} tokens and its embedding "
-            f"{rows:,}: the tokenizer belongs to another model"
+            f"{folder}: its tokenizer has {tokens:,} tokens and its embedding {rows:,}: put the "
+            "tokenizer files of the model itself into the folder"
         )
+
+
+def _open(folder: Path, dtype: str) -> HarnessModel:
     network = load_model(folder, dtype=getattr(torch, dtype)).to(device())
-    return HarnessModel(network, tokenizer)
+    return HarnessModel(network, load_tokenizer(folder))
 
 
 def _model_hash(folder: Path) -> str:
@@ -222,6 +230,7 @@ def _key(benchmark: Benchmark, version: str, settings: dict[str, Any]) -> str:
         "data": version,
         "harness": VERSION,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "format": _FORMAT,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
