@@ -158,6 +158,8 @@ def test_data_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "the data of openbookqa cannot be loaded" in model.failed["openbookqa"]
     assert set(model.scores) == {"WinoGrande"}
     assert model.average is None
+    (model,) = evaluate_suite(dense, tasks=["sciq"], limit=2, hub=True).models
+    assert "--no-hub" in model.failed["SciQ"]
 
 
 def test_a_vocabulary_that_is_too_small(tmp_path: Path, opened: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ LONGROPE = {
         "short_factor": [1.0, 1.1, 1.2, 1.3],
         "long_factor": [2.0, 3.0, 4.0, 5.0],
     },
+}
+
+RIGHT: dict[str, Callable[[dict[str, Any]], int]] = {  # which answer it is
+    "sciq": lambda _: 3,
+    "winogrande": lambda item: int(item["answer"]) - 1,
+    "arc_easy": lambda item: "ABCDE".index(item["answerKey"]),
+    "arc_challenge": lambda item: "ABCDE".index(item["answerKey"]),
+    "hellaswag": lambda item: int(item["label"]),
+    "logiqa": lambda item: "abcd".index(item["label"]),
+    "boolq": lambda item: item["label"],
+    "lambada_openai": lambda _: 0,
+    "mmlu": lambda item: item["answer"],
 }
 
 
@@ -89,8 +102,9 @@ def check(network: Any, tokenizer: Any, entry: Plan, task: str, limit: int) -> N
     assert standard_error(ours.values) == pytest.approx(error, rel=1e-12)
     if ours.nll is not None:
         for value, sample in zip(ours.nll, samples, strict=True):
-            logs = [-answer[0][0] for answer in sample["resps"]]
-            assert min(abs(value - log) for log in logs) < 1e-3
+            answers = [-answer[0][0] for answer in sample["resps"]]
+            right = RIGHT[entry.benchmark.task](sample["doc"])
+            assert value == pytest.approx(answers[right], abs=1e-3)
 
 
 @pytest.fixture(scope="module")

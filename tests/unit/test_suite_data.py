@@ -6,6 +6,7 @@ import gzip
 import json
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,19 @@ def test_prompts_are_the_archive_s(task: str, name: str, tmp_path: Path) -> None
         assert question.endswith(loaded.doc_to_text(document))
         answers = loaded.doc_to_choice(document)
         assert answers[loaded.doc_to_target(document)] == known["choices"][known["gold"]]
+
+
+def test_no_question_is_its_own_example(tmp_path: Path) -> None:
+    """Where examples come from the same split: of 33 rows all but the question are shown."""
+    data = archive_data("nq_open")
+    few = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(data.files["validation"]).slice(0, 33), few)
+    (benchmark,) = (each for each in LLAMA_MOE if each.task == "nq_open")
+    spec = TaskSpec(
+        "nq_open", STOCK / benchmark.stock, 32, replace(data, files={"validation": few})
+    )
+    task = load_tasks(task_manager([spec], tmp_path), "nq_open")["nq_open"]
+    task.build_all_requests()
+    assert len(task.instances) == 33
+    for request in task.instances:
+        assert request.args[0].count(f"Q: {request.doc['question']}?") == 1
