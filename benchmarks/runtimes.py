@@ -60,8 +60,10 @@ CLIENTS = {
     "vLLM": "vllm",
     "OpenVINO": "openvino",
     "MLX": "mlx",
+    "tinygrad": "tinygrad",
+    "fastllm": "fastllm",
 }
-READ_GGUF = ("llama.cpp",)
+READ_GGUF = ("llama.cpp", "tinygrad")
 
 
 def ask(runtime: str, model: Path, ids: list[int], count: int, python: str) -> dict[str, Any]:
@@ -71,12 +73,13 @@ def ask(runtime: str, model: Path, ids: list[int], count: int, python: str) -> d
     done = subprocess.run(
         [python, str(client)], input=question, capture_output=True, text=True, check=False
     )
-    if done.returncode == 0:
-        found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        return json.loads(found[-1])  # vLLM logs behind it
-    _, found, reason = done.stderr.rpartition("Error: ")
-    line = " ".join(reason.split()).partition(". Please")[0].partition(" 0: <")[0]
-    return {"error": line if found else done.stderr}
+    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if answers:  # vLLM logs behind it, fastllm ends with 0 whatever happens
+        return json.loads(answers[-1])
+    _, found, reason = (done.stdout + done.stderr).rpartition("Error: ")
+    if not found:
+        raise RuntimeError(f"{client} ended with {done.returncode}: {done.stderr}")
+    return {"error": reason.splitlines()[0].partition(". Please")[0]}
 
 
 def greedy(model: Any, ids: list[int]) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def greedy(model: Any, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def answers(
+def asked(
     runtime: str, work: Path, form: str, folder: Path, ids: list[int], python: str
 ) -> Iterator[dict[str, Any]]:
     if runtime == "transformers":
@@ -164,8 +167,7 @@ def agreement(work: Path, runtime: str, python: str) -> list[dict[str, str]]:
         )
         expected["text"] = tokenizer.decode(expected["tokens"])
         found = [
-            compared(expected, answer)
-            for answer in answers(runtime, work, form, folder, ids, python)
+            compared(expected, answer) for answer in asked(runtime, work, form, folder, ids, python)
         ]
         worst = max(
             found, key=lambda row: (-int(row["same tokens"]), float(row["largest difference"] or 0))
@@ -182,6 +184,7 @@ def compared(expected: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]
     if "tokens" in answer:
         pairs = list(zip(expected["tokens"], answer["tokens"], strict=True))
         same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), COUNT)
+    if "logprobs" in answer:
         both = zip(reversed(expected["logprobs"]), reversed(answer["logprobs"]), strict=False)
         differences = [abs(ours - theirs) for ours, theirs in both]
         largest = f"{max(differences[COUNT - same :], default=0):.1e}"
@@ -199,15 +202,21 @@ def agreement_tables(rows: list[dict[str, str]]) -> tuple[Rows, Rows]:
     cells = {(row["form"], row["runtime"]): _cell(row) for row in rows}
     table = [["form", *(f"{name} {version}" for name, version in versions.items())]]
     table += [[form, *(cells[form, runtime] for runtime in versions)] for form in FORMS]
-    refused = [[row["runtime"], row["form"], row["error"]] for row in rows if row["error"]]
-    return table, [["runtime", "form", "what it says"], *refused]
+    refused: dict[tuple[str, str], str] = {}
+    for row in rows:
+        if row["error"]:
+            refused.setdefault((row["runtime"], row["error"]), row["form"])
+    reasons = [[runtime, form, error] for (runtime, error), form in refused.items()]
+    return table, [["runtime", "form", "what it says"], *reasons]
 
 
 def _cell(row: dict[str, str]) -> str:
     if row["error"]:
         return "no"
-    text = row["largest difference"] or "same text"
-    return text if row["same tokens"] == str(COUNT) else f"{row['same tokens']} tokens, {text}"
+    difference = row["largest difference"]
+    if row["same tokens"] == str(COUNT):
+        return difference or "same text"
+    return f"{row['same tokens']} tokens, {difference}" if difference else "other text"
 
 
 def speed(work: Path) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model in
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting, as in a.b=1."),
 ]
 Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, hf:DATASET or 'demo'.")]
 
@@ -217,16 +219,26 @@ def train(
     tokens: Annotated[int | None, typer.Option(help="Training tokens. [65536]")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Per window. [512]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak. [1e-4]")] = None,
-    weights: Annotated[str | None, typer.Option(help="As in wikipedia=0.7,book=0.3.")] = None,
+    mixture: Annotated[
+        str | None,
+        typer.Option(help="StaticSheared, ..., or as in wikipedia=0.7,book=0.3. [Uniform]"),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model: distil from it. [next-token loss]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sample order. [0]")] = None,
     recipe: RecipeFile = None,
     settings: Set = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--dry-run", min=1, help="Only check and count a run of so many processes."),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Continue pre-training on a mixture of domains.
 
-    Example: `moefy train out/moe out/trained --data demo --tokens 65536`
+    Example: `moefy train out/moe out/trained --teacher smollm2-135m --tokens 65536`
     """
     from moefy.recipe import parse_weights
 
@@ -234,15 +246,21 @@ def train(
         tokens=tokens,
         sequence_length=sequence_length,
         learning_rate=learning_rate,
-        weights=parse_weights(weights) if weights else None,
+        mixture=parse_weights(mixture) if mixture and "=" in mixture else mixture,
+        teacher=teacher,
         seed=seed,
     )
+    if processes is not None:
+        _print_dry_run(model, processes, recipe, choices, as_json)
+        return
     from moefy.training.run import train as run
 
     with _bars() as report:
         done = run(
             model, out, data=data, recipe=recipe, overwrite=overwrite, report=report, **choices
         )
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks
+        return
     if as_json:
         _print_json(
             {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")}
@@ -253,6 +271,20 @@ def train(
         f"{done.recipe.num_steps} steps ({done.elapsed_s:.0f} s); every step is in "
         f"{done.folder / 'log.jsonl'}"
     )
+
+
+def _print_dry_run(
+    model: str, processes: int, recipe: Path | None, choices: dict[str, Any], as_json: bool
+) -> None:
+    from moefy.report.tables import dry_run_rows
+    from moefy.training.dry_run import dry_run
+
+    _quiet_libraries()
+    found = dry_run(model, processes=processes, recipe=recipe, **choices)
+    if as_json:
+        _print_json(vars(found))
+        return
+    _print_table(dry_run_rows(found), f"{model}, {processes} processes")
 
 
 @app.command()

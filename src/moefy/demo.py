@@ -21,11 +21,12 @@ from moefy.construct.convert import convert
 from moefy.errors import OutputError
 from moefy.evaluation.compare import Comparison, evaluate
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import LLAMA_MOE, TrainRecipe
+from moefy.recipe import LLAMA_MOE
 from moefy.report.figures import expert_load_heatmap, loss_curve, svg
 from moefy.report.page import html_figure, html_page, html_table
 from moefy.report.tables import comparison_rows, markdown
 from moefy.storage import check_output, replace_file
+from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
 from moefy.training.state import read_log
 

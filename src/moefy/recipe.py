@@ -6,7 +6,7 @@ A recipe holds every choice that changes the result. Paths and progress are not 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,7 +28,7 @@ class Recipe(BaseModel):
 
         Args:
             file: a YAML file of this recipe's keys, or None for the defaults.
-            **choices: single keys; None means "not given".
+            **choices: single keys, `a.b` for key b of a; None means "not given".
 
         Raises:
             UsageError: the file cannot be read, or a key or value is not allowed.
@@ -41,7 +41,9 @@ class Recipe(BaseModel):
                 raise UsageError(f"recipe {file} cannot be read: {error}") from error
             if not isinstance(values, dict):
                 raise UsageError(f"recipe {file} must be a mapping of keys to values")
-        values |= {key: value for key, value in choices.items() if value is not None}
+        for key, value in choices.items():
+            if value is not None:
+                _set(values, key, value)
         try:
             return cls(**values)
         except ValidationError as error:
@@ -158,57 +160,6 @@ LLAMA_MOE: dict[str, Any] = {
 """The choices of LLaMA-MoE (arXiv 2406.16554)."""
 
 
-class TrainRecipe(Recipe):
-    """Continual pre-training.
-
-    Routers learn at `router_rate_fraction` of the rate: a converted router's weights are about a
-    hundred times smaller than other matrices', and Adam's first steps at the common rate would
-    replace the fitted choice by noise.
-
-    Schedule and optimizer are the paper's (AdamW 0.9/0.95, weight decay 0.1, clip 1, cosine to
-    10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
-    a small model and thousands of tokens.
-    """
-
-    tokens: Positive = 65_536
-    sequence_length: Annotated[int, Field(ge=2)] = 512
-    sequences_per_step: Positive = 1
-    sequences_per_pass: Positive = 1
-    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    warmup_fraction: Fraction = 0.1
-    final_learning_rate_fraction: Fraction = 0.1
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    router_rate_fraction: Annotated[float, Field(ge=0)] = 0.01
-    balance_coefficient: Annotated[float, Field(ge=0)] = 1e-2
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        if self.tokens < self.sequence_length:
-            raise ValueError(
-                f"--tokens {self.tokens} is less than one sequence of {self.sequence_length} "
-                "tokens: raise --tokens or lower --sequence-length"
-            )
-        if self.sequences_per_step % self.sequences_per_pass:
-            raise ValueError(
-                f"sequences_per_step {self.sequences_per_step} must be a multiple of "
-                f"sequences_per_pass {self.sequences_per_pass}"
-            )
-        if self.weights is not None and sum(self.weights.values()) <= 0:
-            raise ValueError("the domain weights sum to 0: at least one must be positive")
-        return self
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps: the tokens asked for, rounded up to whole steps."""
-        return -(-self.tokens // (self.sequence_length * self.sequences_per_step))
-
-
 SLIMPAJAMA_KEY = "meta.redpajama_set_name"
 SLIMPAJAMA_NAMES = {
     "RedPajamaCommonCrawl": "cc",
@@ -306,9 +257,37 @@ def parse_weights(text: str) -> dict[str, float]:
             separator = ""
         if not (separator and name.strip()):
             raise UsageError(
-                f"--weights {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3"
+                f"--mixture {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3"
             )
     return weights
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for part in outer:
+        inner = values.get(part)
+        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[part]
+    values[last] = value
+
+
+def _recipe_at(recipe: type[Recipe], path: tuple[int | str, ...]) -> type[Recipe]:
+    """Return the recipe inside a recipe that pydantic's path to an error leads to."""
+    kinds: list[type[Recipe]] = []
+    for part in path:
+        if kinds:
+            recipe = next((r for r in kinds if r.model_fields["kind"].default == part), recipe)
+            kinds = []
+        elif field := recipe.model_fields.get(str(part)):
+            inside = _recipes_in(field.annotation)
+            recipe, kinds = inside[0], inside if len(inside) > 1 else []
+    return recipe
+
+
+def _recipes_in(annotation: Any) -> list[type[Recipe]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Recipe) else []
+    return [found for argument in get_args(annotation) for found in _recipes_in(argument)]
 
 
 def _explain(recipe: type[Recipe], error: ValidationError) -> str:
@@ -317,7 +296,7 @@ def _explain(recipe: type[Recipe], error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            allowed = ", ".join(recipe.model_fields)
+            allowed = ", ".join(_recipe_at(recipe, item["loc"][:-1]).model_fields)
             lines.append(f"unknown key {where!r}; allowed: {allowed}")
         elif where:
             lines.append(f"{where} = {item['input']!r}: {item['msg'].lower()}")

@@ -58,9 +58,9 @@ def chunked(
     chunk_tokens: int = 3,
 ) -> OutputLoss:
     return output_loss(
-        LogitsInput(hidden, weight, 1 / 3),
+        LogitsInput(hidden / 3, weight),
         labels,
-        teacher=LogitsInput(th, tw, 1 / 2),
+        teacher=LogitsInput(th / 2, tw),
         teacher_share=share,
         temperature=tau,
         chunk_bytes=4 * len(weight) * chunk_tokens,
@@ -135,9 +135,9 @@ def test_parts_that_divide_by_the_whole_batch_add_up() -> None:
     for start, stop in pairwise((0, 20, 96)):
         part = slice(start, stop)
         loss = output_loss(
-            LogitsInput(hidden[part], weight, 1 / 3),
+            LogitsInput(hidden[part] / 3, weight),
             labels[part],
-            teacher=LogitsInput(teacher_hidden[part], teacher_weight, 1 / 2),
+            teacher=LogitsInput(teacher_hidden[part] / 2, teacher_weight),
             teacher_share=0.5,
             num_tokens=float((labels != IGNORED).sum()),
         ).loss

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from moefy.errors import UsageError
-from moefy.recipe import ConvertRecipe, TrainRecipe, check_split, parse_weights
+from moefy.recipe import ConvertRecipe, check_split, parse_weights
+from moefy.training.recipe import TrainRecipe
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    recipe = TrainRecipe.build(tokens=9999, weights={"a": 1.0}, learning_rate=3e-4)
+    recipe = TrainRecipe.build(tokens=9999, mixture={"a": 1.0}, learning_rate=3e-4)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert TrainRecipe.build(file) == recipe
@@ -37,7 +38,11 @@ def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None
     [
         ({"tokens": 100}, "less than one sequence"),
         ({"sequences_per_step": 3, "sequences_per_pass": 2}, "multiple"),
-        ({"weights": {"a": 0.0}}, "sum to 0"),
+        ({"balance.noise": 1.0}, "unknown key 'balance.switch.noise'; allowed: kind, coefficient$"),
+        ({"balance": "even"}, "'none', 'switch', 'importance-load', 'selection-bias'"),
+        ({"lora.rang": 4}, "unknown key 'lora.rang'; allowed: rank, alpha"),
+        ({"distillation.weight": 0.5}, "needs a teacher"),
+        ({"frozen": ["routers"], "balance": "selection-bias"}, "routers are frozen"),
         ({"learning_rate": 0.0}, "greater than 0"),
     ],
 )
@@ -51,6 +56,23 @@ def test_a_broken_recipe_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "r.yaml").write_text(content)
     with pytest.raises(UsageError, match=r"r\.yaml"):
         TrainRecipe.build(tmp_path / "r.yaml")
+
+
+def test_a_dotted_key_changes_one_value_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "teacher: dense\ndistillation: {layers: ffn, weight: 0.25}\nmixture: {a: 0.5, b: 0.5}\n"
+    )
+    recipe = TrainRecipe.build(tmp_path / "r.yaml", **{"distillation.weight": 0.75})
+    assert (recipe.distillation.layers, recipe.distillation.weight) == ("ffn", 0.75)
+    assert TrainRecipe.build(tmp_path / "r.yaml", mixture={"a": 1.0}).mixture == {"a": 1.0}
+
+
+def test_a_run_may_go_on_with_other_processes_but_not_other_losses() -> None:
+    recipe = TrainRecipe.build(sequences_per_step=4)
+    same = TrainRecipe.build(sequences_per_step=4, sequences_per_pass=2, parallel={"shard": 2})
+    assert same.identity() == recipe.identity()
+    other = TrainRecipe.build(sequences_per_step=4, balance="importance-load")
+    assert other.identity() != recipe.identity()
 
 
 def test_steps_round_up() -> None:

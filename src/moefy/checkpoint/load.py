@@ -18,8 +18,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(folder: Path, *, dtype: torch.dtype) -> Any:
+def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
     """Load a dense or converted model, on the CPU, in evaluation mode.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights in memory.
+        **options: of transformers' `from_pretrained`.
 
     Raises:
         CheckpointError: the folder is no model, or a damaged one.
@@ -29,7 +34,7 @@ def load_model(folder: Path, *, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,29 @@ def inspect(
 
     splits = PAPER_SPLITS if experts is None or active is None else ((active, experts),)
     costs = {"dense": counted}
-    dense = canonical_config(dense_family(config, str(source)), config)
     for k, num_experts in splits:
-        check_split(config["intermediate_size"], num_experts, k)
-        split = _split_config(dense, experts=num_experts, active=k)
+        split = split_config(config, experts=num_experts, active=k, name=str(source))
         costs[f"{k}/{num_experts}"] = cost(split, context=length)
     return Inspection(str(source), config, costs)
 
 
-def _split_config(dense: dict[str, Any], *, experts: int, active: int) -> dict[str, Any]:
-    """Return the config of a split without shared slices, or with one where no target has none."""
+def split_config(
+    config: Mapping[str, Any], *, experts: int, active: int, name: str = "the model"
+) -> dict[str, Any]:
+    """Return the config of a split without shared slices, or with one where no target has none.
+
+    Args:
+        config: config.json of a dense model.
+        experts: E.
+        active: k.
+        name: of the model, for errors.
+
+    Raises:
+        UsageError: an impossible split.
+        ArchitectureError: a family that moefy does not convert.
+    """
+    check_split(config["intermediate_size"], experts, active)
+    dense = canonical_config(dense_family(dict(config), name), dict(config))
     shared = 0
     try:
         target = native_target(dense, shared=0, routed=experts)

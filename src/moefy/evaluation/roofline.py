@@ -136,17 +136,23 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     place = device()
     table, vector = torch.ones(8192, 8192, device=place), torch.ones(8192, device=place)
     read_s = min(_best_s(table.sum), _best_s(lambda: table @ vector))
-    width = 8192 if place.type == "cuda" else 1024
-    left = torch.ones(width, width, dtype=dtype, device=place)
-    right = torch.ones(width, width, dtype=dtype, device=place)
-    multiply_s = _best_s(lambda: left @ right)
     return Machine(
         device=torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
         bytes_per_s=table.numel() * table.element_size() / read_s,
-        flops_per_s=2 * width**3 / multiply_s,
+        flops_per_s=multiply_rate(dtype),
     )
+
+
+@torch.inference_mode()
+def multiply_rate(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of large square matrices, the best of five."""
+    place = device()
+    width = 8192 if place.type == "cuda" else 1024
+    left = torch.ones(width, width, dtype=dtype, device=place)
+    right = torch.ones(width, width, dtype=dtype, device=place)
+    return 2 * width**3 / _best_s(lambda: left @ right)
 
 
 def synchronise() -> None:

@@ -31,7 +31,8 @@ def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) 
         axes.plot(tokens, losses, color=color, marker="o", markersize=3, label=domain)
         if domain in dense_losses:
             axes.axhline(dense_losses[domain], color=color, linestyle="--", linewidth=1)
-    axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="dense model, held out")
+    if dense_losses:
+        axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="dense model, held out")
     axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
@@ -81,6 +82,23 @@ def mixture_weights(log: list[dict[str, Any]]) -> Figure:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def training_figures(
+    log: list[dict[str, Any]], dense_losses: Mapping[str, float]
+) -> dict[str, Figure]:
+    """Draw what there is to see of a run, by file name: loss, mixture if it changed, expert load.
+
+    Args:
+        log: a run's steps.
+        dense_losses: as for `loss_curve`, possibly empty.
+    """
+    figures = {"loss.png": loss_curve(log, dense_losses=dense_losses)}
+    if sum("mixture" in line for line in log) > 1:
+        figures["mixture.png"] = mixture_weights(log)
+    if "expert_load" in log[-1]:
+        figures["expert-load.png"] = expert_load_heatmap(log)
+    return figures
 
 
 def leaderboard_figure(scores: Sequence[Score]) -> Figure:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moefy.evaluation.compare import Comparison
     from moefy.evaluation.inspect import Inspection
     from moefy.evaluation.speed import SpeedComparison
+    from moefy.training.dry_run import DryRun
 
 Rows = list[list[str]]
 
@@ -189,6 +190,23 @@ def markdown(rows: Rows) -> str:
 def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:
     """Return header and rows of records that all have the same keys."""
     return [list(records[0]), *(list(record.values()) for record in records)]
+
+
+def dry_run_rows(found: DryRun) -> Rows:
+    """Return header and rows of a dry run, a figure a row."""
+    gib = 2**30
+    return [
+        ["of the run", ""],
+        ["optimizer steps", f"{found.steps:,}"],
+        ["tokens a step", f"{found.tokens_per_step:,}"],
+        ["passes a step and process", f"{found.passes_per_step:,}"],
+        ["parameters", f"{found.total_params:,}"],
+        ["active parameters", f"{found.active_params:,}"],
+        ["learned parameters", f"{found.learned_params:,}"],
+        ["weights, gradients, optimizer: GiB a process", f"{found.state_bytes / gib:.2f}"],
+        ["activations of a pass: GiB a process", f"{found.activation_bytes / gib:.2f}"],
+        ["FLOPs, forward and backward", f"{found.total_flops:.3g}"],
+    ]
 
 
 def publish_table(rows: Rows, file: Path, page: Path) -> None:

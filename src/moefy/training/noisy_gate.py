@@ -47,7 +47,10 @@ class NoisyGate(nn.Module):
                     f"the router chooses among {router.num_group} groups of experts, and the noisy "
                     "gate knows no groups: choose another balance, or n_group 1"
                 )
-        self.noise = nn.ParameterList(torch.zeros_like(router.weight) for router in routers)
+        self.noise = nn.ParameterList(
+            torch.zeros(router.weight.shape, dtype=router.weight.dtype, device=router.weight.device)
+            for router in routers
+        )
 
     def std(
         self, layer_idx: int, inputs: Float[Tensor, "tokens hidden"]

@@ -8,6 +8,8 @@ what is kept is the gradient of the hidden states and of the matrix. No product 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +28,22 @@ _CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class LogitsInput:
-    """What a model's logits are made of: scale · hidden · weightᵀ.
+    """What a model's logits are made of: hidden · weightᵀ.
 
     Attributes:
-        hidden: last hidden states, after the final norm.
+        hidden: last hidden states, after the final norm and, for Granite, its `logits_scaling`.
         weight: the output matrix; with tied embeddings the embedding itself, whose gradient then
             has two parts.
-        scale: 1 / `logits_scaling` for Granite, else 1.
     """
 
     hidden: Float[Tensor, "*tokens hidden"]
     weight: Float[Tensor, "vocab hidden"]
-    scale: float = 1.0
 
     @classmethod
     def of(cls, model: Any, tokens: Int[Tensor, "batch sequence"], **inputs: Any) -> LogitsInput:
         """Run a transformers language model up to its output matrix.
+
+        The model's own forward runs, with the matrix passed over: FSDP gathers the weights in it.
 
         Args:
             model: any family or target of moefy.
@@ -49,7 +51,7 @@ class LogitsInput:
             **inputs: of the model's forward pass, as `attention_mask`.
 
         Raises:
-            ArchitectureError: the logits are more than a scaled matrix product.
+            ArchitectureError: the logits are more than a matrix product.
         """
         head = model.get_output_embeddings()
         if head.bias is not None or getattr(model.config, "final_logit_softcapping", None):
@@ -57,12 +59,27 @@ class LogitsInput:
                 f"the logits of this {model.config.model_type} model have a bias or a soft cap, "
                 "which the chunked loss does not know"
             )
-        hidden = model.model(tokens, use_cache=False, **inputs).last_hidden_state
-        return cls(hidden, head.weight, 1 / getattr(model.config, "logits_scaling", 1.0))
+        with _passed_over(head):
+            hidden = model(tokens, use_cache=False, **inputs).logits
+        return cls(hidden, head.weight)
 
     def predicting(self) -> LogitsInput:
         """Return the same without each sequence's last token, which predicts nothing."""
-        return LogitsInput(self.hidden[:, :-1], self.weight, self.scale)
+        return LogitsInput(self.hidden[:, :-1], self.weight)
+
+
+@contextmanager
+def _passed_over(head: Any) -> Iterator[None]:
+    """Let the output matrix return its input."""
+    before = vars(head).get("forward")
+    head.forward = torch.clone  # FSDP hooks the output, and warns of views
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
 
 
 def next_labels(
@@ -137,8 +154,6 @@ def output_loss(
     assert teacher is not None or teacher_share == 0, "a teacher's share needs a teacher"
     counted = labels != IGNORED
     settings = _Settings(
-        scale=student.scale,
-        teacher_scale=teacher.scale if teacher else 1.0,
         share=teacher_share,
         temperature=temperature,
         divisor=max(1.0, float(counted.sum() if num_tokens is None else num_tokens)),
@@ -163,8 +178,6 @@ def output_loss(
 
 @dataclass(frozen=True)
 class _Settings:
-    scale: float
-    teacher_scale: float
     share: float
     temperature: float
     divisor: float
@@ -201,11 +214,11 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, len(hidden), settings.chunk_tokens):
                 rows = slice(start, start + settings.chunk_tokens)
                 inputs = hidden[rows].to(dtype)
-                logits = F.linear(inputs, matrix).to(wide).mul_(settings.scale)
+                logits = F.linear(inputs, matrix).to(wide)
                 teacher_logits = None
                 if teacher_hidden is not None and teacher_matrix is not None:
                     teacher_logits = F.linear(teacher_hidden[rows].to(dtype), teacher_matrix)
-                    teacher_logits = teacher_logits.to(wide).mul_(settings.teacher_scale)
+                    teacher_logits = teacher_logits.to(wide)
                 cross_entropy[rows], divergence[rows], grad = _losses_and_gradient(
                     logits,
                     labels[rows],
@@ -216,7 +229,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 )
                 if grad is None:
                     continue
-                grad = grad.mul_(settings.scale / settings.divisor).to(dtype)
+                grad = grad.mul_(1 / settings.divisor).to(dtype)
                 if hidden_grad is not None:
                     hidden_grad[rows] = grad @ matrix
                 if weight_grad is not None and dtype == wide:

@@ -107,7 +107,7 @@ class RouterTrace:
                 self._routed[layer_idx] = _Routed(logits, weights, chosen, probs)
             return (logits, weights, chosen) if is_noisy else None
 
-        return note
+        return torch.compiler.disable(note)  # or every layer would be compiled by itself
 
     def _noisy(
         self, layer_idx: int, router: Any, inputs: Tensor, clean: Tensor

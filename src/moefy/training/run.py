@@ -1,40 +1,46 @@
-"""Continual pre-training: one plain loop on one device."""
+"""Continual pre-training: one plain loop, the same for one process and for torchrun's many."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Int
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer
-from moefy.checkpoint.reader import fingerprint, read_config, side_files
+from moefy.checkpoint.load import device
+from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
-from moefy.data.domains import Domain, documents_of, open_domains
-from moefy.data.mixture import Mixture
-from moefy.data.packing import pack
+from moefy.data.corpus import Corpus, heldout_of, open_corpus
+from moefy.data.mixture import Batch, Mixture, MixtureState, WeightUpdate
 from moefy.data.strategies import initial_weights
 from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import TrainRecipe
 from moefy.storage import check_output, replace_file, storage_errors
-from moefy.training.balance import switch_loss
-from moefy.training.router_trace import RouterTrace, routers_of
+from moefy.training.checks import check_batch, check_model
+from moefy.training.follow import (
+    Follower,
+    check_reference,
+    is_dynamic,
+    kept_reference,
+    reference_losses,
+)
+from moefy.training.heldout import heldout_losses
+from moefy.training.log import RunLog, check_trackers
+from moefy.training.models import load_student, load_teacher, merge_adapters
+from moefy.training.objective import Objective, StepLosses
+from moefy.training.optimizer import build_optimizer, clip_gradients
+from moefy.training.recipe import TrainRecipe
 from moefy.training.schedule import learning_rate
-from moefy.training.state import LOG, load_state, read_log, remove_state, save_state
-
-Windows = dict[str, Int[np.ndarray, "_windows sequence"]]
+from moefy.training.state import RunState, Saved, read_log, remove_state
+from moefy.training.throughput import flops_per_trained_token, peak
+from moefy.training.workers import Workers, join_workers
+from moefy.training.write import write_model
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Training:
     """What `train` did.
 
     Attributes:
-        folder: the trained model, with `recipe.yaml` and `log.jsonl` (one line a step) in it.
+        folder: the trained model, with `recipe.yaml`, `log.jsonl` (one line a step) and figures.
         recipe: every choice that was made.
         resumed_from_step: 0 for a fresh run.
         first_loss, last_loss: training loss of the first and the last step, nats per token.
@@ -69,89 +75,155 @@ def train(
 ) -> Training:
     """Continue pre-training on a mixture of domains and write the trained model.
 
-    The loss is next-token cross-entropy on packed windows plus `balance_coefficient` times the
-    mean over layers of the load-balancing loss (see `training.balance`). Weights and optimizer are
-    float32; matrix products run in bfloat16 where the processor has them. One document in twenty
-    is held out (see `data.domains.is_held_out`).
+    What is minimised is in `training.objective`. Weights and optimizer are float32; matrix products
+    run in bfloat16 where the processor has them. One document in twenty is held out (see
+    `data.domains.is_held_out`).
 
-    A run that was stopped goes on when the same call is made again, with the same result, bit for
-    bit, on the same machine. The model appears in `out` when the run is complete.
+    Started by torchrun, every process calls this with the same arguments, and `recipe.parallel`
+    says how they share the work. A run that was stopped goes on when the same call is made again,
+    with the same result, bit for bit, on the same machine with as many processes. The model appears
+    in `out` when the run is complete.
 
     Args:
         model: a converted (or dense) model folder, or any source `convert` takes.
         out: the run's folder.
-        data: a folder of `<domain>.jsonl(.gz)` files, or `demo`.
+        data: a folder that `prepare` wrote, a folder of `<domain>.jsonl(.gz)` files, or `demo`.
         recipe: a YAML file with `TrainRecipe` keys.
         overwrite: replace what is in `out`.
-        report: told about progress.
+        report: told about progress, in the first process.
         **choices: single `TrainRecipe` keys; they override the file.
 
     Raises:
-        UsageError: recipe, model, text or output are not usable.
+        UsageError: recipe, model, text or output are not usable, or the processes are not those
+            that the recipe asks for.
         TrainingError: the loss is not finite; the last checkpoint is kept.
         StorageError: the disk is full; the last checkpoint is kept.
     """
     out = Path(out).expanduser()
     choice = TrainRecipe.build(recipe, **choices)
     choice = choice.model_copy(update={"precision": _precision(choice)})
-    is_fresh = overwrite or not _is_unfinished(out)
+    check_reference(choice)
+    check_trackers(choice)
+    workers = join_workers(choice.parallel)
+    check_batch(choice, workers.num_data)
+    report = report if workers.is_first else silent
+    is_fresh = workers.of_first(overwrite or not _is_unfinished(out))
     if is_fresh:
         check_output(out, overwrite=overwrite, sources=(Path(model).expanduser(),))
-    source = resolve(model, report=report)
-    domains = open_domains(data, report=report)
-    weights = initial_weights(
-        choice.weights or "Uniform", [domain.name for domain in domains], normalise=True
+    source = _resolved(model, workers, report)
+    check_model(read_config(source), choice, str(source))
+    corpus = open_corpus(
+        data,
+        source,
+        sequence_length=choice.sequence_length,
+        max_sequences=choice.num_steps * choice.sequences_per_step,
+        report=report,
     )
-    network = load_model(source, dtype=torch.float32).to(device()).train()
-    windows = _windows(domains, source, choice, report)
     mixture = Mixture(
-        {name: len(found) for name, found in windows.items()},
-        weights,
+        corpus.num_sequences,
+        initial_weights(choice.mixture, corpus.num_sequences, normalise=choice.normalise_weights),
         seed=choice.seed,
         sequences_per_step=choice.sequences_per_step,
     )
-    optimizer = _optimizer(network, choice)
+    follows = is_dynamic(choice)
+    weighted = [name for name, weight in mixture.weights.items() if weight > 0]
+    heldout = {}
+    if follows or choice.evaluate_every_steps:
+        heldout = heldout_of(corpus, weighted, choice.heldout_sequences)
+    student = load_student(source, choice, workers)
+    teacher = None
+    if choice.distils:
+        assert choice.teacher is not None
+        teacher = load_teacher(_resolved(choice.teacher, workers, report), choice, workers)
+    objective = Objective(student, teacher, choice, workers)
+    optimizer = build_optimizer(student, objective.noise, choice)
     identity = {
-        "source": fingerprint(source),
+        "source": workers.of_first(fingerprint(source) if workers.is_first else None),
         "data": str(data),
-        **choice.model_dump(mode="json"),
+        **choice.identity(),
     }
-    if is_fresh:  # only now is it sure that this run can begin
+    state = RunState(
+        out,
+        identity=identity,
+        modules={"model": student} | ({"noise": objective.noise} if objective.noise else {}),
+        optimizer=optimizer,
+        workers=workers,
+        kept=choice.checkpoints_kept,
+    )
+    if is_fresh and workers.is_first:  # only now is it sure that this run can begin
         shutil.rmtree(out, ignore_errors=True)
-    first_step = load_state(out, identity=identity, model=network, optimizer=optimizer)
-    mixture.skip(first_step)
+    workers.wait()
+    saved = state.load()
+    first_step = saved.step if saved else 0
+    if saved:
+        mixture.restore(MixtureState(**saved.mixture))
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "recipe.yaml", choice.to_yaml())
-    kept = read_log(out)[:first_step] if first_step else []
-    replace_file(out / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+    log = None
+    if workers.is_first:
+        replace_file(out / "recipe.yaml", choice.to_yaml())
+        log = RunLog(out, read_log(out)[:first_step] if first_step else [], choice)
+    follower = None
+    if follows:
+        reference = reference_losses(heldout, teacher, source, choice, workers, out, report)
+        follower = Follower(mixture, heldout, reference, choice, workers)
+    flops = flops_per_trained_token(read_config(source), choice.sequence_length)
+    peak_flops = workers.size * peak(choice.precision).flops_per_s
 
-    started = time.perf_counter()
+    elapsed_s = 0.0
+    update: WeightUpdate | None = WeightUpdate(0, mixture.weights, {}, {})
     for step in range(first_step, choice.num_steps):
-        line = _step(step, network, optimizer, mixture, windows, choice)
-        with storage_errors(out), (out / LOG).open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        report(Progress("train", step + 1, choice.num_steps, f"loss {line['loss']:.3f}"))
+        if step:
+            update = follower.update(student) if follower else None
+        started = time.perf_counter()
+        batch = mixture.next_batch()
+        line = _step(step, student, objective, optimizer, batch, corpus, choice, workers)
+        seconds = time.perf_counter() - started
+        elapsed_s += seconds
+        line["tokens_per_s"] = choice.tokens_per_step / seconds
+        line["mfu"] = flops * line["tokens_per_s"] / peak_flops
+        if update:
+            line["mixture"] = asdict(update)
+        if batch.repeats:
+            line["repeats"] = dict(batch.repeats)
+        every = choice.evaluate_every_steps
+        if every and ((step + 1) % every == 0 or step + 1 == choice.num_steps):
+            line["heldout_loss"] = heldout_losses(
+                student,
+                heldout,
+                workers,
+                sequences_per_pass=choice.sequences_per_pass,
+                precision=choice.precision,
+            )
+        if log:
+            log.write(line)
+        report(Progress("train", step + 1, choice.num_steps, _note(line)))
         every = choice.checkpoint_every_steps
         if every and (step + 1) % every == 0 and step + 1 < choice.num_steps:
-            save_state(out, step=step + 1, identity=identity, model=network, optimizer=optimizer)
-    elapsed_s = time.perf_counter() - started
-    _write_model(network, source, out, identity)
-    remove_state(out)
-    losses = [line["loss"] for line in read_log(out)]
-    return Training(out, choice, first_step, losses[0], losses[-1], elapsed_s)
+            state.save(Saved(step + 1, asdict(mixture.state())))
+    if log:
+        log.close()
+    if choice.lora:
+        merge_adapters(student)
+    write_model(student, source, out, identity, workers)
+    lines = workers.of_first(read_log(out) if log else None)
+    if workers.is_first:
+        remove_state(out)
+        _draw(lines, out)
+    return Training(out, choice, first_step, lines[0]["loss"], lines[-1]["loss"], elapsed_s)
 
 
 def _step(
     step: int,
-    network: Any,
+    student: Any,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
-    mixture: Mixture,
-    windows: Windows,
+    batch: Batch,
+    corpus: Corpus,
     recipe: TrainRecipe,
+    workers: Workers,
 ) -> dict[str, Any]:
     """Do one optimizer step and return its line of the log."""
-    started = time.perf_counter()
     rate = learning_rate(
         step,
         recipe.num_steps,
@@ -161,67 +233,107 @@ def _step(
     )
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_fraction"]
-    num_passes = recipe.sequences_per_step // recipe.sequences_per_pass
-    by_domain: dict[str, list[float]] = defaultdict(list)
-    balance, loads = 0.0, torch.zeros(())
-    batch = mixture.next_batch().samples
-    with _dropout_of(recipe.seed, step), RouterTrace(network) as trace:
-        for first in range(0, len(batch), recipe.sequences_per_pass):
-            samples = batch[first : first + recipe.sequences_per_pass]
-            ids = np.stack([windows[name][window_idx] for name, window_idx, _ in samples])
-            tokens = torch.from_numpy(ids).to(network.device)
-            trace.clear()
+    mine = batch.of_worker(workers.data_idx, workers.num_data)
+    with _randomness_of(recipe.seed, step, workers), objective.step() as passes:
+        for first in range(0, len(mine), recipe.sequences_per_pass):
+            samples = mine[first : first + recipe.sequences_per_pass]
+            ids = np.stack([corpus.sequence(name, idx) for name, idx, _ in samples])
+            tokens = torch.from_numpy(ids).to(device())
             with torch.autocast(
                 tokens.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
             ):
-                logits = network(tokens, use_cache=False).logits
-            losses = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
-            ).view(len(samples), -1)
-            sums = trace.sums()
-            balance_loss = losses.new_zeros(()) if sums is None else switch_loss(sums)
-            loss = losses.mean() + recipe.balance_coefficient * balance_loss
-            (loss / num_passes).backward()
-            for (name, _, _), value in zip(samples, losses.detach().mean(1).tolist(), strict=True):
-                by_domain[name].append(value)
-            balance += balance_loss.item() / num_passes
-            shares = torch.zeros(0, 0) if sums is None else sums.shares().cpu()
-            loads = loads + shares / num_passes
-    grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_grad_norm).item()
-    mean_loss = sum(map(sum, by_domain.values())) / recipe.sequences_per_step
-    if not (mean_loss < float("inf") and grad_norm < float("inf")):
-        drawn = ", ".join(f"{name}[{window_idx}]" for name, window_idx, _ in batch)
+                loss = passes.loss(tokens)
+            loss.backward()
+    objective.reduce_noise_gradients()
+    if step < recipe.router_warmup_fraction * recipe.num_steps:
+        for group in optimizer.param_groups:
+            if not group["is_router"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = float(clip_gradients(learned, recipe.clip_grad_norm))
+    line = {
+        "step": step + 1,
+        "tokens": (step + 1) * recipe.tokens_per_step,
+        **_losses(passes.done, batch, mine, workers),
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+    }
+    if not (line["loss"] < float("inf") and grad_norm < float("inf")):
+        drawn = ", ".join(f"{name}[{idx}]" for name, idx, _ in batch.samples)
         raise TrainingError(
-            f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}, on the windows "
-            f"{drawn}: lower --learning-rate, or look at these documents; the last "
-            "checkpoint is kept"
+            f"step {step + 1}: loss {line['loss']}, gradient norm {grad_norm}, on the sequences "
+            f"{drawn} of {recipe.sequence_length} tokens: lower --learning-rate, or look at these "
+            "documents; the last checkpoint is kept"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tokens_per_step = recipe.sequences_per_step * recipe.sequence_length
-    return {
-        "step": step + 1,
-        "tokens": (step + 1) * tokens_per_step,
-        "loss": mean_loss,
-        "domain_loss": {name: sum(v) / len(v) for name, v in sorted(by_domain.items())},
-        "balance_loss": balance,
-        "learning_rate": rate,
-        "grad_norm": grad_norm,
-        "tokens_per_s": tokens_per_step / (time.perf_counter() - started),
-        "expert_load": [[round(x, 5) for x in row] for row in loads.tolist()],
+    objective.after_step(passes.done)
+    return line
+
+
+def _losses(
+    done: StepLosses, batch: Batch, mine: tuple[Any, ...], workers: Workers
+) -> dict[str, Any]:
+    """Put together what all workers' passes came to."""
+    names = sorted({sample.domain for sample in batch.samples})
+    by_domain = torch.zeros(2, len(names), dtype=torch.float64)
+    for sample, loss in zip(mine, torch.stack(done.cross_entropy).double().cpu(), strict=True):
+        idx = names.index(sample.domain)
+        by_domain[0, idx] += loss
+        by_domain[1, idx] += 1
+    sums, counts = workers.total(by_domain.to(device())).cpu()
+    line: dict[str, Any] = {
+        "loss": float(sums.sum()) / len(batch.samples),
+        "domain_loss": {name: float(sums[i] / counts[i]) for i, name in enumerate(names)},
     }
+    for name in ("kl", "layer_loss"):
+        if name in done.terms:
+            line[name] = float(workers.total(done.terms[name])) / workers.num_data
+    for name in ("balance_loss", "z_loss"):
+        if name in done.terms:
+            line[name] = float(done.terms[name])
+    if done.router is not None:
+        load = done.router.shares().double().cpu()
+        entropy = torch.special.entr(load).sum(-1) / np.log(load.shape[-1])
+        line["router_entropy"] = [round(x, 5) for x in entropy.tolist()]
+        line["expert_load"] = [[round(x, 5) for x in row] for row in load.tolist()]
+    return line
+
+
+def _draw(log: list[dict[str, Any]], out: Path) -> None:
+    from moefy.report.figures import training_figures
+
+    for name, figure in training_figures(log, kept_reference(out)).items():
+        with storage_errors(out):
+            figure.savefig(out / name, dpi=150)
+
+
+def _note(line: dict[str, Any]) -> str:
+    note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, MFU {line['mfu']:.0%}"
+    for name, epoch in line.get("repeats", {}).items():
+        note += f"; {name} begins again ({epoch + 1}. time)"
+    return note
 
 
 @contextmanager
-def _dropout_of(seed: int, step: int) -> Iterator[None]:
-    """Give a step its own dropout stream, so that a resumed run drops the same units."""
+def _randomness_of(seed: int, step: int, workers: Workers) -> Iterator[None]:
+    """Give a step its own dropout and noise, so that a resumed run draws the same."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed * 1_000_003 + step)
+        torch.manual_seed((seed * 1_000_003 + step) * 4099 + workers.data_idx)
         yield
 
 
 def _is_unfinished(out: Path) -> bool:
     return (out / "recipe.yaml").is_file() and not (out / "config.json").exists()
+
+
+def _resolved(model: str | Path, workers: Workers, report: ProgressFn) -> Path:
+    """Resolve a model; the first process fetches what must be fetched."""
+    if workers.is_first:
+        resolve(model, report=report)
+    workers.wait()
+    return resolve(model)
 
 
 def _precision(recipe: TrainRecipe) -> str:
@@ -232,71 +344,3 @@ def _precision(recipe: TrainRecipe) -> str:
     flags = Path("/proc/cpuinfo")
     has_bf16 = flags.is_file() and "avx512_bf16" in flags.read_text()
     return "bfloat16" if has_bf16 else "float32"
-
-
-def _windows(
-    domains: list[Domain], source: Path, recipe: TrainRecipe, report: ProgressFn
-) -> Windows:
-    tokenizer = load_tokenizer(source)
-    windows = {}
-    for done, domain in enumerate(domains):
-        report(Progress("tokenise", done, len(domains), domain.name))
-        windows[domain.name] = pack(
-            documents_of(domain, "train"),
-            tokenizer,
-            sequence_length=recipe.sequence_length,
-            max_windows=recipe.num_steps * recipe.sequences_per_step,
-        )
-    report(Progress("tokenise", len(domains), len(domains)))
-    return windows
-
-
-def _optimizer(network: Any, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only; routers have a rate of their own."""
-    routers = [parameter for router in routers_of(network) for parameter in router.parameters()]
-    router_ids = set(map(id, routers))
-    others = [p for p in network.parameters() if id(p) not in router_ids]
-    matrices = [p for p in others if p.ndim > 1]
-    vectors = [p for p in others if p.ndim <= 1]
-    decay = recipe.weight_decay
-    groups = [
-        {"params": matrices, "weight_decay": decay, "rate_fraction": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "rate_fraction": 1.0},
-        {"params": routers, "weight_decay": decay, "rate_fraction": recipe.router_rate_fraction},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=recipe.learning_rate,
-        betas=recipe.adam_betas,
-        fused=True,
-    )
-
-
-def _write_model(network: Any, source: Path, out: Path, identity: dict[str, Any]) -> None:
-    """Put the finished model into the run's folder, config.json last.
-
-    Weights go back to the dtype and the on-disk form of the source; its config.json is kept as it
-    is, because other runtimes read spellings there that transformers would not write again.
-    """
-    config = read_config(source)
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    finished = out / ".finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    record = {
-        "moefy": version("moefy"),
-        "stage": "train",
-        "run": identity,
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "from": json.loads((source / "moefy.json").read_text())
-        if (source / "moefy.json").is_file()
-        else None,
-    }
-    with storage_errors(out):
-        network.to(dtype).cpu().save_pretrained(finished)
-        for file in side_files(source):
-            shutil.copyfile(file, finished / file.name)
-        (finished / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
-        shutil.copyfile(source / "config.json", finished / "config.json")
-        for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(out / file.name)
-        finished.rmdir()

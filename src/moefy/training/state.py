@@ -1,68 +1,200 @@
-"""A run's state on disk: enough to go on as if nothing had happened."""
+"""A run's state on disk: enough to go on as if nothing had happened.
+
+    OUT/checkpoint/step-00000100/   torch.distributed.checkpoint's files, written by all processes
+    OUT/checkpoint/step-00000100/run.json   step, identity, mixture, and how large every file is
+
+A checkpoint appears under its name when it is whole. Weights and optimizer are kept by the names of
+the parameters, whole, so that any number of processes can read them.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from moefy.errors import OutputError
-from moefy.storage import whole_folder
+from moefy.errors import OutputError, StorageError
+from moefy.storage import storage_errors, whole_folder
+from moefy.training.workers import Workers
 
 FOLDER = "checkpoint"
 LOG = "log.jsonl"
+_RECORD = "run.json"
+_OPTIMIZER = re.compile(r"optimizer\.(\w+)\.(.+)")
 
 
-def save_state(
-    out: Path, *, step: int, identity: dict[str, Any], model: Any, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write master weights and optimizer; the previous checkpoint stays until this one is whole.
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says beside its tensors.
 
-    Raises:
-        StorageError: the disk is full; the previous checkpoint is still there.
+    Attributes:
+        step: optimizer steps that were done.
+        mixture: the fields of `data.mixture.MixtureState`.
     """
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    needed_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    with whole_folder(out / FOLDER, needed_bytes=needed_bytes) as partial:
-        (partial / "identity.json").write_text(json.dumps(identity, indent=2) + "\n")
-        torch.save(state, partial / "state.pt")
+
+    step: int
+    mixture: dict[str, Any]
 
 
-def load_state(
-    out: Path, *, identity: dict[str, Any], model: Any, optimizer: torch.optim.Optimizer
-) -> int:
-    """Put the last checkpoint's state into model and optimizer and return its step.
+class RunState:
+    """The checkpoints of a run.
 
-    Returns 0 when there is no checkpoint yet.
-
-    Raises:
-        OutputError: the checkpoint belongs to another run.
+    Args:
+        out: the run's folder.
+        identity: what must be the same for the run to go on.
+        modules: what learns, by a short name.
+        optimizer: of all of them.
+        workers: of the run.
+        kept: how many checkpoints stay.
     """
-    folder = out / FOLDER
-    if not (folder / "state.pt").is_file():
-        return 0
-    found = json.loads((folder / "identity.json").read_text())
-    if found != identity:
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        identity: dict[str, Any],
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        workers: Workers,
+        kept: int,
+    ) -> None:
+        self._out, self._identity, self._workers, self._kept = out, identity, workers, kept
+        self._optimizer = optimizer
+        self._parameters = {
+            f"{prefix}.{name}": parameter
+            for prefix, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+        self._buffers = {
+            f"{prefix}.{name}": buffer
+            for prefix, module in modules.items()
+            for name, buffer in _kept_buffers(module)
+        }
+
+    def save(self, saved: Saved) -> None:
+        """Write a checkpoint, then remove those that are more than `kept`.
+
+        Raises:
+            StorageError: the disk is full; the earlier checkpoints are still there.
+        """
+        tensors = {
+            name: _whole_shards(t) for name, t in {**self._weights(), **self._moments()}.items()
+        }
+        target = self._out / FOLDER / f"step-{saved.step:08d}"
+        needed_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        with _shared_folder(target, needed_bytes, self._workers) as partial, _alone_is_fine():
+            save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))
+            if self._workers.is_first:
+                record = {
+                    "step": saved.step,
+                    "identity": self._identity,
+                    "mixture": saved.mixture,
+                    "bytes": {file.name: file.stat().st_size for file in partial.iterdir()},
+                }
+                (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        if self._workers.is_first:
+            for folder in _checkpoints(self._out)[self._kept :]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def load(self) -> Saved | None:
+        """Put the last whole checkpoint into modules and optimizer; None if there is none.
+
+        A checkpoint with missing or shortened files is passed over for the one before it.
+
+        Raises:
+            OutputError: the checkpoint belongs to another run, or none of several is whole.
+        """
+        found = self._workers.of_first(self._last_whole() if self._workers.is_first else None)
+        if found is None:
+            return None
+        folder, record = found
+        with _alone_is_fine():
+            present = FileSystemReader(folder).read_metadata().state_dict_metadata
+            moments = {
+                name: (self._parameters[of], key)
+                for name in present
+                if (match := _OPTIMIZER.fullmatch(name))
+                for key, of in [match.groups()]
+            }
+            tensors = {
+                **self._weights(),
+                **{
+                    name: torch.zeros((), dtype=torch.float32)
+                    if key == "step"
+                    else torch.zeros_like(parameter.detach())
+                    for name, (parameter, key) in moments.items()
+                },
+            }
+            read = {name: _whole_shards(tensor) for name, tensor in tensors.items()}
+            load(read, storage_reader=FileSystemReader(folder))
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if read[name] is not tensor:
+                    assert isinstance(tensor, DTensor)
+                    tensor.copy_(read[name].redistribute(placements=tensor.placements))
+        self._optimizer.state.clear()
+        for name, (parameter, key) in moments.items():
+            tensor = tensors[name]
+            if key == "step" and parameter.device.type == "cuda":
+                tensor = tensor.to(parameter.device)  # where fused AdamW counts
+            self._optimizer.state[parameter][key] = tensor
+        return Saved(record["step"], record["mixture"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: t.detach() for name, t in {**self._parameters, **self._buffers}.items()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
+            f"optimizer.{key}.{name}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def _last_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        broken = []
+        for folder in _checkpoints(self._out):
+            reason, record = _read_record(folder)
+            if record is not None:
+                self._check_identity(record["identity"])
+                return folder, record
+            broken.append(f"{folder.name}: {reason}")
+        if broken:
+            raise OutputError(
+                f"no checkpoint of {self._out} is whole ({'; '.join(broken)}): copy one back, or "
+                "pass --overwrite to start again"
+            )
+        return None
+
+    def _check_identity(self, found: dict[str, Any]) -> None:
+        wanted = json.loads(json.dumps(self._identity))
         changed = [
-            f"{key}: was {found.get(key)!r}, now {identity.get(key)!r}"
-            for key in sorted({*found, *identity})
-            if found.get(key) != identity.get(key)
+            f"{key}: was {found.get(key)!r}, now {wanted.get(key)!r}"
+            for key in sorted({*found, *wanted})
+            if found.get(key) != wanted.get(key)
         ]
-        raise OutputError(
-            f"{out} holds an unfinished run with other settings ({'; '.join(changed)}): give the "
-            "same ones to continue it, or --overwrite to start again"
-        )
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+        if changed:
+            raise OutputError(
+                f"{self._out} holds an unfinished run with other settings ({'; '.join(changed)}): "
+                "give the same ones to continue it, or --overwrite to start again"
+            )
 
 
 def remove_state(out: Path) -> None:
-    """Delete the checkpoint of a finished run."""
+    """Delete the checkpoints of a finished run."""
     shutil.rmtree(out / FOLDER, ignore_errors=True)
 
 
@@ -75,3 +207,62 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return steps
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Return the checkpoints' folders, the last first."""
+    return sorted((out / FOLDER).glob("step-*"), reverse=True)
+
+
+def _read_record(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    """Return a whole checkpoint's record, or why it is not whole."""
+    try:
+        record = json.loads((folder / _RECORD).read_text())
+        for name, size in record["bytes"].items():
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found:,} of {size:,} bytes", None
+    except (OSError, ValueError, KeyError) as error:
+        return f"{error}", None
+    return "", record
+
+
+def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = module.state_dict()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
+
+
+def _whole_shards(tensor: Any) -> Any:
+    """Return a tensor in shards of whole rows, which is all that checkpoints can describe."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = tuple(
+        Shard(p.dim) if isinstance(p, Shard | _StridedShard) else p for p in tensor.placements
+    )
+    return tensor if placements == tensor.placements else tensor.redistribute(placements=placements)
+
+
+@contextmanager
+def _shared_folder(target: Path, needed_bytes: int, workers: Workers) -> Iterator[Path]:
+    """Give all processes one folder to write in, which the first one puts in its place."""
+    with ExitStack() as stack:
+        partial, problem = None, None
+        if workers.is_first:
+            try:
+                partial = stack.enter_context(whole_folder(target, needed_bytes=needed_bytes))
+            except StorageError as error:
+                problem = error
+        partial, problem = workers.of_first((partial, problem))
+        if problem is not None:
+            raise problem
+        assert partial is not None
+        with storage_errors(target):
+            yield partial
+    workers.wait()
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Silence torch's warning that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+        yield

@@ -1,0 +1,86 @@
+"""Implementations of a layer's experts in training: docs/performance.md, "The experts".
+
+    python benchmarks/expert_layers.py [--repeats 9]
+
+One layer of SmolLM2-135M's shape, forward and backward on 512 tokens, half of the slices chosen:
+processor time, the median of runs that alternate between the implementations, and what a dry run
+says that a pass of 512 tokens keeps in all 30 layers. Writes docs/performance/expert-layers.csv and
+the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from moefy.report.tables import publish_table
+from moefy.training.dry_run import dry_run
+from moefy.training.lean_experts import register
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+IMPLEMENTATIONS = ("eager", "grouped_mm", "lean")
+HIDDEN, NEURONS, TOKENS = 576, 1536, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    repeats = parser.parse_args().repeats
+    register()
+    rows = [["slices", "implementation", "float32, ms", "bfloat16, ms", "kept by a pass, MiB"]]
+    for experts in (16, 64):
+        times = {
+            precision: _times(experts, precision, repeats)
+            for precision in (torch.float32, torch.bfloat16)
+        }
+        for implementation in IMPLEMENTATIONS:
+            kept = "–"
+            if implementation != "eager":  # its loop over experts needs to know who chose whom
+                found = dry_run(
+                    f"smollm2-135m:{experts // 2}/{experts}",
+                    processes=1,
+                    experts_implementation=implementation,
+                )
+                kept = f"{found.activation_bytes / 2**20:.0f}"
+            cells = [f"{1000 * found[implementation]:.0f}" for found in times.values()]
+            rows.append([f"{experts // 2}/{experts}", implementation, *cells, kept])
+            print(*rows[-1], sep="\t", flush=True)
+    publish_table(rows, DOCS / "performance/expert-layers.csv", DOCS / "performance.md")
+
+
+def _times(experts: int, precision: torch.dtype, repeats: int) -> dict[str, float]:
+    layers = {name: _layer(experts, name) for name in IMPLEMENTATIONS}
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    chosen = torch.stack([torch.randperm(experts)[: experts // 2] for _ in range(TOKENS)])
+    weights = torch.rand(TOKENS, experts // 2, requires_grad=True)
+    times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    for _ in range(repeats):
+        for name, layer in layers.items():
+            started = time.process_time()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                out = layer(x, chosen, weights)
+            out.float().sum().backward()
+            times[name].append(time.process_time() - started)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def _layer(experts: int, implementation: str) -> Any:
+    config = MixtralConfig(
+        hidden_size=HIDDEN, intermediate_size=NEURONS // experts, num_local_experts=experts
+    )
+    config._experts_implementation = implementation
+    layer = MixtralExperts(config)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return layer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What can be said of a run before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moefy.errors import UsageError
+from moefy.evaluation.cost import ffn_shape
+from moefy.training.recipe import Parallel, TrainRecipe
+
+
+def check_processes(parallel: Parallel, size: int) -> tuple[int, int]:
+    """Return how many processes share one copy of the weights, and how many read a batch.
+
+    Args:
+        parallel: of the recipe.
+        size: processes that were started.
+
+    Raises:
+        UsageError: they are not as many as the recipe asks for.
+    """
+    fixed = parallel.replicate * parallel.tensor
+    shard = parallel.shard or max(1, size // fixed)
+    if shard * fixed != size:
+        asked = {
+            "shard": parallel.shard,
+            "replicate": parallel.replicate,
+            "tensor": parallel.tensor,
+        }
+        factors = " × ".join(f"{name} {count}" for name, count in asked.items() if count)
+        raise UsageError(
+            f"the recipe's parallel ({factors}) does not make {size} process{'es' * (size > 1)}: "
+            f"start {shard * fixed} with torchrun --nproc-per-node {shard * fixed} -m moefy train "
+            "…, or change parallel"
+        )
+    expert = parallel.expert
+    if (shard * parallel.tensor) % expert or (expert > 1 and expert % parallel.tensor):
+        raise UsageError(
+            f"expert {expert} is impossible with shard {shard} and tensor {parallel.tensor}: it "
+            "must be a multiple of tensor and divide shard × tensor"
+        )
+    return shard, size // parallel.tensor
+
+
+def check_batch(recipe: TrainRecipe, num_data: int) -> None:
+    """Refuse a batch that the processes cannot divide.
+
+    Args:
+        recipe: of the run.
+        num_data: processes that read a batch between them.
+
+    Raises:
+        UsageError: it cannot be divided.
+    """
+    at_once = num_data * recipe.sequences_per_pass
+    if recipe.sequences_per_step % at_once:
+        raise UsageError(
+            f"sequences_per_step {recipe.sequences_per_step} must be a multiple of {at_once}: "
+            f"{num_data} processes with sequences_per_pass {recipe.sequences_per_pass}"
+        )
+
+
+def check_model(config: Mapping[str, Any], recipe: TrainRecipe, name: str) -> None:
+    """Refuse a model that the recipe is not for.
+
+    Args:
+        config: its config.json.
+        recipe: of the run.
+        name: of the model, for the message.
+
+    Raises:
+        UsageError: the sequences are longer than its context, or its experts cannot be spread.
+    """
+    context = config.get("max_position_embeddings")
+    if context and recipe.sequence_length > context:
+        raise UsageError(
+            f"--sequence-length {recipe.sequence_length} is longer than the context of {name}, "
+            f"{context} tokens: lower it"
+        )
+    experts, expert = ffn_shape(config).experts, recipe.parallel.expert
+    if expert > 1 and (not experts or experts % expert):
+        raise UsageError(
+            f"expert {expert}: the {experts} routed experts of {name} cannot be spread evenly over "
+            f"{expert} processes"
+        )

@@ -1,0 +1,153 @@
+"""A run without weights: does the recipe fit the model, the processes and their memory?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moefy.checkpoint.reader import read_config
+from moefy.errors import UsageError
+from moefy.evaluation.cost import cost, ffn_shape
+from moefy.evaluation.inspect import SHAPES, split_config
+from moefy.training.checks import check_batch, check_model, check_processes
+from moefy.training.lean_experts import register
+from moefy.training.models import prepare_student
+from moefy.training.recipe import TrainRecipe
+from moefy.training.throughput import flops_per_trained_token
+
+_OPTIMIZER_BYTES = 16  # of a weight that learns: itself, its gradient, Adam's two moments
+_CHUNK_BYTES = 3 * (64 << 20)  # of logits, see training/output_loss.py
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would be.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens_per_step: of all processes.
+        processes: how many the recipe needs.
+        total_params, active_params: of the model.
+        learned_params: of those, not frozen.
+        passes_per_step: forward and backward passes of one process.
+        state_bytes: weights, gradients and optimizer of one process.
+        activation_bytes: what one pass keeps for its backward pass, measured on the meta device,
+            and the logits' chunks.
+        total_flops: of the whole run, forward and backward.
+    """
+
+    steps: int
+    tokens_per_step: int
+    processes: int
+    total_params: int
+    active_params: int
+    learned_params: int
+    passes_per_step: int
+    state_bytes: int
+    activation_bytes: int
+    total_flops: int
+
+
+def dry_run(
+    model: str | Path, *, processes: int, recipe: str | Path | None = None, **choices: Any
+) -> DryRun:
+    """Check a recipe against a model and a number of processes, and count what the run would take.
+
+    The model is built on the meta device, which has shapes and no numbers, and one pass runs
+    forward and backward there.
+
+    Args:
+        model: a converted or dense model folder, its config.json, or a shape that `inspect` knows,
+            also split: `llama-2-7b:4/16`.
+        processes: that torchrun would start.
+        recipe: a YAML file with `TrainRecipe` keys.
+        **choices: single keys; they override the file.
+
+    Raises:
+        UsageError: the recipe cannot run like this.
+    """
+    choice = TrainRecipe.build(recipe, **choices)
+    config = _config_of(model)
+    shard, num_data = check_processes(choice.parallel, processes)
+    check_batch(choice, num_data)
+    check_model(config, choice, str(model))
+    # tensors of the meta device, which transformers knows not to ask for their values
+    with FakeTensorMode():
+        network = _built(config, choice)
+        prepare_student(network, choice)
+        activation_bytes = _activations(network, choice) + _CHUNK_BYTES
+        if choice.gradient_checkpointing:  # one layer at a time is computed again
+            activation_bytes += _activations(
+                _built({**config, "num_hidden_layers": 1}, choice), choice
+            )
+    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network.parameters())
+    held = _OPTIMIZER_BYTES * learned + 4 * (total - learned)
+    counted = cost(config, context=choice.sequence_length)
+    return DryRun(
+        steps=choice.num_steps,
+        tokens_per_step=choice.tokens_per_step,
+        processes=processes,
+        total_params=total,
+        active_params=counted.active_params,
+        learned_params=learned,
+        passes_per_step=choice.sequences_per_step // num_data // choice.sequences_per_pass,
+        state_bytes=held // (shard * choice.parallel.tensor),
+        activation_bytes=activation_bytes,
+        total_flops=choice.num_steps
+        * choice.tokens_per_step
+        * flops_per_trained_token(config, choice.sequence_length),
+    )
+
+
+def _config_of(model: str | Path) -> dict[str, Any]:
+    path = Path(model).expanduser()
+    if path.exists():
+        return read_config(path)
+    name, _, split = str(model).partition(":")
+    active, _, experts = split.partition("/")
+    if name not in SHAPES or (split and not (active.isdigit() and experts.isdigit())):
+        raise UsageError(
+            f"{model} does not exist; a dry run takes a model folder, a config.json, or "
+            f"{' or '.join(SHAPES)}, also split, as in llama-2-7b:4/16"
+        )
+    if not split:
+        return SHAPES[name]
+    return split_config(SHAPES[name], experts=int(experts), active=int(active))
+
+
+def _built(config: Mapping[str, Any], recipe: TrainRecipe) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    network = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config["model_type"], **settings), dtype=torch.bfloat16
+    ).train()
+    if ffn_shape(config).experts:
+        register()
+        network.set_experts_implementation(recipe.experts_implementation)
+    return network
+
+
+def _activations(network: Any, recipe: TrainRecipe) -> int:
+    """Return the bytes that one pass keeps until its backward pass, weights not counted."""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, tuple[Tensor, int]] = {}  # holds the tensors: storages must not be reused
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor, storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(recipe.sequences_per_pass, recipe.sequence_length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = network.model(tokens, use_cache=False).last_hidden_state
+    hidden.sum().backward()
+    return sum(size for _, size in kept.values())

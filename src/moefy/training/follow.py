@@ -1,0 +1,150 @@
+"""A mixture that follows the losses on held-out text (Sheared-LLaMA's dynamic batch loading)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.source import resolve
+from moefy.data.mixture import Mixture, WeightUpdate
+from moefy.data.reference import published_reference, read_reference
+from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES, find_strategy
+from moefy.errors import UsageError
+from moefy.evaluation.cost import cost
+from moefy.progress import Progress, ProgressFn
+from moefy.storage import replace_file
+from moefy.training.heldout import heldout_losses
+from moefy.training.models import load_teacher
+from moefy.training.recipe import TrainRecipe
+from moefy.training.workers import Workers
+
+REFERENCE = "reference.json"
+Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]
+
+
+def is_dynamic(recipe: TrainRecipe) -> bool:
+    """Whether the recipe's weights follow the losses."""
+    return isinstance(recipe.mixture, str) and find_strategy(recipe.mixture).is_dynamic
+
+
+class Follower:
+    """Renews a mixture's weights at the recipe's interval.
+
+    Args:
+        mixture: of the run.
+        windows: held-out token ids of the domains that have weight.
+        reference: nats per token by domain.
+        recipe: of the run.
+        workers: of the run.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        windows: Windows,
+        reference: Mapping[str, float],
+        recipe: TrainRecipe,
+        workers: Workers,
+    ) -> None:
+        self._mixture, self._windows, self._reference = mixture, windows, reference
+        self._recipe, self._workers = recipe, workers
+        self._interval = recipe.mixture_interval_steps or UPDATE_INTERVAL_STEPS
+
+    def update(self, network: Any) -> WeightUpdate | None:
+        """Renew the weights if that is due before the next batch, and say what they are.
+
+        Raises:
+            TrainingError: a held-out loss is not finite.
+        """
+        if not self._mixture.update_due(self._interval):
+            return None
+        losses = heldout_losses(
+            network,
+            self._windows,
+            self._workers,
+            sequences_per_pass=self._recipe.sequences_per_pass,
+            precision=self._recipe.precision,
+        )
+        rule = UPDATE_RULES[self._recipe.mixture_update]
+        update: WeightUpdate = self._workers.of_first(
+            self._mixture.reweight(losses, self._reference, rule)
+        )
+        self._mixture.set_weights(update.weights)  # the first process's, to the last bit
+        return update
+
+
+def reference_losses(
+    windows: Windows,
+    teacher: Any | None,
+    source: Path,
+    recipe: TrainRecipe,
+    workers: Workers,
+    out: Path,
+    report: ProgressFn,
+) -> dict[str, float]:
+    """Return what the losses are compared with: the dense model's, published ones, or a file's.
+
+    Args:
+        windows: held-out token ids by domain.
+        teacher: the dense parent, if it is loaded.
+        source: the model in training; published losses are chosen by its size.
+        recipe: of the run.
+        workers: of the run.
+        out: the run's folder; measured losses are kept there, so that a resumed run has the same.
+        report: told about the measuring.
+
+    Raises:
+        UsageError: the dense model is asked for and not named, or no published losses fit.
+        CorpusError: a file's domains are not the corpus's.
+    """
+    names = list(windows)
+    if recipe.reference_losses == "published":
+        config = read_config(source)
+        return published_reference(
+            names, num_parameters=cost(config).total_params, vocab_size=config["vocab_size"]
+        )
+    if recipe.reference_losses != "dense":
+        return read_reference(recipe.reference_losses, names)
+    kept = workers.of_first(kept_reference(out) if workers.is_first else None)
+    if kept:
+        return dict(kept)
+    assert recipe.teacher is not None  # see `check_reference`
+    report(Progress("measure the dense model", 0, 1))
+    dense = teacher or load_teacher(resolve(recipe.teacher), recipe, workers)
+    losses = heldout_losses(
+        dense,
+        windows,
+        workers,
+        sequences_per_pass=recipe.sequences_per_pass,
+        precision=recipe.precision,
+    )
+    report(Progress("measure the dense model", 1, 1))
+    if workers.is_first:
+        replace_file(out / REFERENCE, json.dumps(losses, indent=2) + "\n")
+    return losses
+
+
+def kept_reference(out: Path) -> dict[str, float]:
+    """Return the dense model's losses that a run has measured, empty if it has not."""
+    file = out / REFERENCE
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def check_reference(recipe: TrainRecipe) -> None:
+    """Refuse a mixture that follows the losses towards nothing.
+
+    Raises:
+        UsageError: the dense model is the reference and is not named.
+    """
+    if is_dynamic(recipe) and recipe.reference_losses == "dense" and recipe.teacher is None:
+        raise UsageError(
+            f"{recipe.mixture} compares the losses with the dense model's: name it with --teacher "
+            "(with distillation.weight 0 it is used for nothing else), or set reference_losses to "
+            "published or to a file"
+        )

@@ -1,0 +1,148 @@
+"""An implementation of transformers' expert layers that keeps little for the backward pass.
+
+`grouped_mm` keeps, of every token, a copy of its hidden state for each expert that was chosen, and
+each expert's output: with 32 of 64 experts chosen that is 64 hidden states a token and layer, far
+more than all the rest of the layer. Kept here are the hidden states once, the products with the
+gate and up matrices (which are narrow where experts are small), the weights and the choice. The
+copies are gathered again in the backward pass; no product is computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NAME = "lean"
+
+
+def register() -> str:
+    """Make the implementation known to transformers; return the name to ask for it."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    # torch.compile cannot see through the gradient inside the backward pass
+    ALL_EXPERTS_FUNCTIONS.register(NAME, torch.compiler.disable(lean_experts))
+    return NAME
+
+
+def can_run(experts: Any) -> bool:
+    """Say whether a module of experts is of the kind that this file computes.
+
+    Not: biases, another layout, no gate, a norm behind the experts, experts on several processes,
+    or rows that are no multiple of 16 bytes, which torch's grouped product refuses.
+    """
+    widths = experts.gate_up_proj.shape[1:] + experts.down_proj.shape[2:]
+    return (
+        experts.has_gate
+        and not experts.has_bias
+        and not experts.is_transposed
+        and not experts.has_post_expert_norm
+        and not experts._is_expert_parallel
+        and all(width % 8 == 0 for width in widths)
+    )
+
+
+def lean_experts(
+    experts: Any,
+    hidden_states: Float[Tensor, "tokens hidden"],
+    top_k_index: Int[Tensor, "tokens active"],
+    top_k_weights: Float[Tensor, "tokens active"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Return Σ_i w_i · down_e(act(gate_e(x)) · up_e(x)), e the i-th expert chosen for x.
+
+    What `can_run` refuses is left to transformers' `grouped_mm`.
+
+    Args:
+        experts: transformers' module with `gate_up_proj` [experts, 2·size, hidden] and `down_proj`
+            [experts, hidden, size].
+        hidden_states: x.
+        top_k_index: e.
+        top_k_weights: w.
+    """
+    if not can_run(experts):
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    chosen, order = top_k_index.reshape(-1).sort(stable=True)
+    ends = torch.arange(1, experts.num_experts + 1, device=chosen.device)
+    offsets = torch.searchsorted(chosen, ends).int()
+    return _Experts.apply(
+        hidden_states,
+        experts.gate_up_proj,
+        experts.down_proj,
+        top_k_weights.reshape(-1)[order],
+        order,
+        offsets,
+        experts._apply_gate,
+    )
+
+
+class _Experts(torch.autograd.Function):
+    """Rows are pairs of a token and an expert, sorted by expert; `order` says which pairs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        apply_gate: Any,
+    ) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        active = len(order) // len(hidden)
+        with torch.autocast(kind, enabled=False):
+            rows = hidden.to(dtype)[order // active]
+            products = F.grouped_mm(rows, gate_up.to(dtype).mT, offs=offsets)
+            gated = apply_gate(products) * weights[:, None].to(dtype)
+            out = F.grouped_mm(gated, down.to(dtype).mT, offs=offsets)
+        ctx.save_for_backward(hidden, gate_up, down, weights, order, offsets, products)
+        ctx.apply_gate, ctx.dtype, ctx.active = apply_gate, dtype, active
+        return _sum_of_pairs(out, order, active).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, gate_up, down, weights, order, offsets, products = ctx.saved_tensors
+        dtype, tokens = ctx.dtype, order // ctx.active
+        with torch.autocast(hidden.device.type, enabled=False):
+            row_weights = weights[:, None].to(dtype)
+            with torch.enable_grad():
+                products = products.detach().requires_grad_()
+                ungated = ctx.apply_gate(products)
+            rows_grad = out_grad.to(dtype)[tokens]
+            gated_grad = F.grouped_mm(rows_grad, down.to(dtype), offs=offsets)
+            gated = (ungated.detach() * row_weights).to(dtype)
+            down_grad = F.grouped_mm(rows_grad.T, gated, offs=offsets)
+            del rows_grad
+            weights_grad = (gated_grad * ungated.detach()).sum(-1).to(weights.dtype)
+            (products_grad,) = torch.autograd.grad(ungated, products, gated_grad * row_weights)
+            rows = hidden.to(dtype)[tokens]
+            gate_up_grad = F.grouped_mm(products_grad.T, rows, offs=offsets)
+            del rows
+            hidden_grad = _sum_of_pairs(
+                F.grouped_mm(products_grad, gate_up.to(dtype), offs=offsets), order, ctx.active
+            )
+        return (
+            hidden_grad.to(hidden.dtype),
+            gate_up_grad.to(gate_up.dtype),
+            down_grad.to(down.dtype),
+            weights_grad,
+            None,
+            None,
+            None,
+        )
+
+
+def _sum_of_pairs(
+    rows: Float[Tensor, "pairs hidden"], order: Int[Tensor, " pairs"], active: int
+) -> Float[Tensor, "tokens hidden"]:
+    """Add the rows of each token's experts, always in the same order."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return rows[places].view(-1, active, rows.shape[-1]).sum(1)

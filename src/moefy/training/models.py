@@ -1,0 +1,129 @@
+"""Student and teacher, ready to run: where they lie, in which precision, what learns."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefy.checkpoint.load import device, load_model
+from moefy.checkpoint.reader import read_config
+from moefy.errors import UsageError
+from moefy.evaluation.cost import ffn_shape
+from moefy.training.lean_experts import register
+from moefy.training.recipe import Lora, TrainRecipe
+from moefy.training.workers import Workers
+
+_PARTS = {
+    "embeddings": r"(embed_tokens|lm_head)\.",
+    "attention": r"\.self_attn\.(?!.*norm)",
+    "norms": r"norm\.weight$",
+    "experts": r"\.experts\.|\.mlp\.(gate|up|gate_up|down)_proj\.",
+    "shared-experts": r"\.(shared_mlp|shared_experts)\.",
+    "routers": r"\.(router|gate)\.",
+}
+"""What each part's parameters are called, in all families and targets."""
+
+_SINKS = ".sinks"
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
+    """Load the model that is trained, float32, in training mode.
+
+    These are the master weights: in bfloat16 only the products are computed.
+
+    Raises:
+        CheckpointError: the folder is no model.
+        UsageError: nothing is left to learn, or LoRA with several processes or without peft.
+    """
+    register()
+    options: dict[str, Any] = {}
+    if ffn_shape(read_config(source)).experts:
+        options["experts_implementation"] = recipe.experts_implementation
+    network = _load(source, torch.float32, workers, workers.sizes, recipe, options).train()
+    if recipe.lora:
+        network = _with_adapters(network, recipe.lora, workers)
+    prepare_student(network, recipe)
+    return network
+
+
+def prepare_student(network: Any, recipe: TrainRecipe) -> None:
+    """Freeze what the recipe freezes, and say how the layers are computed.
+
+    Raises:
+        UsageError: nothing is left to learn.
+    """
+    for name, parameter in network.named_parameters():
+        # a sink of a converted model is there to do nothing, see checkpoint/targets.py
+        if name.endswith(_SINKS) or any(re.search(_PARTS[part], name) for part in recipe.frozen):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UsageError(f"frozen {', '.join(recipe.frozen)}: nothing is left to learn")
+    if recipe.gradient_checkpointing:
+        # transformers 5.23 gave it a new name and warns of the old one
+        new = getattr(network, "activation_checkpointing_enable", None)
+        (new or network.gradient_checkpointing_enable)({"use_reentrant": False})
+    if recipe.compile:
+        for layer in network.model.layers:
+            layer.compile()
+
+
+def load_teacher(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
+    """Load the dense parent, frozen, in the precision of the products.
+
+    Raises:
+        CheckpointError: the folder is no model.
+    """
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    return _load(source, dtype, workers, workers.dense(), recipe, {}).requires_grad_(False)
+
+
+def merge_adapters(network: Any) -> None:
+    """Add the adapters to the weights that they adapt, and remove them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(n, m) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, module in reversed(found):  # the inner ones first
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, module.get_base_layer())
+
+
+def _load(
+    source: Path,
+    dtype: torch.dtype,
+    workers: Workers,
+    sizes: dict[str, Any] | None,
+    recipe: TrainRecipe,
+    options: dict[str, Any],
+) -> Any:
+    if sizes is None:
+        return load_model(source, dtype=dtype, **options).to(device())
+    from transformers.distributed import DistributedConfig
+
+    is_mixed = recipe.precision == "bfloat16" and device().type == "cuda"
+    config = DistributedConfig(**sizes, fsdp_mixed_precision=is_mixed)
+    return load_model(source, dtype=dtype, distributed_config=config, **options)
+
+
+def _with_adapters(network: Any, lora: Lora, workers: Workers) -> Any:
+    if workers.size > 1:
+        raise UsageError(
+            "lora runs in one process: its adapters are not sharded; start without torchrun"
+        )
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UsageError("lora needs the peft package: pip install 'moefy[lora]'") from None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.modules or _ATTENTION,
+        target_parameters=_EXPERTS if lora.experts else None,
+    )
+    return inject_adapter_in_model(config, network)

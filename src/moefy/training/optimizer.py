@@ -1,0 +1,83 @@
+"""AdamW over parameters that may lie on several processes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moefy.training.recipe import TrainRecipe
+from moefy.training.router_trace import routers_of
+
+
+def build_optimizer(
+    network: Any, noise: nn.Module | None, recipe: TrainRecipe
+) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only; routers have a rate of their own.
+
+    Each group has `rate_fraction` and `is_router` beside AdamW's keys.
+
+    Args:
+        network: what learns; its frozen parameters stay out.
+        noise: the noisy gate, learned with the routers.
+        recipe: of the run.
+    """
+    routers = {id(p) for router in routers_of(network) for p in router.parameters()}
+    routers |= {id(p) for p in noise.parameters()} if noise is not None else set()
+    parameters = [*network.parameters(), *(noise.parameters() if noise is not None else ())]
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.requires_grad:
+            is_router, is_matrix = id(parameter) in routers, parameter.ndim > 1
+            groups[is_router, is_matrix, _layout(parameter)].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": members,
+                "weight_decay": recipe.weight_decay if is_matrix else 0.0,
+                "rate_fraction": recipe.router_rate_fraction if is_router else 1.0,
+                "is_router": is_router,
+            }
+            for (is_router, is_matrix, _), members in groups.items()
+        ],
+        lr=recipe.learning_rate,
+        betas=recipe.adam_betas,
+        fused=True,
+    )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
+    """Scale all gradients so that their common norm is at most `max_norm`; return it before.
+
+    As torch's `clip_grad_norm_`, which cannot mix parameters that lie on different processes.
+    """
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[_layout(parameter)].append(parameter.grad)
+    squares = []
+    for gradients in groups.values():
+        norm = nn.utils.get_total_norm(gradients)
+        squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).square())
+    total = torch.stack(squares).sum().sqrt()
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradients in groups.values():
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+    return total
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _layout(parameter: Tensor) -> Any:
+    """Return what parameters must share for torch to treat them in one operation."""
+    if isinstance(parameter, DTensor):
+        return parameter.device_mesh, parameter.placements
+    return None

@@ -1,0 +1,211 @@
+"""The recipe of continual pre-training: every choice that changes what a run does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from moefy.recipe import Fraction, Positive, Recipe
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Part = Literal["embeddings", "attention", "norms", "experts", "shared-experts", "routers"]
+Tracker = Literal["tensorboard", "wandb"]
+
+
+class NoBalance(Recipe):
+    """Leave the routers to the other losses."""
+
+    kind: Literal["none"] = "none"
+
+
+class SwitchBalance(Recipe):
+    """The auxiliary loss of the native architectures (`balance.switch_loss`)."""
+
+    kind: Literal["switch"] = "switch"
+    coefficient: NonNegative = 1e-2
+
+
+class ImportanceLoadBalance(Recipe):
+    """LLaMA-MoE's loss (`balance.importance_and_load_loss`), with its noisy gate if `noise` > 0.
+
+    `noise` is a factor on the gate's noise; 1 is the paper's, far too much for a router that
+    `convert` has fitted (docs/objective.md).
+    """
+
+    kind: Literal["importance-load"] = "importance-load"
+    coefficient: NonNegative = 1e-2
+    noise: NonNegative = 0.0
+
+
+class SelectionBiasBalance(Recipe):
+    """DeepSeek-V3's balancing without a loss (`selection_bias`); for glm4_moe models."""
+
+    kind: Literal["selection-bias"] = "selection-bias"
+    rate: NonNegative = 1e-3
+
+
+Balance = Annotated[
+    NoBalance | SwitchBalance | ImportanceLoadBalance | SelectionBiasBalance,
+    Field(discriminator="kind"),
+]
+
+
+class Distillation(Recipe):
+    """What is learned from the teacher.
+
+    `weight` is the teacher's share λ of the loss, the rest is next-token loss; `layers` adds
+    `layer_weight` times the layers' distance from the teacher's (`layer_match`).
+    """
+
+    weight: Fraction = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    layers: Literal["none", "residual", "ffn"] = "none"
+    layer_weight: NonNegative = 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher runs in every step."""
+        return self.weight > 0 or self.layers != "none"
+
+
+class Lora(Recipe):
+    """Low-rank adapters (arXiv 2106.09685) through peft: the weights themselves stay as they are.
+
+    `modules` are the adapted matrices, by the ends of their names; None takes attention's.
+    `experts` adapts the fused matrices of the routed experts too.
+    """
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Share = 0.0
+    modules: list[str] | None = None
+    experts: bool = False
+
+
+class Parallel(Recipe):
+    """How the processes that torchrun starts share the work.
+
+    `shard` processes hold one copy of the weights between them (FSDP2), `replicate` such copies
+    read different sequences, `tensor` processes compute every product of an expert together, and
+    `expert` processes hold different experts. shard × replicate × tensor is the number of
+    processes; None for shard takes what is left. `expert` divides shard × tensor.
+    """
+
+    shard: Positive | None = None
+    replicate: Positive = 1
+    tensor: Positive = 1
+    expert: Positive = 1
+    cpu_offload: bool = False
+
+
+class TrainRecipe(Recipe):
+    """Continual pre-training.
+
+    Routers learn at `router_rate_fraction` of the rate: a converted router's weights are about a
+    hundred times smaller than other matrices', and Adam's first steps at the common rate would
+    replace the fitted choice by noise. In the first `router_warmup_fraction` of the steps they
+    learn alone.
+
+    Schedule and optimizer are the paper's (AdamW 0.9/0.95, weight decay 0.1, clip 1, cosine to
+    10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
+    a small model and thousands of tokens. recipes/ has the paper's.
+
+    `sequences_per_step` counts all processes, `sequences_per_pass` what one of them computes at
+    once.
+    """
+
+    tokens: Positive = 65_536
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequences_per_step: Positive = 1
+    sequences_per_pass: Positive = 1
+
+    mixture: str | dict[str, float] = "Uniform"
+    normalise_weights: bool = False
+    mixture_update: Literal["llama-moe", "sheared-llama"] = "llama-moe"
+    mixture_interval_steps: Positive | None = None
+    reference_losses: str = "dense"
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_fraction: Fraction = 0.1
+    final_learning_rate_fraction: Fraction = 0.1
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: NonNegative = 0.1
+    clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    router_rate_fraction: NonNegative = 0.01
+    router_warmup_fraction: Fraction = 0.0
+    frozen: tuple[Part, ...] = ()
+    lora: Lora | None = None
+
+    balance: Balance = SwitchBalance()
+    z_loss: NonNegative = 0.0
+    teacher: str | None = None
+    distillation: Distillation = Distillation()
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    parallel: Parallel = Parallel()
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    experts_implementation: Literal["lean", "grouped_mm", "batched_mm", "eager"] = "lean"
+
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
+    checkpoints_kept: Positive = 2
+    evaluate_every_steps: Annotated[int, Field(ge=0)] = 0
+    heldout_sequences: Positive = 8
+    trackers: tuple[Tracker, ...] = ()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_balance(cls, values: Any) -> Any:
+        balance = values.get("balance")
+        if isinstance(balance, str):
+            return values | {"balance": {"kind": balance}}
+        if isinstance(balance, dict) and "kind" not in balance:
+            return values | {"balance": {"kind": "switch", **balance}}
+        return values
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TrainRecipe:
+        if self.tokens < self.sequence_length:
+            raise ValueError(
+                f"--tokens {self.tokens} is less than one sequence of {self.sequence_length} "
+                "tokens: raise --tokens or lower --sequence-length"
+            )
+        if self.sequences_per_step % self.sequences_per_pass:
+            raise ValueError(
+                f"sequences_per_step {self.sequences_per_step} must be a multiple of "
+                f"sequences_per_pass {self.sequences_per_pass}"
+            )
+        if self.teacher is None and self.distillation != Distillation():
+            raise ValueError("distillation needs a teacher: name the dense model with --teacher")
+        if self.balance.kind == "selection-bias" and "routers" in self.frozen:
+            raise ValueError("selection-bias moves the routers' choice, and routers are frozen")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: the tokens asked for, rounded up to whole steps."""
+        return -(-self.tokens // (self.sequence_length * self.sequences_per_step))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of all processes."""
+        return self.sequence_length * self.sequences_per_step
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher runs in every step."""
+        return self.teacher is not None and self.distillation.needs_teacher
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same for a stopped run to go on.
+
+        How the work is cut, kept and watched is not in it: a run may go on with other processes.
+        """
+        free = {
+            "sequences_per_pass", "parallel", "gradient_checkpointing", "compile",
+            "experts_implementation", "checkpoint_every_steps", "checkpoints_kept", "trackers",
+        }  # fmt: skip
+        return self.model_dump(mode="json", exclude=free)

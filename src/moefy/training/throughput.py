@@ -1,0 +1,72 @@
+"""How much of the hardware training uses: model FLOPs utilisation (MFU).
+
+MFU = 3 · FLOPs of a forward pass · tokens/s / peak FLOP/s of all processes (PaLM, arXiv 2204.02311,
+appendix B): forward once, backward twice. Counted are the experts that run, not those that wait,
+and neither the teacher nor what gradient checkpointing computes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moefy.checkpoint.load import device
+from moefy.evaluation.cost import cost
+from moefy.evaluation.roofline import multiply_rate
+
+_PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest name that fits
+    "B200": 2250.0,
+    "H200": 989.5,
+    "H100": 989.5,
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "A100": 312.0,
+    "A10": 125.0,
+    "A40": 149.7,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.2,
+    "V100": 125.0,
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one process's hardware can do.
+
+    Attributes:
+        flops_per_s: in the products' precision.
+        source: where that comes from.
+    """
+
+    flops_per_s: float
+    source: str
+
+
+def peak(precision: str) -> Peak:
+    """Return the published rate of a known GPU in bfloat16, else what a large product reaches here.
+
+    Args:
+        precision: of the products, float32 or bfloat16.
+    """
+    if device().type == "cuda" and precision == "bfloat16":
+        name = torch.cuda.get_device_name()
+        known = [key for key in _PUBLISHED_TFLOPS if all(part in name for part in key.split())]
+        if known:
+            chosen = max(known, key=len)
+            return Peak(_PUBLISHED_TFLOPS[chosen] * 1e12, f"data sheet of {chosen}")
+    return Peak(multiply_rate(getattr(torch, precision)), "a large matrix product, measured here")
+
+
+def flops_per_trained_token(config: Mapping[str, Any], sequence_length: int) -> int:
+    """Return the FLOPs of forward and backward pass for one token.
+
+    Args:
+        config: config.json of the model.
+        sequence_length: for attention's share.
+    """
+    return 3 * cost(config, context=sequence_length).flops_per_token

@@ -1,0 +1,177 @@
+"""Several processes: the losses of one on the same batches, and checkpoints for any number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import moefy
+from moefy.training.state import read_log
+
+LAYOUTS = {
+    "replicate": {"replicate": 2},
+    "shard": {"shard": 2},
+    "shard + expert": {"shard": 2, "expert": 2},
+    "tensor": {"tensor": 2},
+}
+SETTINGS: dict[str, Any] = {
+    "sequences_per_step": 4,
+    "precision": "float32",
+    "learning_rate": 3e-3,
+    "z_loss": 1e-3,
+    "evaluate_every_steps": 4,
+    "heldout_sequences": 3,
+}
+
+
+@pytest.fixture
+def dense(make_llama: Callable[..., Path]) -> Path:
+    return make_llama(intermediate_size=64)
+
+
+@pytest.fixture
+def moe(dense: Path, corpus: Path, tmp_path: Path) -> Path:
+    choices = {"experts": 8, "active": 4, "shared": 2, "target": "glm4_moe"}
+    moefy.convert(
+        dense,
+        tmp_path / "moe",
+        data=corpus,
+        calibration_tokens=512,
+        calibration_length=32,
+        **choices,
+    )
+    return tmp_path / "moe"
+
+
+def command(
+    moe: Path, out: Path, corpus: Path, processes: int, steps: int, **settings: Any
+) -> list[str]:
+    launcher = [
+        *("-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(processes)),
+    ]
+    chosen = SETTINGS | settings
+    flags = [flag for key, value in chosen.items() for flag in ("--set", f"{key}={value}")]
+    return [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        *("-m", "moefy", "train", str(moe), str(out), "--data", str(corpus)),
+        *("--tokens", str(32 * 4 * steps), "--sequence-length", "32", *flags),
+    ]
+
+
+def run(line: list[str], returncode: int | None = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert returncode in (None, done.returncode), done.stderr[-2000:]
+    return done
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def stop_after(line: list[str], out: Path, steps: int) -> None:
+    """Kill a run and all its processes when its log has so many steps."""
+    process = subprocess.Popen(
+        line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    log = out / "log.jsonl"
+    while process.poll() is None and (
+        not log.exists() or len(log.read_text().splitlines()) < steps
+    ):
+        time.sleep(0.005)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for worker in [psutil.Process(process.pid), *workers]:
+        worker.kill()
+    process.wait()
+    psutil.wait_procs(workers)
+    assert not (out / "config.json").exists(), "the run was over before it was killed"
+
+
+def losses(out: Path) -> np.ndarray:
+    return np.array([line["loss"] for line in read_log(out)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_train_as_one(
+    layout: str, moe: Path, dense: Path, corpus: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "teacher": dense,
+        "distillation": "{weight: 0.5, layers: residual}",
+        "balance": "{kind: switch, coefficient: 0.1}",
+        "learning_rate": 1e-3,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    if layout == "tensor":
+        settings |= {"mixture": "DynamicUniform", "mixture_interval_steps": 3}
+    run(command(moe, one, corpus, 1, 8, **settings, sequences_per_pass=4))
+    parallel = str(LAYOUTS[layout]).replace("'", "")
+    settings |= {"parallel": parallel, "sequences_per_pass": 4 if layout == "tensor" else 2}
+    done = run(command(moe, two, corpus, 2, 8, **settings))
+    assert done.stdout.count("training loss") == 1
+    for mine, theirs in zip(read_log(two), read_log(one), strict=True):
+        for key in ("loss", "kl", "layer_loss", "balance_loss", "z_loss", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-4, abs=1e-6), (key, mine["step"])
+        assert mine["domain_loss"] == pytest.approx(theirs["domain_loss"], rel=1e-4)
+        assert np.allclose(mine["expert_load"], theirs["expert_load"], atol=1e-2)
+        assert ("mixture" in mine) == ("mixture" in theirs)
+        if "heldout_loss" in theirs:
+            assert mine["heldout_loss"] == pytest.approx(theirs["heldout_loss"], rel=1e-4)
+    assert (two / "config.json").read_bytes() == (one / "config.json").read_bytes()
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.allclose(found[name], tensor, atol=2e-3), name
+
+
+def test_a_stopped_run_goes_on_with_any_number_of_processes(
+    moe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """With as many as before it ends bit for bit as if uninterrupted, with others to rounding."""
+    settings = {"checkpoint_every_steps": 10, "balance": "selection-bias"}
+    parallel: dict[int, dict[str, Any]] = {1: {}, 2: {"parallel": "{shard: 2, expert: 2}"}}
+
+    def line(out: Path, processes: int) -> list[str]:
+        return command(moe, out, corpus, processes, 60, **settings, **parallel[processes])
+
+    whole = {processes: tmp_path / f"whole{processes}" for processes in (1, 2)}
+    for processes, out in whole.items():
+        run(line(out, processes))
+    for before, after in ((2, 2), (2, 1), (1, 2)):
+        out = tmp_path / f"{before}then{after}"
+        stop_after(line(out, before), out, 25)
+        run(line(out, after))
+        expected, found = (load_file(m / "model.safetensors") for m in (whole[after], out))
+        if before == after:
+            assert losses(out).tolist() == losses(whole[after]).tolist()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert np.allclose(losses(out), losses(whole[after]), rtol=2e-3)
+        for name, tensor in expected.items():
+            assert torch.allclose(found[name], tensor, atol=1e-2), name
+
+
+def test_a_parallelism_that_is_not_there_is_an_error(
+    moe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    alone = run(command(moe, out, corpus, 1, 2, parallel="{shard: 2}"), returncode=2)
+    assert "does not make 1 process: start 2 with torchrun" in alone.stderr
+    uneven = run(command(moe, out, corpus, 2, 2, sequences_per_step=3), returncode=None)
+    assert "must be a multiple of 2: 2 processes" in uneven.stderr
+    odd = run(command(moe, out, corpus, 2, 2, parallel="{tensor: 2, expert: 3}"), returncode=None)
+    assert "expert 3 is impossible with shard 1 and tensor 2" in odd.stderr
+    assert not out.exists()

@@ -1,0 +1,99 @@
+"""Recipes against models without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moefy.cli import app
+from moefy.errors import UsageError
+from moefy.evaluation.inspect import inspect
+from moefy.report.tables import dry_run_rows, markdown
+from moefy.training.dry_run import DryRun, dry_run
+from moefy.training.recipe import TrainRecipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PAPER = RECIPES / "llama-moe-7b-train.yaml"
+
+
+@pytest.fixture(scope="module")
+def paper() -> DryRun:
+    return dry_run("llama-2-7b:4/16", processes=112, recipe=PAPER)
+
+
+def test_the_papers_run(paper: DryRun) -> None:
+    """Steps and tokens as published; parameters as `inspect` counts them, on another way."""
+    (_, counted) = inspect("llama-2-7b", experts=16, active=4).costs.values()
+    assert (paper.steps, paper.tokens_per_step) == (13_624, 14_680_064)
+    assert paper.total_params == paper.learned_params == counted.total_params
+    assert paper.active_params == counted.active_params
+    assert paper.state_bytes == 16 * counted.total_params // 8
+    assert paper.passes_per_step == 3584 // 112
+    trained = 13_624 * 14_680_064
+    assert paper.total_flops == trained * 3 * counted.flops_per_token
+    hidden = 32 * 4096 * 4096 * 2  # of every layer a sequence's input, in 16 bits, is kept
+    assert 1 < paper.activation_bytes / hidden < 3
+
+
+def test_the_training_pages_table(paper: DryRun) -> None:
+    assert markdown(dry_run_rows(paper)) in (RECIPES.parent / "docs/training.md").read_text()
+
+
+def test_activations_grow_with_the_pass_and_shrink_with_checkpointing() -> None:
+    found = [
+        dry_run("smollm2-135m:8/16", processes=1, sequences_per_step=4, **choices).activation_bytes
+        for choices in (
+            {"sequences_per_pass": 1},
+            {"sequences_per_pass": 2},
+            {"sequences_per_pass": 4},
+            {"sequences_per_pass": 4, "gradient_checkpointing": True},
+        )
+    ]
+    assert found[2] - found[1] == pytest.approx(2 * (found[1] - found[0]), rel=0.02)
+    assert found[3] < found[2] / 3
+
+
+def test_frozen_weights_have_no_optimizer() -> None:
+    free, frozen = (
+        dry_run("smollm2-135m:8/16", processes=1, frozen=parts) for parts in ((), ("experts",))
+    )
+    experts = 30 * 3 * 576 * 1536
+    assert free.learned_params - frozen.learned_params == experts
+    assert free.state_bytes - frozen.state_bytes == 12 * experts
+
+
+@pytest.mark.parametrize(
+    ("model", "processes", "choices", "message"),
+    [
+        ("llama-2-7b:4/16", 100, {"recipe": PAPER}, r"shard 8 × replicate 14.*not make 100 proc"),
+        ("llama-2-7b:4/16", 1, {"sequence_length": 8192, "tokens": 8192}, "context of llama-2-7b"),
+        ("llama-2-7b:4", 1, {}, "also split, as in llama-2-7b:4/16"),
+        ("llama-2-7b:4/15", 1, {}, "cannot be split into 15"),
+        (
+            "llama-2-7b:4/16",
+            3,
+            {"parallel": {"expert": 3}, "sequences_per_step": 3},
+            "16 routed experts .* cannot be spread evenly over 3",
+        ),
+        ("llama-2-7b:4/16", 4, {"sequences_per_step": 6}, "multiple of 4: 4 processes"),
+    ],
+)
+def test_what_cannot_run_is_said(
+    model: str, processes: int, choices: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        dry_run(model, processes=processes, **choices)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["llama-moe-7b-train", "smollm2-one-gpu", "demo"])
+def test_every_training_recipe_is_valid(name: str) -> None:
+    TrainRecipe.build(RECIPES / f"{name}.yaml")
+
+
+def test_the_command() -> None:
+    done = CliRunner().invoke(app, ["train", "smollm2-135m:8/16", "x", "--dry-run", "1"])
+    assert "optimizer steps" in done.stdout
+    assert "128" in done.stdout
+    assert not Path("x").exists()
