@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
     from moefy.evaluation.speed import measure_speed
+    from moefy.evaluation.suite import evaluate_suite
     from moefy.training.run import train
     from moefy.tuning.chat import chat
     from moefy.tuning.judge import judge
@@ -33,6 +34,7 @@ __all__ = [
     "chat",
     "convert",
     "evaluate",
+    "evaluate_suite",
     "export_dense",
     "export_gguf",
     "inspect",
@@ -49,6 +51,7 @@ _HOME = {
     "chat": "moefy.tuning.chat",
     "convert": "moefy.construct.convert",
     "evaluate": "moefy.evaluation.compare",
+    "evaluate_suite": "moefy.evaluation.suite",
     "export_dense": "moefy.construct.merge",
     "export_gguf": "moefy.checkpoint.gguf",
     "inspect": "moefy.evaluation.inspect",

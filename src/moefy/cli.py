@@ -346,6 +346,17 @@ def evaluate(
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
     ] = False,
+    suite: Annotated[
+        str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks instead.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Or these tasks of lm-evaluation-harness: sciq,piqa.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each benchmark. [all]")] = None,
+    hub: Annotated[
+        bool | None,
+        typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]"),
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="With --speed: sequences at once. [1,8]")
     ] = None,
@@ -353,7 +364,9 @@ def evaluate(
     new_tokens: Annotated[int, typer.Option(help="With --speed.")] = 64,
     rounds: Annotated[int, typer.Option(help="With --speed: measurements of each.")] = 3,
     threads: Annotated[int | None, typer.Option(help="With --speed: of the CPU. [all]")] = None,
-    dtype: Annotated[str, typer.Option(help="With --speed: or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="With --speed or benchmarks: or bfloat16.")
+    ] = "float32",
     runtime: Annotated[str, typer.Option(help="With --speed: or llama.cpp.")] = "transformers",
     as_json: Json = False,
 ) -> None:
@@ -362,7 +375,14 @@ def evaluate(
     Example: `moefy eval smollm2-135m out/moe out/trained`
 
     Speed alone: `moefy eval --speed smollm2-135m out/moe`
+
+    Benchmarks: `moefy eval --suite llama-moe --limit 100 smollm2-135m out/moe`
     """
+    if suite or tasks:
+        if speed:
+            raise UsageError("--speed and benchmarks are measured one by one: drop one of them")
+        _evaluate_suite(models, suite, tasks, limit, hub, dtype, as_json)
+        return
     if speed:
         from moefy.evaluation.speed import measure_speed
         from moefy.report.tables import speed_rows, speed_title
@@ -403,6 +423,42 @@ def evaluate(
         _print_json(done.to_dict())
         return
     _print_table(comparison_rows(done), f"{done.tokens:,} held-out tokens per model")
+
+
+def _evaluate_suite(
+    models: list[str],
+    suite: str | None,
+    tasks: str | None,
+    limit: int | None,
+    hub: bool | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    from moefy.evaluation.suite import evaluate_suite
+    from moefy.report.suite_tables import nll_rows, suite_notes, suite_rows
+
+    with _bars() as report:
+        done = evaluate_suite(
+            models,
+            suite=suite,
+            tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+            limit=limit,
+            dtype=dtype,
+            hub=hub,
+            report=report,
+        )
+    if as_json:
+        _print_json(done.to_dict())
+    else:
+        _print_table(suite_rows(done), "Score in percent ± standard error [95 % interval]")
+        _print_table(nll_rows(done), "−log p of the right answer, nats ± standard error")
+        for note in suite_notes(done):
+            print(note)
+    failures = [(model.name, *each) for model in done.models for each in model.failed.items()]
+    for name, benchmark, reason in failures:
+        print(f"moefy: {name}: {benchmark} has no score: {reason}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
 
 
 export = typer.Typer(no_args_is_help=True, help="Write a model in another form.")

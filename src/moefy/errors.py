@@ -3,6 +3,7 @@
     MoefyError                  run time, exit code 1
     ├── AssetError              something could not be fetched or its hash is wrong
     ├── JudgeError              the judge of a model's answers cannot be asked
+    ├── EvaluationError         a benchmark could not be measured
     ├── TrainingError           training stopped because it could not go on (a NaN loss)
     └── UsageError              what was asked for cannot be done here, exit code 2
         ├── StorageError        the disk is full or refuses to be written
@@ -29,6 +30,10 @@ class AssetError(MoefyError):
 
 class JudgeError(MoefyError):
     """The judge's endpoint gives no answer."""
+
+
+class EvaluationError(MoefyError):
+    """A benchmark could not be measured; the others' results are kept."""
 
 
 class TrainingError(MoefyError):

@@ -53,3 +53,8 @@ def test_the_measured_tables(name: str, page: str) -> None:
     with (ROOT / f"docs/{name}.csv").open() as file:
         rows = list(csv.reader(file))
     assert markdown(rows) in (ROOT / f"docs/{page}.md").read_text()
+
+
+def test_the_benchmarks_table() -> None:
+    rows = runpy.run_path(str(ROOT / "benchmarks/suite.py"))["benchmark_rows"]()
+    assert markdown(rows) in (ROOT / "docs/evaluation.md").read_text()

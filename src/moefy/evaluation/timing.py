@@ -176,7 +176,7 @@ def _decode(network: Any, cache: Any, token: Tensor, count: int) -> float:
 def _networks(contenders: list[Contender], dtype: torch.dtype) -> Callable[[int], Any]:
     """Return what gives the i-th model: all stay if half of the memory holds them, else one."""
     params = sum(cost(contender.config).total_params for contender in contenders)
-    keep_all = 2 * params * dtype.itemsize <= _available_bytes()
+    keep_all = 2 * params * dtype.itemsize <= available_bytes()
     kept: dict[int, Any] = {}
 
     def network(i: int) -> Any:
@@ -193,7 +193,7 @@ def _networks(contenders: list[Contender], dtype: torch.dtype) -> Callable[[int]
     return network
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Return the free memory of the device, 0 where that is not known."""
     if device().type == "cuda":
         return torch.cuda.mem_get_info()[0]

@@ -1,0 +1,137 @@
+"""The paper's eleven benchmarks for the dense model, its conversion and ours: docs/results.md.
+
+    python benchmarks/suite.py WORK [--limit 100] [--share 0.25] [--tokens 65536] [--data demo]
+
+Converts SmolLM2-135M as the paper does and as moefy does by default, with the same share of every
+FFN running per token, trains both on the same tokens, and measures all five models. Models that
+are in WORK are not made again, and finished tasks come from the cache, so that an interrupted run
+continues. Writes docs/results.md, docs/results/*.csv and docs/results/suite.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
+from moefy.evaluation.harness import STOCK
+from moefy.evaluation.suite import SuiteResult, evaluate_suite
+from moefy.evaluation.suite_data import SOURCES, archive_data
+from moefy.progress import Progress
+from moefy.report.suite_tables import nll_rows, suite_notes, suite_rows
+from moefy.report.tables import Rows, markdown, replace_table, write_csv
+
+ROOT = Path(__file__).parents[1]
+DENSE = "smollm2-135m"
+
+
+def benchmark_rows() -> Rows:
+    """Return what docs/evaluation.md says of every benchmark."""
+    rows = [["benchmark", "task", "shots", "metric", "chance", "items", "not the paper's data"]]
+    for benchmark in LLAMA_MOE:
+        rows.append(
+            [
+                benchmark.name,
+                f"`{benchmark.task}`",
+                str(benchmark.shots),
+                benchmark.metric,
+                f"{benchmark.chance:.0%}",
+                f"{_items(benchmark):,}",
+                SOURCES[benchmark.task].differs or "–",
+            ]
+        )
+    return rows
+
+
+def _items(benchmark: Benchmark) -> int:
+    files = sorted(STOCK.glob(benchmark.stock))
+    names = [benchmark.task] if len(files) == 1 else [file.stem for file in files]
+    found = (archive_data(name).files for name in names)
+    return sum(
+        pq.read_metadata(each.get("test", each.get("validation"))).num_rows for each in found
+    )
+
+
+def commands(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Return, by name, the arguments of the moefy command that makes each model."""
+    paper, ours = options.work / "paper", options.work / "ours"
+    made = {
+        "the paper's conversion": [
+            *("convert", DENSE, paper, "--recipe", "recipes/llama-moe.yaml"),
+            *("--active", round(16 * options.share)),
+        ],
+        "moefy's": ["convert", DENSE, ours, "--active", round(64 * options.share)],
+    }
+    training = ["--data", options.data, "--tokens", options.tokens]
+    made["the paper's, trained"] = ["train", paper, f"{paper}-trained", *training]
+    made["moefy's, trained"] = ["train", ours, f"{ours}-trained", *training]
+    return {name: [str(word) for word in words] for name, words in made.items()}
+
+
+def main() -> None:
+    options = _options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    made = commands(options)
+    for words in made.values():
+        if not (Path(words[2]) / "config.json").exists():
+            subprocess.run([Path(sys.executable).with_name("moefy"), *words], cwd=ROOT, check=True)
+    result = evaluate_suite(
+        [DENSE, *(words[2] for words in made.values())],
+        suite="llama-moe",
+        limit=options.limit,
+        hub=False,
+        names=["dense", *made],
+        report=_print,
+    )
+    publish(result, made)
+
+
+def publish(result: SuiteResult, made: dict[str, list[str]]) -> None:
+    """Write the page, its tables as CSV files, and everything as JSON."""
+    folder = ROOT / "docs" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / "suite.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    scores, nll = suite_rows(result), nll_rows(result)
+    write_csv(folder / "suite.csv", scores)
+    write_csv(folder / "nll.csv", nll)
+    limit = "" if result.limit is None else f" --limit {result.limit}"
+    folders = [DENSE, *(words[2] for words in made.values())]
+    measured = f"moefy eval --suite llama-moe --no-hub{limit} {' '.join(folders)}"
+    lines = [*(f"moefy {shlex.join(words)}" for words in made.values()), measured]
+    notes = "".join(f"- {note}\n" for note in suite_notes(result))
+    (ROOT / "docs" / "results.md").write_text(
+        "# Results: the paper's eleven benchmarks\n\n"
+        "Written by `benchmarks/suite.py`; [evaluation.md](evaluation.md) says how it is measured. "
+        "Scores in percent ± standard error; differences from the dense model in points, and "
+        "retention in percent, each with its 95 % bootstrap interval over items.\n\n"
+        f"{markdown(scores)}\n"
+        "−log p of the right answer, nats ± standard error:\n\n"
+        f"{markdown(nll)}\n{notes}\n"
+        f"The commands:\n\n```bash\n{chr(10).join(lines)}\n```\n"
+    )
+    replace_table(ROOT / "docs" / "evaluation.md", "benchmarks", benchmark_rows())
+
+
+def _print(progress: Progress) -> None:
+    if progress.done % 10 == 0:
+        print(f"{progress.stage} {progress.done}/{progress.total} {progress.note}", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--limit", type=int, help="items per benchmark [all]")
+    parser.add_argument("--share", type=float, default=0.25, help="of the FFN that runs per token")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of training")
+    parser.add_argument("--data", default="demo", help="of training")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

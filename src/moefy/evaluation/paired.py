@@ -1,0 +1,110 @@
+"""Two models on the same items: how much they differ, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+_RESAMPLES = 10_000
+_PERCENTILES = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its bootstrap interval of 95 %.
+
+    Attributes:
+        value: on the items themselves.
+        low: 2.5th percentile of the resamples.
+        high: 97.5th percentile.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A model beside a reference on the same items.
+
+    Attributes:
+        differences: by benchmark, model minus reference.
+        average: the same of the mean over benchmarks.
+        retention: the model's mean over the reference's; None where the latter may be 0.
+        retention_above_chance: the same of what lies above chance; None where chance is not known
+            or the reference may not lie above it.
+    """
+
+    differences: dict[str, Interval]
+    average: Interval
+    retention: Interval | None
+    retention_above_chance: Interval | None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of a mean, s/√n with n − 1 in s; None for a single value."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def compare_paired(
+    reference: dict[str, list[float]],
+    model: dict[str, list[float]],
+    chance: dict[str, float | None],
+) -> Paired:
+    """Compare two models item by item.
+
+    The items of every benchmark are drawn again with replacement, both models' scores of an item
+    together, 10,000 times.
+
+    Args:
+        reference: by benchmark, one score per item.
+        model: the same, of the same items.
+        chance: what guessing scores.
+    """
+    generator = np.random.default_rng(0)
+    means, differences = [], {}
+    for name, scores in reference.items():
+        drawn = _resampled_means(np.array([scores, model[name]]), generator)
+        differences[name] = _interval(drawn[1] - drawn[0])
+        means.append(drawn)
+    first, second = np.mean(means, axis=0)
+    known = [share for share in map(chance.__getitem__, reference) if share is not None]
+    base = sum(known) / len(reference)
+    return Paired(
+        differences,
+        _interval(second - first),
+        _ratio(second, first),
+        _ratio(second - base, first - base) if len(known) == len(reference) else None,
+    )
+
+
+def _resampled_means(
+    scores: Float[np.ndarray, "2 items"], generator: np.random.Generator
+) -> Float[np.ndarray, "2 draws"]:
+    """Return both means on the items themselves, and then on each resample.
+
+    To draw items is to draw how often each pair of scores occurs; there are few different pairs.
+    """
+    pairs, counts = np.unique(scores, axis=1, return_counts=True)
+    total = counts.sum()
+    drawn = generator.multinomial(total, counts / total, size=_RESAMPLES)
+    return pairs @ np.vstack([counts, drawn]).T / total
+
+
+def _interval(draws: Float[np.ndarray, " draws"]) -> Interval:
+    low, high = np.percentile(draws[1:], _PERCENTILES)
+    return Interval(float(draws[0]), float(low), float(high))
+
+
+def _ratio(
+    above: Float[np.ndarray, " draws"], below: Float[np.ndarray, " draws"]
+) -> Interval | None:
+    return _interval(above / below) if (below > 0).all() else None

@@ -1,0 +1,238 @@
+"""The paper's eleven benchmarks, or any task of lm-evaluation-harness, for one model or several."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moefy.errors import UsageError
+from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
+from moefy.evaluation.paired import Paired, compare_paired, standard_error
+from moefy.progress import ProgressFn, silent
+
+if TYPE_CHECKING:
+    from moefy.evaluation.suite_run import Measured
+
+SUITES = {"llama-moe": LLAMA_MOE}
+_HUB_TIMEOUT_S = 5
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one benchmark.
+
+    Attributes:
+        metric: the harness's name of it.
+        value: its mean over the items.
+        stderr: of that mean; None for a single item.
+        items: how many.
+        gold_nll: mean −log p of the right answer after its question, nats; None where the harness
+            asks for none. It moves before the accuracy does.
+        gold_nll_stderr: of that mean.
+        truncated: requests cut from the left to fit into the model's context.
+        elapsed_s: it took, when it was measured.
+    """
+
+    metric: str
+    value: float
+    stderr: float | None
+    items: int
+    gold_nll: float | None
+    gold_nll_stderr: float | None
+    truncated: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model on all benchmarks.
+
+    Attributes:
+        name: as given.
+        scores: by benchmark.
+        failed: why a benchmark has no score.
+        average: of the scores; None unless all are there.
+        average_stderr: of the average.
+        against_reference: item by item beside the reference; None for the reference itself.
+    """
+
+    name: str
+    scores: dict[str, Score]
+    failed: dict[str, str]
+    average: float | None
+    average_stderr: float | None
+    against_reference: Paired | None
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What `evaluate_suite` measured.
+
+    Attributes:
+        benchmarks: in order; shots and chance as asked.
+        source: "hub" or "archives", of the data.
+        differs: by benchmark, how its data is not the paper's.
+        limit: items per benchmark, or None for all.
+        reference: name of the first dense model, with which the others are compared.
+        models: one per model, in the order given.
+    """
+
+    benchmarks: list[Benchmark]
+    source: str
+    differs: dict[str, str]
+    limit: int | None
+    reference: str | None
+    models: list[ModelScores]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def evaluate_suite(
+    models: str | Path | Sequence[str | Path],
+    *,
+    suite: str | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    dtype: str = "float32",
+    hub: bool | None = None,
+    names: Sequence[str] | None = None,
+    report: ProgressFn = silent,
+) -> SuiteResult:
+    """Measure models on benchmarks through lm-evaluation-harness.
+
+    The result of every task is kept in the cache under the hash of the model, so that an
+    interrupted evaluation continues. A benchmark that fails is named in `failed`; the others go on.
+
+    Args:
+        models: model folders, or anything `convert` takes as a source.
+        suite: "llama-moe", the paper's eleven.
+        tasks: of the harness, by name, besides or instead of a suite; those of the paper as it
+            used them, others as the harness defines them.
+        limit: items per benchmark, from the start of its data (of MMLU, spread evenly over its 57
+            subjects, at least one of each); None for all.
+        dtype: "float32" or "bfloat16", of weights and computation.
+        hub: take the data from the hub (True), from the archives (False), or from the hub if it
+            answers (None). Tasks that are not the paper's are always the hub's.
+        names: to show instead of `models`.
+        report: told about progress.
+
+    Raises:
+        UsageError: a model, a task or a number is not usable, or the harness is not installed.
+        AssetError: the data is neither in the cache nor can it be fetched.
+    """
+    given = [models] if isinstance(models, str | Path) else list(models)
+    _check(given, limit, dtype)
+    chosen = _chosen(suite, tasks)
+
+    from moefy.checkpoint.reader import read_config
+    from moefy.checkpoint.source import resolve
+    from moefy.evaluation.cost import cost
+    from moefy.evaluation.suite_data import SOURCES
+    from moefy.evaluation.suite_run import check_vocabulary, measure, plan
+
+    folders = [resolve(model, report=report) for model in given]
+    shown = list(names) if names else [str(model) for model in given]
+    for folder in folders:
+        check_vocabulary(folder)
+    dense = [place for place, each in enumerate(folders) if not cost(read_config(each)).experts]
+    from_hub = _hub_answers() if hub is None else hub
+    with tempfile.TemporaryDirectory() as scratch:
+        plans = plan(chosen, Path(scratch), from_hub=from_hub, report=report)
+        measured = [
+            measure(folder, name, plans, limit=limit, dtype=dtype, report=report)
+            for folder, name in zip(folders, shown, strict=True)
+        ]
+    benchmarks = [entry.benchmark for entry in plans]
+    base = measured[dense[0]] if dense else None
+    return SuiteResult(
+        benchmarks=benchmarks,
+        source="hub" if from_hub else "archives",
+        differs={
+            benchmark.name: SOURCES[benchmark.task].differs
+            for benchmark in benchmarks
+            if not from_hub and benchmark.stock and SOURCES[benchmark.task].differs
+        },
+        limit=limit,
+        reference=shown[dense[0]] if dense else None,
+        models=[
+            _model_scores(name, found, benchmarks, None if found is base else base)
+            for name, found in zip(shown, measured, strict=True)
+        ],
+    )
+
+
+def _check(given: list[str | Path], limit: int | None, dtype: str) -> None:
+    if not given:
+        raise UsageError("name at least one model")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: at least 1 is needed")
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(
+            "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
+        )
+
+
+def _chosen(suite: str | None, tasks: Sequence[str]) -> list[Benchmark | str]:
+    """Return a suite's benchmarks and the named tasks, each once."""
+    if suite is not None and suite not in SUITES:
+        raise UsageError(f"--suite {suite!r}: allowed are {' and '.join(SUITES)}")
+    known = {benchmark.task: benchmark for benchmark in LLAMA_MOE}
+    chosen = [*(SUITES[suite] if suite else ()), *(known.get(task, task) for task in tasks)]
+    if not chosen:
+        raise UsageError(f"name a suite ({' or '.join(SUITES)}) or tasks")
+    return list(dict.fromkeys(chosen))
+
+
+def _hub_answers() -> bool:
+    """Return whether the hub can be reached and may be asked."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _model_scores(
+    name: str, measured: Measured, benchmarks: list[Benchmark], reference: Measured | None
+) -> ModelScores:
+    scores = {}
+    for benchmark, found in measured.scores.items():
+        scores[benchmark] = Score(
+            metric=found.metric,
+            value=statistics.fmean(found.values),
+            stderr=standard_error(found.values),
+            items=len(found.values),
+            gold_nll=None if found.nll is None else statistics.fmean(found.nll),
+            gold_nll_stderr=None if found.nll is None else standard_error(found.nll),
+            truncated=found.truncated,
+            elapsed_s=found.elapsed_s,
+        )
+    average, error, paired = None, None, None
+    if not measured.failed:
+        average = statistics.fmean(score.value for score in scores.values())
+        errors = [score.stderr for score in scores.values() if score.stderr is not None]
+        if len(errors) == len(scores):
+            error = math.hypot(*errors) / len(errors)
+        if reference is not None and not reference.failed:
+            paired = compare_paired(
+                {each: found.values for each, found in reference.scores.items()},
+                {each: found.values for each, found in measured.scores.items()},
+                {benchmark.name: benchmark.chance for benchmark in benchmarks},
+            )
+    return ModelScores(name, scores, measured.failed, average, error, paired)

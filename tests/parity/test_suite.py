@@ -1,0 +1,140 @@
+"""Benchmarks against lm-evaluation-harness run directly on the same model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from tests.conftest import write_tiny_model
+
+from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.checkpoint.source import builtin
+from moefy.evaluation.answers import score_answers
+from moefy.evaluation.benchmarks import LLAMA_MOE
+from moefy.evaluation.harness import HarnessModel, load_tasks, run_task
+from moefy.evaluation.paired import standard_error
+from moefy.evaluation.suite_run import Plan, plan
+from moefy.progress import silent
+
+MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}
+LONGROPE = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    },
+}
+
+RIGHT: dict[str, Callable[[dict[str, Any]], int]] = {  # which answer it is
+    "sciq": lambda _: 3,
+    "winogrande": lambda item: int(item["answer"]) - 1,
+    "arc_easy": lambda item: "ABCDE".index(item["answerKey"]),
+    "arc_challenge": lambda item: "ABCDE".index(item["answerKey"]),
+    "hellaswag": lambda item: int(item["label"]),
+    "logiqa": lambda item: "abcd".index(item["label"]),
+    "boolq": lambda item: item["label"],
+    "lambada_openai": lambda _: 0,
+    "mmlu": lambda item: item["answer"],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("phi3", LONGROPE),
+        ("mixtral", MOE),
+        ("granitemoeshared", MOE),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 2, 14])
+def test_answers_are_those_of_whole_passes(
+    tmp_path: Path, model_type: str, settings: dict[str, Any], length: int
+) -> None:
+    folder = write_tiny_model(tmp_path, model_type, **settings)
+    network = load_model(folder, dtype=torch.float32)
+    ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    question = ids[:length]
+    answers = [ids[20:21], ids[20:24], ids[25:26], ids[20:23], ids[27:30]]
+    for answer, (score, greedy) in zip(
+        answers, score_answers(network, question, answers), strict=True
+    ):
+        with torch.inference_mode():
+            logits = network(torch.tensor([question + answer[:-1]])).logits[0, length - 1 :]
+        tokens = torch.tensor(answer)
+        expected = logits.log_softmax(-1).gather(-1, tokens[:, None]).sum()
+        assert score == pytest.approx(float(expected), abs=1e-5)
+        assert greedy == bool((logits.argmax(-1) == tokens).all())
+
+
+def plans(folder: Path, *tasks: str) -> list[Plan]:
+    chosen = [benchmark for benchmark in LLAMA_MOE if benchmark.task in tasks]
+    assert len(chosen) == len(tasks)
+    return plan(chosen, folder, from_hub=False, report=silent)
+
+
+def check(network: Any, tokenizer: Any, entry: Plan, task: str, limit: int) -> None:
+    """Every score, standard error and log-likelihood is the harness's."""
+    (loaded,) = load_tasks(entry.manager, task).values()
+    metric = entry.benchmark.metric
+    ours = run_task(HarnessModel(network, tokenizer), loaded, metric=metric, limit=limit)
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=network, tokenizer=tokenizer, device="cpu", batch_size=1),
+        tasks=[task],
+        num_fewshot=entry.benchmark.shots,
+        task_manager=entry.manager,
+        limit=limit,
+        bootstrap_iters=2,
+    )
+    samples = theirs["samples"][task]
+    kind = samples[0]["filter"]
+    assert ours.values == [sample[metric] for sample in samples]
+    assert sum(ours.values) / len(ours.values) == theirs["results"][task][f"{metric},{kind}"]
+    error = theirs["results"][task][f"{metric}_stderr,{kind}"]
+    assert standard_error(ours.values) == pytest.approx(error, rel=1e-12)
+    if ours.nll is not None:
+        for value, sample in zip(ours.nll, samples, strict=True):
+            answers = [-answer[0][0] for answer in sample["resps"]]
+            right = RIGHT[entry.benchmark.task](sample["doc"])
+            assert value == pytest.approx(answers[right], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    folder = builtin()
+    return load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("task", ["sciq", "arc_easy"])
+def test_a_real_model(smollm2: tuple[Any, Any], tmp_path: Path, task: str) -> None:
+    (entry,) = plans(tmp_path, task)
+    check(*smollm2, entry, task, 3)
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["winogrande", "arc_challenge", "hellaswag", "logiqa", "boolq", "lambada_openai", "nq_open"],
+)
+def test_a_random_model(tmp_path: Path, task: str) -> None:
+    """Its context is 512 tokens, so that prompts with examples are cut as the harness cuts them."""
+    folder = write_tiny_model(tmp_path / "model", "llama")
+    (entry,) = plans(tmp_path, task)
+    network, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    check(network, tokenizer, entry, task, 2 if task == "nq_open" else 6)
+
+
+def test_mmlu(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama", max_position_embeddings=4096)
+    (entry,) = plans(tmp_path, "mmlu")
+    network, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    assert len(entry.tasks) == 57
+    for task in ("mmlu_anatomy", "mmlu_world_religions"):
+        check(network, tokenizer, entry, task, 8)
