@@ -32,9 +32,13 @@ def can_run(experts: Any) -> bool:
     """Say whether a module of experts is of the kind that this file computes.
 
     Not: biases, another layout, no gate, a norm behind the experts, experts on several processes,
-    or rows that are no multiple of 16 bytes, which torch's grouped product refuses.
+    rows that are no multiple of 16 bytes, which torch's grouped product refuses, and GPUs before
+    NVIDIA's Ampere, which it does not know.
     """
-    widths = experts.gate_up_proj.shape[1:] + experts.down_proj.shape[2:]
+    weight = experts.gate_up_proj
+    widths = weight.shape[1:] + experts.down_proj.shape[2:]
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return False
     return (
         experts.has_gate
         and not experts.has_bias
@@ -53,7 +57,8 @@ def lean_experts(
 ) -> Float[Tensor, "tokens hidden"]:
     """Return Σ_i w_i · down_e(act(gate_e(x)) · up_e(x)), e the i-th expert chosen for x.
 
-    What `can_run` refuses is left to transformers' `grouped_mm`.
+    What `can_run` refuses is left to transformers: experts on several processes to `grouped_mm`,
+    which knows which tokens are elsewhere, the rest to the module's own loop.
 
     Args:
         experts: transformers' module with `gate_up_proj` [experts, 2·size, hidden] and `down_proj`
@@ -62,10 +67,13 @@ def lean_experts(
         top_k_index: e.
         top_k_weights: w.
     """
-    if not can_run(experts):
+    if experts._is_expert_parallel:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    if not can_run(experts):
+        loop = type(experts).forward.__wrapped__
+        return loop(experts, hidden_states, top_k_index, top_k_weights)
     chosen, order = top_k_index.reshape(-1).sort(stable=True)
     ends = torch.arange(1, experts.num_experts + 1, device=chosen.device)
     offsets = torch.searchsorted(chosen, ends).int()
