@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from llama2c import write_llama2c_model
-from publish_distillation import BASELINE, CONVERTED, DENSE, RANDOM, RESCALED, Run, publish
+from publish_distillation import BASELINE, CONVERTED, DENSE, FRUGAL, RANDOM, RESCALED, Run, publish
 
 import moefy
 from moefy.calibrate.text import SELF, self_windows
@@ -61,7 +61,8 @@ METHODS = {
     "KL, temperature 2": Method(1.0, temperature=2.0),
     "half KL": Method(0.5),
     **{
-        f"KL + {weight:g} {place}": Method(1.0, match=place, match_weight=weight)
+        f"{name} + {weight:g} {place}": Method(share, match=place, match_weight=weight)
+        for name, share in (("KL", 1.0), ("half KL", 0.5), (BASELINE, 0.0))
         for place in get_args(Place)
         for weight in (0.3, 1, 3, 10, 30, 100)
     },
@@ -133,7 +134,9 @@ def _dense(options: argparse.Namespace) -> Path:
 
 
 def _conversions(options: argparse.Namespace) -> list[str]:
-    return sorted({METHODS[method].conversion for method in options.methods})
+    """Return what is to be trained; beside the paper's also what a tenth of its tokens can fit."""
+    names = {METHODS[method].conversion for method in options.methods}
+    return sorted(names | {FRUGAL} if names & {RANDOM, RESCALED} else names)
 
 
 def _folder(options: argparse.Namespace, conversion: str) -> Path:
@@ -155,8 +158,10 @@ def _convert(options: argparse.Namespace, dense: Path) -> None:
         folder = _folder(options, name)
         if folder.exists():
             continue
-        if name == CONVERTED:
-            moefy.convert(dense, folder, data=options.data, **counts)
+        if name in (CONVERTED, FRUGAL):
+            read = {"calibration_tokens": options.tokens // 10, "calibration_length": 256}
+            read = read if name == FRUGAL else {}
+            moefy.convert(dense, folder, data=options.data, **counts, **read)
         else:
             paper = {**counts, "shared": 0, "repair": "paper" if name == RESCALED else "none"}
             moefy.convert(dense, folder, recipe=PAPER_RECIPE, **paper)
@@ -215,7 +220,7 @@ def _train(
     student = _load(options, method.conversion).train()
     per_step, per_pass = options.sequences_per_step, options.sequences_per_pass
     tokens_per_step = per_step * options.sequence_length
-    num_steps = round(run.share * options.tokens / tokens_per_step)
+    num_steps = int(run.share * options.tokens) // tokens_per_step  # never more than the share
     order = np.random.default_rng(run.seed).permutation(len(train))
     routers = {id(p) for router in routers_of(student) for p in router.parameters()}
     groups = [
@@ -265,7 +270,7 @@ def _objective(
     """Return one pass's loss: tokens, balance at 1e-2 in every method, layers where asked."""
     labels = next_labels(tokens)
     with _autocast(options), RouterTrace(student) as trace:
-        if not method.teacher_share:
+        if not method.teacher_share and not method.match:
             out = output_loss(LogitsInput.of(student, tokens).predicting(), labels)
             return out.loss + 1e-2 * switch_loss(trace.sums())
         with LayerMatch(student, teacher, method.match or "residual") as match:

@@ -18,6 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 BASELINE = "cross-entropy"
 DENSE = "dense"
 CONVERTED = "converted"
+FRUGAL = "converted from a tenth of the tokens"
 RANDOM = "random split"
 RESCALED = "random split, rescaled"
 MEASURED = ("tokens", "heldout", "kl_to_dense", "seconds", "by_window")
