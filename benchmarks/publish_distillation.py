@@ -21,6 +21,7 @@ CONVERTED = "converted"
 FRUGAL = "converted from a tenth of the tokens"
 RANDOM = "random split"
 RESCALED = "random split, rescaled"
+_NUM_DRAWN = 3
 MEASURED = ("tokens", "heldout", "kl_to_dense", "seconds", "by_window")
 
 
@@ -143,34 +144,31 @@ def _best(curves: Curves) -> dict[tuple[str, float], float]:
 
 
 def _figure(curves: Curves) -> Figure:
-    """Draw the curves of each method's best rate, a run of its own for every share."""
+    """Draw what runs of so many tokens end at: cross-entropy, the best others, the paper's line."""
+    best = _best(curves)
     dense = curves[Run(DENSE, 0.0, 0.0, 0)][-1].heldout
+    start = curves[Run(CONVERTED, 0.0, 0.0, 0)][-1]
+    methods = list(dict.fromkeys(method for method, share in best if share))
+    others = [m for m in methods if m != BASELINE and not m.startswith(RANDOM)]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    best = _best(curves)
-    first_seed = min(run.seed for run in curves)
-    colours: dict[str, str] = {}
-    for (method, share), rate in best.items():
-        if not share or method.startswith(RANDOM):
-            continue
-        is_new = method not in colours
-        colour = colours.setdefault(method, f"C{len(colours)}")
-        curve = [
-            *curves[Run(CONVERTED, 0.0, 0.0, 0)],
-            *curves[Run(method, rate, share, first_seed)],
-        ]
+    for method in [BASELINE, *others[:_NUM_DRAWN]]:
+        ends = [start]
+        for share in sorted(share for name, share in best if name == method):
+            ends.append(next(iter(_ends(curves, method, share, best[method, share]).values())))
         axes.plot(
-            [point.tokens / 1e3 for point in curve],
-            [point.heldout - dense for point in curve],
-            color=colour,
-            linewidth=1.8 if share == 1 else 0.8,
+            [end.tokens / 1e3 for end in ends],
+            [end.heldout - dense for end in ends],
             marker="o",
-            markevery=[len(curve) - 1],
-            label=method if is_new else None,
+            label=method,
         )
-        if (method, share) == (BASELINE, 1.0):
-            axes.axhline(curve[-1].heldout - dense, color="0.5", linestyle="--", linewidth=1)
-    axes.set(xlabel="training tokens (thousands)", ylabel="held-out nats above dense", yscale="log")
+        if method == BASELINE:
+            axes.axhline(ends[-1].heldout - dense, color="C0", linestyle="--", linewidth=1)
+    for method in methods:
+        if method.startswith(RANDOM):
+            [end, *_] = _ends(curves, method, 1.0, best[method, 1.0]).values()
+            axes.axhline(end.heldout - dense, color="0.4", linestyle=":", label=f"{method}, end")
+    axes.set(xlabel="tokens of the run (thousands)", ylabel="held-out nats above dense")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
