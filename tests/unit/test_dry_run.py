@@ -78,6 +78,10 @@ def test_frozen_weights_have_no_optimizer() -> None:
             "16 routed experts .* cannot be spread evenly over 3",
         ),
         ("llama-2-7b:4/16", 4, {"sequences_per_step": 6}, "multiple of 4: 4 processes"),
+        ("smollm2-135m:8/16", 1, {"lora": {}}, "does not count lora's adapters"),
+        ("smollm2-135m:8/16", 1, {"balance": "selection-bias"}, "no selection bias to balance"),
+        ("smollm2-135m", 1, {"router_warmup_fraction": 0.1}, "no router learns here"),
+        ("smollm2-135m", 1, {"mixture": "DynamicUniform"}, "name it with --teacher"),
     ],
 )
 def test_what_cannot_run_is_said(

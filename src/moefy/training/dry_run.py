@@ -16,10 +16,14 @@ from moefy.errors import UsageError
 from moefy.evaluation.cost import cost, ffn_shape
 from moefy.evaluation.inspect import SHAPES, split_config
 from moefy.training.checks import check_batch, check_model, check_processes
+from moefy.training.follow import check_reference
 from moefy.training.lean_experts import register
 from moefy.training.models import prepare_student
+from moefy.training.objective import Objective
+from moefy.training.optimizer import build_optimizer
 from moefy.training.recipe import TrainRecipe
 from moefy.training.throughput import flops_per_trained_token
+from moefy.training.workers import Workers
 
 _OPTIMIZER_BYTES = 16  # of a weight that learns: itself, its gradient, Adam's two moments
 _CHUNK_BYTES = 3 * (64 << 20)  # of logits, see training/output_loss.py
@@ -77,10 +81,18 @@ def dry_run(
     shard, num_data = check_processes(choice.parallel, processes)
     check_batch(choice, num_data)
     check_model(config, choice, str(model))
+    check_reference(choice)
+    if choice.lora:
+        raise UsageError(
+            "a dry run does not count lora's adapters: without lora it says what is the most that "
+            "the run can take"
+        )
+    workers = Workers(size=processes)
     # tensors of the meta device, which transformers knows not to ask for their values
     with FakeTensorMode():
         network = _built(config, choice)
         prepare_student(network, choice)
+        build_optimizer(network, Objective(network, None, choice, workers).noise, choice)
         activation_bytes = _activations(network, choice) + _CHUNK_BYTES
         if choice.gradient_checkpointing:  # one layer at a time is computed again
             activation_bytes += _activations(
