@@ -41,7 +41,7 @@ def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None
         ({"balance.noise": 1.0}, "unknown key 'balance.switch.noise'; allowed: kind, coefficient$"),
         ({"balance": "even"}, "'none', 'switch', 'importance-load', 'selection-bias'"),
         ({"lora.rang": 4}, "unknown key 'lora.rang'; allowed: rank, alpha"),
-        ({"distillation.weight": 0.5}, "needs a teacher"),
+        ({"distillation.weight": 0.25}, "needs a teacher"),
         ({"frozen": ["routers"], "balance": "selection-bias"}, "routers are frozen"),
         ({"learning_rate": 0.0}, "greater than 0"),
     ],

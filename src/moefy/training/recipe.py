@@ -56,10 +56,11 @@ class Distillation(Recipe):
     """What is learned from the teacher.
 
     `weight` is the teacher's share λ of the loss, the rest is next-token loss; `layers` adds
-    `layer_weight` times the layers' distance from the teacher's (`layer_match`).
+    `layer_weight` times the layers' distance from the teacher's (`layer_match`). Half and half is
+    what did best on text that is not the teacher's own (docs/objective.md).
     """
 
-    weight: Fraction = 1.0
+    weight: Fraction = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
     layers: Literal["none", "residual", "ffn"] = "none"
     layer_weight: NonNegative = 1.0
