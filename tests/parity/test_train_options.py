@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -345,6 +345,39 @@ def test_a_torn_checkpoint_falls_back(moe: Path, corpus: Path, tmp_path: Path) -
     done = moefy.train(moe, out, data=corpus, **settings)
     assert done.resumed_from_step == 4
     assert not changed(whole, out)
+
+
+def test_the_only_checkpoint_kept_is_the_new_one(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", steps(12) | {"checkpoint_every_steps": 2}
+    with pytest.raises(StopError):
+        moefy.train(moe, out, data=corpus, report=stop_at(9), **settings)
+    (out / "checkpoint" / "step-00000008" / "run.json").unlink()
+    settings |= {"checkpoint_every_steps": 1, "checkpoints_kept": 1}
+    with pytest.raises(StopError):
+        moefy.train(moe, out, data=corpus, report=stop_at(8), **settings)
+    assert [folder.name for folder in (out / "checkpoint").iterdir()] == ["step-00000007"]
+
+
+@pytest.mark.parametrize("changed", ["text", "parent", "checkpoint"])
+def test_what_a_stopped_run_read_must_be_the_same(
+    changed: str, moe: Path, dense: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "out", steps(12) | {"checkpoint_every_steps": 4}
+    settings["teacher"] = str(dense)
+    with pytest.raises(StopError):
+        moefy.train(moe, out, data=corpus, report=stop_at(5), **settings)
+    if changed == "text":
+        text = (corpus / "ab.jsonl").read_text()
+        (corpus / "ab.jsonl").write_text(text.replace("b", "c"))
+    elif changed == "parent":
+        weights = tensors(dense)
+        save_file({n: t * 1.5 for n, t in weights.items()}, dense / "model.safetensors")
+    else:
+        for file in (out / "checkpoint").glob("*/*.distcp"):
+            file.write_bytes(bytes(file.stat().st_size))
+    message = "cannot be read .*: delete it" if changed == "checkpoint" else f"{changed}: was"
+    with pytest.raises(OutputError, match=message):
+        moefy.train(moe, out, data=corpus, **settings)
 
 
 def test_no_whole_checkpoint_is_an_error(moe: Path, corpus: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ from jaxtyping import Int
 from moefy.checkpoint.load import load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
-from moefy.data.shards import TokenShards, is_prepared
+from moefy.data.shards import RECORD, TokenShards, is_prepared
 from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 
@@ -25,6 +26,10 @@ class Corpus(Protocol):
     @property
     def num_sequences(self) -> dict[str, int]:
         """By domain, to train on."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what may be read; a run that was stopped goes on with the same."""
 
     def sequence(self, domain: str, sequence_idx: int) -> Int[np.ndarray, " length"]:
         """Return one of them, as int64 ids."""
@@ -67,6 +72,8 @@ class _Prepared:
     def __init__(self, shards: TokenShards, length: int) -> None:
         self._shards, self._length = shards, length
         self.num_sequences = {name: shards.num_sequences(name, length) for name in shards.domains}
+        # the record names every input and its hash
+        self.fingerprint = hashlib.sha256((shards.folder / RECORD).read_bytes()).hexdigest()
 
     def sequence(self, domain: str, sequence_idx: int) -> Int[np.ndarray, " length"]:
         return self._shards.sequence(domain, sequence_idx, self._length)
@@ -102,6 +109,11 @@ class _Packed:
                 max_windows=max_sequences,
             )
         report(Progress("tokenise", len(self._domains), len(self._domains)))
+        digest = hashlib.sha256()
+        for name, windows in self._windows.items():
+            digest.update(f"{name} {len(windows)} ".encode())
+            digest.update(windows.tobytes())
+        self.fingerprint = digest.hexdigest()
 
     @property
     def num_sequences(self) -> dict[str, int]:

@@ -135,14 +135,17 @@ def train(
         heldout = heldout_of(corpus, weighted, choice.heldout_sequences)
     student = load_student(source, choice, workers)
     teacher = None
+    parent = _resolved(choice.teacher, workers, report) if choice.teacher else None
     if choice.distils:
-        assert choice.teacher is not None
-        teacher = load_teacher(_resolved(choice.teacher, workers, report), choice, workers)
+        assert parent is not None
+        teacher = load_teacher(parent, choice, workers)
     objective = Objective(student, teacher, choice, workers)
     optimizer = build_optimizer(student, objective.noise, choice)
     identity = {
         "source": workers.of_first(fingerprint(source) if workers.is_first else None),
+        "parent": workers.of_first(fingerprint(parent) if parent and workers.is_first else None),
         "data": str(data),
+        "text": corpus.fingerprint,
         **choice.identity(),
     }
     state = RunState(

@@ -10,6 +10,7 @@ the parameters, whole, so that any number of processes can read them.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import warnings
@@ -108,7 +109,10 @@ class RunState:
                 }
                 (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
         if self._workers.is_first:
-            for folder in _checkpoints(self._out)[self._kept :]:
+            found = _checkpoints(self._out)
+            # what is later was broken, or this run would not be here
+            later = [folder for folder in found if folder.name > target.name]
+            for folder in [*later, *found[len(later) + self._kept :]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def load(self) -> Saved | None:
@@ -117,13 +121,14 @@ class RunState:
         A checkpoint with missing or shortened files is passed over for the one before it.
 
         Raises:
-            OutputError: the checkpoint belongs to another run, or none of several is whole.
+            OutputError: the checkpoint belongs to another run, cannot be read, or none of several
+                is whole.
         """
         found = self._workers.of_first(self._last_whole() if self._workers.is_first else None)
         if found is None:
             return None
         folder, record = found
-        with _as_one():
+        with _readable(folder), _as_one():
             present = FileSystemReader(folder).read_metadata().state_dict_metadata
             moments = {
                 name: (self._parameters[of], key)
@@ -259,6 +264,18 @@ def _shared_folder(target: Path, needed_bytes: int, workers: Workers) -> Iterato
         with storage_errors(target):
             yield partial
     workers.wait()
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Say which checkpoint is damaged without being shorter."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise OutputError(
+            f"{folder} cannot be read ({first_line}): delete it to go on from the one before it"
+        ) from error
 
 
 @contextmanager
