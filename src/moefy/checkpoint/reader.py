@@ -57,7 +57,7 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def _unfinished(folder: Path) -> str:
-    if any((folder / name).is_file() for name in ("recipe.yaml", "log.jsonl")):
+    if (folder / "log.jsonl").is_file():
         return "; it holds an unfinished training run, which the command that began it continues"
     return ""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class RunLog:
     def __init__(self, out: Path, kept: list[dict[str, Any]], recipe: TrainRecipe) -> None:
         self._file = out / LOG
         replace_file(self._file, "".join(json.dumps(line) + "\n" for line in kept))
-        self._trackers = [_TRACKERS[name](out, recipe) for name in recipe.trackers]
+        self._trackers = [_TRACKERS[name](out, recipe, len(kept)) for name in recipe.trackers]
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a step.
@@ -75,10 +75,11 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 class _TensorBoard:
-    def __init__(self, out: Path, recipe: TrainRecipe) -> None:
+    def __init__(self, out: Path, recipe: TrainRecipe, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(out / "tensorboard"))
+        # steps that are done again replace those that were written before the run stopped
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=steps + 1)
         self._writer.add_text("recipe", f"```yaml\n{recipe.to_yaml()}```")
 
     def write(self, numbers: dict[str, float], step: int) -> None:
@@ -90,13 +91,16 @@ class _TensorBoard:
 
 
 class _WandB:
-    def __init__(self, out: Path, recipe: TrainRecipe) -> None:
+    def __init__(self, out: Path, recipe: TrainRecipe, steps: int) -> None:
         import wandb
 
+        mark = out / "wandb-run"
+        if not (steps and mark.is_file()):
+            replace_file(mark, secrets.token_hex(8))
         self._run = wandb.init(
             project="moefy",
             name=out.name,
-            id=hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16],
+            id=mark.read_text(),
             resume="allow",  # a run that was stopped goes on in the same plot
             dir=out,
             config=recipe.model_dump(mode="json"),

@@ -43,6 +43,8 @@ from moefy.training.throughput import flops_per_trained_token, peak
 from moefy.training.workers import Workers, join_workers
 from moefy.training.write import write_model
 
+_NAMED = 32  # sequences of a batch in an error
+
 
 @dataclass(frozen=True)
 class Training:
@@ -269,7 +271,9 @@ def _step(
         "grad_norm": grad_norm,
     }
     if not (line["loss"] < float("inf") and grad_norm < float("inf")):
-        drawn = ", ".join(f"{name}[{idx}]" for name, idx, _ in batch.samples)
+        drawn = ", ".join(f"{name}[{idx}]" for name, idx, _ in batch.samples[:_NAMED])
+        if len(batch.samples) > _NAMED:
+            drawn += f" and {len(batch.samples) - _NAMED} more"
         raise TrainingError(
             f"step {step + 1}: loss {line['loss']}, gradient norm {grad_norm}, on the sequences "
             f"{drawn} of {recipe.sequence_length} tokens: lower --learning-rate, or look at these "

@@ -54,12 +54,19 @@ def peak(precision: str) -> Peak:
         precision: of the products, float32 or bfloat16.
     """
     if device().type == "cuda" and precision == "bfloat16":
-        name = torch.cuda.get_device_name()
-        known = [key for key in _PUBLISHED_TFLOPS if all(part in name for part in key.split())]
-        if known:
-            chosen = max(known, key=len)
+        chosen = known_gpu(torch.cuda.get_device_name())
+        if chosen:
             return Peak(_PUBLISHED_TFLOPS[chosen] * 1e12, f"data sheet of {chosen}")
     return Peak(multiply_rate(getattr(torch, precision)), "a large matrix product, measured here")
+
+
+def known_gpu(name: str) -> str | None:
+    """Return which GPU of the data sheets a device's name means; None for others and for slices."""
+    words = name.replace("-", " ").split()
+    if "MIG" in words:
+        return None
+    known = [key for key in _PUBLISHED_TFLOPS if all(part in words for part in key.split())]
+    return max(known, key=len, default=None)
 
 
 def flops_per_trained_token(config: Mapping[str, Any], sequence_length: int) -> int:

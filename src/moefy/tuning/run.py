@@ -279,7 +279,8 @@ def _digest(examples: list[Example]) -> str:
 
 
 def _is_unfinished(out: Path) -> bool:
-    return (out / "recipe.yaml").is_file() and not (out / "config.json").exists()
+    # not by recipe.yaml: a corpus that `prepare` wrote has one too
+    return (out / FOLDER).is_dir() and not (out / "config.json").exists()
 
 
 def _check_same_run(checkpoints: Path, identity: dict[str, Any]) -> None:
