@@ -46,6 +46,8 @@ def test_the_data_tables(name: str) -> None:
         ("experiments/streaming", "experiments"),
         ("experiments/calibrated", "experiments"),
         ("training/output-loss", "objective"),
+        ("performance/expert-layers", "performance"),
+        ("performance/step-overhead", "performance"),
         ("tuning/tuning", "tuning"),
     ],
 )
