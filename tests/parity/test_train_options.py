@@ -454,7 +454,8 @@ def test_every_family_trains(
     write_tiny_model(source, family, initializer_range=0.3, **settings)
     choices = LLAMA_MOE | {"shared": 2, "repair": "none", "target": target}
     moefy.convert(source, moe, experts=6, active=4, **choices)
-    distilled = {"teacher": str(source), "distillation": {"layers": "residual"}}
+    towards = {"layers": "residual", "weight": 1.0}
+    distilled = {"teacher": str(source), "distillation": towards}
     moefy.train(moe, out, data=corpus, **distilled, **steps(16) | {"learning_rate": 3e-4})
     log = read_log(out)
     assert log[-1]["layer_loss"] < log[0]["layer_loss"]
