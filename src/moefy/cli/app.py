@@ -1,0 +1,48 @@
+"""The application that the commands join, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from moefy.errors import MoefyError
+
+app = typer.Typer(
+    name="moefy",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
+)
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 for run time errors, 2 for usage errors."""
+    try:
+        app()
+    except MoefyError as error:
+        if _debug:
+            raise
+        print(f"moefy: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if _debug:
+            raise
+        print(
+            f"moefy: unexpected {type(error).__name__}: {' '.join(str(error).split())} "
+            "(this is a bug: run `moefy --debug …` for the traceback and report it)",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -1,0 +1,139 @@
+"""Commands that measure."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from moefy.cli.app import app
+from moefy.cli.options import Data, Json, counts
+from moefy.cli.output import bars, print_json, print_table
+from moefy.errors import UsageError
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")],
+    data: Data = "demo",
+    split: Annotated[str, typer.Option(help="heldout, train or all.")] = "heldout",
+    windows: Annotated[int, typer.Option(min=1, help="Per domain.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
+    ] = False,
+    suite: Annotated[
+        str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks instead.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Or these tasks of lm-evaluation-harness: sciq,piqa.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each benchmark. [all]")] = None,
+    hub: Annotated[
+        bool | None,
+        typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]"),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="With --speed: sequences at once. [1,8]")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="With --speed.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="With --speed.")] = 64,
+    rounds: Annotated[int, typer.Option(help="With --speed: measurements of each.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="With --speed: of the CPU. [all]")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="With --speed or benchmarks: or bfloat16.")
+    ] = "float32",
+    runtime: Annotated[str, typer.Option(help="With --speed: or llama.cpp.")] = "transformers",
+    as_json: Json = False,
+) -> None:
+    """Compare models: held-out perplexity, KL to the dense model, cost, speed.
+
+    Example: `moefy eval smollm2-135m out/moe out/trained`
+
+    Speed alone: `moefy eval --speed smollm2-135m out/moe`
+
+    Benchmarks: `moefy eval --suite llama-moe --limit 100 smollm2-135m out/moe`
+    """
+    if suite or tasks:
+        if speed:
+            raise UsageError("--speed and benchmarks are measured one by one: drop one of them")
+        _evaluate_suite(models, suite, tasks, limit, hub, dtype, as_json)
+        return
+    if speed:
+        from moefy.evaluation.speed import measure_speed
+        from moefy.report.tables import speed_rows, speed_title
+
+        with bars() as report:
+            measured = measure_speed(
+                models,
+                batches=counts("--batch", batch) if batch else None,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                dtype=dtype,
+                threads=threads,
+                runtime=runtime,
+                report=report,
+            )
+        if as_json:
+            print_json(measured.to_dict())
+        else:
+            print_table(speed_rows(measured), speed_title(measured))
+        return
+    if split not in {"heldout", "train", "all"}:
+        raise UsageError(f"--split {split}: allowed are heldout, train and all")
+    from moefy.evaluation.compare import evaluate as run
+    from moefy.report.tables import comparison_rows
+
+    with bars() as report:
+        done = run(
+            models,
+            data=data,
+            split=split,  # type: ignore[arg-type]
+            windows=windows,
+            sequence_length=sequence_length,
+            decode=decode,
+            report=report,
+        )
+    if as_json:
+        print_json(done.to_dict())
+        return
+    print_table(comparison_rows(done), f"{done.tokens:,} held-out tokens per model")
+
+
+def _evaluate_suite(
+    models: list[str],
+    suite: str | None,
+    tasks: str | None,
+    limit: int | None,
+    hub: bool | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    from moefy.evaluation.suite import evaluate_suite
+    from moefy.report.suite_tables import nll_rows, suite_notes, suite_rows
+
+    with bars() as report:
+        done = evaluate_suite(
+            models,
+            suite=suite,
+            tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+            limit=limit,
+            dtype=dtype,
+            hub=hub,
+            report=report,
+        )
+    if as_json:
+        print_json(done.to_dict())
+    else:
+        print_table(suite_rows(done), "Score in percent ± standard error [95 % interval]")
+        print_table(nll_rows(done), "−log p of the right answer, nats ± standard error")
+        for note in suite_notes(done):
+            print(note)
+    failures = [(model.name, *each) for model in done.models for each in model.failed.items()]
+    for name, benchmark, reason in failures:
+        print(f"moefy: {name}: {benchmark} has no score: {reason}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
