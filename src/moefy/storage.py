@@ -10,9 +10,10 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from moefy.errors import OutputError, StorageError
 
@@ -52,6 +53,36 @@ def check_output(out: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) 
                 f"{out} holds files but no model, so --overwrite will not delete it: "
                 "choose another folder or empty it yourself"
             )
+
+
+def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say of each key that differs what it was and what it is now."""
+    return [
+        f"{key}: was {found.get(key)!r}, now {wanted.get(key)!r}"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key)
+    ]
+
+
+def check_same_settings(
+    out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], *, what: str = "run"
+) -> None:
+    """Refuse to go on with what was begun with other settings.
+
+    Args:
+        out: where it lies.
+        found: its settings.
+        wanted: those that are asked for now.
+        what: was begun.
+
+    Raises:
+        OutputError: they differ.
+    """
+    if changed := changed_settings(found, wanted):
+        raise OutputError(
+            f"{out} holds an unfinished {what} with other settings ({'; '.join(changed)}): give "
+            "the same ones to continue it, or --overwrite to start again"
+        )
 
 
 @contextmanager

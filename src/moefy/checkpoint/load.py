@@ -33,6 +33,16 @@ def training_precision(asked: str) -> str:
     return "bfloat16" if has_bf16 else "float32"
 
 
+def products_in(precision: str, place: torch.device) -> torch.autocast:
+    """Return what makes matrix products run in a precision, the weights staying as they are.
+
+    Args:
+        precision: float32 or bfloat16.
+        place: where they run.
+    """
+    return torch.autocast(place.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
     """Load a dense or converted model, on the CPU, in evaluation mode.
 

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from moefy.data.permutation import permuted
 from moefy.data.strategies import UpdateRule
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
+from moefy.storage import changed_settings
 
 _SKIPPED_AT_ONCE = 1 << 16
 _PURPOSE = zlib.crc32(b"mixture")
@@ -265,12 +266,7 @@ class Mixture:
         """
         mine = {"seed": self._seed} | _lengths(self._num_sequences)
         found = {"seed": state.seed} | _lengths(state.num_sequences)
-        changed = [
-            f"{key}: was {found.get(key)}, now {mine.get(key)}"
-            for key in sorted({*mine, *found})
-            if mine.get(key) != found.get(key)
-        ]
-        if changed:
+        if changed := changed_settings(found, mine):
             raise OutputError(
                 f"the checkpoint's data order is of another seed or corpus ({'; '.join(changed)}): "
                 "give the same ones to continue it, or start again"

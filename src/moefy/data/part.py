@@ -33,7 +33,7 @@ from moefy.data.workers import Workers
 from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn
 from moefy.recipe import PrepareRecipe
-from moefy.storage import replace_file, storage_errors
+from moefy.storage import check_same_settings, replace_file, storage_errors
 
 _JOURNAL = "journal.json"
 _COMMIT_EVERY_S = 10.0
@@ -176,17 +176,7 @@ class Part:
 
     def _open(self) -> Journal:
         journal = read_journal(self._folder) or Journal(self._identity, {})
-        if journal.identity != self._identity:
-            changed = [
-                f"{key}: was {journal.identity.get(key)!r}, now {value!r}"
-                for key, value in self._identity.items()
-                if journal.identity.get(key) != value
-            ]
-            raise OutputError(
-                f"{self._folder.parent} holds an unfinished corpus with other settings "
-                f"({'; '.join(changed)}): give the same ones to continue it, or --overwrite to "
-                "start again"
-            )
+        check_same_settings(self._folder.parent, journal.identity, self._identity, what="corpus")
         journal.recipe = self._recipe.model_dump(mode="json")
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)

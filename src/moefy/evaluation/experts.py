@@ -31,6 +31,21 @@ def register() -> str:
     return NAME
 
 
+def is_plain(experts: Any) -> bool:
+    """Say whether a layer's experts are gated, in rows, without biases or norms, all in one place.
+
+    Args:
+        experts: transformers' module.
+    """
+    return (
+        experts.has_gate
+        and not experts.has_bias
+        and not experts.is_transposed
+        and not experts.has_post_expert_norm
+        and not experts._is_expert_parallel
+    )
+
+
 def expert_views(
     experts: Any,
     hidden_states: Float[Tensor, "tokens hidden"],
@@ -53,13 +68,7 @@ def expert_views(
         ArchitectureError: the experts have biases, another layout, no gate, or lie on several
             devices.
     """
-    if (
-        experts.has_bias
-        or experts.is_transposed
-        or not experts.has_gate
-        or experts.has_post_expert_norm
-        or experts._is_expert_parallel
-    ):
+    if not is_plain(experts):
         raise ArchitectureError(
             f"{type(experts).__name__} has biases, transposed weights, no gate, a norm behind it "
             f"or experts on several devices, which {NAME} does not compute: choose "

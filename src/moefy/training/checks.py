@@ -66,6 +66,25 @@ def check_batch(recipe: TrainRecipe, num_data: int) -> None:
         )
 
 
+def check_context(config: Mapping[str, Any], sequence_length: int, name: str) -> None:
+    """Refuse sequences that are longer than a model's context.
+
+    Args:
+        config: its config.json.
+        sequence_length: in tokens.
+        name: of the model, for the message.
+
+    Raises:
+        UsageError: they are.
+    """
+    context = config.get("max_position_embeddings")
+    if context and sequence_length > context:
+        raise UsageError(
+            f"--sequence-length {sequence_length} is longer than the context of {name}, "
+            f"{context} tokens: lower it"
+        )
+
+
 def check_model(config: Mapping[str, Any], recipe: TrainRecipe, name: str) -> None:
     """Refuse a model that the recipe is not for.
 
@@ -77,12 +96,7 @@ def check_model(config: Mapping[str, Any], recipe: TrainRecipe, name: str) -> No
     Raises:
         UsageError: the sequences are longer than its context, or its experts cannot be spread.
     """
-    context = config.get("max_position_embeddings")
-    if context and recipe.sequence_length > context:
-        raise UsageError(
-            f"--sequence-length {recipe.sequence_length} is longer than the context of {name}, "
-            f"{context} tokens: lower it"
-        )
+    check_context(config, recipe.sequence_length, name)
     experts, expert = ffn_shape(config).experts, recipe.parallel.expert
     if expert > 1 and (not experts or experts % expert):
         raise UsageError(

@@ -64,13 +64,7 @@ class Follower:
         """
         if not self._mixture.update_due(self._interval):
             return None
-        losses = heldout_losses(
-            network,
-            self._windows,
-            self._workers,
-            sequences_per_pass=self._recipe.sequences_per_pass,
-            precision=self._recipe.precision,
-        )
+        losses = heldout_losses(network, self._windows, self._recipe, self._workers)
         rule = UPDATE_RULES[self._recipe.mixture_update]
         update: WeightUpdate = self._workers.of_first(
             self._mixture.reweight(losses, self._reference, rule)
@@ -112,13 +106,7 @@ def reference_losses(
     assert recipe.teacher is not None  # see `check_reference`
     report(Progress("measure the dense model", 0, 1))
     dense = teacher or load_teacher(resolve(recipe.teacher), recipe, workers)
-    losses = heldout_losses(
-        dense,
-        windows,
-        workers,
-        sequences_per_pass=recipe.sequences_per_pass,
-        precision=recipe.precision,
-    )
+    losses = heldout_losses(dense, windows, recipe, workers)
     report(Progress("measure the dense model", 1, 1))
     return losses
 

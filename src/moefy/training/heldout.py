@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int
 from torch.distributed.fsdp import FSDPModule
 
-from moefy.checkpoint.load import device
+from moefy.checkpoint.load import device, products_in
 from moefy.training.output_loss import LogitsInput, next_labels, output_loss
+from moefy.training.recipe import TrainRecipe
 from moefy.training.workers import Workers
 
 
@@ -19,10 +20,8 @@ from moefy.training.workers import Workers
 def heldout_losses(
     network: Any,
     windows: Mapping[str, Int[np.ndarray, "_windows sequence"]],
+    recipe: TrainRecipe,
     workers: Workers,
-    *,
-    sequences_per_pass: int,
-    precision: str,
 ) -> dict[str, float]:
     """Return the mean next-token loss of each domain, nats per token.
 
@@ -32,21 +31,21 @@ def heldout_losses(
     Args:
         network: any model of `checkpoint.load`.
         windows: token ids by domain.
+        recipe: of the run, its precision decided.
         workers: of the run.
-        sequences_per_pass: of one process.
-        precision: of the products, float32 or bfloat16.
     """
     names = list(windows)
     tokens = np.concatenate([windows[name] for name in names])
     domain_idxs = np.repeat(np.arange(len(names)), [len(windows[name]) for name in names])
-    width = workers.num_data * sequences_per_pass
+    at_once = recipe.sequences_per_pass
+    width = workers.num_data * at_once
     sums = torch.zeros(len(names), dtype=torch.float64)
     was_training = network.training
     network.eval()
-    for first in range(workers.data_idx * sequences_per_pass, _up(len(tokens), width), width):
-        idxs = np.arange(first, first + sequences_per_pass)
+    for first in range(workers.data_idx * at_once, _up(len(tokens), width), width):
+        idxs = np.arange(first, first + at_once)
         ids = torch.from_numpy(tokens[idxs % len(tokens)]).to(device())
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with products_in(recipe.precision, ids.device):
             out = output_loss(LogitsInput.of(network, ids).predicting(), next_labels(ids))
         for idx, loss in zip(idxs.tolist(), out.cross_entropy.double().mean(1).cpu(), strict=True):
             if idx < len(tokens):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moefy.errors import ArchitectureError
+from moefy.training.hooks import ForwardHooks
 
 Place = Literal["residual", "ffn"]
 
@@ -37,7 +37,7 @@ def relative_error(
     return error.mean() if mask is None else (error * mask).sum() / mask.sum().clamp(min=1)
 
 
-class LayerMatch:
+class LayerMatch(ForwardHooks):
     """Compares the layers of a student with its dense parent's inside a `with` block.
 
     Each model runs on its own inputs: the parent's layer outputs of one forward pass are the
@@ -54,6 +54,7 @@ class LayerMatch:
     """
 
     def __init__(self, student: Any, teacher: Any, place: Place) -> None:
+        super().__init__()
         shapes = [(m.config.num_hidden_layers, m.config.hidden_size) for m in (student, teacher)]
         if shapes[0] != shapes[1]:
             raise ArchitectureError(
@@ -65,25 +66,15 @@ class LayerMatch:
             [_modules(layer, place) for layer in model.model.layers] for model in (student, teacher)
         ]
         self._outputs: list[dict[tuple[int, int], Tensor]] = [{}, {}]
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> LayerMatch:
-        self._handles = [
-            module.register_forward_hook(self._hook(side, (layer_idx, part)))
+    def hooks(self) -> Iterable[tuple[Any, Callable[..., Any]]]:
+        """Return what is compared on both sides, each module with its hook."""
+        return [
+            (module, self._hook(side, (layer_idx, part)))
             for side, layers in enumerate(self._sides)
             for layer_idx, modules in enumerate(layers)
             for part, module in enumerate(modules)
         ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def clear(self) -> None:
         """Forget the last forward passes; to be called before the next."""

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moefy.evaluation.experts import is_plain
+
 NAME = "lean"
 
 
@@ -39,14 +41,7 @@ def can_run(experts: Any) -> bool:
     widths = weight.shape[1:] + experts.down_proj.shape[2:]
     if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
-    return (
-        experts.has_gate
-        and not experts.has_bias
-        and not experts.is_transposed
-        and not experts.has_post_expert_norm
-        and not experts._is_expert_parallel
-        and all(width % 8 == 0 for width in widths)
-    )
+    return is_plain(experts) and all(width % 8 == 0 for width in widths)
 
 
 def lean_experts(

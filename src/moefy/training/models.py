@@ -10,6 +10,7 @@ import torch
 
 from moefy.checkpoint.load import device, load_model
 from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.targets import TARGETS
 from moefy.errors import UsageError
 from moefy.evaluation.cost import ffn_shape
 from moefy.training.lean_experts import register
@@ -26,7 +27,6 @@ _PARTS = {
 }
 """What each part's parameters are called, in all families and targets."""
 
-_SINKS = ".sinks"
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -58,9 +58,9 @@ def prepare_student(network: Any, recipe: TrainRecipe) -> None:
     Raises:
         UsageError: nothing is left to learn.
     """
+    freeze_sinks(network)
     for name, parameter in network.named_parameters():
-        # a sink of a converted model is there to do nothing, see checkpoint/targets.py
-        if name.endswith(_SINKS) or any(re.search(_PARTS[part], name) for part in recipe.frozen):
+        if any(re.search(_PARTS[part], name) for part in recipe.frozen):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UsageError(f"frozen {', '.join(recipe.frozen)}: nothing is left to learn")
@@ -71,6 +71,18 @@ def prepare_student(network: Any, recipe: TrainRecipe) -> None:
     if recipe.compile:
         for layer in network.model.layers:
             layer.compile()
+
+
+def freeze_sinks(network: Any) -> None:
+    """Take attention sinks out of training.
+
+    A converted model has them because its architecture does, so low that they do nothing.
+    """
+    target = TARGETS.get(network.config.model_type)
+    if target and target.sinks:
+        for name, parameter in network.named_parameters():
+            if name.endswith(target.sinks):
+                parameter.requires_grad_(False)
 
 
 def load_teacher(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:

@@ -31,33 +31,46 @@ def build_optimizer(
     Raises:
         UsageError: routers are to learn alone at first, and there is none that learns.
     """
-    routers = {id(p) for router in routers_of(network) for p in router.parameters()}
-    routers |= {id(p) for p in noise.parameters()} if noise is not None else set()
-    parameters = [*network.parameters(), *(noise.parameters() if noise is not None else ())]
-    groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.requires_grad:
-            is_router, is_matrix = id(parameter) in routers, parameter.ndim > 1
-            groups[is_router, is_matrix, _layout(parameter)].append(parameter)
-    if recipe.router_warmup_fraction and not any(is_router for is_router, *_ in groups):
+    groups = parameter_groups(network, noise, weight_decay=recipe.weight_decay)
+    if recipe.router_warmup_fraction and not any(group["is_router"] for group in groups):
         raise UsageError(
             f"router_warmup_fraction {recipe.router_warmup_fraction}: no router learns here (a "
             "dense model has none, lora and frozen routers leave them as they are): set it to 0"
         )
-    return torch.optim.AdamW(
-        [
-            {
-                "params": members,
-                "weight_decay": recipe.weight_decay if is_matrix else 0.0,
-                "rate_fraction": recipe.router_rate_fraction if is_router else 1.0,
-                "is_router": is_router,
-            }
-            for (is_router, is_matrix, _), members in groups.items()
-        ],
-        lr=recipe.learning_rate,
-        betas=recipe.adam_betas,
-        fused=True,
-    )
+    for group in groups:
+        group["rate_fraction"] = recipe.router_rate_fraction if group["is_router"] else 1.0
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.adam_betas, fused=True)
+
+
+def parameter_groups(
+    network: Any, noise: nn.Module | None = None, *, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return what learns, in groups of what AdamW treats alike: only matrices decay.
+
+    Args:
+        network: its frozen parameters stay out.
+        noise: the noisy gate, which is learned with the routers.
+        weight_decay: of matrices.
+
+    Returns:
+        Groups with `params`, `weight_decay` and `is_router`.
+    """
+    routers = {id(p) for router in routers_of(network) for p in router.parameters()}
+    gate = list(noise.parameters()) if noise is not None else []
+    routers |= set(map(id, gate))
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+    for parameter in [*network.parameters(), *gate]:
+        if parameter.requires_grad:
+            is_router, is_matrix = id(parameter) in routers, parameter.ndim > 1
+            groups[is_router, is_matrix, _layout(parameter)].append(parameter)
+    return [
+        {
+            "params": members,
+            "weight_decay": weight_decay if is_matrix else 0.0,
+            "is_router": is_router,
+        }
+        for (is_router, is_matrix, _), members in groups.items()
+    ]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:

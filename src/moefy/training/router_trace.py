@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from moefy.checkpoint.targets import TARGETS
 from moefy.training.balance import RouterSums, router_sums
+from moefy.training.hooks import ForwardHooks
 from moefy.training.noisy_gate import NoisyGate, choice_probs, choose
 
 
@@ -33,7 +33,7 @@ class _Routed:
     choice_probs: Float[Tensor, "tokens experts"] | None
 
 
-class RouterTrace:
+class RouterTrace(ForwardHooks):
     """Collects what every router did in the forward passes inside a `with` block.
 
     Works with gradient checkpointing: when a layer is computed again in the backward pass, the hook
@@ -46,27 +46,15 @@ class RouterTrace:
     """
 
     def __init__(self, model: Any, *, noise: NoisyGate | None = None) -> None:
+        super().__init__()
         self._routers = routers_of(model)
         self._score = TARGETS[model.config.model_type].score if self._routers else "softmax"
         self._noise = noise
-        self._handles: list[Any] = []
         self._routed: dict[int, _Routed] = {}
 
-    def __enter__(self) -> RouterTrace:
-        self._handles = [
-            router.register_forward_hook(self._hook(layer_idx))
-            for layer_idx, router in enumerate(self._routers)
-        ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def hooks(self) -> Iterable[tuple[Any, Callable[..., Any]]]:
+        """Return the routers, each with its hook."""
+        return [(router, self._hook(idx)) for idx, router in enumerate(self._routers)]
 
     def clear(self) -> None:
         """Forget the last forward pass; to be called before the next."""

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from moefy.checkpoint.load import device, training_precision
+from moefy.checkpoint.load import training_precision
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
-from moefy.data.corpus import Corpus, heldout_of, open_corpus
-from moefy.data.mixture import Batch, Mixture, MixtureState, WeightUpdate
+from moefy.data.corpus import heldout_of, open_corpus
+from moefy.data.mixture import Mixture, MixtureState, WeightUpdate
 from moefy.data.strategies import initial_weights
-from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import check_output, replace_file, storage_errors
 from moefy.training.checks import check_batch, check_model
@@ -34,16 +28,14 @@ from moefy.training.follow import (
 from moefy.training.heldout import heldout_losses
 from moefy.training.log import RunLog, check_trackers
 from moefy.training.models import load_student, load_teacher, merge_adapters
-from moefy.training.objective import Objective, StepLosses
-from moefy.training.optimizer import build_optimizer, clip_gradients
+from moefy.training.objective import Objective
+from moefy.training.optimizer import build_optimizer
 from moefy.training.recipe import TrainRecipe
-from moefy.training.schedule import learning_rate
 from moefy.training.state import LOG, RunState, Saved, read_log, remove_state
+from moefy.training.step import train_step
 from moefy.training.throughput import flops_per_trained_token, peak
 from moefy.training.workers import Workers, join_workers
-from moefy.training.write import write_model
-
-_NAMED = 32  # sequences of a batch in an error
+from moefy.training.write import versions, write_model
 
 
 @dataclass(frozen=True)
@@ -188,7 +180,7 @@ def train(
             update = follower.update(student) if follower else None
         started = time.perf_counter()
         batch = mixture.next_batch()
-        line = _step(step, student, objective, optimizer, batch, corpus, choice, workers)
+        line = train_step(step, objective, optimizer, batch, corpus, choice, workers)
         seconds = time.perf_counter() - started
         elapsed_s += seconds
         line["tokens_per_s"] = choice.tokens_per_step / seconds
@@ -199,13 +191,7 @@ def train(
             line["repeats"] = dict(batch.repeats)
         every = choice.evaluate_every_steps
         if every and ((step + 1) % every == 0 or step + 1 == choice.num_steps):
-            line["heldout_loss"] = heldout_losses(
-                student,
-                heldout,
-                workers,
-                sequences_per_pass=choice.sequences_per_pass,
-                precision=choice.precision,
-            )
+            line["heldout_loss"] = heldout_losses(student, heldout, choice, workers)
         if log:
             log.write(line)
         report(Progress("train", step + 1, choice.num_steps, _note(line)))
@@ -216,102 +202,17 @@ def train(
         log.close()
     if choice.lora:
         merge_adapters(student)
-    write_model(student, source, out, identity, workers)
+    record = {
+        "stage": "train",
+        "run": identity,
+        "versions": versions("torch", "transformers", "numpy"),
+    }
+    write_model(student, source, out, record, workers)
     lines = workers.of_first(read_log(out) if log else None)
     if workers.is_first:
         remove_state(out)
         _draw(lines, out)
     return Training(out, choice, first_step, lines[0]["loss"], lines[-1]["loss"], elapsed_s)
-
-
-def _step(
-    step: int,
-    student: Any,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    corpus: Corpus,
-    recipe: TrainRecipe,
-    workers: Workers,
-) -> dict[str, Any]:
-    """Do one optimizer step and return its line of the log."""
-    rate = learning_rate(
-        step,
-        recipe.num_steps,
-        peak=recipe.learning_rate,
-        warmup_fraction=recipe.warmup_fraction,
-        final_fraction=recipe.final_learning_rate_fraction,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_fraction"]
-    mine = batch.of_worker(workers.data_idx, workers.num_data)
-    with _randomness_of(recipe.seed, step, workers), objective.step() as passes:
-        for first in range(0, len(mine), recipe.sequences_per_pass):
-            samples = mine[first : first + recipe.sequences_per_pass]
-            ids = np.stack([corpus.sequence(name, idx) for name, idx, _ in samples])
-            tokens = torch.from_numpy(ids).to(device())
-            with torch.autocast(
-                tokens.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
-            ):
-                loss = passes.loss(tokens)
-            loss.backward()
-    objective.reduce_noise_gradients()
-    if step < recipe.router_warmup_fraction * recipe.num_steps:
-        for group in optimizer.param_groups:
-            if not group["is_router"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
-    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = float(clip_gradients(learned, recipe.clip_grad_norm))
-    line = {
-        "step": step + 1,
-        "tokens": (step + 1) * recipe.tokens_per_step,
-        **_losses(passes.done, batch, mine, workers),
-        "learning_rate": rate,
-        "grad_norm": grad_norm,
-    }
-    if not (line["loss"] < float("inf") and grad_norm < float("inf")):
-        drawn = ", ".join(f"{name}[{idx}]" for name, idx, _ in batch.samples[:_NAMED])
-        if len(batch.samples) > _NAMED:
-            drawn += f" and {len(batch.samples) - _NAMED} more"
-        raise TrainingError(
-            f"step {step + 1}: loss {line['loss']}, gradient norm {grad_norm}, on the sequences "
-            f"{drawn} of {recipe.sequence_length} tokens: lower --learning-rate, or look at these "
-            "documents; the last checkpoint is kept"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    objective.after_step(passes.done)
-    return line
-
-
-def _losses(
-    done: StepLosses, batch: Batch, mine: tuple[Any, ...], workers: Workers
-) -> dict[str, Any]:
-    """Put together what all workers' passes came to."""
-    names = sorted({sample.domain for sample in batch.samples})
-    by_domain = torch.zeros(2, len(names), dtype=torch.float64)
-    for sample, loss in zip(mine, torch.stack(done.cross_entropy).double().cpu(), strict=True):
-        idx = names.index(sample.domain)
-        by_domain[0, idx] += loss
-        by_domain[1, idx] += 1
-    sums, counts = workers.total(by_domain.to(device())).cpu()
-    line: dict[str, Any] = {
-        "loss": float(sums.sum()) / len(batch.samples),
-        "domain_loss": {name: float(sums[i] / counts[i]) for i, name in enumerate(names)},
-    }
-    for name in ("kl", "layer_loss"):
-        if name in done.terms:
-            line[name] = float(workers.total(done.terms[name])) / workers.num_data
-    for name in ("balance_loss", "z_loss"):
-        if name in done.terms:
-            line[name] = float(done.terms[name])
-    if done.router is not None:
-        load = done.router.shares().double().cpu()
-        entropy = torch.special.entr(load).sum(-1) / np.log(load.shape[-1])
-        line["router_entropy"] = [round(x, 5) for x in entropy.tolist()]
-        line["expert_load"] = [[round(x, 5) for x in row] for row in load.tolist()]
-    return line
 
 
 def _draw(log: list[dict[str, Any]], out: Path) -> None:
@@ -327,15 +228,6 @@ def _note(line: dict[str, Any]) -> str:
     for name, epoch in line.get("repeats", {}).items():
         note += f"; {name} begins again ({epoch + 1}. time)"
     return note
-
-
-@contextmanager
-def _randomness_of(seed: int, step: int, workers: Workers) -> Iterator[None]:
-    """Give a step its own dropout and noise, so that a resumed run draws the same."""
-    own = device()
-    with torch.random.fork_rng(devices=[own] if own.type == "cuda" else []):
-        torch.manual_seed(((seed * 1_000_003 + step) * 4099 + workers.data_idx) % 2**63)
-        yield
 
 
 def _is_unfinished(out: Path) -> bool:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moefy.errors import OutputError, StorageError
-from moefy.storage import storage_errors, whole_folder
+from moefy.storage import check_same_settings, storage_errors, whole_folder
 from moefy.training.workers import Workers
 
 FOLDER = "checkpoint"
@@ -175,7 +175,8 @@ class RunState:
         for folder in _checkpoints(self._out):
             reason, record = _read_record(folder)
             if record is not None:
-                self._check_identity(record["identity"])
+                wanted = json.loads(json.dumps(self._identity))
+                check_same_settings(self._out, record["identity"], wanted)
                 return folder, record
             broken.append(f"{folder.name}: {reason}")
         if broken:
@@ -184,19 +185,6 @@ class RunState:
                 "pass --overwrite to start again"
             )
         return None
-
-    def _check_identity(self, found: dict[str, Any]) -> None:
-        wanted = json.loads(json.dumps(self._identity))
-        changed = [
-            f"{key}: was {found.get(key)!r}, now {wanted.get(key)!r}"
-            for key in sorted({*found, *wanted})
-            if found.get(key) != wanted.get(key)
-        ]
-        if changed:
-            raise OutputError(
-                f"{self._out} holds an unfinished run with other settings ({'; '.join(changed)}): "
-                "give the same ones to continue it, or --overwrite to start again"
-            )
 
 
 def remove_state(out: Path) -> None:

@@ -69,6 +69,10 @@ class Workers:
             dist.barrier()
 
 
+ONE = Workers()
+"""The only process."""
+
+
 def join_workers(parallel: Parallel) -> Workers:
     """Join the processes that torchrun started, or return the only one.
 
@@ -79,7 +83,7 @@ def join_workers(parallel: Parallel) -> Workers:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shard, num_data = check_processes(parallel, size)
     if size == 1:
-        return Workers()
+        return ONE
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:

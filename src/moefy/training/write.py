@@ -1,9 +1,10 @@
-"""The trained model, written as the native folder that it came from."""
+"""A trained or tuned model, written as the native folder that it came from."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,30 @@ import torch
 
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.storage import storage_errors
-from moefy.training.workers import Workers
+from moefy.training.workers import ONE, Workers
 
 
 def write_model(
-    network: Any, source: Path, out: Path, identity: dict[str, Any], workers: Workers
+    network: Any,
+    source: Path,
+    out: Path,
+    record: dict[str, Any],
+    workers: Workers = ONE,
+    *,
+    amend: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Put the finished model into the run's folder, config.json last.
 
     Weights go back to the dtype and the on-disk form of the source; its config.json is kept as it
     is, because other runtimes read spellings there that transformers would not write again.
+
+    Args:
+        network: plain, without adapters.
+        source: the folder it came from.
+        out: the run's folder.
+        record: goes into moefy.json, between moefy's version and the source's own record.
+        workers: of the run.
+        amend: changes the folder of weights and tokenizer before it is moved into place.
 
     Raises:
         StorageError: the disk is full.
@@ -33,26 +48,26 @@ def write_model(
         shutil.rmtree(finished, ignore_errors=True)
     workers.wait()
     with storage_errors(out):
-        _untied(cast_weights(network, dtype)).save_pretrained(finished)
+        _untied(_cast_weights(network, dtype)).save_pretrained(finished)
         workers.wait()
         if not workers.is_first:
             return
-        record = {
-            "moefy": version("moefy"),
-            "stage": "train",
-            "run": identity,
-            "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-            "from": json.loads((source / "moefy.json").read_text())
-            if (source / "moefy.json").is_file()
-            else None,
-        }
+        origin = source / "moefy.json"
+        came_from = json.loads(origin.read_text()) if origin.is_file() else None
+        whole = {"moefy": version("moefy"), **record, "from": came_from}
         for file in side_files(source):
             shutil.copyfile(file, finished / file.name)
-        (finished / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
+        amend(finished)
+        (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
         shutil.copyfile(source / "config.json", finished / "config.json")
         for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(out / file.name)
         finished.rmdir()
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Return the installed versions of packages, for a record."""
+    return {name: version(name) for name in names}
 
 
 def _untied(network: Any) -> Any:
@@ -63,7 +78,7 @@ def _untied(network: Any) -> Any:
     return network
 
 
-def cast_weights(network: Any, dtype: torch.dtype) -> Any:
+def _cast_weights(network: Any, dtype: torch.dtype) -> Any:
     """Round the weights; buffers, as selection biases, keep what small steps have added up to."""
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network.to(dtype)

@@ -1,66 +1,28 @@
-"""The tuned model's folder: the source's own form, with the template it was tuned on."""
+"""What tuning adds to the model's folder: the template it was tuned on, and where to stop."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moefy.checkpoint.reader import read_config, side_files
-from moefy.storage import storage_errors
-from moefy.training.write import cast_weights
 from moefy.tuning.template import ChatTemplate, end_of_turn
 
 
-def write_model(
-    network: Any,
-    source: Path,
-    out: Path,
-    tokenizer: Any,
-    template: ChatTemplate,
-    record: dict[str, Any],
+def finish_folder(
+    folder: Path, config: dict[str, Any], tokenizer: Any, template: ChatTemplate
 ) -> None:
-    """Put the finished model into the run's folder, config.json last.
-
-    Weights go back to the dtype and the on-disk form of the source; its config.json is kept as it
-    is, because other runtimes read spellings there that transformers would not write again.
+    """Add to a written model what it was tuned to: the template, and to stop where a turn ends.
 
     Args:
-        network: plain, without adapters.
-        source: the folder it came from.
-        out: the run's folder.
+        folder: of weights and tokenizer.
+        config: the source's config.json.
         tokenizer: the model's.
         template: of the conversations.
-        record: goes into moefy.json.
     """
-    config = read_config(source)
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    finished = out / ".finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    origin = source / "moefy.json"
-    record = {
-        "moefy": version("moefy"),
-        "stage": "tune",
-        **record,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-        "from": json.loads(origin.read_text()) if origin.is_file() else None,
-    }
-    with storage_errors(out):
-        cast_weights(network, dtype).cpu().save_pretrained(finished)
-        for file in side_files(source):
-            shutil.copyfile(file, finished / file.name)
-        if template.source is not None:
-            _replace_template(finished, template.source)
-        _stop_at(finished, config, end_of_turn(tokenizer, template))
-        (finished / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
-        shutil.copyfile(source / "config.json", finished / "config.json")
-        for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(out / file.name)
-        finished.rmdir()
+    if template.source is not None:
+        _replace_template(folder, template.source)
+    _stop_at(folder, config, end_of_turn(tokenizer, template))
 
 
 def _replace_template(folder: Path, text: str) -> None:

@@ -14,19 +14,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer, training_precision
+from moefy.checkpoint.load import (
+    device,
+    load_model,
+    load_tokenizer,
+    products_in,
+    training_precision,
+)
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
-from moefy.checkpoint.targets import TARGETS
-from moefy.errors import CorpusError, OutputError, UsageError
+from moefy.errors import CorpusError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import check_output, replace_file, storage_errors
+from moefy.storage import check_output, check_same_settings, replace_file, storage_errors
+from moefy.training.checks import check_context
+from moefy.training.models import freeze_sinks
 from moefy.training.output_loss import LogitsInput, output_loss
 from moefy.training.router_trace import routers_of
 from moefy.training.state import FOLDER, LOG, read_log
+from moefy.training.write import versions, write_model
 from moefy.tuning.conversations import read_conversations
 from moefy.tuning.examples import Example, make_examples
-from moefy.tuning.output import write_model
+from moefy.tuning.output import finish_folder
 from moefy.tuning.recipe import TuneRecipe
 from moefy.tuning.template import ChatTemplate, chat_template, for_training
 
@@ -121,12 +129,8 @@ def tune(
             f"{source} has a slow tokenizer, which does not know where its tokens stand in the "
             "text: save it with a tokenizer.json"
         )
-    context = read_config(source).get("max_position_embeddings")
-    if context and choice.sequence_length > context:
-        raise UsageError(
-            f"--sequence-length {choice.sequence_length} is longer than the context of {source}, "
-            f"{context} tokens: lower it"
-        )
+    config = read_config(source)
+    check_context(config, choice.sequence_length, str(source))
     template = for_training(tokenizer, chat_template(tokenizer, choice.chat_template))
     trained, heldout, broken = _examples(data, tokenizer, template, choice, report)
     network = load_model(source, dtype=torch.float32).to(device())
@@ -140,13 +144,15 @@ def tune(
     checkpoints = out / FOLDER
     if is_fresh:  # only now is it sure that this run can begin
         shutil.rmtree(out, ignore_errors=True)
-    _check_same_run(checkpoints, identity)
+    begun = checkpoints / "identity.json"
+    if begun.is_file():
+        check_same_settings(out, json.loads(begun.read_text()), identity)
     resumed = last_checkpoint(checkpoints)
     resumed_from_step = int(resumed.name.partition("-")[2]) if resumed else 0
     with storage_errors(out):
         checkpoints.mkdir(parents=True, exist_ok=True)
     replace_file(out / "recipe.yaml", choice.to_yaml())
-    replace_file(checkpoints / "identity.json", json.dumps(identity, indent=2) + "\n")
+    replace_file(begun, json.dumps(identity, indent=2) + "\n")
     if broken:
         replace_file(out / BROKEN, "".join(f"{line}\n" for line in broken))
     lines = _kept_lines(out, resumed_from_step) or [
@@ -188,7 +194,19 @@ def tune(
     results = vars(done) | {"broken": len(broken)}
     for key in ("folder", "recipe", "elapsed_s", "resumed_from_step"):
         del results[key]
-    write_model(network, source, out, tokenizer, template, {"run": identity, "result": results})
+    record = {
+        "stage": "tune",
+        "run": identity,
+        "result": results,
+        "versions": versions("torch", "transformers", "trl", "peft"),
+    }
+    write_model(
+        network,
+        source,
+        out,
+        record,
+        amend=lambda folder: finish_folder(folder, config, tokenizer, template),
+    )
     shutil.rmtree(checkpoints, ignore_errors=True)
     return done
 
@@ -203,8 +221,7 @@ def heldout_loss(
     for done, example in enumerate(examples, start=1):
         ids = torch.tensor([example.ids], device=network.device)
         labels = torch.tensor([example.labels], device=network.device)[:, 1:]
-        kind = network.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        with products_in(recipe.precision, network.device):
             logits = LogitsInput.of(network, ids).predicting()
             losses: Float[Tensor, "1 positions"] = output_loss(logits, labels).cross_entropy
         total += losses.sum().item()
@@ -246,10 +263,7 @@ def _examples(
 
 
 def _freeze(network: Any, recipe: TuneRecipe) -> None:
-    """Take routers out of training as chosen, and attention sinks always.
-
-    A converted model has sinks because its architecture has them, and so low that they do nothing.
-    """
+    """Take routers out of training as chosen, and attention sinks always."""
     routers = routers_of(network)
     if recipe.router == "balanced" and not routers:
         raise UsageError(
@@ -258,11 +272,7 @@ def _freeze(network: Any, recipe: TuneRecipe) -> None:
     if recipe.router == "frozen":
         for router in routers:
             router.requires_grad_(False)
-    target = TARGETS.get(network.config.model_type)
-    if target and target.sinks:
-        for name, parameter in network.named_parameters():
-            if name.endswith(target.sinks):
-                parameter.requires_grad_(False)
+    freeze_sinks(network)
 
 
 def _kept_lines(out: Path, step: int) -> list[dict[str, Any]]:
@@ -281,21 +291,3 @@ def _digest(examples: list[Example]) -> str:
 def _is_unfinished(out: Path) -> bool:
     # not by recipe.yaml: a corpus that `prepare` wrote has one too
     return (out / FOLDER).is_dir() and not (out / "config.json").exists()
-
-
-def _check_same_run(checkpoints: Path, identity: dict[str, Any]) -> None:
-    file = checkpoints / "identity.json"
-    if not file.is_file():
-        return
-    found = json.loads(file.read_text())
-    changed = [
-        f"{key}: was {found.get(key)!r}, now {identity.get(key)!r}"
-        for key in sorted({*found, *identity})
-        if found.get(key) != identity.get(key)
-    ]
-    if changed:
-        raise OutputError(
-            f"{checkpoints.parent} holds an unfinished run with other settings "
-            f"({'; '.join(changed)}): give the same ones to continue it, or --overwrite to start "
-            "again"
-        )

@@ -18,7 +18,8 @@ from moefy.checkpoint.load import device
 from moefy.errors import TrainingError
 from moefy.progress import Progress, ProgressFn
 from moefy.training.balance import switch_loss
-from moefy.training.router_trace import RouterTrace, routers_of
+from moefy.training.optimizer import parameter_groups
+from moefy.training.router_trace import RouterTrace
 from moefy.tuning.examples import Example
 from moefy.tuning.recipe import TuneRecipe
 
@@ -200,22 +201,8 @@ def _step_of(checkpoint: Path) -> int:
 
 def _optimizer(network: Any, recipe: TuneRecipe) -> torch.optim.AdamW:
     """Return AdamW on what learns; weight decay on matrices only, routers at their own rate."""
-    routers: set[int] = set()
-    if recipe.router == "balanced":
-        routers = {id(p) for router in routers_of(network) for p in router.parameters()}
-    learning = [p for p in network.parameters() if p.requires_grad]
-    others = [p for p in learning if id(p) not in routers]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim > 1]},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
-        {
-            "params": [p for p in learning if id(p) in routers],
-            "lr": recipe.learning_rate * recipe.router_rate_fraction,
-        },
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    groups = parameter_groups(network, weight_decay=recipe.weight_decay)
+    for group in groups:
+        if group["is_router"]:
+            group["lr"] = recipe.learning_rate * recipe.router_rate_fraction
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
