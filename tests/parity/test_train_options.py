@@ -315,6 +315,7 @@ def test_adapters_are_merged_into_a_plain_model(moe: Path, corpus: Path, tmp_pat
         ({"lora": {}, "router_warmup_fraction": 0.5}, "no router learns here"),
         ({"frozen": ("routers",), "router_warmup_fraction": 0.5}, "no router learns here"),
         ({"parallel": {"cpu_offload": True}}, "cpu_offload is FSDP's"),
+        ({"frozen": ("shared-experts",)}, "frozen shared-experts: a mixtral model has none"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # peft's own
@@ -420,6 +421,14 @@ def test_a_longer_sequence_than_the_context_is_refused(
         UsageError, match=r"--sequence-length 1024 is longer than the context .*512"
     ):
         moefy.train(moe, tmp_path / "out", data=corpus, sequence_length=1024, tokens=2048)
+    short = tmp_path / "short"
+    shutil.copytree(moe, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    with pytest.raises(UsageError, match=r"--sequence-length 32 is longer than .*short, 16 tokens"):
+        moefy.train(
+            moe, tmp_path / "out", data=corpus, teacher=str(short), sequence_length=32, tokens=64
+        )
 
 
 def test_tensorboard_gets_every_number(moe: Path, corpus: Path, tmp_path: Path) -> None:

@@ -56,11 +56,14 @@ def prepare_student(network: Any, recipe: TrainRecipe) -> None:
     """Freeze what the recipe freezes, and say how the layers are computed.
 
     Raises:
-        UsageError: nothing is left to learn.
+        UsageError: the model has no such part, or nothing is left to learn.
     """
     freeze_sinks(network)
-    for name, parameter in network.named_parameters():
-        if any(re.search(_PARTS[part], name) for part in recipe.frozen):
+    for part in recipe.frozen:
+        found = [p for name, p in network.named_parameters() if re.search(_PARTS[part], name)]
+        if not found:
+            raise UsageError(f"frozen {part}: a {network.config.model_type} model has none")
+        for parameter in found:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UsageError(f"frozen {', '.join(recipe.frozen)}: nothing is left to learn")

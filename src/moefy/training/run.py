@@ -16,7 +16,7 @@ from moefy.data.mixture import Mixture, MixtureState, WeightUpdate
 from moefy.data.strategies import initial_weights
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import check_output, replace_file, storage_errors
-from moefy.training.checks import check_batch, check_model
+from moefy.training.checks import check_batch, check_context, check_model
 from moefy.training.follow import (
     Follower,
     check_reference,
@@ -109,6 +109,9 @@ def train(
         check_output(out, overwrite=overwrite, sources=sources)
     source = _resolved(model, workers, report)
     check_model(read_config(source), choice, str(source))
+    parent = _resolved(choice.teacher, workers, report) if choice.teacher else None
+    if parent is not None:
+        check_context(read_config(parent), choice.sequence_length, str(parent))
     corpus = open_corpus(
         data,
         source,
@@ -129,7 +132,6 @@ def train(
         heldout = heldout_of(corpus, weighted, choice.heldout_sequences)
     student = load_student(source, choice, workers)
     teacher = None
-    parent = _resolved(choice.teacher, workers, report) if choice.teacher else None
     if choice.distils:
         assert parent is not None
         teacher = load_teacher(parent, choice, workers)
