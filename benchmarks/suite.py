@@ -99,10 +99,10 @@ def main() -> None:
         names=["dense", *made],
         report=_print,
     )
-    publish(result, made)
+    publish(result, made, options.dtype)
 
 
-def publish(result: SuiteResult, made: dict[str, list[str]]) -> None:
+def publish(result: SuiteResult, made: dict[str, list[str]], dtype: str) -> None:
     """Write the page, its tables as CSV files, and everything as JSON."""
     folder = ROOT / "docs" / "results"
     folder.mkdir(exist_ok=True)
@@ -111,6 +111,7 @@ def publish(result: SuiteResult, made: dict[str, list[str]]) -> None:
     write_csv(folder / "suite.csv", scores)
     write_csv(folder / "nll.csv", nll)
     limit = "" if result.limit is None else f" --limit {result.limit}"
+    limit += "" if dtype == "float32" else f" --dtype {dtype}"
     folders = [DENSE, *(words[2] for words in made.values())]
     measured = f"moefy eval --suite llama-moe --no-hub{limit} {' '.join(folders)}"
     lines = [*(f"moefy {shlex.join(words)}" for words in made.values()), measured]
