@@ -1,4 +1,4 @@
-"""Models side by side: perplexity, divergence from the dense model, cost and measured speed."""
+"""Models side by side: perplexity, distance from the dense model, cost and measured speed."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class Result:
         perplexity: over all tokens of all domains.
         domain_perplexity: by domain.
         kl_to_reference: mean over tokens of KL(reference ‖ model), nats; None without a reference.
+        top1_agreement: share of positions where the likeliest token is the reference's; None
+            without a reference.
         cost: parameters and FLOPs.
         prefill_tokens_per_s: median over the evaluation windows.
         decode_tokens_per_s: median of greedy generation, batch 1; None if not measured.
@@ -48,6 +50,7 @@ class Result:
     perplexity: float
     domain_perplexity: dict[str, float]
     kl_to_reference: float | None
+    top1_agreement: float | None
     cost: Cost
     prefill_tokens_per_s: float
     decode_tokens_per_s: float | None
@@ -165,13 +168,17 @@ def evaluate(
     for i, name in enumerate(shown):
         found = measured[i]
         every = [loss for domain in found.losses.values() for loss in domain]
-        kl = None if reference is None else statistics.fmean(found.divergences or [0.0])
+        kl, top1 = None, None
+        if reference is not None:
+            kl = statistics.fmean(found.divergences or [0.0])
+            top1 = statistics.fmean(found.agreements or [True])
         results.append(
             Result(
                 name=name,
                 perplexity=_perplexity(every),
                 domain_perplexity={d: _perplexity(values) for d, values in found.losses.items()},
                 kl_to_reference=kl,
+                top1_agreement=top1,
                 cost=costs[i],
                 prefill_tokens_per_s=sequence_length / statistics.median(found.seconds),
                 decode_tokens_per_s=found.decode_tokens_per_s,
@@ -231,10 +238,11 @@ def evaluation_windows(
 
 @dataclass
 class _Measured:
-    """One model's losses by domain, divergences from the reference, and times of the windows."""
+    """One model's losses by domain, how it differs from the reference, times of the windows."""
 
     losses: dict[str, list[float]]
     divergences: list[float]
+    agreements: list[bool]
     seconds: list[float]
     decode_tokens_per_s: float | None
 
@@ -282,7 +290,7 @@ def _measure(
     decode_tokens_per_s: float | None,
     report: ProgressFn,
 ) -> _Measured:
-    measured = _Measured({domain: [] for domain in text}, [], [], decode_tokens_per_s)
+    measured = _Measured({domain: [] for domain in text}, [], [], [], decode_tokens_per_s)
     total, done = sum(map(len, text.values())), 0
     for domain, rows in text.items():
         for row in rows:
@@ -291,7 +299,9 @@ def _measure(
             measured.seconds.append(elapsed_s)
             measured.losses[domain] += token_losses(logits, ids).tolist()
             if recall is not None:
-                measured.divergences += token_divergences(recall.logits(done), logits).tolist()
+                expected = recall.logits(done)
+                measured.divergences += token_divergences(expected, logits).tolist()
+                measured.agreements += (expected.argmax(-1) == logits.argmax(-1)).tolist()
             done += 1
             report(Progress("evaluate", done, total, domain))
     return measured

@@ -21,12 +21,12 @@ Rows = list[list[str]]
 def comparison_rows(comparison: Comparison) -> Rows:
     """Return header and rows of a comparison, every cell as text."""
     domains = list(comparison.results[0].domain_perplexity)
-    header = ["model", "perplexity", *domains, "KL to dense", "params", "active", "GFLOP/token"]
-    header += ["prefill tok/s", "decode tok/s"]
+    header = ["model", "perplexity", *domains, "KL to dense", "top-1", "params", "active"]
+    header += ["GFLOP/token", "prefill tok/s", "decode tok/s"]
     rows = [header]
     for result in comparison.results:
         counted = result.cost
-        kl = result.kl_to_reference
+        kl, top1 = result.kl_to_reference, result.top1_agreement
         decode = result.decode_tokens_per_s
         rows.append(
             [
@@ -34,6 +34,7 @@ def comparison_rows(comparison: Comparison) -> Rows:
                 _number(result.perplexity),
                 *(_number(result.domain_perplexity[domain]) for domain in domains),
                 "–" if kl is None else f"{kl:.3f}",
+                "–" if top1 is None else f"{top1:.1%}",
                 _millions(counted.total_params),
                 _millions(counted.active_params),
                 f"{counted.flops_per_token / 1e9:.3f}",
