@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moefy.errors import MoefyError
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
+    from moefy.evaluation.routing import measure_routing
     from moefy.evaluation.speed import measure_speed
     from moefy.evaluation.suite import evaluate_suite
     from moefy.training.run import train
@@ -40,6 +41,7 @@ __all__ = [
     "inspect",
     "judge",
     "leaderboard",
+    "measure_routing",
     "measure_speed",
     "prepare",
     "train",
@@ -57,6 +59,7 @@ _HOME = {
     "inspect": "moefy.evaluation.inspect",
     "judge": "moefy.tuning.judge",
     "leaderboard": "moefy.construct.leaderboard",
+    "measure_routing": "moefy.evaluation.routing",
     "measure_speed": "moefy.evaluation.speed",
     "prepare": "moefy.data.prepare",
     "train": "moefy.training.run",
