@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moefy.evaluation.routing import measure_routing
     from moefy.evaluation.speed import measure_speed
     from moefy.evaluation.suite import evaluate_suite
+    from moefy.report.write import write_report
     from moefy.training.run import train
     from moefy.tuning.chat import chat
     from moefy.tuning.judge import judge
@@ -46,6 +47,7 @@ __all__ = [
     "prepare",
     "train",
     "tune",
+    "write_report",
 ]
 
 _HOME = {
@@ -64,6 +66,7 @@ _HOME = {
     "prepare": "moefy.data.prepare",
     "train": "moefy.training.run",
     "tune": "moefy.tuning.run",
+    "write_report": "moefy.report.write",
 }
 
 

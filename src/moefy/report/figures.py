@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -39,17 +39,19 @@ def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) 
     return figure
 
 
-def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
-    """Draw how often each expert is chosen, per layer, averaged over the run's last quarter.
-
-    1 is even use. The scale is fixed from 0 to 3, so that two runs can be compared by eye.
-    """
+def expert_load(log: list[dict[str, Any]]) -> Float[np.ndarray, "layers experts"]:
+    """Return how often each expert is chosen, averaged over the run's last quarter; 1 is even."""
     last = log[-max(1, len(log) // 4) :]
     load = np.mean([line["expert_load"] for line in last], axis=0)
+    return load * load.shape[1]
+
+
+def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
+    """Draw `expert_load`. The scale is fixed from 0 to 3, so that runs can be compared by eye."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
-        load * load.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
+        expert_load(log), aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
     )
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load (1 = even)")
@@ -123,10 +125,3 @@ def leaderboard_figure(scores: Sequence[Score]) -> Figure:
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def svg(figure: Figure) -> str:
-    """Return a figure as an SVG element, for a page of its own."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
