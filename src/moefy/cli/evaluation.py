@@ -24,6 +24,13 @@ def evaluate(
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
     ] = False,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Measure what the routers do, and other k.")
+    ] = False,
+    active: Annotated[
+        str | None,
+        typer.Option(help="With --routing: experts to choose, besides as saved. [1,2,4,…,E]"),
+    ] = None,
     suite: Annotated[
         str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks instead.")
     ] = None,
@@ -48,17 +55,21 @@ def evaluate(
     runtime: Annotated[str, typer.Option(help="With --speed: or llama.cpp.")] = "transformers",
     as_json: Json = False,
 ) -> None:
-    """Compare models: held-out perplexity, KL to the dense model, cost, speed.
+    """Compare models: held-out perplexity, KL to the dense model, cost, speed, routing.
 
     Example: `moefy eval smollm2-135m out/moe out/trained`
 
     Speed alone: `moefy eval --speed smollm2-135m out/moe`
 
+    Routers: `moefy eval --routing smollm2-135m out/moe`
+
     Benchmarks: `moefy eval --suite llama-moe --limit 100 smollm2-135m out/moe`
     """
+    asked = {"--speed": speed, "--routing": routing, "benchmarks": suite or tasks}
+    chosen = [what for what, wanted in asked.items() if wanted]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} are measured one by one: keep one of them")
     if suite or tasks:
-        if speed:
-            raise UsageError("--speed and benchmarks are measured one by one: drop one of them")
         _evaluate_suite(models, suite, tasks, limit, hub, dtype, as_json)
         return
     if speed:
@@ -84,6 +95,9 @@ def evaluate(
         return
     if split not in {"heldout", "train", "all"}:
         raise UsageError(f"--split {split}: allowed are heldout, train and all")
+    if routing:
+        _measure_routing(models, data, split, windows, sequence_length, active, as_json)
+        return
     from moefy.evaluation.compare import evaluate as run
     from moefy.report.tables import comparison_rows
 
@@ -101,6 +115,36 @@ def evaluate(
         print_json(done.to_dict())
         return
     print_table(comparison_rows(done), f"{done.tokens:,} held-out tokens per model")
+
+
+def _measure_routing(
+    models: list[str],
+    data: str,
+    split: str,
+    windows: int,
+    sequence_length: int,
+    active: str | None,
+    as_json: bool,
+) -> None:
+    from moefy.evaluation.routing import measure_routing
+    from moefy.report.routing_tables import k_rows, routing_rows
+
+    with bars() as report:
+        done = measure_routing(
+            models,
+            data=data,
+            split=split,  # type: ignore[arg-type]
+            windows=windows,
+            sequence_length=sequence_length,
+            active=counts("--active", active) if active else None,
+            report=report,
+        )
+    if as_json:
+        print_json(done.to_dict())
+        return
+    tokens = sum(done.tokens.values())
+    print_table(routing_rows(done), f"Use of the experts, {tokens:,} tokens")
+    print_table(k_rows(done), "Quality by the number of experts that are chosen")
 
 
 def _evaluate_suite(

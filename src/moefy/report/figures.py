@@ -45,11 +45,19 @@ def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
     1 is even use. The scale is fixed from 0 to 3, so that two runs can be compared by eye.
     """
     last = log[-max(1, len(log) // 4) :]
-    load = np.mean([line["expert_load"] for line in last], axis=0)
+    return load_heatmap(np.mean([line["expert_load"] for line in last], axis=0))
+
+
+def load_heatmap(shares: np.ndarray[Any, Any]) -> Figure:
+    """Draw how often each expert is chosen, per layer; the scale is fixed from 0 to 3, 1 is even.
+
+    Args:
+        shares: [layers, experts], each row sums to 1.
+    """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
-        load * load.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
+        shares * shares.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
     )
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load (1 = even)")
