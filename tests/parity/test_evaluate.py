@@ -21,7 +21,8 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
 from moefy.evaluation import compare
-from moefy.evaluation.compare import _Recall, token_divergences
+from moefy.evaluation.compare import token_divergences
+from moefy.evaluation.recall import Recall
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -86,7 +87,7 @@ def test_the_reference_is_recalled_without_its_layers(tmp_path: Path, family: st
     passes = torch.arange(24).view(3, 1, 8)
     layers = weakref.ref(network.base_model)
     with torch.inference_mode():
-        recall = _Recall(network)
+        recall = Recall(network)
         expected = [network(ids).logits[0] for ids in passes]
         recall.forget_layers()
         gc.collect()

@@ -92,6 +92,11 @@ class SuiteResult:
     reference: str | None
     models: list[ModelScores]
 
+    @property
+    def failures(self) -> list[tuple[str, str, str]]:
+        """Model, benchmark and reason of every score that is missing."""
+        return [(m.name, name, why) for m in self.models for name, why in m.failed.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)

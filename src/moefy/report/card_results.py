@@ -41,7 +41,7 @@ def _card_results(name: str, findings: Findings) -> str:
         "## Results",
         "",
         f"This model is *{name}*. Measured with `moefy report`, {findings.date} ({numbers}), on "
-        f"{comparison.tokens:,} held-out tokens:",
+        f"{findings.text}:",
         "",
         markdown(comparison_rows(comparison)),
     ]

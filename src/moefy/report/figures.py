@@ -40,18 +40,26 @@ def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) 
 
 
 def expert_load(log: list[dict[str, Any]]) -> Float[np.ndarray, "layers experts"]:
-    """Return how often each expert is chosen, averaged over the run's last quarter; 1 is even."""
+    """Return how often each expert was chosen in the run's last quarter, rows that sum to 1."""
     last = log[-max(1, len(log) // 4) :]
-    load = np.mean([line["expert_load"] for line in last], axis=0)
-    return load * load.shape[1]
+    return np.mean([line["expert_load"] for line in last], axis=0)
 
 
 def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
-    """Draw `expert_load`. The scale is fixed from 0 to 3, so that runs can be compared by eye."""
+    """Draw `expert_load` of a run."""
+    return load_heatmap(expert_load(log))
+
+
+def load_heatmap(shares: np.ndarray[Any, Any]) -> Figure:
+    """Draw how often each expert is chosen, per layer; the scale is fixed from 0 to 3, 1 is even.
+
+    Args:
+        shares: [layers, experts], each row sums to 1.
+    """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
-        expert_load(log), aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
+        shares * shares.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
     )
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load (1 = even)")

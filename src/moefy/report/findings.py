@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.load import device
+from moefy.data.domains import Split
 from moefy.errors import CheckpointError
 from moefy.evaluation.compare import Comparison
 from moefy.evaluation.routing import RoutingResult
@@ -46,6 +47,7 @@ class Findings:
         routing: of the MoE models, if there are any and it was asked for.
         models: in the same order.
         data: the corpus on which comparison and routing were measured.
+        split: which of its documents.
         command: that makes the report.
         date: of the report, UTC.
         machine: where it was measured.
@@ -57,6 +59,7 @@ class Findings:
     routing: RoutingResult | None
     models: list[ReportedModel]
     data: str
+    split: Split
     command: str
     date: str
     machine: dict[str, Any]
@@ -64,10 +67,14 @@ class Findings:
 
     @property
     def failures(self) -> list[tuple[str, str, str]]:
-        """Model, benchmark and reason of everything that could not be measured."""
-        if self.suite is None:
-            return []
-        return [(m.name, name, why) for m in self.suite.models for name, why in m.failed.items()]
+        """Model, benchmark and reason of every score that is missing."""
+        return [] if self.suite is None else self.suite.failures
+
+    @property
+    def text(self) -> str:
+        """How much text was read, and which."""
+        kind = {"heldout": "held-out", "train": "training", "all": "all"}[self.split]
+        return f"{self.comparison.tokens:,} tokens of the {kind} documents of {self.data}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the steps of the training are in the charts' files."""
@@ -75,6 +82,7 @@ class Findings:
             "date": self.date,
             "command": self.command,
             "data": self.data,
+            "split": self.split,
             "machine": self.machine,
             "versions": self.versions,
             "comparison": self.comparison.to_dict(),

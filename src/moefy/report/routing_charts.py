@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moefy.report.chart import Chart
-from moefy.report.routing_figures import routing_figures
+from moefy.report.routing_figures import routing_figures, shown_layers
 from moefy.report.routing_tables import k_rows
 from moefy.report.tables import Rows
 
@@ -14,10 +16,12 @@ if TYPE_CHECKING:
     from moefy.evaluation.routing import Routing, RoutingResult
 
 _CAPTIONS = {
-    "load": "share of a domain's choices that each expert gets, by layer",
-    "domains": "how much the domains differ in the experts they choose, by layer, in bits; what "
-    "chance alone would give beside it",
-    "coactivation": "share of the tokens that chose one expert which chose the other too",
+    "load": "how often each routed expert was chosen on held-out text, by layer; 1 is even use, 3 "
+    "and more are yellow.",
+    "domains": "the same by domain, in the first, a middle and the last layer. Rows that look "
+    "alike say that the routers do not tell the domains apart.",
+    "coactivation": "which experts are chosen together: of the tokens that chose e, the share that "
+    "chose f too, in the first, a middle and the last layer.",
 }
 
 
@@ -26,50 +30,49 @@ def routing_charts(result: RoutingResult) -> list[Chart]:
     charts = []
     for file, figure in routing_figures(result).items():
         name = file.removesuffix(".png")
-        kind, _, number = name.removeprefix("routing-").partition("-")
+        kind, _, place = name.removeprefix("routing-").partition("-")
         if kind == "k":
+            rows = k_rows(result)
             caption = (
-                "Quality with another number of experts chosen per token than the model was "
-                "saved with."
+                "Loss with another number of experts chosen per token than the model was saved "
+                "with; a ring is the saved one, the dashed line the dense model."
             )
-            charts.append(Chart(name, figure, k_rows(result), caption))
-            continue
-        model = result.models[int(number) - 1 if number else 0]
-        rows = _ROWS[kind](model)
-        charts.append(Chart(name, figure, rows, f"{model.name}: {_CAPTIONS[kind]}."))
+        else:
+            model = result.models[int(place or 1) - 1]
+            rows = _ROWS[kind](model, result.tokens)
+            caption = f"{model.name}: {_CAPTIONS[kind]}"
+        charts.append(Chart(name, figure, rows, caption))
     return charts
 
 
-def _load_rows(model: Routing) -> Rows:
-    return [
-        ["domain", "layer", "expert", "share of choices"],
-        *(
-            [domain, *place, share]
-            for domain, layers in model.load.items()
-            for *place, share in _entries(layers)
-        ),
-    ]
+def _load_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
+    loads = np.array([model.load[domain] for domain in tokens]) * model.experts
+    load = np.average(loads, axis=0, weights=list(tokens.values()))
+    return [["layer", "expert", "load"], *_entries(load)]
 
 
-def _domain_rows(model: Routing) -> Rows:
-    rows = [["layer", "distance of the domains, bits", "by chance, bits"]]
-    for layer_idx, distance in enumerate(model.domain_distance):
-        chance = "" if model.domain_noise is None else str(model.domain_noise[layer_idx])
-        rows.append([str(layer_idx), str(distance), chance])
+def _domain_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
+    rows = [["layer", "domain", "expert", "load"]]
+    for layer_idx in shown_layers(model):
+        for domain in tokens:
+            shares = model.load[domain][layer_idx]
+            rows += [
+                [str(layer_idx), domain, str(expert_idx), f"{share * model.experts:.5g}"]
+                for expert_idx, share in enumerate(shares)
+            ]
     return rows
 
 
-def _coactivation_rows(model: Routing) -> Rows:
-    rows = [["layer", "expert", "other expert", "share of its tokens"]]
-    for layer_idx, layer in enumerate(model.coactivation):
-        rows += [[str(layer_idx), *entry] for entry in _entries(layer)]
+def _coactivation_rows(model: Routing, _: Mapping[str, int]) -> Rows:
+    rows = [["layer", "e", "f", "share of e's tokens that chose f"]]
+    for layer_idx in shown_layers(model):
+        entries = _entries(np.array(model.coactivation[layer_idx]))
+        rows += [[str(layer_idx), *entry] for entry in entries if entry[0] != entry[1]]
     return rows
 
 
-def _entries(matrix: Sequence[Sequence[float]]) -> list[list[str]]:
-    return [
-        [str(i), str(j), str(value)] for i, row in enumerate(matrix) for j, value in enumerate(row)
-    ]
+def _entries(matrix: np.ndarray[Any, Any]) -> Rows:
+    return [[str(i), str(j), f"{matrix[i, j]:.5g}"] for i, j in np.ndindex(matrix.shape)]
 
 
 _ROWS = {"load": _load_rows, "domains": _domain_rows, "coactivation": _coactivation_rows}

@@ -20,7 +20,7 @@ from moefy.report.tables import comparison_rows
 from moefy.report.training_charts import training_charts
 
 _COLUMNS = (
-    "Perplexity is over the held-out tokens of all domains, then of each. KL is the mean "
+    "Perplexity is that of the next token, over all domains and of each. KL is the mean "
     "divergence of the next token's distribution from the dense model's, in nats; top-1 is the "
     "share of positions where both find the same token the likeliest. Params are stored, active "
     "ones are used for a token. Speeds were measured one after the other, at batch 1."
@@ -36,8 +36,8 @@ def headline(findings: Findings) -> str:
     if dense is None or dense is best:
         active = best.cost.active_params / 1e6
         return (
-            f"{best.name} has perplexity {best.perplexity:,.1f} on {comparison.tokens:,} held-out "
-            f"tokens and uses {active:,.1f}M parameters for a token."
+            f"{best.name} has perplexity {best.perplexity:,.1f} on {findings.text} and uses "
+            f"{active:,.1f}M parameters for a token."
         )
     share = best.cost.flops_per_token / dense.cost.flops_per_token
     said = (
@@ -96,8 +96,8 @@ def dense_losses(comparison: Comparison) -> dict[str, float]:
 def _quality(findings: Findings) -> Section:
     comparison = findings.comparison
     facts = (
-        f"{comparison.tokens:,} predicted tokens of held-out text ({findings.data}) per model, in "
-        f"windows of {comparison.sequence_length}. {_COLUMNS}"
+        f"{findings.text}, in windows of {comparison.sequence_length}, the same for every model. "
+        f"{_COLUMNS}"
     )
     body = html_table(comparison_rows(comparison)) + _soft(facts)
     return Section("quality", "Perplexity, distance from the dense model, cost", body)
@@ -138,7 +138,19 @@ def _benchmarks(findings: Findings) -> Section:
 def _routing(findings: Findings) -> Section:
     routing = findings.routing
     assert routing is not None
-    body = html_table(k_rows(routing)) + html_table(routing_rows(routing))
+    header, *rows = routing_rows(routing)
+    means = [header, *(row for row in rows if row[1] == "mean")]
+    body = (
+        html_table(means)
+        + _soft(
+            "On the same held-out text. Entropy is that of the experts' load over that of even "
+            "use; dead experts were never chosen; domains is how far the domains' loads are apart "
+            "(Jensen–Shannon divergence), with what chance alone would give beside it."
+        )
+        + f"<details><summary>Every layer</summary>{html_table([header, *rows])}</details>"
+        + "<h3>Other numbers of experts</h3>"
+        + html_table(k_rows(routing))
+    )
     return Section("routing", "Routing", body, routing_charts(routing))
 
 

@@ -103,6 +103,7 @@ def _loss_panels(logs: Logs, dense_losses: Mapping[str, float]) -> Figure:
 
 def _load_rows(log: list[dict[str, Any]]) -> Rows:
     load = expert_load(log)
+    load = load * load.shape[1]
     rows: Rows = [["layer", "expert", "load"]]
     for layer_idx, expert_idx in np.ndindex(load.shape):
         rows.append([str(layer_idx), str(expert_idx), f"{load[layer_idx, expert_idx]:.5g}"])

@@ -130,6 +130,7 @@ def write_report(
         routing=routed,
         models=described,
         data=str(data),
+        split=split,
         command=_command(
             out,
             given,
