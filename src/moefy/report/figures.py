@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from moefy.construct.scores import Score
@@ -20,7 +21,7 @@ def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) 
         log: a run's steps (see `training.state.read_log`).
         dense_losses: held-out losses of the dense model by domain, nats per token, as dashed lines.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     domains = sorted({domain for line in log for domain in line["domain_loss"]})
     for place, domain in enumerate(domains):
@@ -34,7 +35,7 @@ def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) 
     if dense_losses:
         axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="dense model, held out")
     axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -56,7 +57,7 @@ def load_heatmap(shares: np.ndarray[Any, Any]) -> Figure:
     Args:
         shares: [layers, experts], each row sums to 1.
     """
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
         shares * shares.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
@@ -73,7 +74,7 @@ def mixture_weights(log: list[dict[str, Any]]) -> Figure:
         log: a run's steps; those before which weights were set carry them as `mixture` (the fields
             of `data.mixture.WeightUpdate`). Domains that were left out are not drawn.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     updates = [line["mixture"] for line in log if "mixture" in line]
     tokens_per_step = log[0]["tokens"] / log[0]["step"]
@@ -89,7 +90,10 @@ def mixture_weights(log: list[dict[str, Any]]) -> Figure:
             )
     axes.set(xlabel="training tokens (thousands)", ylabel="weight in the mixture")
     axes.set_yscale("log")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -26,32 +26,38 @@ p, li, figcaption, details { max-width: 48rem; }
 .soft, figcaption { color: var(--soft); }
 figcaption { font-size: .9rem; margin-top: .4rem; }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr));
-          gap: 1.5rem; margin: 1rem 0; align-items: start; }
-.charts figure { margin: 0; min-width: 0; }
-.charts .wide { grid-column: span 2; }
-@media (max-width: 47rem) { .charts .wide { grid-column: auto; } }
+.charts { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1.5rem; margin: 1rem 0;
+          align-items: start; }
+.charts figure { margin: 0; min-width: 0; grid-column: span 6; }
+@media (min-width: 45rem) { .charts .small { grid-column: span 3; } }
+@media (min-width: 60rem) { .charts .small { grid-column: span 2; }
+                            .charts .middle { grid-column: span 3; } }
 .plot { background: #fff; border-radius: 4px; overflow-x: auto; }
-.plot svg { display: block; width: 100%; height: auto; }
-.wide .plot svg { min-width: 32rem; max-width: 48rem; margin: 0 auto; }
+.plot svg { display: block; width: 100%; height: auto; margin: 0 auto; }
+.large .plot svg { min-width: 42rem; }
 svg image { image-rendering: pixelated; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums;
+table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums;
         white-space: nowrap; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
+th, td { padding: .35rem .4rem; text-align: right; border-bottom: 1px solid var(--line);
          font-weight: normal; }
-thead th { font-weight: 600; vertical-align: bottom; }
+thead th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper);
                  padding-left: 0; }
 tbody th.group { color: var(--soft); padding-top: 1rem; position: static; }
-tbody th.group span { position: sticky; left: 0; }
+tbody th.group span { position: sticky; left: 0; display: inline-block; white-space: normal;
+                      max-width: calc(100vw - 2rem); }
 pre { background: var(--box); padding: .8rem; border-radius: 4px; font-size: .875rem;
       white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .9em; }
 summary { cursor: pointer; }
 @media (max-width: 47rem) { th:first-child { max-width: 9rem; white-space: normal; } }
 """
-_WIDE_INCHES = 5
+_SIZES = {"small": 4.6, "middle": 6.6}
+"""Width of a figure in inches up to which three or two of them stand side by side."""
+_PIXELS_PER_INCH = 96
+_LARGEST = 1.3
+"""How much larger than drawn a figure may be shown."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,14 @@ def html_charts(charts: Sequence[Chart]) -> str:
     """Return figures with their captions, side by side where there is room."""
     figures = []
     for chart in charts:
-        is_wide = chart.figure.get_figwidth() > _WIDE_INCHES
+        width = chart.figure.get_figwidth()
+        size = (
+            "small" if width <= _SMALL_INCHES else "middle" if width <= _MIDDLE_INCHES else "large"
+        )
+        most = round(width * _PIXELS_PER_INCH * _LARGEST)
         figures.append(
-            f"<figure{' class=wide' if is_wide else ''} id='{chart.name}'>"
-            f"<div class='plot' tabindex='0'>{chart.svg()}</div>"
+            f"<figure class='{size}' id='{chart.name}'>"
+            f"<div class='plot' style='max-width: {most}px' tabindex='0'>{chart.svg()}</div>"
             f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
         )
     return f"<div class='charts'>{''.join(figures)}</div>" if figures else ""

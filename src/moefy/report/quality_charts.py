@@ -34,8 +34,8 @@ def quality_charts(comparison: Comparison, suite: SuiteResult | None) -> list[Ch
     """
     costs: list[tuple[str, str, Callable[[Result], float | None]]] = [
         ("active", "active parameters (millions)", lambda r: r.cost.active_params / 1e6),
-        ("prefill", "prefill (tokens/s)", lambda r: r.prefill_tokens_per_s),
-        ("decode", "decode (tokens/s)", lambda r: r.decode_tokens_per_s),
+        ("prefill", "prefill speed (tokens/s)", lambda r: r.prefill_tokens_per_s),
+        ("decode", "decode speed (tokens/s)", lambda r: r.decode_tokens_per_s),
     ]
     charts = []
     for name, label, cost_of in costs:
@@ -109,7 +109,7 @@ def benchmark_chart(suite: SuiteResult) -> Chart:
     lines = [*(benchmark.name for benchmark in suite.benchmarks), "average"]
     models = suite.models
     figure = Figure(
-        figsize=(6.4, 1.3 + len(lines) * max(0.3, 0.14 * len(models))), layout="constrained"
+        figsize=(5.2, 1.3 + len(lines) * max(0.3, 0.14 * len(models))), layout="constrained"
     )
     axes = figure.subplots()
     rows: Rows = [["benchmark", "model", "score %", "standard error %", "chance %"]]
@@ -185,5 +185,5 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.set_yticks(MaxNLocator(5).tick_values(max(low - room, low / 2), high + room))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 3) if high < 1e3 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())

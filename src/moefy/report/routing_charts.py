@@ -26,7 +26,10 @@ _CAPTIONS = {
 
 
 def routing_charts(result: RoutingResult) -> list[Chart]:
-    """Return the figures of `routing_figures` with the numbers that each shows."""
+    """Return the figures of `routing_figures` with the numbers that each shows.
+
+    The models' figures of one kind are together; that of other numbers of experts is the last.
+    """
     charts = []
     for file, figure in routing_figures(result).items():
         name = file.removesuffix(".png")
@@ -41,8 +44,8 @@ def routing_charts(result: RoutingResult) -> list[Chart]:
             model = result.models[int(place or 1) - 1]
             rows = _ROWS[kind](model, result.tokens)
             caption = f"{model.name}: {_CAPTIONS[kind]}"
-        charts.append(Chart(name, figure, rows, caption))
-    return charts
+        charts.append((_KINDS.index(kind), Chart(name, figure, rows, caption)))
+    return [chart for _, chart in sorted(charts, key=lambda pair: pair[0])]
 
 
 def _load_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
@@ -76,3 +79,4 @@ def _entries(matrix: np.ndarray[Any, Any]) -> Rows:
 
 
 _ROWS = {"load": _load_rows, "domains": _domain_rows, "coactivation": _coactivation_rows}
+_KINDS = (*_ROWS, "k")

@@ -51,7 +51,7 @@ def domain_loads(model: Routing) -> Figure:
     layers = shown_layers(model)
     loads = np.array(list(model.load.values())).swapaxes(0, 1) * model.experts
     height = 1.2 + len(layers) * (0.5 + 0.25 * len(model.load))
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+    figure = Figure(figsize=(5.2, height), layout="constrained")
     grid = figure.subplots(len(layers), sharex=True, squeeze=False)[:, 0]
     for axes, layer_idx in zip(grid, layers, strict=True):
         image = axes.imshow(loads[layer_idx], aspect="auto", vmin=0, vmax=3, cmap="viridis")
@@ -82,7 +82,7 @@ def coactivation_maps(model: Routing) -> Figure:
         _whole_numbers(axes.yaxis)
     grid[0].set_ylabel("expert e")
     figure.suptitle(model.name, fontsize="medium")
-    figure.colorbar(image, ax=list(grid), label="share of e's tokens that chose f")
+    figure.colorbar(image, ax=list(grid), label="share of e's tokens")
     return figure
 
 
@@ -91,7 +91,7 @@ def quality_curve(result: RoutingResult) -> Figure:
 
     The dense model's loss is a dashed line.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     for place, model in enumerate(result.models):
         color = f"C{place % 10}"
@@ -109,7 +109,7 @@ def quality_curve(result: RoutingResult) -> Figure:
     axes.set_xticks(ticks, labels=[str(k) for k in ticks])
     axes.set_xticks([], minor=True)
     axes.set(xlabel="routed experts chosen per token", ylabel="loss (nats per token)")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(loc="outside lower center", frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

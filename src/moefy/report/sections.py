@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from moefy.evaluation.compare import Comparison, Result
+from moefy.evaluation.routing import RoutingResult
+from moefy.evaluation.suite import SuiteResult
 from moefy.report.card import recipe_of
 from moefy.report.findings import Findings
 from moefy.report.page import Section, html_table
@@ -16,7 +18,7 @@ from moefy.report.quality_charts import benchmark_chart, quality_charts
 from moefy.report.routing_charts import routing_charts
 from moefy.report.routing_tables import k_rows, routing_rows
 from moefy.report.suite_tables import nll_rows, published_rows, suite_notes, suite_rows
-from moefy.report.tables import comparison_rows
+from moefy.report.tables import comparison_rows, number
 from moefy.report.training_charts import training_charts
 
 _COLUMNS = (
@@ -36,13 +38,13 @@ def headline(findings: Findings) -> str:
     if dense is None or dense is best:
         active = best.cost.active_params / 1e6
         return (
-            f"{best.name} has perplexity {best.perplexity:,.1f} on {findings.text} and uses "
+            f"{best.name} has perplexity {number(best.perplexity)} on {findings.text} and uses "
             f"{active:,.1f}M parameters for a token."
         )
     share = best.cost.flops_per_token / dense.cost.flops_per_token
     said = (
         f"{best.name} needs {share:.0%} of the FLOPs per token of {dense.name}: its perplexity is "
-        f"{best.perplexity:,.1f} against {dense.perplexity:,.1f}"
+        f"{number(best.perplexity)} against {number(dense.perplexity)}"
     )
     if best.top1_agreement is not None:
         said += f", it agrees on the likeliest token in {best.top1_agreement:.0%} of the positions"
@@ -59,7 +61,7 @@ def _retention(findings: Findings, best: Result) -> str:
         return ""
     value, low, high = (100 * number for number in (found.value, found.low, found.high))
     return (
-        f", and it keeps {value:.1f} % [{low:.1f}, {high:.1f}] of the benchmarks' average "
+        f", and it keeps {value:.1f}% [{low:.1f}, {high:.1f}] of the benchmarks' average "
         "(95 % interval)"
     )
 
@@ -68,7 +70,7 @@ def sections(findings: Findings) -> list[Section]:
     """Return what was found, section by section."""
     found = [_quality(findings)]
     if findings.suite is not None:
-        found.append(_benchmarks(findings))
+        found.append(_benchmarks(findings.suite))
     found.append(
         Section(
             "cost",
@@ -78,7 +80,7 @@ def sections(findings: Findings) -> list[Section]:
         )
     )
     if findings.routing is not None:
-        found.append(_routing(findings))
+        found += _routing(findings.routing)
     if any(model.log for model in findings.models):
         found.append(_training(findings))
     found += [_recipes(findings), _measured(findings)]
@@ -100,12 +102,10 @@ def _quality(findings: Findings) -> Section:
         f"{_COLUMNS}"
     )
     body = html_table(comparison_rows(comparison)) + _soft(facts)
-    return Section("quality", "Perplexity, distance from the dense model, cost", body)
+    return Section("quality", "Held-out text, cost and speed", body)
 
 
-def _benchmarks(findings: Findings) -> Section:
-    suite = findings.suite
-    assert suite is not None
+def _benchmarks(suite: SuiteResult) -> Section:
     items = "all items" if suite.limit is None else f"at most {suite.limit:,} items of each"
     body = [html_table(published_rows(suite))]
     body.append(
@@ -115,9 +115,9 @@ def _benchmarks(findings: Findings) -> Section:
             f"Measured here: {items}, with the paper's numbers of examples."
         )
     )
-    if findings.failures:
+    if suite.failures:
         body.append("<p>No score, shown as –:</p><ul>")
-        body += [f"<li>{escape(': '.join(each))}</li>" for each in findings.failures]
+        body += [f"<li>{escape(': '.join(each))}</li>" for each in suite.failures]
         body.append("</ul>")
     body.append("<h3>Differences from the dense model</h3>")
     body.append(html_table(suite_rows(suite)))
@@ -135,23 +135,23 @@ def _benchmarks(findings: Findings) -> Section:
     return Section("benchmarks", "Benchmarks", "".join(body), [benchmark_chart(suite)])
 
 
-def _routing(findings: Findings) -> Section:
-    routing = findings.routing
-    assert routing is not None
+def _routing(routing: RoutingResult) -> list[Section]:
     header, *rows = routing_rows(routing)
     means = [header, *(row for row in rows if row[1] == "mean")]
     body = (
         html_table(means)
         + _soft(
-            "On the same held-out text. Entropy is that of the experts' load over that of even "
-            "use; dead experts were never chosen; domains is how far the domains' loads are apart "
+            "On the same text. Entropy is that of the experts' load over that of even use; dead "
+            "experts were never chosen; domains is how far the domains' loads are apart "
             "(Jensen–Shannon divergence), with what chance alone would give beside it."
         )
         + f"<details><summary>Every layer</summary>{html_table([header, *rows])}</details>"
-        + "<h3>Other numbers of experts</h3>"
-        + html_table(k_rows(routing))
     )
-    return Section("routing", "Routing", body, routing_charts(routing))
+    *charts, other = routing_charts(routing)
+    return [
+        Section("routing", "Routing", body, charts),
+        Section("k", "Other numbers of experts", html_table(k_rows(routing)), [other]),
+    ]
 
 
 def _training(findings: Findings) -> Section:
@@ -192,7 +192,7 @@ def _recipes(findings: Findings) -> Section:
 
 def _measured(findings: Findings) -> Section:
     place = findings.machine
-    where = f"{place['threads']} CPU threads" if place["device"] == "cpu" else place["device"]
+    where = f"CPU (threads: {place['threads']})" if place["device"] == "cpu" else place["device"]
     numbers = ", ".join(f"{name} {number}" for name, number in findings.versions.items())
     body = (
         f"<pre>{escape(findings.command)}</pre>"

@@ -75,7 +75,7 @@ def _loss_panels(logs: Logs, dense_losses: Mapping[str, float]) -> Figure:
         {name for log in logs.values() for line in log for name in line["domain_loss"]}
     )
     height = -(-len(domains) // 2)
-    figure = Figure(figsize=(6.4, 0.8 + 2.1 * height), layout="constrained")
+    figure = Figure(figsize=(5.2, 0.8 + 1.8 * height), layout="constrained")
     panels = figure.subplots(height, 2 if len(domains) > 1 else 1, sharex=True, squeeze=False)
     for axes, domain in zip(panels.flat, domains, strict=False):
         for place, (name, log) in enumerate(logs.items()):
