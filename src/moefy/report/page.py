@@ -102,9 +102,7 @@ def html_charts(charts: Sequence[Chart]) -> str:
     figures = []
     for chart in charts:
         width = chart.figure.get_figwidth()
-        size = (
-            "small" if width <= _SMALL_INCHES else "middle" if width <= _MIDDLE_INCHES else "large"
-        )
+        size = next((name for name, most in _SIZES.items() if width <= most), "large")
         most = round(width * _PIXELS_PER_INCH * _LARGEST)
         figures.append(
             f"<figure class='{size}' id='{chart.name}'>"
