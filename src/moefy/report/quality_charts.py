@@ -144,7 +144,7 @@ def benchmark_chart(suite: SuiteResult) -> Chart:
     axes.set(xlabel="score (%)", ylim=(len(lines) - 0.5, -0.5))
     _finish(figure, axes)
     return Chart(
-        "benchmarks",
+        "scores",
         figure,
         rows,
         "Scores with 95 % intervals; grey is what guessing scores. The intervals hold for each "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ from moefy.storage import check_output, replace_file, storage_errors, whole_fold
 
 RESULTS = "results.json"
 _STAGE = "report"
+_NUMBERS = re.compile(r"\[[-+.,\s\deE]+\]")
+"""A list of numbers in JSON, which is written on one line: load and co-activation are long."""
 _WINDOWS, _LENGTH = 8, 512
 
 
@@ -187,7 +190,8 @@ def save(
     whole = {"stage": _STAGE, **findings.to_dict(), **(record or {}), "files": files}
     replace_file(folder / "report.html", html_page(title, lead, parts))
     replace_file(folder / "results.md", markdown(comparison_rows(findings.comparison)))
-    replace_file(folder / RESULTS, json.dumps(whole, indent=2) + "\n")
+    text = _NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(whole, indent=2))
+    replace_file(folder / RESULTS, text + "\n")
 
 
 def is_report(folder: Path) -> bool:
