@@ -121,7 +121,7 @@ def watch(
             if k == saved:
                 runs = trace.runs().float()
                 together = (runs.mT @ runs).double().cpu().numpy()
-                choices[domain].append(np.diagonal(together, axis1=-2, axis2=-1))
+                choices[domain].append(np.diagonal(together, axis1=-2, axis2=-1).copy())
                 pairs += together
             predictions[k].add(ids, logits, expected)
             report(Progress(name, done * len(ks) + place, total, f"{k} active"))

@@ -54,7 +54,7 @@ def divergence(
     """Return the Jensen–Shannon divergence of the domains' loads, in bits.
 
     JSD = 1/D·Σ_d KL(p_d ‖ m) = H(m) − 1/D·Σ_d H(p_d), with p_d the load of domain d, m their mean
-    and H the entropy (Lin 1991, "Divergence measures based on the Shannon entropy", equation 5.1,
+    and H the entropy (Lin 1991, "Divergence measures based on the Shannon entropy", section V,
     with equal weights). It is 0 where all domains use the experts alike, and at most log2 D. Read
     it as the bits that one choice tells about the domain.
 

@@ -91,7 +91,7 @@ def quality_curve(result: RoutingResult) -> Figure:
 
     The dense model's loss is a dashed line.
     """
-    figure = Figure(figsize=(5.2, 4), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.6 + 0.2 * len(result.models)), layout="constrained")
     axes = figure.subplots()
     for place, model in enumerate(result.models):
         color = f"C{place % 10}"
@@ -109,7 +109,7 @@ def quality_curve(result: RoutingResult) -> Figure:
     axes.set_xticks(ticks, labels=[str(k) for k in ticks])
     axes.set_xticks([], minor=True)
     axes.set(xlabel="routed experts chosen per token", ylabel="loss (nats per token)")
-    figure.legend(loc="outside lower center", frameon=False, ncols=2)
+    figure.legend(frameon=False, loc="outside upper left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import exp
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,14 @@ if TYPE_CHECKING:
 
 
 def k_rows(result: RoutingResult) -> Rows:
-    """Return header and rows of the quality by number of chosen experts, a model and k a row."""
+    """Return header and rows of the quality by number of chosen experts, a model and k a row.
+
+    The first row is the dense model's, if there is one.
+    """
     rows = [["model", "chosen", "loss", "perplexity", "KL to dense", "top-1 as dense", "active"]]
+    if result.reference is not None and result.reference_loss is not None:
+        loss = result.reference_loss
+        rows.append([result.reference, "dense", f"{loss:.3f}", number(exp(loss)), "–", "–", "–"])
     for model in result.models:
         for at in model.quality:
             kl, agreement = at.kl_to_reference, at.top1_agreement
@@ -34,7 +41,7 @@ def k_rows(result: RoutingResult) -> Rows:
 
 def routing_rows(result: RoutingResult) -> Rows:
     """Return header and rows of the load, a layer of a model a row, below them the model's mean."""
-    rows = [["model", "layer", "entropy", "dead", "max/mean", "domains, bits", "by chance, bits"]]
+    rows = [["model", "layer", "entropy", "dead", "max/mean", "domains (bits)", "by chance (bits)"]]
     for model in result.models:
         rows += [_row(model, str(idx), [idx]) for idx in range(len(model.entropy))]
         rows.append(_row(model, "mean", range(len(model.entropy))))
