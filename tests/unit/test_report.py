@@ -43,9 +43,10 @@ def test_the_card_of_a_trained_model_has_every_step() -> None:
     card = model_card(TRAINED, {"model_type": "granitemoeshared"})
     assert "# dense, converted and trained by moefy" in card
     assert "16 slices, of which 8 run per token: 4 always, 4 by the router's choice" in card
-    converted, trained = card.index("`moefy convert`"), card.index("`moefy train`")
+    converted = card.index("`moefy convert dense OUT --recipe recipe.yaml`")
+    trained = card.index("`moefy train MODEL OUT --data demo --recipe recipe.yaml`")
     assert converted < card.index("seed: 3") < card.index("`aa`") < trained
-    assert trained < card.index("data: demo\ntokens: 2048\n") < card.index("`bb`")
+    assert trained < card.index("```yaml\ntokens: 2048\n```") < card.index("`bb`")
     assert "cc" not in card
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-_NOT_CHOSEN = ("source", "parent", "text")
+_NOT_CHOSEN = {"train": ("source", "parent", "data", "text"), "tune": ("source", "data", "tokens")}
 _MARKS = "<!-- results -->", "<!-- /results -->"
 _BETWEEN = re.compile(rf"{_MARKS[0]}.*?{_MARKS[1]}\n?", re.DOTALL)
 
@@ -21,7 +22,7 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         record: what moefy.json says.
         config: the model's config.json.
     """
-    steps = _steps(record)
+    steps = steps_of(record)
     is_split = steps[0]["stage"] == "convert"
     tags = {
         "library_name": "transformers",
@@ -52,11 +53,32 @@ tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 {made}"""
 
 
-def recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the choices of one step: a moefy.json's, or those of what it came `from`."""
-    if record["stage"] == "convert":
-        return dict(record["recipe"])
-    return {key: value for key, value in record["run"].items() if key not in _NOT_CHOSEN}
+def recipe_of(step: Mapping[str, Any]) -> str:
+    """Return the choices of one step as YAML: a moefy.json's, or those of what it came `from`."""
+    chosen = step.get("recipe")
+    if chosen is None:
+        left_out = _NOT_CHOSEN[step["stage"]]
+        chosen = {key: value for key, value in step["run"].items() if key not in left_out}
+    return yaml.safe_dump(json.loads(json.dumps(chosen)), sort_keys=False)
+
+
+def command_of(step: Mapping[str, Any]) -> str:
+    """Return the command that does one step again, its recipe in recipe.yaml."""
+    if step["stage"] == "convert":
+        words = ["convert", step["source"]["name"], "OUT"]
+        data = step.get("calibration", {}).get("data")
+    else:
+        words, data = [step["stage"], "MODEL", "OUT"], step["run"]["data"]
+    words += ["--data", data] if data else []
+    return shlex.join(["moefy", *words, "--recipe", "recipe.yaml"])
+
+
+def steps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the records of all steps, the first first."""
+    steps = [record]
+    while steps[0].get("from"):
+        steps.insert(0, steps[0]["from"])
+    return steps
 
 
 def with_results(card: str, results: str) -> str:
@@ -73,14 +95,6 @@ def with_results(card: str, results: str) -> str:
 
 _DONE = {"convert": "converted", "train": "trained", "tune": "tuned"}
 _PLAIN = "A `{}` model, {} from the files whose hashes stand below; their licence applies."
-
-
-def _steps(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the records of all steps, the first first."""
-    steps = [record]
-    while steps[0].get("from"):
-        steps.insert(0, steps[0]["from"])
-    return steps
 
 
 def _split(first: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -102,11 +116,10 @@ def _split(first: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 def _how(step: Mapping[str, Any]) -> str:
     """Return what one step did: versions, recipe, data, hashes of what it was made from."""
     versions = ", ".join(f"{name} {number}" for name, number in step["versions"].items())
-    recipe = yaml.safe_dump(json.loads(json.dumps(recipe_of(step))), sort_keys=False)
-    whole = f"""moefy {step["moefy"]} ({versions}): `moefy {step["stage"]}` with this recipe:
+    whole = f"""`{command_of(step)}` (moefy {step["moefy"]}, {versions}) with this recipe:
 
 ```yaml
-{recipe}```
+{recipe_of(step)}```
 """
     if step["stage"] != "convert":
         return f"{whole}\n{_hashes(step['run']['source'])}"

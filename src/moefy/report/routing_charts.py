@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from moefy.evaluation.routing import Routing, RoutingResult
 
 _CAPTIONS = {
-    "load": "how often each routed expert was chosen on held-out text, by layer; 1 is even use, 3 "
+    "load": "How often each routed expert was chosen on held-out text, by layer; 1 is even use, 3 "
     "and more are yellow.",
-    "domains": "the same by domain, in the first, a middle and the last layer. Rows that look "
+    "domains": "The same by domain, in the first, a middle and the last layer. Rows that look "
     "alike say that the routers do not tell the domains apart.",
-    "coactivation": "which experts are chosen together: of the tokens that chose e, the share that "
+    "coactivation": "Which experts are chosen together: of the tokens that chose e, the share that "
     "chose f too, in the first, a middle and the last layer.",
 }
 
@@ -43,7 +43,7 @@ def routing_charts(result: RoutingResult) -> list[Chart]:
         else:
             model = result.models[int(place or 1) - 1]
             rows = _ROWS[kind](model, result.tokens)
-            caption = f"{model.name}: {_CAPTIONS[kind]}"
+            caption = f"{model.name}. {_CAPTIONS[kind]}"
         charts.append((_KINDS.index(kind), Chart(name, figure, rows, caption)))
     return [chart for _, chart in sorted(charts, key=lambda pair: pair[0])]
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from html import escape
-from typing import Any
-
-import yaml
 
 from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.routing import RoutingResult
 from moefy.evaluation.suite import SuiteResult
-from moefy.report.card import recipe_of
+from moefy.report.card import command_of, recipe_of, steps_of
 from moefy.report.findings import Findings
 from moefy.report.page import Section, html_table
 from moefy.report.quality_charts import benchmark_chart, quality_charts
@@ -176,17 +173,12 @@ def _recipes(findings: Findings) -> Section:
         if model.record is None:
             parts.append(f"<p><b>{escape(model.name)}</b> was not made by moefy.</p>")
             continue
-        record: dict[str, Any] | None = model.record
-        steps: list[str] = []
-        while record is not None:
-            text = yaml.safe_dump(recipe_of(record), sort_keys=False, allow_unicode=True)
-            label = f"moefy {record['stage']}, version {record['moefy']}"
-            steps.append(f"<p>{escape(label)}</p><pre>{escape(text)}</pre>")
-            record = record.get("from")
-        parts.append(
-            f"<details><summary><b>{escape(model.name)}</b></summary>{''.join(steps[::-1])}"
-            "</details>"
+        steps = "".join(
+            f"<p><code>{escape(command_of(step))}</code> (moefy {escape(step['moefy'])})</p>"
+            f"<pre>{escape(recipe_of(step))}</pre>"
+            for step in steps_of(model.record)
         )
+        parts.append(f"<details><summary><b>{escape(model.name)}</b></summary>{steps}</details>")
     return Section("recipes", "How the models were made", "".join(parts))
 
 

@@ -26,14 +26,14 @@ def training_charts(logs: Logs, dense_losses: Mapping[str, float]) -> list[Chart
         return []
     charts = [_loss_chart(logs, dense_losses)]
     for place, (name, log) in enumerate(logs.items(), start=1):
-        ending, whose = (f"-{place}", f"{name}: ") if len(logs) > 1 else ("", "")
+        ending, whose = (f"-{place}", f"{name}. ") if len(logs) > 1 else ("", "")
         if sum("mixture" in line for line in log) > 1:
             charts.append(
                 Chart(
                     f"mixture{ending}",
                     mixture_weights(log),
                     mixture_rows(log),
-                    f"{whose}each domain's weight in the mixture, from one update to the next "
+                    f"{whose}Each domain's weight in the mixture, from one update to the next "
                     "(log scale).",
                 )
             )
@@ -43,7 +43,7 @@ def training_charts(logs: Logs, dense_losses: Mapping[str, float]) -> list[Chart
                     f"expert-load{ending}",
                     expert_load_heatmap(log),
                     _load_rows(log),
-                    f"{whose}how often each routed expert was chosen in the last quarter of the "
+                    f"{whose}How often each routed expert was chosen in the last quarter of the "
                     "run; 1 is even use, 3 and more are yellow. Shared experts always run and are "
                     "not shown.",
                 )

@@ -47,7 +47,7 @@ class Report:
     Attributes:
         folder: holds `report.html`, `results.json`, `results.md` and every figure as PNG and CSV.
         findings: what was measured.
-        cards: model cards that have the results now.
+        cards: model folders whose cards have the results now.
     """
 
     folder: Path
@@ -100,7 +100,8 @@ def write_report(
 
     Raises:
         UsageError: a model, the text, a benchmark or the output is not usable; nothing was written.
-        StorageError: the disk is full, or a place cannot be written.
+        StorageError: the disk is full, or a place cannot be written; if that is a model card's,
+            the report is there.
     """
     out = Path(out).expanduser()
     given = [models] if isinstance(models, str | Path) else list(models)
@@ -140,6 +141,8 @@ def write_report(
             suite=suite,
             tasks=",".join(tasks) or None,
             limit=limit,
+            hub=hub or None,
+            no_hub=hub is False or None,
             data=None if str(data) == "demo" else data,
             split=None if split == "heldout" else split,
             windows=None if windows == _WINDOWS else windows,
