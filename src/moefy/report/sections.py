@@ -84,7 +84,7 @@ def sections(findings: Findings) -> list[Section]:
     return found
 
 
-def dense_losses(comparison: Comparison) -> dict[str, float]:
+def _dense_losses(comparison: Comparison) -> dict[str, float]:
     """Return the reference's held-out losses by domain, nats per token; empty without one."""
     for result in comparison.results:
         if result.name == comparison.reference:
@@ -104,14 +104,14 @@ def _quality(findings: Findings) -> Section:
 
 def _benchmarks(suite: SuiteResult) -> Section:
     items = "all items" if suite.limit is None else f"at most {suite.limit:,} items of each"
-    body = [html_table(published_rows(suite))]
-    body.append(
-        _soft(
-            "The published rows are of models of 2.7 to 3.5 billion active parameters, measured by "
-            "others: they say where the field stands, and compare with a model of that size only. "
-            f"Measured here: {items}, with the paper's numbers of examples."
+    note = f"Measured here: {items}."
+    if any(benchmark.stock for benchmark in suite.benchmarks):
+        note += (
+            " The published rows are of models of 2.7 to 3.5 billion active parameters, measured "
+            "by others: they say where the field stands, and compare with a model of that size "
+            "only."
         )
-    )
+    body = [html_table(published_rows(suite)), _soft(note)]
     if suite.failures:
         body.append("<p>No score, shown as –:</p><ul>")
         body += [f"<li>{escape(': '.join(each))}</li>" for each in suite.failures]
@@ -157,7 +157,7 @@ def _training(findings: Findings) -> Section:
     corpora = {
         str(model.record["run"]["data"]) for model in findings.models if model.log and model.record
     }
-    losses = dense_losses(findings.comparison) if corpora == {findings.data} else {}
+    losses = _dense_losses(findings.comparison) if corpora == {findings.data} else {}
     rows = [["model", "steps", "tokens", "first loss", "last loss", "tok/s"]]
     for name, log in logs.items():
         speeds = sorted(line["tokens_per_s"] for line in log)

@@ -60,8 +60,8 @@ def suite_rows(result: SuiteResult) -> Rows:
 def published_rows(result: SuiteResult) -> Rows:
     """Return header and rows of the scores with published ones below, a model a row.
 
-    Rows of one cell are headings. The published average is shown where its eleven benchmarks were
-    measured, and nothing else.
+    Rows of one cell are headings. There are published rows where a benchmark of the paper was
+    measured; their average is shown where its eleven benchmarks were, and nothing else.
     """
     names = [benchmark.name for benchmark in result.benchmarks]
     rows = [["model", "average", *names], ["measured here, percent ± standard error"]]
@@ -72,6 +72,8 @@ def published_rows(result: SuiteResult) -> Rows:
             score = model.scores.get(name)
             row.append(_percent(score.value, score.stderr) if score else "–")
         rows.append(row)
+    if not any(benchmark.stock for benchmark in result.benchmarks):
+        return rows
     rows.append([f"published, of other sizes, in percent: {SOURCE}"])
     for name, scores in PUBLISHED.items():
         whole = set(names) | {"average"} == set(scores)
