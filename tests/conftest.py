@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moefy.storage import cache_folder
+
 settings.register_profile("moefy", deadline=None)  # a busy machine is no failure
 settings.load_profile("moefy")
 VOCAB_SIZE = 257
@@ -96,3 +98,15 @@ def corpus(tmp_path: Path) -> Path:
         else:
             (folder / "xyz.jsonl.gz").write_bytes(gzip.compress(lines))
     return folder
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of this test's own; the archives and what is unpacked of them are the machine's."""
+    machine, own = cache_folder(), tmp_path / "cache"
+    own.mkdir()
+    for name in ("archives", "benchmarks"):
+        (machine / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(machine / name)
+    monkeypatch.setenv("MOEFY_CACHE", str(own))
+    return own

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from moefy.errors import MoefyError
     from moefy.evaluation.compare import evaluate
     from moefy.evaluation.inspect import inspect
+    from moefy.evaluation.routing import measure_routing
     from moefy.evaluation.speed import measure_speed
     from moefy.evaluation.suite import evaluate_suite
+    from moefy.report.write import write_report
     from moefy.training.run import train
     from moefy.tuning.chat import chat
     from moefy.tuning.judge import judge
@@ -40,10 +42,12 @@ __all__ = [
     "inspect",
     "judge",
     "leaderboard",
+    "measure_routing",
     "measure_speed",
     "prepare",
     "train",
     "tune",
+    "write_report",
 ]
 
 _HOME = {
@@ -57,10 +61,12 @@ _HOME = {
     "inspect": "moefy.evaluation.inspect",
     "judge": "moefy.tuning.judge",
     "leaderboard": "moefy.construct.leaderboard",
+    "measure_routing": "moefy.evaluation.routing",
     "measure_speed": "moefy.evaluation.speed",
     "prepare": "moefy.data.prepare",
     "train": "moefy.training.run",
     "tune": "moefy.tuning.run",
+    "write_report": "moefy.report.write",
 }
 
 

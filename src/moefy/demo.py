@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import platform
 import resource
 import sys
 import time
@@ -18,17 +15,24 @@ import torch
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import BUILTIN, resolve
 from moefy.construct.convert import convert
+from moefy.data.domains import DEMO
 from moefy.errors import OutputError
 from moefy.evaluation.compare import Comparison, evaluate
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import LLAMA_MOE
-from moefy.report.figures import expert_load_heatmap, loss_curve, svg
-from moefy.report.page import html_figure, html_page, html_table
-from moefy.report.tables import comparison_rows, markdown
-from moefy.storage import check_output, replace_file
+from moefy.report.findings import (
+    Findings,
+    ReportedModel,
+    machine,
+    now,
+    reported_models,
+    versions,
+)
+from moefy.report.page import Section
+from moefy.report.write import save
+from moefy.storage import check_output
 from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
-from moefy.training.state import read_log
 
 _PROMPT = "The history of the city begins"
 _EVAL_WINDOWS = 4
@@ -67,8 +71,7 @@ def demo(
     because at this share of experts the paper's constant does harm (docs/construction.md).
 
     Args:
-        out: gets `random-split/`, `converted/`, `recovered/`, `report.html`, `results.json`,
-            `results.md` and the two figures.
+        out: gets `random-split/`, `converted/`, `recovered/`, and what `report.write.save` writes.
         experts: slices per layer; None for `convert`'s default.
         active: slices that run per token; None for `convert`'s default.
         tokens: training tokens.
@@ -142,46 +145,39 @@ def headline(comparison: Comparison) -> str:
 
 
 def _write_report(done: Demo, samples: dict[str, str], recipe: TrainRecipe, seed: int) -> None:
-    log = read_log(done.folder / "recovered")
     comparison = done.comparison
-    rows = comparison_rows(comparison)
-    by_domain = comparison.results[0].domain_perplexity
-    dense_losses = {domain: math.log(value) for domain, value in by_domain.items()}
-    curve, heatmap = loss_curve(log, dense_losses=dense_losses), expert_load_heatmap(log)
-    for name, figure in {"loss.png": curve, "expert-load.png": heatmap}.items():
-        figure.savefig(done.folder / name, dpi=150)
-    record: dict[str, Any] = {
-        "comparison": comparison.to_dict(),
-        "samples": samples,
-        "train_recipe": recipe.model_dump(mode="json"),
-        "elapsed_s": round(done.elapsed_s, 1),
-        "peak_rss_bytes": done.peak_rss_bytes,
-        "machine": {"threads": torch.get_num_threads(), "platform": platform.platform()},
-    }
-    replace_file(done.folder / "results.json", json.dumps(record, indent=2) + "\n")
-    replace_file(done.folder / "results.md", markdown(rows))
-    minutes = done.elapsed_s / 60
+    folders = [done.folder / name for name in ("random-split", "converted", "recovered")]
+    names = [result.name for result in comparison.results]
+    findings = Findings(
+        comparison=comparison,
+        suite=None,
+        routing=None,
+        models=[ReportedModel(names[0], None, []), *reported_models(folders, names[1:])],
+        data=DEMO,
+        split="heldout",
+        command="moefy demo",
+        date=now(),
+        machine=machine(),
+        versions=versions(suite=False),
+    )
     facts = (
-        f"SmolLM2-135M-Instruct, {recipe.num_steps} steps, {log[-1]['tokens']:,} training tokens, "
-        f"{comparison.tokens:,} held-out tokens, seed {seed}, {torch.get_num_threads()} CPU "
-        f"threads, {minutes:.1f} minutes, {done.peak_rss_bytes / 2**30:.1f} GiB."
+        f"SmolLM2-135M-Instruct, {recipe.num_steps} steps, {recipe.tokens:,} training tokens, "
+        f"seed {seed}, {done.elapsed_s / 60:.1f} minutes, {done.peak_rss_bytes / 2**30:.1f} GiB."
     )
     texts = "".join(
         f"<h3>{escape(name)}</h3><pre>{escape(text.replace(chr(10), ' ⏎ '))}</pre>"
         for name, text in samples.items()
     )
-    parts = [
-        f"<p>{escape(headline(comparison))}</p>",
-        html_table(rows),
-        f"<p>{escape(facts)} Made with <code>moefy demo</code>.</p>",
-        html_figure(svg(curve), "Training loss."),
-        html_figure(
-            svg(heatmap),
-            "How often each routed expert is chosen, last quarter of the run. The shared expert, "
-            "which always runs, is not shown.",
-        ),
-        f"<h2>What the models write</h2>{texts}",
-    ]
-    replace_file(
-        done.folder / "report.html", html_page("moefy: a dense model becomes a MoE", parts)
+    save(
+        done.folder,
+        findings,
+        title="moefy: a dense model becomes a MoE",
+        lead=headline(comparison),
+        more=[Section("samples", "What the models write", f"<p>{escape(facts)}</p>{texts}")],
+        record={
+            "samples": samples,
+            "train_recipe": recipe.model_dump(mode="json"),
+            "elapsed_s": round(done.elapsed_s, 1),
+            "peak_rss_bytes": done.peak_rss_bytes,
+        },
     )

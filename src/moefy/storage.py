@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,31 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "moefy"
 
 
-def check_output(out: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> None:
+def is_model_folder(folder: Path) -> bool:
+    """Return whether a folder holds a model, a corpus or an unfinished run."""
+    return any((folder / name).exists() for name in ("config.json", "moefy.json", "recipe.yaml"))
+
+
+def check_output(
+    out: Path,
+    *,
+    overwrite: bool,
+    sources: tuple[Path, ...] = (),
+    what: str = "model",
+    is_one: Callable[[Path], bool] = is_model_folder,
+) -> None:
     """Refuse an output folder that is in the way, before any work is done.
 
+    Args:
+        out: the folder.
+        overwrite: what is in it may be replaced.
+        sources: what is read.
+        what: will be written.
+        is_one: says whether a folder holds such a thing and nothing else.
+
     Raises:
-        OutputError: `out` is a file, holds files and `overwrite` is not set, holds something that
-            is no model folder, or is (or contains) one of `sources`.
+        OutputError: `out` is a file, holds files and `overwrite` is not set, holds something else
+            than may be replaced, or is (or contains) one of `sources`.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
@@ -48,9 +67,9 @@ def check_output(out: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) 
             raise OutputError(
                 f"{out} exists and is not empty: choose another folder or pass --overwrite"
             )
-        if not any((out / name).exists() for name in ("config.json", "moefy.json", "recipe.yaml")):
+        if not is_one(out):
             raise OutputError(
-                f"{out} holds files but no model, so --overwrite will not delete it: "
+                f"{out} holds files but no {what}, so --overwrite will not delete it: "
                 "choose another folder or empty it yourself"
             )
 

@@ -22,15 +22,8 @@ MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache of this test's own; the archives and what is unpacked of them are the machine's."""
-    machine, own = cache_folder(), tmp_path / "cache"
-    own.mkdir()
-    for name in ("archives", "benchmarks"):
-        (machine / name).mkdir(parents=True, exist_ok=True)
-        (own / name).symlink_to(machine / name)
-    monkeypatch.setenv("MOEFY_CACHE", str(own))
-    return own
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 @pytest.fixture

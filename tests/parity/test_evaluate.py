@@ -21,14 +21,16 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
 from moefy.evaluation import compare
-from moefy.evaluation.compare import _Recall, token_divergences
+from moefy.evaluation.compare import token_divergences
+from moefy.evaluation.recall import Recall
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 
 
 def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
-    dense = make_llama()
+    # larger weights than usual, so that the FFNs decide which token is the likeliest
+    dense = make_llama(tie_word_embeddings=False, initializer_range=0.2)
     for name, active in {"half": 2, "all": 4}.items():
         moefy.convert(dense, tmp_path / name, experts=4, active=active, **EXACT)
     done = moefy.evaluate(
@@ -40,7 +42,8 @@ def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_pa
     assert done.reference == str(dense)
     assert done.tokens == 2 * 3 * 47
     half, reference, every = done.results
-    assert reference.kl_to_reference == 0
+    assert (reference.kl_to_reference, reference.top1_agreement) == (0, 1)
+    assert every.top1_agreement > 0.99  # rounding may turn a tie
     assert abs(every.kl_to_reference) < 1e-6
     assert every.perplexity == pytest.approx(reference.perplexity, rel=1e-5)
     assert half.cost.active_params < reference.cost.active_params < half.cost.total_params
@@ -54,7 +57,7 @@ def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_pa
         for domain in open_domains(corpus)
     }
     p, q = (AutoModelForCausalLM.from_pretrained(f).double() for f in (dense, tmp_path / "half"))
-    divergences = []
+    divergences, agreements = [], []
     with torch.inference_mode():
         for name, ids in windows.items():
             assert half.domain_perplexity[name] == pytest.approx(
@@ -62,7 +65,11 @@ def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_pa
             )
             log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (p, q))
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            agreements.append(log_p.argmax(-1) == log_q.argmax(-1))
     expected = torch.cat(divergences).mean().item()
+    share = torch.cat(agreements).double().mean().item()
+    assert 0 < share < 1
+    assert half.top1_agreement == pytest.approx(share, abs=0.01)
     float32_rounding = 1e-7
     assert half.kl_to_reference == pytest.approx(expected, rel=1e-3, abs=float32_rounding)
 
@@ -80,7 +87,7 @@ def test_the_reference_is_recalled_without_its_layers(tmp_path: Path, family: st
     passes = torch.arange(24).view(3, 1, 8)
     layers = weakref.ref(network.base_model)
     with torch.inference_mode():
-        recall = _Recall(network)
+        recall = Recall(network)
         expected = [network(ids).logits[0] for ids in passes]
         recall.forget_layers()
         gc.collect()

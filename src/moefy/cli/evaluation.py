@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,6 +12,9 @@ from moefy.cli.app import app
 from moefy.cli.options import Data, Json, counts
 from moefy.cli.output import bars, print_json, print_table
 from moefy.errors import UsageError
+
+if TYPE_CHECKING:
+    from moefy.data.domains import Split
 
 
 @app.command(name="eval")
@@ -24,6 +28,13 @@ def evaluate(
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
     ] = False,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Measure what the routers do, and other k.")
+    ] = False,
+    active: Annotated[
+        str | None,
+        typer.Option(help="With --routing: experts to choose, besides as saved. [1,2,4,…,E]"),
+    ] = None,
     suite: Annotated[
         str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks instead.")
     ] = None,
@@ -48,17 +59,21 @@ def evaluate(
     runtime: Annotated[str, typer.Option(help="With --speed: or llama.cpp.")] = "transformers",
     as_json: Json = False,
 ) -> None:
-    """Compare models: held-out perplexity, KL to the dense model, cost, speed.
+    """Compare models: held-out perplexity, KL to the dense model, cost, speed, routing.
 
     Example: `moefy eval smollm2-135m out/moe out/trained`
 
     Speed alone: `moefy eval --speed smollm2-135m out/moe`
 
+    Routers: `moefy eval --routing smollm2-135m out/moe`
+
     Benchmarks: `moefy eval --suite llama-moe --limit 100 smollm2-135m out/moe`
     """
+    asked = {"--speed": speed, "--routing": routing, "benchmarks": suite or tasks}
+    chosen = [what for what, wanted in asked.items() if wanted]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} are measured one by one: keep one of them")
     if suite or tasks:
-        if speed:
-            raise UsageError("--speed and benchmarks are measured one by one: drop one of them")
         _evaluate_suite(models, suite, tasks, limit, hub, dtype, as_json)
         return
     if speed:
@@ -82,8 +97,10 @@ def evaluate(
         else:
             print_table(speed_rows(measured), speed_title(measured))
         return
-    if split not in {"heldout", "train", "all"}:
-        raise UsageError(f"--split {split}: allowed are heldout, train and all")
+    part = _checked(split)
+    if routing:
+        _measure_routing(models, data, part, windows, sequence_length, active, as_json)
+        return
     from moefy.evaluation.compare import evaluate as run
     from moefy.report.tables import comparison_rows
 
@@ -91,7 +108,7 @@ def evaluate(
         done = run(
             models,
             data=data,
-            split=split,  # type: ignore[arg-type]
+            split=part,
             windows=windows,
             sequence_length=sequence_length,
             decode=decode,
@@ -101,6 +118,36 @@ def evaluate(
         print_json(done.to_dict())
         return
     print_table(comparison_rows(done), f"{done.tokens:,} held-out tokens per model")
+
+
+def _measure_routing(
+    models: list[str],
+    data: str,
+    split: Split,
+    windows: int,
+    sequence_length: int,
+    active: str | None,
+    as_json: bool,
+) -> None:
+    from moefy.evaluation.routing import measure_routing
+    from moefy.report.routing_tables import k_rows, routing_rows
+
+    with bars() as report:
+        done = measure_routing(
+            models,
+            data=data,
+            split=split,
+            windows=windows,
+            sequence_length=sequence_length,
+            active=counts("--active", active) if active else None,
+            report=report,
+        )
+    if as_json:
+        print_json(done.to_dict())
+        return
+    tokens = sum(done.tokens.values())
+    print_table(routing_rows(done), f"Use of the experts, {tokens:,} tokens")
+    print_table(k_rows(done), "Quality by the number of experts that are chosen")
 
 
 def _evaluate_suite(
@@ -119,7 +166,7 @@ def _evaluate_suite(
         done = evaluate_suite(
             models,
             suite=suite,
-            tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+            tasks=_listed(tasks),
             limit=limit,
             dtype=dtype,
             hub=hub,
@@ -132,7 +179,77 @@ def _evaluate_suite(
         print_table(nll_rows(done), "−log p of the right answer, nats ± standard error")
         for note in suite_notes(done):
             print(note)
-    failures = [(model.name, *each) for model in done.models for each in model.failed.items()]
+    _exit_with(done.failures)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    models: Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")],
+    suite: Annotated[
+        str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks too.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="And these tasks of lm-evaluation-harness: sciq,piqa.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each benchmark. [all]")] = None,
+    hub: Annotated[
+        bool | None,
+        typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]"),
+    ] = None,
+    data: Data = "demo",
+    split: Annotated[str, typer.Option(help="heldout, train or all.")] = "heldout",
+    windows: Annotated[int, typer.Option(min=1, help="Per domain.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    routing: Annotated[bool, typer.Option(help="Watch the routers of MoE models.")] = True,
+    cards: Annotated[bool, typer.Option(help="Write the results into the model cards.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a report in OUT.")
+    ] = False,
+) -> None:
+    """Measure models and write one page with tables and figures; it needs no network.
+
+    Example: `moefy report out/report smollm2-135m out/moe out/trained`
+
+    With benchmarks: `moefy report out/report smollm2-135m out/moe --suite llama-moe --limit 100`
+    """
+    from moefy.report.tables import comparison_rows
+    from moefy.report.write import write_report
+
+    with bars() as tell:
+        done = write_report(
+            out,
+            models,
+            suite=suite,
+            tasks=_listed(tasks),
+            limit=limit,
+            hub=hub,
+            data=data,
+            split=_checked(split),
+            windows=windows,
+            sequence_length=sequence_length,
+            routing=routing,
+            cards=cards,
+            overwrite=overwrite,
+            report=tell,
+        )
+    found = done.findings
+    print_table(comparison_rows(found.comparison), found.text)
+    print(f"Report: {done.folder / 'report.html'}")
+    _exit_with(found.failures)
+
+
+def _listed(tasks: str | None) -> list[str]:
+    return [task.strip() for task in (tasks or "").split(",") if task.strip()]
+
+
+def _checked(split: str) -> Split:
+    if split not in {"heldout", "train", "all"}:
+        raise UsageError(f"--split {split}: allowed are heldout, train and all")
+    return cast("Split", split)
+
+
+def _exit_with(failures: list[tuple[str, str, str]]) -> None:
     for name, benchmark, reason in failures:
         print(f"moefy: {name}: {benchmark} has no score: {reason}", file=sys.stderr)
     if failures:

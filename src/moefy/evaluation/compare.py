@@ -1,4 +1,4 @@
-"""Models side by side: perplexity, divergence from the dense model, cost and measured speed."""
+"""Models side by side: perplexity, distance from the dense model, cost and measured speed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.checkpoint.load import device, load_model, load_tokenizer
-from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.source import resolve
 from moefy.data.domains import Domain, Split, documents_of, open_domains
 from moefy.data.packing import pack
-from moefy.errors import CorpusError, UsageError
+from moefy.errors import CorpusError
+from moefy.evaluation.candidates import candidates_of
 from moefy.evaluation.cost import Cost, cost
+from moefy.evaluation.recall import Recall
 from moefy.evaluation.roofline import synchronise
 from moefy.progress import Progress, ProgressFn, silent
 
@@ -39,6 +39,8 @@ class Result:
         perplexity: over all tokens of all domains.
         domain_perplexity: by domain.
         kl_to_reference: mean over tokens of KL(reference ‖ model), nats; None without a reference.
+        top1_agreement: share of positions where the likeliest token is the reference's; None
+            without a reference.
         cost: parameters and FLOPs.
         prefill_tokens_per_s: median over the evaluation windows.
         decode_tokens_per_s: median of greedy generation, batch 1; None if not measured.
@@ -48,6 +50,7 @@ class Result:
     perplexity: float
     domain_perplexity: dict[str, float]
     kl_to_reference: float | None
+    top1_agreement: float | None
     cost: Cost
     prefill_tokens_per_s: float
     decode_tokens_per_s: float | None
@@ -125,19 +128,10 @@ def evaluate(
     Raises:
         UsageError: a model or the text is not usable, or the models' vocabularies differ.
     """
-    given = [models] if isinstance(models, str | Path) else list(models)
-    if not given:
-        raise UsageError("name at least one model")
-    shown = list(names) if names else [str(model) for model in given]
-    folders = [resolve(model, report=report) for model in given]
-    configs = [read_config(folder) for folder in folders]
-    costs = [cost(config, context=sequence_length) for config in configs]
-    vocabs = {config["vocab_size"] for config in configs}
-    if len(vocabs) > 1:
-        raise UsageError(
-            f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
-            "models with the same tokenizer can be compared"
-        )
+    candidates = candidates_of(models, names, report)
+    shown = [candidate.name for candidate in candidates]
+    folders = [candidate.folder for candidate in candidates]
+    costs = [cost(candidate.config, context=sequence_length) for candidate in candidates]
     text = evaluation_windows(
         open_domains(data, report=report),
         split,
@@ -147,13 +141,13 @@ def evaluate(
         report=report,
     )
     reference = next((i for i, c in enumerate(costs) if c.experts == 0), None)
-    recall: _Recall | None = None
+    recall: Recall | None = None
     measured: dict[int, _Measured] = {}
     for i in sorted(range(len(folders)), key=lambda i: i != reference):
         report(Progress("load", len(measured), len(folders), shown[i]))
         network = load_model(folders[i], dtype=torch.float32).to(device())
         speed = _decode_speed(network, next(iter(text.values()))[0]) if decode else None
-        watched = _Recall(network) if i == reference else None
+        watched = Recall(network) if i == reference else None
         measured[i] = _measure(network, text, recall, speed, report)
         if watched is not None:
             watched.forget_layers()
@@ -165,13 +159,17 @@ def evaluate(
     for i, name in enumerate(shown):
         found = measured[i]
         every = [loss for domain in found.losses.values() for loss in domain]
-        kl = None if reference is None else statistics.fmean(found.divergences or [0.0])
+        kl, top1 = None, None
+        if reference is not None:
+            kl = statistics.fmean(found.divergences or [0.0])
+            top1 = statistics.fmean(found.agreements or [True])
         results.append(
             Result(
                 name=name,
-                perplexity=_perplexity(every),
-                domain_perplexity={d: _perplexity(values) for d, values in found.losses.items()},
+                perplexity=perplexity(every),
+                domain_perplexity={d: perplexity(values) for d, values in found.losses.items()},
                 kl_to_reference=kl,
+                top1_agreement=top1,
                 cost=costs[i],
                 prefill_tokens_per_s=sequence_length / statistics.median(found.seconds),
                 decode_tokens_per_s=found.decode_tokens_per_s,
@@ -182,7 +180,12 @@ def evaluate(
     return Comparison(label, tokens, sequence_length, results)
 
 
-def _perplexity(losses: list[float]) -> float:
+def perplexity(losses: Sequence[float]) -> float:
+    """Return exp of the mean loss, infinite where that is too large for a float.
+
+    Args:
+        losses: −log p of tokens, nats.
+    """
     mean = statistics.fmean(losses)
     return math.exp(mean) if mean < 700 else math.inf
 
@@ -231,58 +234,23 @@ def evaluation_windows(
 
 @dataclass
 class _Measured:
-    """One model's losses by domain, divergences from the reference, and times of the windows."""
+    """One model's losses by domain, how it differs from the reference, times of the windows."""
 
     losses: dict[str, list[float]]
     divergences: list[float]
+    agreements: list[bool]
     seconds: list[float]
     decode_tokens_per_s: float | None
-
-
-class _Recall:
-    """Gives a model's logits again without its layers.
-
-    Keeps the last hidden states of the passes that it watched, and puts them through whatever the
-    model does with them.
-    """
-
-    def __init__(self, network: Any) -> None:
-        self._network = network
-        self._hidden: list[Tensor] = []
-        self._hook = network.base_model.register_forward_hook(
-            lambda _module, _inputs, out: self._hidden.append(out.last_hidden_state)
-        )
-
-    def forget_layers(self) -> None:
-        """Stop watching and give the layers' memory back."""
-        self._hook.remove()
-        setattr(self._network, self._network.base_model_prefix, _Body())
-
-    def logits(self, pass_idx: int) -> Float[Tensor, "tokens vocab"]:
-        """Return the logits of an earlier pass."""
-        self._network.base_model.hidden = self._hidden[pass_idx]
-        return self._network(use_cache=False).logits[0]
-
-
-class _Body(torch.nn.Module):
-    """Stands where the layers were; its output is what `hidden` says."""
-
-    hidden: Tensor
-
-    def forward(self, **_: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 def _measure(
     network: Any,
     text: dict[str, Int[np.ndarray, "windows sequence"]],
-    recall: _Recall | None,
+    recall: Recall | None,
     decode_tokens_per_s: float | None,
     report: ProgressFn,
 ) -> _Measured:
-    measured = _Measured({domain: [] for domain in text}, [], [], decode_tokens_per_s)
+    measured = _Measured({domain: [] for domain in text}, [], [], [], decode_tokens_per_s)
     total, done = sum(map(len, text.values())), 0
     for domain, rows in text.items():
         for row in rows:
@@ -291,7 +259,9 @@ def _measure(
             measured.seconds.append(elapsed_s)
             measured.losses[domain] += token_losses(logits, ids).tolist()
             if recall is not None:
-                measured.divergences += token_divergences(recall.logits(done), logits).tolist()
+                expected = recall.logits(done)
+                measured.divergences += token_divergences(expected, logits).tolist()
+                measured.agreements += (expected.argmax(-1) == logits.argmax(-1)).tolist()
             done += 1
             report(Progress("evaluate", done, total, domain))
     return measured

@@ -67,7 +67,10 @@ def ffn_shape(config: Mapping[str, Any]) -> FfnShape:
         size, shared_size = config[target.expert_size_key], 0
         if target.shared_down:
             shared_size = config[target.shared_key] * (size if target.shared_in_slices else 1)
-        experts, active = config[target.num_experts_key], config["num_experts_per_tok"]
+        key = target.num_experts_key
+        if key not in config:  # transformers saves qwen3_moe's num_experts under this name
+            key = "num_local_experts"
+        experts, active = config[key], config["num_experts_per_tok"]
         return FfnShape(int(experts), int(active), size, shared_size)
     if model_type in FAMILIES:
         return FfnShape(0, 0, config["intermediate_size"], 0)

@@ -92,6 +92,11 @@ class SuiteResult:
     reference: str | None
     models: list[ModelScores]
 
+    @property
+    def failures(self) -> list[tuple[str, str, str]]:
+        """Model, benchmark and reason of every score that is missing."""
+        return [(m.name, name, why) for m in self.models for name, why in m.failed.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
@@ -131,8 +136,7 @@ def evaluate_suite(
         AssetError: the data is neither in the cache nor can it be fetched.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    _check(given, limit, dtype)
-    chosen = _chosen(suite, tasks)
+    chosen = check_suite(given, suite=suite, tasks=tasks, limit=limit, dtype=dtype)
 
     from moefy.checkpoint.reader import read_config
     from moefy.checkpoint.source import resolve
@@ -171,7 +175,22 @@ def evaluate_suite(
     )
 
 
-def _check(given: list[str | Path], limit: int | None, dtype: str) -> None:
+def check_suite(
+    given: Sequence[str | Path],
+    *,
+    suite: str | None,
+    tasks: Sequence[str],
+    limit: int | None,
+    dtype: str = "float32",
+) -> list[Benchmark | str]:
+    """Refuse what `evaluate_suite` would refuse, as far as that can be told at once.
+
+    Returns:
+        The suite's benchmarks and the named tasks, each once.
+
+    Raises:
+        UsageError: see `evaluate_suite`.
+    """
     if not given:
         raise UsageError("name at least one model")
     if limit is not None and limit < 1:
@@ -182,6 +201,7 @@ def _check(given: list[str | Path], limit: int | None, dtype: str) -> None:
         raise UsageError(
             "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
         )
+    return _chosen(suite, tasks)
 
 
 def _chosen(suite: str | None, tasks: Sequence[str]) -> list[Benchmark | str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from moefy.construct.scores import Score
@@ -20,7 +21,7 @@ def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) 
         log: a run's steps (see `training.state.read_log`).
         dense_losses: held-out losses of the dense model by domain, nats per token, as dashed lines.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     domains = sorted({domain for line in log for domain in line["domain_loss"]})
     for place, domain in enumerate(domains):
@@ -34,22 +35,32 @@ def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) 
     if dense_losses:
         axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="dense model, held out")
     axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
-    """Draw how often each expert is chosen, per layer, averaged over the run's last quarter.
-
-    1 is even use. The scale is fixed from 0 to 3, so that two runs can be compared by eye.
-    """
+def expert_load(log: list[dict[str, Any]]) -> Float[np.ndarray, "layers experts"]:
+    """Return how often each expert was chosen in the run's last quarter, rows that sum to 1."""
     last = log[-max(1, len(log) // 4) :]
-    load = np.mean([line["expert_load"] for line in last], axis=0)
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    return np.mean([line["expert_load"] for line in last], axis=0)
+
+
+def expert_load_heatmap(log: list[dict[str, Any]]) -> Figure:
+    """Draw `expert_load` of a run."""
+    return load_heatmap(expert_load(log))
+
+
+def load_heatmap(shares: np.ndarray[Any, Any]) -> Figure:
+    """Draw how often each expert is chosen, per layer; the scale is fixed from 0 to 3, 1 is even.
+
+    Args:
+        shares: [layers, experts], each row sums to 1.
+    """
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
-        load * load.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
+        shares * shares.shape[1], aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower"
     )
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load (1 = even)")
@@ -63,7 +74,7 @@ def mixture_weights(log: list[dict[str, Any]]) -> Figure:
         log: a run's steps; those before which weights were set carry them as `mixture` (the fields
             of `data.mixture.WeightUpdate`). Domains that were left out are not drawn.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     updates = [line["mixture"] for line in log if "mixture" in line]
     tokens_per_step = log[0]["tokens"] / log[0]["step"]
@@ -79,7 +90,10 @@ def mixture_weights(log: list[dict[str, Any]]) -> Figure:
             )
     axes.set(xlabel="training tokens (thousands)", ylabel="weight in the mixture")
     axes.set_yscale("log")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -123,10 +137,3 @@ def leaderboard_figure(scores: Sequence[Score]) -> Figure:
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def svg(figure: Figure) -> str:
-    """Return a figure as an SVG element, for a page of its own."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]

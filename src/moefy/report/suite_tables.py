@@ -1,10 +1,11 @@
-"""A suite's results as tables: benchmarks down, models across."""
+"""A suite's results as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from moefy.report.published import PUBLISHED, SOURCE
 from moefy.report.tables import Rows
 
 if TYPE_CHECKING:
@@ -53,6 +54,32 @@ def suite_rows(result: SuiteResult) -> Rows:
             )
         )
     rows.append(_below(result, "minutes", _minutes, lambda _: ""))
+    return rows
+
+
+def published_rows(result: SuiteResult) -> Rows:
+    """Return header and rows of the scores with published ones below, a model a row.
+
+    Rows of one cell are headings. There are published rows where a benchmark of the paper was
+    measured; their average is shown where its eleven benchmarks were, and nothing else.
+    """
+    names = [benchmark.name for benchmark in result.benchmarks]
+    rows = [["model", "average", *names], ["measured here, percent ± standard error"]]
+    for model in result.models:
+        average = model.average
+        row = [model.name, "–" if average is None else _percent(average, model.average_stderr)]
+        for name in names:
+            score = model.scores.get(name)
+            row.append(_percent(score.value, score.stderr) if score else "–")
+        rows.append(row)
+    if not any(benchmark.stock for benchmark in result.benchmarks):
+        return rows
+    rows.append([f"published, of other sizes, in percent: {SOURCE}"])
+    for name, scores in PUBLISHED.items():
+        whole = set(names) | {"average"} == set(scores)
+        shown = (scores.get(benchmark) for benchmark in names)
+        row = [name, f"{scores['average']:.1f}" if whole else "–"]
+        rows.append(row + ["–" if score is None else f"{score:.1f}" for score in shown])
     return rows
 
 

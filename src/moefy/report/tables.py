@@ -21,21 +21,22 @@ Rows = list[list[str]]
 def comparison_rows(comparison: Comparison) -> Rows:
     """Return header and rows of a comparison, every cell as text."""
     domains = list(comparison.results[0].domain_perplexity)
-    header = ["model", "perplexity", *domains, "KL to dense", "params", "active", "GFLOP/token"]
-    header += ["prefill tok/s", "decode tok/s"]
+    header = ["model", "perplexity", *domains, "KL to dense", "top-1", "params", "active"]
+    header += ["GFLOP/token", "prefill tok/s", "decode tok/s"]
     rows = [header]
     for result in comparison.results:
         counted = result.cost
-        kl = result.kl_to_reference
+        kl, top1 = result.kl_to_reference, result.top1_agreement
         decode = result.decode_tokens_per_s
         rows.append(
             [
                 result.name,
-                _number(result.perplexity),
-                *(_number(result.domain_perplexity[domain]) for domain in domains),
+                number(result.perplexity),
+                *(number(result.domain_perplexity[domain]) for domain in domains),
                 "–" if kl is None else f"{kl:.3f}",
-                _millions(counted.total_params),
-                _millions(counted.active_params),
+                "–" if top1 is None else f"{top1:.1%}",
+                millions(counted.total_params),
+                millions(counted.active_params),
                 f"{counted.flops_per_token / 1e9:.3f}",
                 f"{result.prefill_tokens_per_s:.0f}",
                 "–" if decode is None else f"{decode:.1f}",
@@ -55,7 +56,7 @@ def speed_rows(comparison: SpeedComparison) -> Rows:
                 speed.phase,
                 str(speed.batch),
                 speed.model,
-                _number(speed.tokens_per_s),
+                number(speed.tokens_per_s),
                 "–" if share is None else f"{share:.0%}",
                 speed.implementation or "–",
                 f"{speed.bytes_per_s / 1e9:.1f}",
@@ -87,8 +88,8 @@ def inspection_rows(inspection: Inspection) -> Rows:
         rows.append(
             [
                 label,
-                _millions(counted.total_params),
-                _millions(counted.active_params),
+                millions(counted.total_params),
+                millions(counted.active_params),
                 f"{counted.flops_per_token / 1e9:.3f}",
                 share,
             ]
@@ -229,11 +230,13 @@ def replace_table(page: Path, mark: str, rows: Rows) -> None:
     page.write_text(text)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Return a number with one decimal, or none where it is large."""
     if value >= 1e6:
         return f"{value:.1e}"
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """Return a count in millions, or in billions where there are that many."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -60,6 +60,16 @@ class RouterTrace(ForwardHooks):
         """Forget the last forward pass; to be called before the next."""
         self._routed.clear()
 
+    def runs(self) -> Bool[Tensor, "layers tokens experts"]:
+        """Return which experts ran for which token in the last pass."""
+        layers = [self._routed[layer_idx] for layer_idx in sorted(self._routed)]
+        return torch.stack(
+            [
+                torch.zeros_like(layer.logits, dtype=torch.bool).scatter_(-1, layer.chosen, True)
+                for layer in layers
+            ]
+        )
+
     def sums(self, mask: Bool[Tensor, "batch sequence"] | None = None) -> RouterSums | None:
         """Return the last pass's sums over tokens, with gradients; None for a dense model.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.reader import read_config, side_files
+from moefy.report.card import model_card
 from moefy.storage import storage_errors
 from moefy.training.workers import ONE, Workers
 
@@ -58,6 +59,7 @@ def write_model(
         for file in side_files(source):
             shutil.copyfile(file, finished / file.name)
         amend(finished)
+        (finished / "README.md").write_text(model_card(whole, config))
         (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
         shutil.copyfile(source / "config.json", finished / "config.json")
         for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):

@@ -1,0 +1,62 @@
+"""The models that are compared on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.source import resolve
+from moefy.checkpoint.targets import check_known
+from moefy.errors import UsageError
+from moefy.progress import ProgressFn, silent
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure.
+
+    Attributes:
+        name: to show.
+        folder: where it lies.
+        config: its config.json.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+
+
+def candidates_of(
+    models: str | Path | Sequence[str | Path],
+    names: Sequence[str] | None = None,
+    report: ProgressFn = silent,
+) -> list[Candidate]:
+    """Find models that read the same tokens.
+
+    Args:
+        models: model folders, or anything `convert` takes as a source.
+        names: to show instead of `models`.
+        report: told about progress.
+
+    Raises:
+        UsageError: there is none, a model is not usable, or their vocabularies differ.
+        ArchitectureError: a model that moefy neither converts nor writes.
+    """
+    given = [models] if isinstance(models, str | Path) else list(models)
+    if not given:
+        raise UsageError("name at least one model")
+    shown = list(names) if names else [str(model) for model in given]
+    folders = [resolve(model, report=report) for model in given]
+    configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        check_known(config.get("model_type"), folder)
+    vocabs = {config["vocab_size"] for config in configs}
+    if len(vocabs) > 1:
+        raise UsageError(
+            f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
+            "models with the same tokenizer can be compared"
+        )
+    return [Candidate(*each) for each in zip(shown, folders, configs, strict=True)]

@@ -1,0 +1,239 @@
+"""What the routers of MoE models do on held-out text, and what another number of experts costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.data.domains import Split, open_domains
+from moefy.errors import UsageError
+from moefy.evaluation.candidates import Candidate, candidates_of
+from moefy.evaluation.compare import evaluation_windows, perplexity
+from moefy.evaluation.cost import cost, ffn_shape
+from moefy.evaluation.router_watch import Predictions, Watched, remember, watch
+from moefy.evaluation.routing_stats import (
+    coactivation,
+    dead_experts,
+    divergence,
+    expected_divergence,
+    load_shares,
+    relative_entropy,
+)
+from moefy.progress import Progress, ProgressFn, silent
+
+
+@dataclass(frozen=True)
+class KQuality:
+    """One model with k of its routed experts chosen per token.
+
+    Attributes:
+        k: routed experts chosen.
+        loss: mean −log p of the next token, nats, over all domains.
+        perplexity: of that loss.
+        kl_to_reference: mean over tokens of KL(reference ‖ model), nats; None without a reference.
+        top1_agreement: share of positions where the likeliest token is the reference's; None
+            without a reference.
+        active_params: parameters that one token uses.
+    """
+
+    k: int
+    loss: float
+    perplexity: float
+    kl_to_reference: float | None
+    top1_agreement: float | None
+    active_params: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one model's routers chose, with as many experts as the model was saved with.
+
+    A *choice* is one expert chosen for one token: a token makes `active` of them in every layer.
+
+    Attributes:
+        name: as given.
+        experts: routed experts per layer, E.
+        active: routed experts chosen per token, as saved.
+        shared: slices that always run; None where they are no whole number of experts.
+        load: by domain, layer and expert: the share of that domain's choices; sums to 1.
+        entropy: by layer, of the load over all tokens, divided by log E; 1 is even use.
+        dead: by layer, the experts that were never chosen.
+        max_over_mean: by layer, the largest load over the mean one.
+        coactivation: by layer, [e][f]: share of the tokens that chose e which chose f too, to 4
+            digits; 0 for all f where e is dead.
+        domain_distance: by layer, the Jensen–Shannon divergence of the domains' loads, bits; see
+            `routing_stats.divergence`.
+        domain_noise: by layer, what that would be if the domains did not differ, as far as one
+            domain's windows tell; None where a domain has a single window. See
+            `routing_stats.expected_divergence`.
+        quality: by k, ascending.
+    """
+
+    name: str
+    experts: int
+    active: int
+    shared: int | None
+    load: dict[str, list[list[float]]]
+    entropy: list[float]
+    dead: list[list[int]]
+    max_over_mean: list[float]
+    coactivation: list[list[list[float]]]
+    domain_distance: list[float]
+    domain_noise: list[float] | None
+    quality: list[KQuality]
+
+
+@dataclass(frozen=True)
+class RoutingResult:
+    """What `measure_routing` measured.
+
+    Attributes:
+        reference: name of the dense model, or None.
+        reference_loss: its mean −log p of the next token, nats, on the same text.
+        tokens: by domain, tokens that were routed.
+        sequence_length: tokens per window.
+        models: one per MoE model, in the order given.
+    """
+
+    reference: str | None
+    reference_loss: float | None
+    tokens: dict[str, int]
+    sequence_length: int
+    models: list[Routing]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def measure_routing(
+    models: str | Path | Sequence[str | Path],
+    *,
+    data: str | Path = "demo",
+    split: Split = "heldout",
+    windows: int = 8,
+    sequence_length: int = 512,
+    active: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    report: ProgressFn = silent,
+) -> RoutingResult:
+    """Watch the routers of MoE models on held-out text, and try them with other numbers of experts.
+
+    One model at a time is in memory, in float32; of the dense model, the last hidden states and the
+    output matrix stay. With another k than the saved one, every chosen expert keeps the weight that
+    it has with the saved k: fewer experts are the saved model with some outputs left out, more are
+    the saved model with some added (`active_experts.ActiveExperts` has the formula). With the saved
+    k the model is as it is, to the last bit, and with k = E an unfitted conversion whose weights
+    are all 1 is the dense model. No file is written.
+
+    Args:
+        models: model folders, or anything `convert` takes as a source. The first dense one is the
+            reference; other dense ones are left out.
+        data: a folder of `<domain>.jsonl(.gz)` files, or `demo`.
+        split: `heldout` (the documents `train` leaves out), `train`, or `all`.
+        windows: per domain; fewer where a domain has less text.
+        sequence_length: tokens per window.
+        active: the k to try besides the saved one; None for 1, 2, 4, … and E.
+        names: to show instead of `models`.
+        report: told about progress.
+
+    Raises:
+        UsageError: no model has experts, a k is out of range, a model or the text is not usable, or
+            the models' vocabularies differ.
+    """
+    candidates = candidates_of(models, names, report)
+    routed = [each for each in candidates if ffn_shape(each.config).experts]
+    dense = next((each for each in candidates if each not in routed), None)
+    if not routed:
+        raise UsageError(
+            f"{', '.join(each.name for each in candidates)}: no model has experts to choose from; "
+            "name one that `moefy convert` wrote"
+        )
+    tried = [_numbers_to_try(each, active) for each in routed]
+    text = evaluation_windows(
+        open_domains(data, report=report),
+        split,
+        load_tokenizer(candidates[0].folder),
+        windows=windows,
+        sequence_length=sequence_length,
+        report=report,
+    )
+    with torch.inference_mode():
+        recall, reference_loss = None, None
+        if dense:
+            recall, predictions = remember(_load(dense, report), text, report, dense.name)
+            reference_loss = statistics.fmean(predictions.losses)
+        found = [
+            _routing(each, watch(_load(each, report), ks, text, recall, report, each.name))
+            for each, ks in zip(routed, tried, strict=True)
+        ]
+    return RoutingResult(
+        reference=dense.name if dense else None,
+        reference_loss=reference_loss,
+        tokens={domain: rows.size for domain, rows in text.items()},
+        sequence_length=sequence_length,
+        models=found,
+    )
+
+
+def _numbers_to_try(model: Candidate, active: Sequence[int] | None) -> list[int]:
+    """Return every k to measure, ascending, the saved one among them."""
+    shape = ffn_shape(model.config)
+    if active is None:
+        active = [2**power for power in range(shape.experts.bit_length())] + [shape.experts]
+    for k in active:
+        if not 1 <= k <= shape.experts:
+            raise UsageError(
+                f"{model.name} has {shape.experts} routed experts to choose from, so {k} cannot "
+                f"be active: allowed are 1 to {shape.experts}"
+            )
+    return sorted({*active, shape.active})
+
+
+def _load(model: Candidate, report: ProgressFn) -> Any:
+    report(Progress("load", 0, 1, model.name))
+    network = load_model(model.folder, dtype=torch.float32).to(device())
+    report(Progress("load", 1, 1, model.name))
+    return network
+
+
+def _routing(model: Candidate, watched: Watched) -> Routing:
+    shape = ffn_shape(model.config)
+    windows = watched.choices
+    by_domain = {domain: each.sum(0) for domain, each in windows.items()}
+    loads = {domain: load_shares(choices) for domain, choices in by_domain.items()}
+    choices = np.sum(list(by_domain.values()), axis=0)
+    load = load_shares(choices)
+    noise = expected_divergence(list(windows.values()))
+    return Routing(
+        name=model.name,
+        experts=shape.experts,
+        active=shape.active,
+        shared=None if shape.shared_size % shape.size else shape.shared_size // shape.size,
+        load={domain: shares.tolist() for domain, shares in loads.items()},
+        entropy=relative_entropy(load).tolist(),
+        dead=dead_experts(choices),
+        max_over_mean=(load.max(-1) * shape.experts).tolist(),
+        coactivation=coactivation(watched.pairs).round(4).tolist(),
+        domain_distance=divergence(np.stack(list(loads.values()))).tolist(),
+        domain_noise=None if noise is None else noise.tolist(),
+        quality=[_quality(model, k, found) for k, found in watched.predictions.items()],
+    )
+
+
+def _quality(model: Candidate, k: int, found: Predictions) -> KQuality:
+    return KQuality(
+        k=k,
+        loss=statistics.fmean(found.losses),
+        perplexity=perplexity(found.losses),
+        kl_to_reference=statistics.fmean(found.divergences) if found.divergences else None,
+        top1_agreement=statistics.fmean(found.agreements) if found.agreements else None,
+        active_params=cost({**model.config, "num_experts_per_tok": k}).active_params,
+    )

@@ -1,0 +1,226 @@
+"""`moefy report`: one page that needs nothing else, its files, and the model cards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import write_tiny_llama
+
+import moefy
+from moefy.cli import main
+from moefy.errors import CheckpointError, OutputError, UsageError
+from moefy.evaluation import harness
+from moefy.recipe import LLAMA_MOE
+
+SMALL: dict[str, Any] = {"windows": 2, "sequence_length": 48}
+TASKS = ["winogrande", "lambada_openai"]
+
+
+class Page(HTMLParser):
+    """What a page would fetch, its tables, its anchors, and what refers to them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.figures: list[str] = []
+        self.ids: list[str] = []
+        self.references = set(re.findall(r"url\(#([^)]+)\)", text))
+        self._in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            target = values.get(name, "data:")
+            if target.startswith("#"):
+                self.references.add(target[1:])
+            elif not target.startswith("data:"):
+                self.outside.append(f"{tag} {target}")
+        if tag in {"script", "link", "iframe", "object"}:
+            self.outside.append(tag)
+        if "id" in values:
+            self.ids.append(values["id"])
+        if tag == "figure":
+            self.figures.append(values["id"])
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in {"td", "th"}:
+            self.tables[-1][-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"td", "th"}:
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture
+def models(tmp_path: Path, corpus: Path) -> list[Path]:
+    """A dense model, its split, and that trained for eight steps."""
+    dense, split, trained = (tmp_path / name for name in ("dense", "split", "trained"))
+    # larger weights than usual, so that the models differ
+    write_tiny_llama(dense, tie_word_embeddings=False, initializer_range=0.2)
+    moefy.convert(dense, split, experts=4, active=2, **LLAMA_MOE | {"repair": "none"})
+    moefy.train(split, trained, data=corpus, tokens=8 * 48, sequence_length=48)
+    return [dense, split, trained]
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", "").rstrip("%"))
+
+
+def test_the_page_and_its_files(
+    models: list[Path], corpus: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    out = tmp_path / "report"
+    weights = {model: (model / "model.safetensors").read_bytes() for model in models}
+    done = moefy.write_report(out, models, data=corpus, tasks=TASKS, limit=8, hub=False, **SMALL)
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    assert not page.outside
+    assert "@import" not in text
+    assert len(set(page.ids)) == len(page.ids), "two elements have the same id"
+    assert page.references <= set(page.ids)
+
+    # every figure has its picture and its numbers
+    expected = ["scores", "quality-active", "quality-prefill", "quality-decode"]
+    expected += ["average-active", "average-prefill", "average-decode"]
+    expected += [
+        f"routing-{kind}-{i}" for kind in ("load", "domains", "coactivation") for i in "12"
+    ]
+    expected += ["routing-k", "loss", "expert-load"]
+    assert page.figures == expected
+    for name in page.figures:
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        with (out / f"{name}.csv").open() as file:
+            header, *rows = csv.reader(file)
+        assert rows
+        assert all(len(row) == len(header) for row in rows)
+
+    # the tables' numbers are those of results.json
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["files"]) == {file.name for file in out.iterdir()}
+    header, *rows = page.tables[0]
+    assert [row[0] for row in rows] == ["dense", "split", "trained"]
+    for row, result in zip(rows, results["comparison"]["results"], strict=True):
+        cells = dict(zip(header, row, strict=True))
+        assert number(cells["perplexity"]) == pytest.approx(result["perplexity"], abs=0.5)
+        assert number(cells["KL to dense"]) == pytest.approx(result["kl_to_reference"], abs=6e-4)
+        assert number(cells["top-1"]) == pytest.approx(100 * result["top1_agreement"], abs=0.06)
+    header, measured, *rows = page.tables[1]
+    assert header == ["model", "average", "WinoGrande", "LAMBADA"]
+    assert len(measured) == 1
+    for row, model in zip(rows, results["suite"]["models"], strict=False):
+        scores = [model["average"], *(score["value"] for score in model["scores"].values())]
+        for cell, score in zip(row[1:], scores, strict=True):
+            assert number(cell.partition(" ±")[0]) == pytest.approx(100 * score, abs=0.06)
+    assert ["LLaMA-MoE-3.5B (4/16)", "–", "65.5", "69.5"] in rows
+    with (out / "quality-active.csv").open() as file:
+        points = {row["model"]: row for row in csv.DictReader(file)}
+    for result in results["comparison"]["results"]:
+        assert float(points[result["name"]]["perplexity"]) == result["perplexity"]
+        millions = float(points[result["name"]]["active parameters (millions)"])
+        assert millions == result["cost"]["active_params"] / 1e6
+
+    # the cards have the same table, the weights are the same, and nothing is measured twice
+    assert done.cards == models[1:]
+    kept = sorted((own_cache / "scores").rglob("*.json"))
+    assert len(kept) == 3 * len(TASKS)
+    table = (out / "results.md").read_text()
+    for model in models[1:]:
+        card = (model / "README.md").read_text()
+        assert table in card
+        assert "| WinoGrande | 0 |" in card
+    again = moefy.write_report(
+        out, models, data=corpus, tasks=TASKS, limit=8, hub=False, overwrite=True, **SMALL
+    )
+    assert again.findings.suite == done.findings.suite
+    assert sorted((own_cache / "scores").rglob("*.json")) == kept
+    card = (models[1] / "README.md").read_text()
+    assert card.count("## Results") == card.count("## How it was made") == 1
+    assert (out / "results.md").read_text() in card
+    assert {model: (model / "model.safetensors").read_bytes() for model in models} == weights
+
+
+def test_one_model_and_no_cards(models: list[Path], corpus: Path, tmp_path: Path) -> None:
+    before = (models[1] / "README.md").read_text()
+    done = moefy.write_report(
+        tmp_path / "out", models[1], data=corpus, routing=False, cards=False, **SMALL
+    )
+    assert done.cards == []
+    assert (models[1] / "README.md").read_text() == before
+    page = Page((tmp_path / "out/report.html").read_text())
+    assert page.figures == ["quality-active", "quality-prefill", "quality-decode"]
+    assert done.findings.comparison.reference is None
+
+
+def test_a_broken_model_leaves_nothing(models: list[Path], corpus: Path, tmp_path: Path) -> None:
+    weights = models[2] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    cards = [(model / "README.md").read_text() for model in models[1:]]
+    before = set(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="incomplete or damaged"):
+        moefy.write_report(tmp_path / "out", models, data=corpus, **SMALL)
+    assert set(tmp_path.iterdir()) == before
+    assert [(model / "README.md").read_text() for model in models[1:]] == cards
+
+
+def test_only_a_report_is_overwritten(models: list[Path], corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments: dict[str, Any] = {"data": corpus, "routing": False, "overwrite": True, **SMALL}
+    for folder in (models[0], corpus):
+        with pytest.raises(OutputError, match="no report"):
+            moefy.write_report(folder, models[1], **arguments)
+    moefy.write_report(out, models[0], **arguments)
+    with pytest.raises(OutputError, match="pass --overwrite"):
+        moefy.write_report(out, models[0], **arguments | {"overwrite": False})
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.txt beside a report"):
+        moefy.write_report(out, models[0], **arguments)
+    with pytest.raises(UsageError, match="two models are named"):
+        moefy.write_report(tmp_path / "other", [models[0], models[0]], data=corpus)
+    with pytest.raises(UsageError, match="allowed are llama-moe"):
+        moefy.write_report(tmp_path / "other", models[0], suite="llama", data=corpus)
+
+
+def test_a_benchmark_that_fails(
+    models: list[Path],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    own_cache: Path,
+) -> None:
+    """It is –, its reason is on the page and on standard error, and the rest is there."""
+    monkeypatch.setattr(harness, "available_bytes", lambda: 100_000)
+    out = tmp_path / "out"
+    words: list[object] = ["report", out, *models[:2], "--tasks", "winogrande,nq_open"]
+    words += ["--limit", 2, "--no-hub", "--data", corpus, "--windows", 1, "--no-routing"]
+    words += ["--sequence-length", 48]
+    monkeypatch.setattr(sys, "argv", ["moefy", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert "split: NQ-open has no score: 512 tokens at once need" in printed.err
+    assert f"Report: {out / 'report.html'}" in printed.out
+    text = (out / "report.html").read_text()
+    assert "split: NQ-open: 512 tokens at once need" in text
+    scores = {row[0]: row[1:] for row in Page(text).tables[1]}
+    average, winogrande, nq_open = scores["split"]
+    assert (average, nq_open) == ("–", "–")
+    assert "±" in winogrande
+    assert not [name for name in Page(text).figures if name.startswith("average")]

@@ -1,0 +1,88 @@
+"""`moefy eval --routing`: JSON for programs, tables for people, and the figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import write_tiny_llama
+
+import moefy
+from moefy.cli import main
+from moefy.recipe import LLAMA_MOE
+from moefy.report.routing_figures import routing_figures
+
+PLAIN: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
+SMALL: dict[str, Any] = {"windows": 2, "sequence_length": 24}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    dense = write_tiny_llama(tmp_path / "dense")
+    moefy.convert(dense, tmp_path / "moe", experts=6, active=2, **PLAIN)
+    return [dense, tmp_path / "moe"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
+    monkeypatch.setattr(sys, "argv", ["moefy", "eval", "--routing", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    return exit_info.value.code
+
+
+def test_json_and_tables(
+    models: list[Path],
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = (*models, "--data", corpus, "--windows", 2, "--sequence-length", 24)
+    assert run(monkeypatch, *command, "--active", "1,6", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = moefy.measure_routing(models, data=corpus, active=[1, 6], **SMALL)
+    assert found == expected.to_dict()
+    assert [at["k"] for at in found["models"][0]["quality"]] == [1, 2, 6]
+
+    assert run(monkeypatch, *command) == 0
+    printed = capsys.readouterr().out
+    assert "Use of the experts, 96 tokens" in printed
+    assert "2 of 6, as saved" in printed
+    lines = [line.split("│")[2].strip() for line in printed.splitlines() if line.startswith("│")]
+    assert lines[:4] == ["0", "1", "mean", "dense"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speed"], "--speed and --routing are measured one by one"),
+        (["--tasks", "sciq"], "--routing and benchmarks are measured one by one"),
+        (["--active", "x"], "write whole numbers"),
+        (["--active", "9"], "allowed are 1 to 6"),
+        (["--split", "all of it"], "allowed are heldout, train and all"),
+    ],
+)
+def test_bad_options(
+    models: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, *models, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_figures(models: list[Path], corpus: Path, tmp_path: Path) -> None:
+    kinds = ("load", "domains", "coactivation")
+    one = moefy.measure_routing(models, data=corpus, **SMALL)
+    figures = routing_figures(one)
+    assert list(figures) == ["routing-k.png", *(f"routing-{kind}.png" for kind in kinds)]
+    two = moefy.measure_routing([models[1], *models], data=corpus, **SMALL)
+    names = [f"routing-{kind}-{place}.png" for place in (1, 2) for kind in kinds]
+    assert list(routing_figures(two)) == ["routing-k.png", *names]
+    for name, figure in figures.items():
+        figure.savefig(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5_000

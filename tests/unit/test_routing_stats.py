@@ -1,0 +1,75 @@
+"""Numbers about choices against numbers by hand, SciPy and simulated domains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import jensenshannon
+
+from moefy.evaluation.routing_stats import (
+    coactivation,
+    dead_experts,
+    divergence,
+    expected_divergence,
+    load_shares,
+    relative_entropy,
+)
+
+CHOICES = np.array([[4.0, 2.0, 2.0, 0.0], [2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]])
+
+
+def test_load_entropy_and_dead_experts() -> None:
+    load = load_shares(CHOICES)
+    assert load.tolist() == [[0.5, 0.25, 0.25, 0], [0.25] * 4, [1, 0, 0, 0]]
+    assert relative_entropy(load).tolist() == [1.5 / 2, 1, 0]
+    assert dead_experts(CHOICES) == [[3], [], [1, 2, 3]]
+
+
+def test_a_single_expert_is_used_evenly() -> None:
+    assert relative_entropy(np.ones((2, 1))).tolist() == [1, 1]
+
+
+def test_coactivation() -> None:
+    """Of three tokens, two chose experts 0 and 1, one chose 0 and 2, none chose 3."""
+    pairs = np.array([[[3, 2, 1, 0], [2, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]], dtype=float)
+    assert coactivation(pairs)[0].tolist() == [
+        [1, 2 / 3, 1 / 3, 0],
+        [1, 1, 0, 0],
+        [1, 0, 1, 0],
+        [0, 0, 0, 0],
+    ]
+
+
+def test_divergence_by_hand() -> None:
+    apart = [[[1.0, 0.0]], [[0.0, 1.0]]]
+    assert divergence(np.array(apart)).tolist() == [1]
+    assert divergence(np.array([*apart, *apart])).tolist() == [1]
+    assert divergence(np.full((4, 1, 8), 1 / 8)).tolist() == [0]
+    four_apart = np.eye(4)[:, None]
+    assert divergence(four_apart).tolist() == [2]
+
+
+def test_divergence_of_two_is_scipys() -> None:
+    p, q = np.random.default_rng(0).dirichlet(np.ones(6), size=(2, 3))
+    expected = [jensenshannon(*pair, base=2) ** 2 for pair in zip(p, q, strict=True)]
+    assert divergence(np.stack([p, q])) == pytest.approx(np.array(expected))
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (3, 3), (2, 5, 9)])
+@pytest.mark.parametrize("topics", [1e9, 100.0], ids=["tokens differ", "windows differ too"])
+def test_domains_that_do_not_differ(sizes: tuple[int, ...], topics: float) -> None:
+    """The mean over simulated layers of what is expected is that of what is found."""
+    generator = np.random.default_rng(0)
+    probs = np.array([0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05])
+    domains = []
+    for size in sizes:
+        of_windows = generator.dirichlet(topics * probs, size=(size, 2000))
+        domains.append(generator.multinomial(200, of_windows).astype(float))
+    found = divergence(np.stack([load_shares(domain.sum(0)) for domain in domains]))
+    expected = expected_divergence(domains)
+    assert expected is not None
+    assert expected.mean() == pytest.approx(found.mean(), rel=0.05)
+
+
+def test_one_window_has_no_halves() -> None:
+    assert expected_divergence([np.ones((1, 2, 4)), np.ones((5, 2, 4))]) is None
