@@ -99,10 +99,10 @@ def main() -> None:
         names=["dense", *made],
         report=_print,
     )
-    publish(result, made, options.dtype)
+    publish(result, made)
 
 
-def publish(result: SuiteResult, made: dict[str, list[str]], dtype: str) -> None:
+def publish(result: SuiteResult, made: dict[str, list[str]]) -> None:
     """Write the page, its tables as CSV files, and everything as JSON."""
     folder = ROOT / "docs" / "results"
     folder.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def publish(result: SuiteResult, made: dict[str, list[str]], dtype: str) -> None
     write_csv(folder / "suite.csv", scores)
     write_csv(folder / "nll.csv", nll)
     limit = "" if result.limit is None else f" --limit {result.limit}"
-    limit += "" if dtype == "float32" else f" --dtype {dtype}"
+    limit += "" if result.dtype == "float32" else f" --dtype {result.dtype}"
     folders = [DENSE, *(words[2] for words in made.values())]
     measured = f"moefy eval --suite llama-moe --no-hub{limit} {' '.join(folders)}"
     lines = [*(f"moefy {shlex.join(words)}" for words in made.values()), measured]

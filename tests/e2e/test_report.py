@@ -209,7 +209,7 @@ def test_a_benchmark_that_fails(
     out = tmp_path / "out"
     words: list[object] = ["report", out, *models[:2], "--tasks", "winogrande,nq_open"]
     words += ["--limit", 2, "--no-hub", "--data", corpus, "--windows", 1, "--no-routing"]
-    words += ["--sequence-length", 48]
+    words += ["--sequence-length", 48, "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", ["moefy", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -224,3 +224,5 @@ def test_a_benchmark_that_fails(
     assert (average, nq_open) == ("–", "–")
     assert "±" in winogrande
     assert not [name for name in Page(text).figures if name.startswith("average")]
+    assert "examples, in bfloat16." in text
+    assert "--dtype bfloat16" in text

@@ -81,6 +81,7 @@ class SuiteResult:
         source: "hub" or "archives", of the data.
         differs: by benchmark, how its data is not the paper's.
         limit: items per benchmark, or None for all.
+        dtype: of weights and computation.
         reference: name of the first dense model, with which the others are compared.
         models: one per model, in the order given.
     """
@@ -89,6 +90,7 @@ class SuiteResult:
     source: str
     differs: dict[str, str]
     limit: int | None
+    dtype: str
     reference: str | None
     models: list[ModelScores]
 
@@ -167,6 +169,7 @@ def evaluate_suite(
             if not from_hub and benchmark.stock and SOURCES[benchmark.task].differs
         },
         limit=limit,
+        dtype=dtype,
         reference=shown[dense[0]] if dense else None,
         models=[
             _model_scores(name, found, benchmarks, None if found is base else base)

@@ -63,6 +63,7 @@ def write_report(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     hub: bool | None = None,
+    dtype: str = "float32",
     data: str | Path = "demo",
     split: Split = "heldout",
     windows: int = _WINDOWS,
@@ -88,6 +89,7 @@ def write_report(
         tasks: of the harness, by name.
         limit: items per benchmark; None for all.
         hub: take the benchmarks from the hub; see `evaluate_suite`.
+        dtype: "float32" or "bfloat16", in which the benchmarks are computed.
         data: a folder of `<domain>.jsonl(.gz)` files, or `demo`.
         split: `heldout`, `train` or `all`.
         windows: per domain.
@@ -112,8 +114,8 @@ def write_report(
     check_output(out, overwrite=overwrite, sources=own, what="report", is_one=is_report)
     benchmarks: dict[str, Any] | None = None
     if suite or tasks:
-        benchmarks = {"suite": suite, "tasks": tasks, "limit": limit, "hub": hub}
-        check_suite(given, suite=suite, tasks=tasks, limit=limit)
+        benchmarks = {"suite": suite, "tasks": tasks, "limit": limit, "dtype": dtype}
+        check_suite(given, **benchmarks)
     folders = [resolve(model, report=report) for model in given]
     described = reported_models(folders, shown)
     text: dict[str, Any] = {
@@ -127,7 +129,7 @@ def write_report(
         routed = measure_routing(folders, names=shown, **text)
     scores = None
     if benchmarks is not None:
-        scores = evaluate_suite(folders, names=shown, report=report, **benchmarks)
+        scores = evaluate_suite(folders, names=shown, hub=hub, report=report, **benchmarks)
     findings = Findings(
         comparison=comparison,
         suite=scores,
