@@ -205,7 +205,7 @@ def test_a_benchmark_that_fails(
     own_cache: Path,
 ) -> None:
     """It is –, its reason is on the page and on standard error, and the rest is there."""
-    monkeypatch.setattr(harness, "available_bytes", lambda: 100_000)
+    monkeypatch.setattr(harness, "available_bytes", lambda: 50_000)
     out = tmp_path / "out"
     words: list[object] = ["report", out, *models[:2], "--tasks", "winogrande,nq_open"]
     words += ["--limit", 2, "--no-hub", "--data", corpus, "--windows", 1, "--no-routing"]
