@@ -224,5 +224,5 @@ def test_a_benchmark_that_fails(
     assert (average, nq_open) == ("–", "–")
     assert "±" in winogrande
     assert not [name for name in Page(text).figures if name.startswith("average")]
-    assert "examples, in bfloat16." in text
+    assert "of each, in bfloat16." in text
     assert "--dtype bfloat16" in text

@@ -104,7 +104,7 @@ def _quality(findings: Findings) -> Section:
 
 def _benchmarks(suite: SuiteResult) -> Section:
     items = "all items" if suite.limit is None else f"at most {suite.limit:,} items of each"
-    note = f"Measured here: {items}."
+    note = f"Measured here: {items}, in {suite.dtype}."
     if any(benchmark.stock for benchmark in suite.benchmarks):
         note += (
             " The published rows are of models of 2.7 to 3.5 billion active parameters, measured "
