@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from moefy.evaluation.inspect import inspect
     from moefy.evaluation.speed import measure_speed
     from moefy.evaluation.suite import evaluate_suite
+    from moefy.studies.plan import plan
+    from moefy.studies.run import study
     from moefy.training.run import train
     from moefy.tuning.chat import chat
     from moefy.tuning.judge import judge
@@ -41,7 +43,9 @@ __all__ = [
     "judge",
     "leaderboard",
     "measure_speed",
+    "plan",
     "prepare",
+    "study",
     "train",
     "tune",
 ]
@@ -58,7 +62,9 @@ _HOME = {
     "judge": "moefy.tuning.judge",
     "leaderboard": "moefy.construct.leaderboard",
     "measure_speed": "moefy.evaluation.speed",
+    "plan": "moefy.studies.plan",
     "prepare": "moefy.data.prepare",
+    "study": "moefy.studies.run",
     "train": "moefy.training.run",
     "tune": "moefy.tuning.run",
 }

@@ -81,16 +81,7 @@ def inspect(
     Raises:
         UsageError: no such model, or an impossible split.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        config = read_config(path)
-    elif str(source) in SHAPES:
-        config = SHAPES[str(source)]
-    else:
-        raise CheckpointError(
-            f"{source} does not exist; inspect takes a model folder, a config.json, or one of "
-            f"{', '.join(SHAPES)}"
-        )
+    config = config_of(source)
     if (experts is None) != (active is None):
         raise UsageError("--experts and --active go together: give both or neither")
     length = context or min(4096, config.get("max_position_embeddings") or 4096)
@@ -109,6 +100,23 @@ def inspect(
         split = split_config(config, experts=num_experts, active=k, name=str(source))
         costs[f"{k}/{num_experts}"] = cost(split, context=length)
     return Inspection(str(source), config, costs)
+
+
+def config_of(source: str | Path) -> dict[str, Any]:
+    """Return the config.json of a model folder, a file, or a name in `SHAPES`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return read_config(path)
+    if str(source) in SHAPES:
+        return SHAPES[str(source)]
+    raise CheckpointError(
+        f"{source} does not exist; give a model folder, a config.json, or one of "
+        f"{', '.join(SHAPES)}"
+    )
 
 
 def split_config(

@@ -5,24 +5,15 @@ from __future__ import annotations
 import csv
 import math
 import re
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
-from moefy.checkpoint.load import device
 from moefy.errors import UsageError
-from moefy.evaluation.contenders import Contender
-from moefy.evaluation.inspect import split_config
-from moefy.evaluation.timing import PHASES, Setting, in_transformers
-from moefy.progress import ProgressFn, silent
 from moefy.studies.outcome import ArmOutcome, difference
-from moefy.studies.recipe import StudyRecipe
 
 GRID = "grid.csv"
 
@@ -61,7 +52,8 @@ class GridPoint:
         half_width: of its 95 % interval over the seeds; None for one seed.
         prefill_of_dense, decode_of_dense: tokens per second over the dense model's.
         active_of_dense: active parameters over the dense model's parameters.
-        model, data, machine: what it was measured on.
+        dense_params: parameters of the dense model that it was measured on.
+        model, data, machine: that model, the text, and where speed was measured.
     """
 
     experts: int
@@ -73,6 +65,7 @@ class GridPoint:
     prefill_of_dense: float
     decode_of_dense: float
     active_of_dense: float
+    dense_params: int
     model: str
     data: str
     machine: str
@@ -85,45 +78,6 @@ class GridPoint:
 
 Speeds = dict[str, dict[str, float]]
 """Tokens per second by split ("dense" for none) and phase."""
-
-
-def measure_speeds(
-    config: Mapping[str, Any],
-    splits: Sequence[Split],
-    recipe: StudyRecipe,
-    report: ProgressFn = silent,
-) -> Speeds:
-    """Time the splits of a dense model in turn, one sequence at once, weights random.
-
-    Speed does not depend on the weights, so no model is needed. The fastest expert implementation
-    counts, for each phase; medians over the rounds.
-
-    Args:
-        config: config.json of the dense model.
-        splits: of it.
-        recipe: of the study.
-        report: told about progress.
-    """
-    plain = {key: config[key] for key in config if key != "quantization_config"}
-    contenders = [Contender("dense", plain, None, None)]
-    for split in splits:
-        made = split_config(plain, **asdict(split))
-        contenders.append(Contender(split.name, made, None, None))
-    setting = Setting((1,), recipe.prompt_tokens, recipe.new_tokens, recipe.rounds, torch.float32)
-    seconds = in_transformers(contenders, setting, report)
-    speeds: Speeds = {contender.name: {} for contender in contenders}
-    for (i, phase, _), measured in seconds.items():
-        best = min(statistics.median(values) for values in measured.values())
-        tokens = recipe.prompt_tokens if phase == "prefill" else 1
-        speeds[contenders[i].name][phase] = tokens / best
-    return speeds
-
-
-def machine_name() -> str:
-    """Say what the speeds are measured on."""
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
 
 
 def grid_of(
@@ -147,7 +101,7 @@ def grid_of(
             continue
         found = difference(arm.after, dict.fromkeys(arm.after, dense_loss))
         assert found is not None
-        ratios = {phase: speeds[name][phase] / speeds["dense"][phase] for phase in PHASES}
+        ratios = {phase: speed / speeds["dense"][phase] for phase, speed in speeds[name].items()}
         points.append(
             GridPoint(
                 **asdict(split),
@@ -157,6 +111,7 @@ def grid_of(
                 prefill_of_dense=ratios["prefill"],
                 decode_of_dense=ratios["decode"],
                 active_of_dense=arm.active_params / dense.total_params,
+                dense_params=dense.total_params,
                 model=model,
                 data=data,
                 machine=machine,

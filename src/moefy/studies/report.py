@@ -204,9 +204,9 @@ def _head(recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
         f"{facts['data']}, as `moefy study` ran them. Losses are measured on {recipe.windows} "
         f"held-out windows of {recipe.sequence_length} tokens per domain, the same for every "
         "model, and are means over the domains. A seed decides partition, router, fresh weights "
-        "and the order of samples, not the held-out text. ± is half of the 95 % interval of the mean over "
-        "the seeds (Student's t); differences are taken seed by seed. What is inside its ± is no "
-        "difference.\n"
+        "and the order of samples, not the held-out text. ± is half of the 95 % interval of the "
+        "mean over the seeds (Student's t); differences are taken seed by seed. What is inside its "
+        "± is no difference.\n"
     )
 
 

@@ -17,7 +17,7 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import changed_settings, replace_file, storage_errors
 from moefy.studies.ablations import Ablation, Arm, ablations_named
 from moefy.studies.carry import Place, carry, remove_models, remove_run
-from moefy.studies.grid import Split, machine_name, measure_speeds, split_named
+from moefy.studies.grid import Split, split_named
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.report import write_report
 from moefy.studies.runs import (
@@ -29,6 +29,7 @@ from moefy.studies.runs import (
     steps_of,
     write_runs,
 )
+from moefy.studies.speeds import machine_name, measure_speeds
 from moefy.studies.toy import SMOKE, make_toys
 
 IDENTITY = "study.json"
