@@ -15,6 +15,7 @@ import torch
 
 from moefy.checkpoint.reader import read_config
 from moefy.construct.convert import convert
+from moefy.errors import CorpusError
 from moefy.evaluation.compare import evaluate
 from moefy.evaluation.cost import cost
 from moefy.progress import ProgressFn
@@ -75,8 +76,7 @@ def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
         "flops_per_token": counted.flops_per_token,
         "curve": [],
     }
-    losses = None
-    if steps.tune is None or steps.train:
+    if steps.tune is None:
         losses = _heldout(model, place)
         found |= {"loss_before": _mean(losses), "loss": _mean(losses), "domain_loss": losses}
     if steps.train:
@@ -84,16 +84,12 @@ def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
         if not _is_complete(trained):
             choices = steps.train.model_dump()
             train(model, trained, data=place.data, report=place.report, **choices)
-        log = read_log(trained)
-        losses = _heldout(trained, place)
-        curve = [(0, found["loss_before"])]
-        curve += [
-            (line["tokens"], _mean(line["heldout_loss"])) for line in log if "heldout_loss" in line
-        ]
-        curve[-1] = (log[-1]["tokens"], _mean(losses))  # in float32, as the others of the table
-        found |= {"trained": log[-1]["tokens"], "curve": curve}
-        found |= {"loss": _mean(losses), "domain_loss": losses}
-        model = trained
+        model, log = trained, read_log(trained)
+        found["trained"] = log[-1]["tokens"]
+        if steps.tune is None:
+            losses = _heldout(trained, place)
+            found["curve"] = _curve(found["loss_before"], log, _mean(losses))
+            found |= {"loss": _mean(losses), "domain_loss": losses}
     if steps.tune:
         assert place.sft is not None
         tuned = place.work / "runs" / f"{key}-tuned"
@@ -101,6 +97,11 @@ def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
             choices = steps.tune.model_dump()
             tune(model, tuned, data=place.sft, report=place.report, **choices)
         result = json.loads((tuned / "moefy.json").read_text())["result"]
+        if result["heldout_after"] is None:
+            raise CorpusError(
+                f"of the conversations in {place.sft} none is held out (one in twenty is), so "
+                "tuning cannot be measured: add more"
+            )
         found |= {
             "conversations": result["conversations"],
             "loss_before": result["heldout_before"],
@@ -172,6 +173,13 @@ def _heldout(model: Path, place: Place) -> dict[str, float]:
     )
     (result,) = found.results
     return {domain: math.log(value) for domain, value in result.domain_perplexity.items()}
+
+
+def _curve(before: float, log: list[dict[str, Any]], after: float) -> list[tuple[int, float]]:
+    """Return loss by tokens; the ends are measured in float32, as the table's losses are."""
+    points = [(line["tokens"], line["heldout_loss"]) for line in log if "heldout_loss" in line]
+    between = [(tokens, _mean(losses)) for tokens, losses in points[:-1]]
+    return [(0, before), *between, (log[-1]["tokens"], after)]
 
 
 def _mean(losses: Mapping[str, float]) -> float:

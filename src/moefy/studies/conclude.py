@@ -6,8 +6,15 @@ It claims a difference only where the 95 % interval over the seeds leaves 0 out.
 from __future__ import annotations
 
 from moefy.studies.ablations import Ablation
-from moefy.studies.outcome import ArmOutcome, Spread, difference
+from moefy.studies.outcome import ArmOutcome, difference
 
+_GROUPS = (
+    "lower",
+    "higher",
+    "no difference beyond the spread",
+    "no spread known",
+    "no seed in common",
+)
 _NUMBERS = ("no", "One", "Two", "Three", "Four", "Five")
 
 
@@ -72,30 +79,33 @@ def _mean(arm: ArmOutcome) -> float:
 
 
 def _differences(arms: dict[str, ArmOutcome]) -> str:
-    sentences = []
+    """Say which arms differ from what they are compared with, at the start and in the end."""
+    after = _grouped(arms, before=False)
+    if not any(arm.learned and arm.against for arm in arms.values()):
+        return f"{after[:1].upper()}{after[1:]}." if after else ""
+    said = {"At the start": _grouped(arms, before=True), "In the end": after}
+    return " ".join(f"{when}, {text}." for when, text in said.items() if text)
+
+
+def _grouped(arms: dict[str, ArmOutcome], *, before: bool) -> str:
+    """List the pairs by what can be said of them; pairs that begin as one model are left out."""
+    groups: dict[str, list[str]] = {name: [] for name in _GROUPS}
     for arm in arms.values():
-        if arm.against is None or arm.against not in arms:
+        other = arms.get(arm.against or "")
+        if other is None:
             continue
-        other = arms[arm.against]
-        after = difference(arm.after, other.after)
-        if after is None:
-            sentences.append(f"{arm.name} and {other.name} have no seed in common.")
-            continue
-        said = _said(after)
-        before = difference(arm.before, other.before)
-        if before is not None and arm.learned and other.learned:
-            said = f"{_said(before)} before, {said} in the end"
-        sentences.append(f"{arm.name} against {other.name}: {said}.")
-    return " ".join(sentences)
-
-
-def _said(found: Spread) -> str:
-    if found.half_width is None:
-        return f"{found.mean:+.3f} nats (no spread)"
-    size = f"± {found.half_width:.3f}"
-    if not found.sign:
-        return f"no difference beyond the spread ({found.mean:+.3f} {size})"
-    return f"{abs(found.mean):.3f} {size} nats {'higher' if found.sign > 0 else 'lower'}"
+        ours, theirs = (each.before if before else each.after for each in (arm, other))
+        found = difference(ours, theirs)
+        pair = f"{arm.name} against {other.name}"
+        if found is None:
+            groups["no seed in common"].append(pair)
+        elif found.sign:
+            groups["higher" if found.sign > 0 else "lower"].append(f"{pair} ({found.text('+')})")
+        elif found.half_width is not None:
+            groups["no difference beyond the spread"].append(f"{pair} ({found.text('+')})")
+        elif found.mean or not before:
+            groups["no spread known"].append(f"{pair} ({found.text('+')})")
+    return "; ".join(f"{name}: {', '.join(pairs)}" for name, pairs in groups.items() if pairs)
 
 
 def _paper(ablation: Ablation, arms: dict[str, ArmOutcome]) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, 97.5th percentile, for 1 to 9 degrees of freedom; beyond, the last is used."""
 
+_SMALLEST = 0.0005
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -29,10 +31,20 @@ class Spread:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval leaves 0 out, else 0."""
-        if self.half_width is None or abs(self.mean) <= self.half_width:
+        """1 or -1 where the interval leaves 0 out and 3 decimals show it, else 0."""
+        if self.half_width is None or abs(self.mean) <= max(self.half_width, _SMALLEST):
             return 0
         return 1 if self.mean > 0 else -1
+
+    def text(self, sign: str = "") -> str:
+        """Return it as a table shows it, as in 3.141 ± 0.002.
+
+        Args:
+            sign: "+" to show that of a positive mean.
+        """
+        mean = round(self.mean, 3) or 0.0  # no -0.000
+        shown = f"{mean:{sign}.3f}"
+        return shown if self.half_width is None else f"{shown} ± {self.half_width:.3f}"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from moefy.studies.recipe import StudyRecipe
 from moefy.studies.runs import Run, run_csv_rows
 
 PAGE = "study.md"
+HEAD = "about.md"
+"""What was studied, and what could not be: the beginning of the page."""
 SPEED = "speed.json"
 Curves = dict[str, dict[int, list[tuple[int, float]]]]
 """Tokens and loss, by arm and seed."""
@@ -61,29 +63,44 @@ def write_report(
         with storage_errors(out):
             figure = ablation_figures(out, ablation)
             figure.savefig(out / f"{ablation.name}.png", dpi=150)
-    sections = {name: section(out, name) for name in _present(out)}
-    page = [_head(recipe, facts), *sections.values(), _skipped(skipped)]
-    replace_file(out / PAGE, "\n".join(part for part in page if part))
-    return {name: conclusion_of(out, name) for name in sections}
+    replace_file(out / HEAD, _head(recipe, facts) + _skipped(skipped))
+    replace_file(out / PAGE, page(out))
+    return {name: conclusion_of(out, name) for name in present(out)}
 
 
-def _present(folder: Path) -> list[str]:
+def present(folder: Path) -> list[str]:
+    """Return the names of the ablations that a folder has results of."""
     return [a.name for a in ABLATIONS if (folder / f"{a.name}.csv").is_file()]
 
 
-def section(folder: Path, name: str) -> str:
-    """Return an ablation's section, from the CSV files in a folder."""
+def page(folder: Path, *, links: str = "") -> str:
+    """Return the whole page, from the files in a folder.
+
+    Args:
+        folder: of a study.
+        links: from the page to the folder.
+    """
+    sections = [section(folder, name, links=links) for name in present(folder)]
+    return "\n".join([(folder / HEAD).read_text(), *sections])
+
+
+def section(folder: Path, name: str, *, links: str = "") -> str:
+    """Return an ablation's section, from the CSV files in a folder.
+
+    Args:
+        folder: of the files.
+        name: of the ablation.
+        links: from the page to the folder, as in "study/".
+    """
     (ablation,) = (ablation for ablation in ABLATIONS if ablation.name == name)
     arms = read_outcome(folder / f"{name}.csv")
-    data = [f"[{name}.csv]({name}.csv)"]
-    if (folder / f"{name}-curves.csv").is_file():
-        data.append(f"[{name}-curves.csv]({name}-curves.csv)")
+    names = [f"{name}.csv", f"{name}-curves.csv", *([GRID] if name == "size" else [])]
+    data = [f"[{file}]({links}{file})" for file in names if (folder / file).is_file()]
     parts = [f"## {ablation.title}", ablation.setup, markdown(outcome_rows(arms)).rstrip()]
     if name == "size" and (folder / GRID).is_file():
         parts.append(markdown(grid_rows(read_grid(folder / GRID))).rstrip())
-        data.append(f"[{GRID}]({GRID})")
     parts += [
-        f"![{ablation.title}]({name}.png)",
+        f"![{ablation.title}]({links}{name}.png)",
         f"**Conclusion.** {conclusion_of(folder, name)}",
         f"Loss: {ablation.measure}. Every run: {', '.join(data)}.",
     ]
@@ -104,21 +121,19 @@ def outcome_rows(arms: dict[str, ArmOutcome]) -> Rows:
     learned = any(arm.learned for arm in arms.values())
     domains = next(iter(arms.values())).domains
     shows_domains = len(domains) > 1
-    header = ["arm", "seeds"] + (["loss before"] if learned else [])
-    header += ["loss", "against", "difference"]
+    header = ["arm", "seeds", "against"]
+    header += ["loss before", "difference"] if learned else []
+    header += ["loss", "difference"]
     if shows_domains:
         header += list(domains)
     rows = [[*header, "params", "active"]]
     for arm in arms.values():
         other = arms.get(arm.against) if arm.against else None
-        found = difference(arm.after, other.after) if other else None
-        cells = [arm.name, str(len(arm.after))]
-        cells += [_cell(spread(list(arm.before.values())))] if learned else []
-        cells += [
-            _cell(spread(list(arm.after.values()))),
-            other.name if other else "",
-            "" if found is None else _cell(found, "+"),
-        ]
+        cells = [arm.name, str(len(arm.after)), other.name if other else ""]
+        for when in ("before", "after") if learned else ("after",):
+            losses = getattr(arm, when)
+            found = difference(losses, getattr(other, when)) if other else None
+            cells += [spread(list(losses.values())).text(), found.text("+") if found else ""]
         if shows_domains:
             cells += [f"{arm.domains[domain]:.3f}" for domain in domains]
         cells += [_millions(arm.total_params), _millions(arm.active_params)]
@@ -137,7 +152,7 @@ def grid_rows(points: list[GridPoint]) -> Rows:
                 point.split.name,
                 str(point.shared),
                 f"{point.active_of_dense:.0%}",
-                _cell(nats),
+                nats.text(),
                 f"{point.prefill_of_dense:.2f}",
                 f"{point.decode_of_dense:.2f}",
                 "yes" if point in best else "",
@@ -198,15 +213,17 @@ def _front_text(points: list[GridPoint]) -> str:
 
 
 def _head(recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
+    seeds = ", ".join(map(str, range(recipe.seeds)))
     return (
         "# Study\n\n"
-        f"The ablations of LLaMA-MoE (arXiv 2406.16554) on {facts['model']} and the text "
+        f"The ablations of LLaMA-MoE (arXiv 2406.16554) on {facts['model']}, text: "
         f"{facts['data']}, as `moefy study` ran them. Losses are measured on {recipe.windows} "
         f"held-out windows of {recipe.sequence_length} tokens per domain, the same for every "
-        "model, and are means over the domains. A seed decides partition, router, fresh weights "
-        "and the order of samples, not the held-out text. ± is half of the 95 % interval of the "
-        "mean over the seeds (Student's t); differences are taken seed by seed. What is inside its "
-        "± is no difference.\n"
+        "model, and are means over the domains.\n\n"
+        f"Seeds: {seeds}. A seed decides partition, router, fresh weights and the order of "
+        "samples, not the held-out text. ± is half of the 95 % interval of the mean over the seeds "
+        "(Student's t); differences are taken seed by seed, and what is inside its ± is no "
+        "difference. Every setting is in `recipe.yaml` beside the tables.\n"
     )
 
 
@@ -214,12 +231,7 @@ def _skipped(skipped: Mapping[str, str]) -> str:
     if not skipped:
         return ""
     lines = "".join(f"- {what}: {why}\n" for what, why in skipped.items())
-    return f"## Not run\n\n{lines}"
-
-
-def _cell(found: Spread, sign: str = "") -> str:
-    text = f"{found.mean:{sign}.3f}"
-    return text if found.half_width is None else f"{text} ± {found.half_width:.3f}"
+    return f"\nNot run:\n\n{lines}"
 
 
 def _millions(count: int) -> str:

@@ -131,6 +131,8 @@ def study(
     if splits:
         _measure_speeds(out, read_config(dense), sorted(splits), choice, report)
     facts = {"model": Path(model).name, "data": Path(data).name, "machine": machine_name()}
+    if smoke:
+        facts |= {"model": "a toy model", "data": "toy text"}
     conclusions = write_report(out, list(runs.values()), choice, facts, skipped)
     return Study(out, choice, list(runs.values()), measured, skipped, conclusions)
 

@@ -54,4 +54,5 @@ def machine_name() -> str:
     """Say what the speeds are measured on."""
     if device().type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
+    count = torch.get_num_threads()
+    return f"{count} CPU thread{'s' if count > 1 else ''}"
