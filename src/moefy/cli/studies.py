@@ -100,7 +100,7 @@ def plan(
         model,
         active_params=_count(active_params) if active_params else None,
         speedup=speedup,
-        phase=phase,  # type: ignore[arg-type]
+        phase=phase,
         study=study,
     )
     if as_json:

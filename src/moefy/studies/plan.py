@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moefy.checkpoint.families import FAMILIES
 from moefy.errors import UsageError
@@ -13,7 +13,6 @@ from moefy.evaluation.cost import Cost, cost
 from moefy.evaluation.inspect import config_of, split_config
 from moefy.studies.grid import GRID, GridPoint, read_grid
 
-Phase = Literal["prefill", "decode"]
 READABLE = 0.03
 """Differences below this many nats are not to be read (docs/experiments.md, section 4)."""
 
@@ -32,7 +31,7 @@ class Candidate:
     cost: Cost
     fits: bool
 
-    def speed(self, phase: Phase) -> float:
+    def speed(self, phase: str) -> float:
         """Return tokens per second over the dense model's, as measured on the grid's model."""
         return self.point.decode_of_dense if phase == "decode" else self.point.prefill_of_dense
 
@@ -69,7 +68,7 @@ def plan(
     *,
     active_params: int | None = None,
     speedup: float | None = None,
-    phase: Phase = "decode",
+    phase: str = "decode",
     study: str | Path | None = None,
 ) -> Plan:
     """Recommend a split: the lowest predicted loss within a size or at a speed.
@@ -82,7 +81,7 @@ def plan(
         model: dense: a folder, a config.json, or a name that `inspect` knows.
         active_params: how many parameters may run for a token.
         speedup: tokens per second over the dense model's, at least. One of the two is given.
-        phase: that the speedup is of, and in which the fastest is chosen.
+        phase: decode or prefill: what the speedup is of, and in which the fastest is chosen.
         study: folder of a study whose ablation of size has ended; None for the grid that comes
             with moefy.
 
@@ -134,7 +133,7 @@ def _cost(config: Mapping[str, Any], point: GridPoint, context: int, name: str) 
     return cost(split_config(config, **asdict(point.split), name=name), context=context)
 
 
-def _best(fitting: Sequence[Candidate], phase: Phase) -> Candidate:
+def _best(fitting: Sequence[Candidate], phase: str) -> Candidate:
     lowest = fitting[0].point.nats_above_dense
     equal = [each for each in fitting if each.point.nats_above_dense - lowest <= READABLE]
     return max(equal, key=lambda candidate: candidate.speed(phase))
@@ -146,7 +145,7 @@ def _check_reachable(
     candidates: list[Candidate],
     active_params: int | None,
     speedup: float | None,
-    phase: Phase,
+    phase: str,
 ) -> None:
     small, large = (
         pick(candidates, key=lambda candidate: candidate.cost.active_params) for pick in (min, max)
