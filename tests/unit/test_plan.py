@@ -21,7 +21,13 @@ DENSE = 134_515_008
 def point(active: int, experts: int, nats: float, decode: float, **other: Any) -> GridPoint:
     return GridPoint(
         **{
-            **{"experts": experts, "active": active, "shared": active // 2, "seeds": 3},
+            **{
+                "experts": experts,
+                "active": active,
+                "shared": active // 2,
+                "seeds": 3,
+                "trained": 0,
+            },
             **{"nats_above_dense": nats, "half_width": 0.01, "prefill_of_dense": decode / 2},
             **{"decode_of_dense": decode, "active_of_dense": active / experts},
             **{"dense_params": DENSE, "model": "m", "data": "d", "machine": "2 CPU threads"},
@@ -78,7 +84,7 @@ def test_the_lowest_loss_at_a_speed(grid: Path) -> None:
         "moefy convert llama-2-7b OUT --experts 16 --active 4 --shared 4 --partition coactivation "
         "--set refit_ridge=0.01"
     )
-    assert "llama-2-7b has 50.1 times its parameters" in found.basis
+    assert "llama-2-7b has 50.1 times its parameters, and its own numbers" in found.basis
     found = moefy.plan("llama-2-7b", speedup=0.5, phase="prefill", study=grid)
     assert found.recommended.point == POINTS[4]
 

@@ -46,7 +46,7 @@ def outcome(folder: Path, off: list[float], on: list[float]) -> dict[str, ArmOut
     runs = [run("dense", 0, 1.5, 1.5)]
     runs += [run(OFF, seed, loss + 2, loss) for seed, loss in enumerate(off)]
     runs += [run(ON, seed, loss + 2, loss, OFF) for seed, loss in enumerate(on)]
-    write_csv(folder / "rescaling.csv", run_csv_rows(RESCALING, runs))
+    write_csv(folder / "rescaling.csv", run_csv_rows(runs))
     return read_outcome(folder / "rescaling.csv")
 
 

@@ -171,8 +171,8 @@ def _scratch(recipe: StudyRecipe) -> tuple[Arm, ...]:
 
 
 def _size(recipe: StudyRecipe) -> tuple[Arm, ...]:
-    arms = [_DENSE]
-    previous = None
+    arms, previous = [_DENSE], None
+    train: Mapping[str, Any] | None = {} if recipe.train_sizes else None
     for share in reversed(SHARES):
         splits = [(round(share * experts), experts) for experts in recipe.grid]
         splits = [(k, experts) for k, experts in splits if k >= 1 and k == share * experts]
@@ -182,7 +182,7 @@ def _size(recipe: StudyRecipe) -> tuple[Arm, ...]:
         for active, experts in splits:
             name = f"{active}/{experts}"
             counts = {"experts": experts, "active": active, "shared": active // 2}
-            arms.append(Arm(name, convert=counts, against=base or previous))
+            arms.append(Arm(name, convert=counts, train=train, against=base or previous))
             if base is None and previous and share < recipe.active / recipe.experts:
                 arms[-1] = replace(arms[-1], expected="higher")
             base = base or name
@@ -190,7 +190,7 @@ def _size(recipe: StudyRecipe) -> tuple[Arm, ...]:
             counts = {"experts": recipe.experts, "active": usual[0], "shared": usual[0]}
             choices = {"partition": "coactivation", "refit_ridge": 0.01}
             name = f"pruned {usual[0]}/{recipe.experts}"
-            arms.append(Arm(name, convert=counts | choices, against=base))
+            arms.append(Arm(name, convert=counts | choices, train=train, against=base))
         previous = base or previous
     return tuple(arms)
 
@@ -249,8 +249,8 @@ ABLATIONS = (
     Ablation(
         "size",
         "Expert size and count",
-        "moefy's default at every split, half of the active slices shared, without training; "
-        "pruned is static pruning to the same active size, a dense model.",
+        "moefy's default at every split, half of the active slices shared; pruned is static "
+        "pruning to the same active size, a dense model.",
         "4/16, 2/8 and 2/16 average 57.7, 57.6 and 55.5 over eleven benchmarks; other sizes are "
         "its future work",
         _size,

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from moefy.errors import UsageError
 from moefy.studies.outcome import ArmOutcome, difference
 
-GRID = "grid.csv"
+GRID, SPEED = "grid.csv", "speed.json"
 
 
 @dataclass(frozen=True, order=True)
@@ -48,6 +48,7 @@ class GridPoint:
     Attributes:
         experts, active, shared: the split.
         seeds: measured.
+        trained: tokens trained on before that.
         nats_above_dense: mean over the seeds of the held-out loss minus the dense model's.
         half_width: of its 95 % interval over the seeds; None for one seed.
         prefill_of_dense, decode_of_dense: tokens per second over the dense model's.
@@ -60,6 +61,7 @@ class GridPoint:
     active: int
     shared: int
     seeds: int
+    trained: int
     nats_above_dense: float
     half_width: float | None
     prefill_of_dense: float
@@ -105,7 +107,8 @@ def grid_of(
         points.append(
             GridPoint(
                 **asdict(split),
-                seeds=found.count,
+                seeds=len(arm.after),
+                trained=arm.trained,
                 nats_above_dense=found.mean,
                 half_width=found.half_width,
                 prefill_of_dense=ratios["prefill"],

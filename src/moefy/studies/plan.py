@@ -184,14 +184,15 @@ def _command(model: str, point: GridPoint) -> str:
 def _basis(model: str, dense: Cost, point: GridPoint) -> str:
     times = dense.total_params / point.dense_params
     seeds = "one seed" if point.seeds == 1 else f"{point.seeds} seeds"
+    when = f"after {point.trained:,} tokens of training" if point.trained else "before any training"
     text = (
-        f"Parameters are {model}'s own. Loss (nats above dense, before any training; text: "
-        f"{point.data}; {seeds}) and speed ({point.machine}) were measured on {point.model}"
+        f"Parameters are {model}'s own. Loss (nats above dense, {when}; text: {point.data}; "
+        f"{seeds}) and speed ({point.machine}) were measured on {point.model}"
     )
     if times == 1:
         return f"{text}, which has as many parameters."
     far = f"{times:,.1f} times" if times > 1 else f"1/{1 / times:,.1f} of"
     return (
-        f"{text}; {model} has {far} its parameters, so expect the order of the splits to hold "
-        "rather than the numbers."
+        f"{text}; {model} has {far} its parameters, and its own numbers will be others: "
+        f"`moefy study OUT --model {model} --only size` measures them, `--study OUT` plans by them."
     )

@@ -15,7 +15,8 @@ class StudyRecipe(Recipe):
     """Settings that are the same for every arm of every ablation.
 
     `experts` and `active` are the split of all ablations but that of size, the paper's 4/16;
-    `grid` are the numbers of experts of the ablation of size. `tokens` are trained on by every arm
+    `grid` are the numbers of experts of the ablation of size, which is trained
+    only with `train_sizes`. `tokens` are trained on by every arm
     that trains, `windows` of `sequence_length` tokens are held out in every domain, and the loss
     there is measured `evaluations` times along training. `convert`, `train` and `tune` hold keys of
     these commands' recipes; what an arm itself says comes before them. Speed is measured on
@@ -30,6 +31,7 @@ class StudyRecipe(Recipe):
     experts: Positive = 16
     active: Annotated[int, Field(ge=2)] = 4
     grid: tuple[Positive, ...] = (8, 16, 32, 64)
+    train_sizes: bool = False
     prompt_tokens: Positive = 128
     new_tokens: Positive = 32
     rounds: Positive = 3
@@ -48,4 +50,4 @@ class StudyRecipe(Recipe):
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for results to stand in one folder."""
-        return self.model_dump(mode="json", exclude={"seeds", "grid"})
+        return self.model_dump(mode="json", exclude={"seeds", "grid", "train_sizes"})

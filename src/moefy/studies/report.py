@@ -16,7 +16,7 @@ from moefy.report.tables import Rows, markdown, write_csv
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, Ablation
 from moefy.studies.conclude import conclusion
-from moefy.studies.grid import GRID, GridPoint, front, grid_csv_rows, grid_of, read_grid
+from moefy.studies.grid import GRID, SPEED, GridPoint, front, grid_csv_rows, grid_of, read_grid
 from moefy.studies.outcome import ArmOutcome, Spread, difference, read_outcome, spread
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.runs import Run, run_csv_rows
@@ -24,7 +24,6 @@ from moefy.studies.runs import Run, run_csv_rows
 PAGE = "study.md"
 HEAD = "about.md"
 """What was studied, and what could not be: the beginning of the page."""
-SPEED = "speed.json"
 Curves = dict[str, dict[int, list[tuple[int, float]]]]
 """Tokens and loss, by arm and seed."""
 
@@ -55,7 +54,7 @@ def write_report(
             continue
         found.sort(key=lambda run: (order.index(run.arm), run.seed))
         with storage_errors(out):
-            write_csv(out / f"{ablation.name}.csv", run_csv_rows(ablation, found))
+            write_csv(out / f"{ablation.name}.csv", run_csv_rows(found))
             if any(run.curve for run in found):
                 write_csv(out / f"{ablation.name}-curves.csv", curve_rows(found))
         if ablation.name == "size":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import changed_settings, replace_file, storage_errors
 from moefy.studies.ablations import Ablation, Arm, ablations_named
 from moefy.studies.carry import Place, carry, remove_models, remove_run
-from moefy.studies.grid import Split, split_named
+from moefy.studies.grid import SPEED, Split, split_named
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.report import write_report
 from moefy.studies.runs import (
@@ -31,9 +32,9 @@ from moefy.studies.runs import (
 )
 from moefy.studies.speeds import machine_name, measure_speeds
 from moefy.studies.toy import SMOKE, make_toys
+from moefy.tuning.conversations import read_conversations
 
 IDENTITY = "study.json"
-SPEED = "speed.json"
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ def _jobs(
     """
     inner = read_config(dense)["intermediate_size"]
     domains = [domain.name for domain in open_domains(data, report=report)]
+    if sft and any(ablation.needs == "conversations" for ablation in wanted):
+        read_conversations(sft)  # what is wrong with them is known now, and not hours later
     jobs, skipped = [], {}
     for ablation in wanted:
         if reason := _lacks(ablation, domains, sft):
@@ -245,6 +248,8 @@ def _lacks(ablation: Ablation, domains: list[str], sft: str | Path | None) -> st
     """Say what an ablation needs and does not have."""
     if ablation.needs == "conversations" and sft is None:
         return "needs conversations: name them with --sft"
+    if ablation.needs == "conversations" and not (find_spec("trl") and find_spec("peft")):
+        return "needs the packages trl and peft: pip install 'moefy[tune]'"
     if ablation.needs == "seven domains":
         try:
             initial_weights("StaticSheared", domains)

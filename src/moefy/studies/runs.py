@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from moefy.recipe import ConvertRecipe
 from moefy.storage import read_records, write_records
-from moefy.studies.ablations import Ablation, Arm
+from moefy.studies.ablations import Arm
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.follow import is_dynamic
 from moefy.training.recipe import TrainRecipe
@@ -174,7 +174,7 @@ def write_runs(out: Path, runs: Mapping[tuple[str, str, int], Run]) -> None:
     write_records(out / RUNS, (asdict(run) for run in runs.values()))
 
 
-def run_csv_rows(ablation: Ablation, runs: list[Run]) -> list[list[str]]:
+def run_csv_rows(runs: list[Run]) -> list[list[str]]:
     """Return header and rows of an ablation's CSV file: a run a row, in the order of the arms."""
     domains = list(dict.fromkeys(name for run in runs for name in run.domain_loss))
     header = ["arm", "seed", "against", "expected", "trained", "conversations", "total_params"]

@@ -11,7 +11,7 @@ import torch
 
 from moefy.data.strategies import SLIMPAJAMA
 from moefy.progress import ProgressFn
-from moefy.storage import whole_folder
+from moefy.storage import whole_folder, write_records
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.run import train
 
@@ -72,7 +72,7 @@ def make_toys(folder: Path, report: ProgressFn) -> None:
         with whole_folder(text) as partial:
             _write_text(partial)
     if not talks.is_file():
-        talks.write_text("".join(json.dumps(talk) + "\n" for talk in _conversations()))
+        write_records(talks, _conversations())
     if not (model / "config.json").is_file():
         with whole_folder(folder / "untrained") as partial:
             _write_model(partial)
