@@ -60,7 +60,7 @@ def ablation_figure(
 def pareto_figure(points: Sequence[GridPoint]) -> Figure:
     """Draw loss above dense over active parameters, and over measured speed.
 
-    A line per number of experts, static pruning beside them; bars are 95 % intervals over seeds.
+    A colour per number of experts, static pruning in grey; bars are 95 % intervals over seeds.
     """
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -77,17 +77,20 @@ def pareto_figure(points: Sequence[GridPoint]) -> Figure:
     for axes, (key, label) in zip(panels, x_values, strict=True):
         for name, found in groups.items():
             line = sorted(found, key=lambda p: p.active_of_dense)
+            pruned = "pruned" in name
+            style = ("--" if pruned else "-") if key == "active_of_dense" else "none"
             axes.errorbar(
                 [getattr(point, key) for point in line],
                 [point.nats_above_dense for point in line],
                 yerr=[point.half_width or 0.0 for point in line],
-                marker="s" if "pruned" in name else "o",
-                linestyle="--" if "pruned" in name else "-",
+                marker="s" if pruned else "o",
+                color="0.2" if pruned else None,
+                linestyle=style,
                 markersize=4,
                 label=name,
             )
         axes.set(xlabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="nats above dense")
-    panels[2].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panels[0].legend(frameon=False)
     return figure
