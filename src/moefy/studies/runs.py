@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from moefy.recipe import ConvertRecipe
 from moefy.storage import read_records, write_records
 from moefy.studies.ablations import Arm
@@ -165,7 +167,7 @@ def read_runs(out: Path) -> dict[tuple[str, str, int], Run]:
     Raises:
         OutputError: a line is no run of this version.
     """
-    runs = read_records(out / RUNS, lambda record: Run(**record), what="run")
+    runs = read_records(out / RUNS, TypeAdapter(Run).validate_python, what="run")
     return {run.place: run for run in runs}
 
 
