@@ -1,61 +1,69 @@
-"""Make the grid that `moefy plan` reads out of a leaderboard, until a study has measured one.
+"""Make the grid that `moefy plan` reads out of what docs/ has, until a study has measured one.
 
-    python benchmarks/leaderboard_grid.py docs/construction/leaderboard.csv smollm2-135m DATA-NAME
+    python benchmarks/leaderboard_grid.py
 
-Losses are the leaderboard's (one seed), for moefy's default and static pruning to the stream;
-speeds are measured now. `moefy study OUT --only size` and benchmarks/publish_study.py replace it.
+Losses are docs/construction/leaderboard.csv's (one seed), for moefy's default and static pruning to
+the stream; speeds are docs/runtimes/transformers.csv's (one sequence), which knows half of the FFN
+alone. `moefy study OUT --only size` and benchmarks/publish_study.py replace it.
 """
 
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
-from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.source import resolve
 from moefy.evaluation.cost import cost
-from moefy.evaluation.inspect import split_config
+from moefy.evaluation.inspect import SHAPES, split_config
 from moefy.report.tables import write_csv
 from moefy.studies.grid import GRID, GridPoint, Split, grid_csv_rows
-from moefy.studies.recipe import StudyRecipe
-from moefy.studies.speeds import machine_name, measure_speeds
 
-ROWS = ("moefy", "static + refit to the stream")
-PACKAGE = Path(__file__).resolve().parents[1] / "src/moefy/studies"
+ROOT = Path(__file__).resolve().parents[1]
+SPLITS = {
+    Split(64, 32, 16): ("moefy", "MoE 32/64, 16 shared"),
+    Split(64, 32, 32): ("static + refit to the stream", "dense of the active size"),
+}
 
 
-def main(board: Path, model: str, data: str) -> None:
-    config = read_config(resolve(model))
-    with board.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] in ROWS]
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "docs" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
     nats = {
-        Split(*(int(row[key]) for key in ("experts", "active", "shared"))): row["nats_above_dense"]
-        for row in rows
+        (row["method"], Split(*(int(row[key]) for key in ("experts", "active", "shared")))): row
+        for row in rows_of("construction/leaderboard.csv")
     }
-    speeds = measure_speeds(config, sorted(nats), StudyRecipe())
+    speeds = {
+        (row["model"], row["phase"]): float(row["tok/s"].replace(",", ""))
+        for row in rows_of("runtimes/transformers.csv")
+        if row["batch"] == "1"
+    }
+    config = SHAPES["smollm2-135m"]
     params = cost(config).total_params
     points = []
-    for split in sorted(nats):
-        active = cost(split_config(config, **vars(split))).active_params
+    for split, (method, timed) in SPLITS.items():
+        ratios = {
+            f"{phase}_of_dense": speeds[timed, phase] / speeds["dense", phase]
+            for phase in ("prefill", "decode")
+        }
         points.append(
             GridPoint(
                 **vars(split),
+                **ratios,
                 seeds=1,
                 trained=0,
-                nats_above_dense=float(nats[split]),
+                nats_above_dense=float(nats[method, split]["nats_above_dense"]),
                 half_width=None,
-                prefill_of_dense=speeds[split.name]["prefill"] / speeds["dense"]["prefill"],
-                decode_of_dense=speeds[split.name]["decode"] / speeds["dense"]["decode"],
-                active_of_dense=active / params,
+                active_of_dense=cost(split_config(config, **vars(split))).active_params / params,
                 dense_params=params,
-                model=model,
-                data=data,
-                machine=machine_name(),
+                model="smollm2-135m",
+                data="seven SlimPajama domains",
+                machine="2 CPU threads",
             )
         )
-    write_csv(PACKAGE / GRID, grid_csv_rows(points))
+    write_csv(ROOT / "src/moefy/studies" / GRID, grid_csv_rows(points))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main()

@@ -91,7 +91,7 @@ def plan(
 ) -> None:
     """Recommend a split for a size or a speed, from what was measured.
 
-    Example: `moefy plan llama-2-7b --active-params 3.5B`
+    Example: `moefy plan smollm2-135m --active-params 100M`
     """
     from moefy.report.tables import plan_rows
     from moefy.studies.plan import plan as run
