@@ -12,15 +12,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moefy.storage import cache_folder
+from moefy.studies.toy import byte_tokenizer
 
 settings.register_profile("moefy", deadline=None)  # a busy machine is no failure
 settings.load_profile("moefy")
@@ -60,18 +55,6 @@ def write_tiny_llama(folder: Path, **settings: Any) -> Path:
     LlamaForCausalLM(LlamaConfig(**_SHAPE | settings)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end-of-text token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 @pytest.fixture(params=["tied", "untied"])

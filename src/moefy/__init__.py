@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from moefy.evaluation.speed import measure_speed
     from moefy.evaluation.suite import evaluate_suite
     from moefy.report.write import write_report
+    from moefy.studies.plan import plan
+    from moefy.studies.run import study
     from moefy.training.run import train
     from moefy.tuning.chat import chat
     from moefy.tuning.judge import judge
@@ -44,7 +46,9 @@ __all__ = [
     "leaderboard",
     "measure_routing",
     "measure_speed",
+    "plan",
     "prepare",
+    "study",
     "train",
     "tune",
     "write_report",
@@ -63,7 +67,9 @@ _HOME = {
     "leaderboard": "moefy.construct.leaderboard",
     "measure_routing": "moefy.evaluation.routing",
     "measure_speed": "moefy.evaluation.speed",
+    "plan": "moefy.studies.plan",
     "prepare": "moefy.data.prepare",
+    "study": "moefy.studies.run",
     "train": "moefy.training.run",
     "tune": "moefy.tuning.run",
     "write_report": "moefy.report.write",

@@ -83,7 +83,7 @@ class ConvertRecipe(Recipe):
         "ascent"
     )
     router_ridge: Annotated[float, Field(gt=0)] = 1.0
-    repair: Literal["none", "paper", "scale", "refit"] = "refit"
+    repair: Literal["none", "unscaled", "paper", "scale", "refit"] = "refit"
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
     aim: Literal["ffn", "residual"] = "residual"
     target: (

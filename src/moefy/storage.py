@@ -7,16 +7,18 @@ a crash, a kill or a full disk at any moment leaves either the old state or the 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moefy.errors import OutputError, StorageError
 
+Record = TypeVar("Record")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -161,6 +163,46 @@ def replace_file(path: Path, content: str) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def read_records(
+    file: Path, build: Callable[[dict[str, Any]], Record], *, what: str
+) -> list[Record]:
+    """Read a file of one JSON object a line; none where there is no file.
+
+    Args:
+        file: in a folder that may not exist yet.
+        build: makes a record of an object.
+        what: a record is, for the error.
+
+    Raises:
+        OutputError: the folder is a file, or a line is no record.
+    """
+    if file.parent.exists() and not file.parent.is_dir():
+        raise OutputError(f"{file.parent} is a file: choose another output folder")
+    if not file.exists():
+        return []
+    records = []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            records.append(build(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{file}, line {number} is no {what} of this version of moefy ({error!r}): remove "
+                "the line, or choose another folder"
+            ) from error
+    return records
+
+
+def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, the file whole.
+
+    Raises:
+        StorageError: the disk is full, or the place cannot be written.
+    """
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, "".join(json.dumps(record) + "\n" for record in records))
 
 
 @contextmanager

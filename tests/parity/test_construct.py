@@ -26,6 +26,7 @@ EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 
 CHOICES = [
     {"partition": "random", "router": "random", "repair": "paper"},
+    {"partition": "random", "router": "random", "repair": "unscaled"},
     {"partition": "clustering-up", "router": "mean-gate", "repair": "none"},
     {"partition": "clustering-gate", "router": "representative", "repair": "scale"},
     {"partition": "coactivation", "router": "ridge", "repair": "refit"},

@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     [
         ("llama", {"shared": 0}),
         ("llama", {"shared": 0, "repair": "paper"}),
+        ("llama", {"shared": 0, "repair": "unscaled"}),
         ("llama", {"shared": 2, "partition": "clustering-up"}),
         ("qwen2", {"shared": 2}),
         ("qwen3", {"shared": 0}),

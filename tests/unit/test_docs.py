@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from moefy.report.tables import markdown
+from moefy.studies.grid import read_grid
+from moefy.studies.report import page
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +62,15 @@ def test_the_measured_tables(name: str, page: str) -> None:
 def test_the_benchmarks_table() -> None:
     rows = runpy.run_path(str(ROOT / "benchmarks/suite.py"))["benchmark_rows"]()
     assert markdown(rows) in (ROOT / "docs/evaluation.md").read_text()
+
+
+def test_the_study_and_the_grid_of_plan() -> None:
+    folder, grid = ROOT / "docs/study", read_grid()
+    if (folder / "grid.csv").is_file():
+        assert read_grid(folder / "grid.csv") == grid
+        assert page(folder, links="study/") == (ROOT / "docs/study.md").read_text()
+        return
+    with (ROOT / "docs/construction/leaderboard.csv").open() as file:  # benchmarks/leaderboard_grid
+        measured = {row["nats_above_dense"] for row in csv.DictReader(file)}
+    assert grid
+    assert {str(point.nats_above_dense) for point in grid} <= measured

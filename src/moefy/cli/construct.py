@@ -56,7 +56,11 @@ def convert(
     ] = None,
     repair: Annotated[
         str | None,
-        typer.Option("--repair", "--rescale", help="none, paper (E/k²), scale or refit. [refit]"),
+        typer.Option(
+            "--repair",
+            "--rescale",
+            help="none, unscaled (1/k), paper (E/k²), scale or refit. [refit]",
+        ),
     ] = None,
     target: Annotated[
         str | None,

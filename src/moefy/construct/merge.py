@@ -20,7 +20,7 @@ from moefy.checkpoint.tensors import TensorFile, open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.convert import PARTITION
 from moefy.construct.pipeline import shape_of
-from moefy.construct.repair.rescale import paper_rescale
+from moefy.construct.repair.rescale import fixed_scale
 from moefy.construct.split import Shape
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.progress import Progress, ProgressFn, silent
@@ -147,7 +147,7 @@ def _merged(
         gates.append(_half(read(target.shared_gate), target.shared_gate == target.shared_up, 0))
         ups.append(_half(read(target.shared_up), target.shared_gate == target.shared_up, 1))
         downs.append(read(target.shared_down))
-    scale = paper_rescale(shape) if recipe.repair == "paper" else 1.0
+    scale = fixed_scale(recipe, shape)
     scale *= 1.0 if target.score == "sigmoid" else shape.active
     if "{expert}" in target.gate:
         for expert in range(shape.routed):

@@ -17,7 +17,7 @@ from moefy.construct.partition.coactivation import coactivation
 from moefy.construct.partition.random import independent_random
 from moefy.construct.partition.sharing import gradient_split, sharing_inner, sharing_inter
 from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
-from moefy.construct.repair.rescale import paper_rescale
+from moefy.construct.repair.rescale import fixed_scale
 from moefy.construct.router.ascent import kept_energy_ascent
 from moefy.construct.router.energy import expert_energies, scaled
 from moefy.construct.router.oracle import OracleRouting
@@ -151,15 +151,11 @@ def _repaired_down(
     if recipe.repair == "refit":
         return refit_down_proj(sample, partition, routing, ridge=recipe.refit_ridge)
     down = partition.columns(sample.down)
-    num_shared = len(partition.shared)
-    match recipe.repair:
-        case "none":
-            return down
-        case "paper":
-            scale = paper_rescale(shape)
-            if not math.log2(scale).is_integer():  # rounded once, when the layer is written
-                down = down.float()
-            down[:, num_shared:] *= scale
-            return down
-        case "scale":
-            return down * least_squares_scale(sample, partition, routing)
+    if recipe.repair == "scale":
+        return down * least_squares_scale(sample, partition, routing)
+    scale = fixed_scale(recipe, shape)
+    if scale != 1:
+        if not math.log2(scale).is_integer():  # rounded once, when the layer is written
+            down = down.float()
+        down[:, len(partition.shared) :] *= scale
+    return down

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import OutputError
-from moefy.storage import replace_file
+from moefy.storage import read_records, replace_file, write_records
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,8 @@ def read_scores(out: Path, key: str) -> dict[tuple[str, int, int], Score]:
         OutputError: it was measured under other conditions than `key`.
     """
     file = out / "scores.jsonl"
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another output folder")
-    if not file.exists():
-        return {}
     known = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            conditions = record.pop("conditions")
-            score = Score(**record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{file}, line {number} is no score of this version of moefy ({error!r}): remove "
-                "the line, or choose another folder"
-            ) from error
+    for conditions, score in read_records(file, _conditions_and_score, what="score"):
         if conditions != key:
             raise OutputError(
                 f"{file} was measured on another model, text or seed: choose another folder"
@@ -115,6 +101,9 @@ def read_scores(out: Path, key: str) -> dict[tuple[str, int, int], Score]:
 
 def write_scores(out: Path, key: str, scores: Iterable[Score]) -> None:
     """Write `scores.jsonl`, whole."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"conditions": key, **asdict(score)}) + "\n" for score in scores]
-    replace_file(out / "scores.jsonl", "".join(lines))
+    records = ({"conditions": key, **asdict(score)} for score in scores)
+    write_records(out / "scores.jsonl", records)
+
+
+def _conditions_and_score(record: dict[str, Any]) -> tuple[str, Score]:
+    return record.pop("conditions"), Score(**record)

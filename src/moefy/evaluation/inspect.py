@@ -9,7 +9,7 @@ from typing import Any
 
 from moefy.checkpoint.families import FAMILIES, canonical_config, dense_family
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.target_config import target_config
+from moefy.checkpoint.target_config import pruned_config, target_config
 from moefy.checkpoint.targets import native_target
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.evaluation.cost import Cost, cost
@@ -81,16 +81,7 @@ def inspect(
     Raises:
         UsageError: no such model, or an impossible split.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        config = read_config(path)
-    elif str(source) in SHAPES:
-        config = SHAPES[str(source)]
-    else:
-        raise CheckpointError(
-            f"{source} does not exist; inspect takes a model folder, a config.json, or one of "
-            f"{', '.join(SHAPES)}"
-        )
+    config = config_of(source)
     if (experts is None) != (active is None):
         raise UsageError("--experts and --active go together: give both or neither")
     length = context or min(4096, config.get("max_position_embeddings") or 4096)
@@ -111,31 +102,56 @@ def inspect(
     return Inspection(str(source), config, costs)
 
 
+def config_of(source: str | Path) -> dict[str, Any]:
+    """Return the config.json of a model folder, a file, or a name in `SHAPES`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return read_config(path)
+    if str(source) in SHAPES:
+        return SHAPES[str(source)]
+    raise CheckpointError(
+        f"{source} does not exist; give a model folder, a config.json, or one of "
+        f"{', '.join(SHAPES)}"
+    )
+
+
 def split_config(
-    config: Mapping[str, Any], *, experts: int, active: int, name: str = "the model"
+    config: Mapping[str, Any],
+    *,
+    experts: int,
+    active: int,
+    shared: int | None = None,
+    name: str = "the model",
 ) -> dict[str, Any]:
-    """Return the config of a split without shared slices, or with one where no target has none.
+    """Return the config of a split, or of a smaller dense model where all active slices are shared.
 
     Args:
         config: config.json of a dense model.
         experts: E.
         active: k.
+        shared: slices of the k that always run; None for none, or one where no target has none.
         name: of the model, for errors.
 
     Raises:
         UsageError: an impossible split.
         ArchitectureError: a family that moefy does not convert.
     """
-    check_split(config["intermediate_size"], experts, active)
+    check_split(config["intermediate_size"], experts, active, shared or 0)
     dense = canonical_config(dense_family(dict(config), name), dict(config))
-    shared = 0
+    if shared == active:
+        return pruned_config(dense, slices=experts, kept=shared)
+    always = shared or 0
     try:
-        target = native_target(dense, shared=0, routed=experts)
+        target = native_target(dense, shared=always, routed=experts - always)
     except ArchitectureError:
-        if active < 2:
+        if active < 2 or shared is not None:
             raise
-        shared = 1
+        always = 1
         target = native_target(dense, shared=1, routed=experts - 1)
     return target_config(
-        target, dense, experts=experts, active=active, shared=shared, dtype="bfloat16"
+        target, dense, experts=experts, active=active, shared=always, dtype="bfloat16"
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moefy.evaluation.compare import Comparison
     from moefy.evaluation.inspect import Inspection
     from moefy.evaluation.speed import SpeedComparison
+    from moefy.studies.plan import Plan
     from moefy.training.dry_run import DryRun
 
 Rows = list[list[str]]
@@ -208,6 +209,28 @@ def dry_run_rows(found: DryRun) -> Rows:
         ["activations of a pass: GiB a process", f"{found.activation_bytes / gib:.2f}"],
         ["FLOPs, forward and backward", f"{found.total_flops:.3g}"],
     ]
+
+
+def plan_rows(plan: Plan) -> Rows:
+    """Return header and rows of a plan: its candidates, the recommended one marked."""
+    rows = [["split", "shared", "active", "of dense", "nats above dense", "prefill", "decode"]]
+    rows[0] += ["asked for"]
+    for candidate in plan.candidates:
+        point, mark = candidate.point, "yes" if candidate.fits else ""
+        rows.append(
+            [
+                point.split.name,
+                str(point.shared),
+                millions(candidate.cost.active_params),
+                f"{candidate.cost.active_params / plan.dense.total_params:.0%}",
+                f"{point.nats_above_dense:.3f}"
+                + (f" ± {point.half_width:.3f}" if point.half_width else ""),
+                f"× {point.prefill_of_dense:.2f}",
+                f"× {point.decode_of_dense:.2f}",
+                "recommended" if candidate is plan.recommended else mark,
+            ]
+        )
+    return rows
 
 
 def publish_table(rows: Rows, file: Path, page: Path) -> None:

@@ -145,6 +145,7 @@ def write_report(
             limit=limit,
             hub=hub or None,
             no_hub=hub is False or None,
+            dtype=None if dtype == "float32" else dtype,
             data=None if str(data) == "demo" else data,
             split=None if split == "heldout" else split,
             windows=None if windows == _WINDOWS else windows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moefy.construct.split import Shape
+from moefy.recipe import ConvertRecipe
 
 
 def paper_rescale(shape: Shape) -> float:
@@ -10,10 +11,21 @@ def paper_rescale(shape: Shape) -> float:
 
     LLaMA-MoE (arXiv 2406.16554), section 3.2: y = s·Σ_i G_i(x)·E_i(x) with s = E/k and Σ G_i = 1
     over the k chosen of E experts: the output is scaled up by the share that is missing. A chosen
-    expert so enters with about E/k²: 4, 1 and 2 for 2/16, 4/16 and 2/8; without rescaling, as in
-    the dense sum, with 1.
+    expert so enters with about E/k²: 4, 1 and 2 for 2/16, 4/16 and 2/8. In the dense sum it enters
+    with 1, in the paper without rescaling with 1/k.
 
     Deviation: with shared experts, which the paper has not, E and k count the routed ones; where
     all that runs is shared, nothing is scaled.
     """
     return shape.routed / shape.active**2 if shape.active else 1.0
+
+
+def fixed_scale(recipe: ConvertRecipe, shape: Shape) -> float:
+    """Return the weight with which a chosen expert enters where nothing was fitted.
+
+    `none` is 1, as in the dense sum; `unscaled` is 1/k, what LLaMA-MoE (arXiv 2406.16554) is
+    without its rescaling: the k chosen experts' weights sum to 1; `paper` is `paper_rescale`.
+    """
+    if recipe.repair == "paper":
+        return paper_rescale(shape)
+    return 1 / shape.active if recipe.repair == "unscaled" and shape.active else 1.0

@@ -1,0 +1,53 @@
+"""The recipe of a study: what all of its arms have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from moefy.recipe import Positive, Recipe
+
+Settings = dict[str, Any]
+
+
+class StudyRecipe(Recipe):
+    """Settings that are the same for every arm of every ablation.
+
+    `experts` and `active` are the split of all ablations but that of size, the paper's 4/16;
+    `grid` are the numbers of experts of the ablation of size, which is trained
+    only with `train_sizes`. `tokens` are trained on by every arm
+    that trains, `windows` of `sequence_length` tokens are held out in every domain, and the loss
+    there is measured `evaluations` times along training. `convert`, `train` and `tune` hold keys of
+    these commands' recipes; what an arm itself says comes before them. Speed is measured on
+    `prompt_tokens` and `new_tokens`, in `rounds`.
+    """
+
+    tokens: Positive = 32_768
+    seeds: Positive = 3
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    windows: Positive = 8
+    evaluations: Positive = 8
+    experts: Positive = 16
+    active: Annotated[int, Field(ge=2)] = 4
+    grid: tuple[Positive, ...] = (8, 16, 32, 64)
+    train_sizes: bool = False
+    prompt_tokens: Positive = 128
+    new_tokens: Positive = 32
+    rounds: Positive = 3
+    convert: Settings = Field(default_factory=dict)
+    train: Settings = Field(default_factory=dict)
+    tune: Settings = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _half_is_whole(self) -> StudyRecipe:
+        if self.active % 2 or self.active >= self.experts:
+            raise ValueError(
+                f"active {self.active} of {self.experts} experts: active must be even, because "
+                "arms with half of it are compared, and less than experts"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same for results to stand in one folder."""
+        return self.model_dump(mode="json", exclude={"seeds", "grid", "train_sizes"})

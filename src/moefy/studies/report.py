@@ -1,0 +1,239 @@
+"""What a study leaves: for each ablation CSV files and a figure, and `study.md` over all.
+
+Tables and conclusions are made from the CSV files alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moefy.report.study_figures import ablation_figure, pareto_figure
+from moefy.report.tables import Rows, markdown, write_csv
+from moefy.storage import replace_file, storage_errors
+from moefy.studies.ablations import ABLATIONS, Ablation
+from moefy.studies.conclude import conclusion
+from moefy.studies.grid import GRID, SPEED, GridPoint, front, grid_csv_rows, grid_of, read_grid
+from moefy.studies.outcome import ArmOutcome, Spread, difference, read_outcome, spread
+from moefy.studies.recipe import StudyRecipe
+from moefy.studies.runs import Run, run_csv_rows
+
+PAGE = "study.md"
+HEAD = "about.md"
+"""What was studied, and what could not be: the beginning of the page."""
+Curves = dict[str, dict[int, list[tuple[int, float]]]]
+"""Tokens and loss, by arm and seed."""
+
+
+def write_report(
+    out: Path,
+    runs: list[Run],
+    recipe: StudyRecipe,
+    facts: Mapping[str, str],
+    skipped: Mapping[str, str],
+) -> dict[str, str]:
+    """Write the CSV files, the figures and `study.md`.
+
+    Args:
+        out: the study's folder.
+        runs: all that are in it.
+        recipe: of the study.
+        facts: model, data and machine, by name.
+        skipped: what could not be run, and why.
+
+    Returns:
+        The conclusions, by ablation.
+    """
+    for ablation in ABLATIONS:
+        order = [arm.name for arm in ablation.arms(recipe)]
+        found = [run for run in runs if run.ablation == ablation.name and run.arm in order]
+        if not found:
+            continue
+        found.sort(key=lambda run: (order.index(run.arm), run.seed))
+        with storage_errors(out):
+            write_csv(out / f"{ablation.name}.csv", run_csv_rows(found))
+            if any(run.curve for run in found):
+                write_csv(out / f"{ablation.name}-curves.csv", curve_rows(found))
+        if ablation.name == "size":
+            _write_grid(out, facts)
+        with storage_errors(out):
+            figure = ablation_figures(out, ablation)
+            figure.savefig(out / f"{ablation.name}.png", dpi=150)
+    replace_file(out / HEAD, _head(recipe, facts) + _skipped(skipped))
+    replace_file(out / PAGE, page(out))
+    return {name: conclusion_of(out, name) for name in present(out)}
+
+
+def present(folder: Path) -> list[str]:
+    """Return the names of the ablations that a folder has results of."""
+    return [a.name for a in ABLATIONS if (folder / f"{a.name}.csv").is_file()]
+
+
+def page(folder: Path, *, links: str = "") -> str:
+    """Return the whole page, from the files in a folder.
+
+    Args:
+        folder: of a study.
+        links: from the page to the folder.
+    """
+    sections = [section(folder, name, links=links) for name in present(folder)]
+    return "\n".join([(folder / HEAD).read_text(), *sections])
+
+
+def section(folder: Path, name: str, *, links: str = "") -> str:
+    """Return an ablation's section, from the CSV files in a folder.
+
+    Args:
+        folder: of the files.
+        name: of the ablation.
+        links: from the page to the folder, as in "study/".
+    """
+    (ablation,) = (ablation for ablation in ABLATIONS if ablation.name == name)
+    arms = read_outcome(folder / f"{name}.csv")
+    names = [f"{name}.csv", f"{name}-curves.csv", *([GRID] if name == "size" else [])]
+    data = [f"[{file}]({links}{file})" for file in names if (folder / file).is_file()]
+    parts = [f"## {ablation.title}", ablation.setup, markdown(outcome_rows(arms)).rstrip()]
+    if name == "size" and (folder / GRID).is_file():
+        parts.append(markdown(grid_rows(read_grid(folder / GRID))).rstrip())
+    parts += [
+        f"![{ablation.title}]({links}{name}.png)",
+        f"**Conclusion.** {conclusion_of(folder, name)}",
+        f"Loss: {ablation.measure}. Every run: {', '.join(data)}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def conclusion_of(folder: Path, name: str) -> str:
+    """Return an ablation's conclusion, from the CSV files in a folder."""
+    (ablation,) = (ablation for ablation in ABLATIONS if ablation.name == name)
+    text = conclusion(ablation, read_outcome(folder / f"{name}.csv"))
+    if name == "size" and (folder / GRID).is_file():
+        text += " " + _front_text(read_grid(folder / GRID))
+    return text
+
+
+def outcome_rows(arms: dict[str, ArmOutcome]) -> Rows:
+    """Return header and rows of an ablation's table."""
+    learned = any(arm.learned for arm in arms.values())
+    domains = next(iter(arms.values())).domains
+    shows_domains = len(domains) > 1
+    header = ["arm", "seeds", "against"]
+    header += ["loss before", "difference"] if learned else []
+    header += ["loss", "difference"]
+    if shows_domains:
+        header += list(domains)
+    rows = [[*header, "params", "active"]]
+    for arm in arms.values():
+        other = arms.get(arm.against) if arm.against else None
+        cells = [arm.name, str(len(arm.after)), other.name if other else ""]
+        for when in ("before", "after") if learned else ("after",):
+            losses = getattr(arm, when)
+            found = difference(losses, getattr(other, when)) if other else None
+            cells += [spread(list(losses.values())).text(), found.text("+") if found else ""]
+        if shows_domains:
+            cells += [f"{arm.domains[domain]:.3f}" for domain in domains]
+        cells += [_millions(arm.total_params), _millions(arm.active_params)]
+        rows.append(cells)
+    return rows
+
+
+def grid_rows(points: list[GridPoint]) -> Rows:
+    """Return header and rows of the grid: loss against active size and speed."""
+    rows = [["split", "shared", "active", "nats above dense", "prefill", "decode", "front"]]
+    best = front(points)
+    for point in points:
+        nats = Spread(point.nats_above_dense, point.half_width, point.seeds)
+        rows.append(
+            [
+                point.split.name,
+                str(point.shared),
+                f"{point.active_of_dense:.0%}",
+                nats.text(),
+                f"{point.prefill_of_dense:.2f}",
+                f"{point.decode_of_dense:.2f}",
+                "yes" if point in best else "",
+            ]
+        )
+    return rows
+
+
+def curve_rows(runs: list[Run]) -> Rows:
+    """Return header and rows of the losses along training."""
+    rows = [["arm", "seed", "tokens", "loss"]]
+    for run in runs:
+        rows += [[run.arm, str(run.seed), str(tokens), str(loss)] for tokens, loss in run.curve]
+    return rows
+
+
+def read_curves(file: Path) -> Curves:
+    """Read what `curve_rows` gave; nothing where there is no file."""
+    curves: Curves = {}
+    if file.is_file():
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                by_seed = curves.setdefault(row["arm"], {})
+                point = int(row["tokens"]), float(row["loss"])
+                by_seed.setdefault(int(row["seed"]), []).append(point)
+    return curves
+
+
+def ablation_figures(folder: Path, ablation: Ablation) -> Any:
+    """Draw an ablation from the CSV files in a folder."""
+    if ablation.name == "size" and (folder / GRID).is_file():
+        return pareto_figure(read_grid(folder / GRID))
+    arms = read_outcome(folder / f"{ablation.name}.csv")
+    return ablation_figure(arms, read_curves(folder / f"{ablation.name}-curves.csv"))
+
+
+def _write_grid(out: Path, facts: Mapping[str, str]) -> None:
+    file = out / SPEED
+    if not file.is_file():
+        return
+    found = json.loads(file.read_text())
+    arms = read_outcome(out / "size.csv")
+    about = {**facts, "machine": found["about"]["machine"]}
+    points = grid_of(arms, found["tokens_per_s"], **about)
+    with storage_errors(out):
+        write_csv(out / GRID, grid_csv_rows(points))
+
+
+def _front_text(points: list[GridPoint]) -> str:
+    names = ", ".join(point.split.name for point in front(points))
+    first = points[0]
+    decoded = max(points, key=lambda point: point.decode_of_dense)
+    return (
+        f"No other split has both fewer active parameters and a lower mean loss than these: "
+        f"{names}. Decoding is fastest with {decoded.split.name}, at "
+        f"{decoded.decode_of_dense:.2f} times the dense model's speed ({first.machine})."
+    )
+
+
+def _head(recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
+    seeds = ", ".join(map(str, range(recipe.seeds)))
+    return (
+        "# Study\n\n"
+        f"The ablations of LLaMA-MoE (arXiv 2406.16554) on {facts['model']}, text: "
+        f"{facts['data']}, as `moefy study` ran them. Losses are measured on {recipe.windows} "
+        f"held-out windows of {recipe.sequence_length} tokens per domain, the same for every "
+        "model, and are means over the domains.\n\n"
+        f"Seeds: {seeds}. A seed decides partition, router, fresh weights and the order of "
+        "samples, not the held-out text. ± is half of the 95 % interval of the mean over the seeds "
+        "(Student's t); differences are taken seed by seed, and what is inside its ± is no "
+        "difference. Every setting is in `recipe.yaml` beside the tables.\n"
+    )
+
+
+def _skipped(skipped: Mapping[str, str]) -> str:
+    if not skipped:
+        return ""
+    lines = "".join(f"- {what}: {why}\n" for what, why in skipped.items())
+    return f"\nNot run:\n\n{lines}"
+
+
+def _millions(count: int) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.2f}B"
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"

@@ -1,0 +1,132 @@
+"""A plan follows from the measured grid, and says what is possible when something is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moefy
+from moefy.errors import UsageError
+from moefy.evaluation.cost import cost
+from moefy.evaluation.inspect import SHAPES, split_config
+from moefy.report.tables import plan_rows, write_csv
+from moefy.studies.grid import GridPoint, front, grid_csv_rows, read_grid
+
+DENSE = 134_515_008
+
+
+def point(active: int, experts: int, nats: float, decode: float, **other: Any) -> GridPoint:
+    return GridPoint(
+        **{
+            **{
+                "experts": experts,
+                "active": active,
+                "shared": active // 2,
+                "seeds": 3,
+                "trained": 0,
+            },
+            **{"nats_above_dense": nats, "half_width": 0.01, "prefill_of_dense": decode / 2},
+            **{"decode_of_dense": decode, "active_of_dense": active / experts},
+            **{"dense_params": DENSE, "model": "m", "data": "d", "machine": "2 CPU threads"},
+            **other,
+        }
+    )
+
+
+POINTS = [
+    point(2, 16, 2.0, 1.5),
+    point(4, 16, 1.02, 1.3),
+    point(4, 16, 1.5, 1.6, shared=4),
+    point(16, 64, 1.0, 0.9),
+    point(8, 16, 0.5, 1.1),
+]
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    write_csv(tmp_path / "grid.csv", grid_csv_rows(POINTS))
+    return tmp_path
+
+
+def test_the_grid_survives_its_file(grid: Path) -> None:
+    points = [*POINTS, point(1, 8, 3.0, 1.0, half_width=None)]
+    write_csv(grid / "grid.csv", grid_csv_rows(points))
+    assert read_grid(grid / "grid.csv") == points
+
+
+def test_the_front() -> None:
+    assert front([*POINTS, point(8, 16, 0.6, 1.0)]) == [POINTS[0], POINTS[3], POINTS[4]]
+
+
+def test_the_lowest_loss_within_a_size(grid: Path) -> None:
+    found = moefy.plan("smollm2-135m", active_params=85_000_000, study=grid)
+    # 16/64 is lower by less than what can be read, and slower
+    assert found.recommended.point == POINTS[1]
+    config = split_config(SHAPES["smollm2-135m"], experts=16, active=4, shared=2)
+    assert found.recommended.cost == cost(config, context=4096)
+    assert found.dense.total_params == DENSE
+    assert [each.fits for each in found.candidates] == [False, True, True, True, True]
+    assert found.command == "moefy convert smollm2-135m OUT --experts 16 --active 4 --shared 2"
+    assert "3 seeds) and speed (2 CPU threads) were measured on m, which has as many" in found.basis
+    rows = plan_rows(found)
+    assert [row[-1] for row in rows[1:]] == ["", "yes", "recommended", "yes", "yes"]
+    assert rows[3][:5] == ["4/16", "2", "75.0M", "56%", "1.020 ± 0.010"]
+    json.dumps(found.to_dict())
+
+
+def test_the_lowest_loss_at_a_speed(grid: Path) -> None:
+    found = moefy.plan("llama-2-7b", speedup=1.5, study=grid)
+    assert found.recommended.point == POINTS[2]
+    assert found.command == (
+        "moefy convert llama-2-7b OUT --experts 16 --active 4 --shared 4 --partition coactivation "
+        "--set refit_ridge=0.01"
+    )
+    assert "llama-2-7b has 50.1 times its parameters, and its own numbers" in found.basis
+    found = moefy.plan("llama-2-7b", speedup=0.5, phase="prefill", study=grid)
+    assert found.recommended.point == POINTS[4]
+
+
+def test_splits_that_a_model_does_not_allow(grid: Path, tmp_path: Path) -> None:
+    shape = SHAPES["smollm2-135m"] | {"intermediate_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    found = moefy.plan(tmp_path / "config.json", speedup=0.1, study=grid)
+    assert "48 cannot be split into 64 equal experts" in found.left_out["16/64"]
+    shape["intermediate_size"] = 41
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(UsageError, match="allows no split of the grid: intermediate_size 41"):
+        moefy.plan(tmp_path / "config.json", speedup=0.1, study=grid)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({}, "say what you want: --active-params or --speedup"),
+        ({"active_params": 1, "speedup": 2.0}, "one of them"),
+        ({"speedup": 1.0, "phase": "sleep"}, "allowed are prefill and decode"),
+        (
+            {"active_params": 134_515_008},
+            r"134,515,008 active ones need no split: ask for fewer; the grid goes from "
+            r"[\d,]+ \(2/16\) to [\d,]+ \(8/16\)",
+        ),
+        (
+            {"active_params": 50_000_000},
+            r"50,000,000 active parameters or fewer: the smallest has [\d,]+ \(2/16\), since",
+        ),
+        ({"speedup": 3.0}, "3 times as fast as the dense model: the fastest in decode is pruned"),
+        ({"speedup": 1.0, "phase": "prefill"}, "fastest in prefill is pruned 4/16, 0.80 times"),
+    ],
+)
+def test_what_cannot_be_had(grid: Path, choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        moefy.plan("smollm2-135m", study=grid, **choices)
+
+
+def test_a_study_without_a_grid(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"grid.csv cannot be read .*--only size"):
+        moefy.plan("smollm2-135m", speedup=1.0, study=tmp_path)
+    (tmp_path / "grid.csv").write_text("experts,active\n1,2\n")
+    with pytest.raises(UsageError, match="is no grid of this version"):
+        moefy.plan("smollm2-135m", speedup=1.0, study=tmp_path)

@@ -1,0 +1,142 @@
+"""A study goes on where it stopped, skips what is done, and says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moefy
+from moefy.errors import OutputError, UsageError
+from moefy.progress import Progress, silent
+from moefy.studies.report import page
+from moefy.studies.toy import SMOKE, make_toys
+
+TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128, "evaluations": 1}
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toys")
+    make_toys(folder, silent)
+    return folder
+
+
+def tiny_study(toys: Path, out: Path, *only: str, **more: Any) -> Any:
+    choices = TINY | {"model": toys / "model", "data": toys / "text"} | more
+    return moefy.study(out, only=only, **choices)
+
+
+def lines_of(out: Path) -> list[str]:
+    return (out / "runs.jsonl").read_text().splitlines()
+
+
+def test_a_study_that_is_stopped_goes_on(toys: Path, tmp_path: Path) -> None:
+    whole = tiny_study(toys, tmp_path / "whole", "rescaling")
+    assert whole.measured == len(whole.runs) == 6
+    assert {run.seed for run in whole.runs} == {0}
+
+    out, steps = tmp_path / "stopped", 0
+
+    def stop(progress: Progress) -> None:
+        nonlocal steps
+        if progress.stage == "train":
+            steps += 1
+            if steps == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_study(toys, out, "rescaling", report=stop)
+    kept = lines_of(out)
+    assert [json.loads(line)["arm"] for line in kept] == ["dense", "4/16 not rescaled"]
+    assert list((out / "work/models").iterdir())  # the conversion of the run that stopped
+    done = tiny_study(toys, out, "rescaling")
+    assert done.measured == 4
+    assert lines_of(out)[:2] == kept
+    assert lines_of(out) == lines_of(tmp_path / "whole")
+    for name in ("rescaling.csv", "rescaling-curves.csv", "study.md"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((out / "work/models").iterdir())
+    assert not list((out / "work/runs").iterdir())
+
+    again = tiny_study(toys, out, "rescaling")
+    assert (again.measured, lines_of(out)) == (0, lines_of(tmp_path / "whole"))
+
+
+def test_runs_that_ablations_share_are_done_once(toys: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = tiny_study(toys, out, "scratch", keep=True)
+    assert list((out / "work/models").iterdir())
+    assert [run.arm for run in first.runs] == [
+        *("dense", "converted", "same architecture from scratch"),
+        *("pruned dense", "pruned dense, not refitted"),
+    ]
+    by_arm = {run.arm: run for run in first.runs}
+    assert by_arm["dense"].trained == 0
+    assert {run.trained for run in first.runs} == {0, 128}
+    scratch, converted = by_arm["same architecture from scratch"], by_arm["converted"]
+    assert scratch.total_params == converted.total_params
+    assert scratch.loss_before > converted.loss_before + 2
+    assert [tokens for tokens, _ in converted.curve] == [0, 128]
+    assert converted.curve[-1][1] == converted.loss
+
+    both = tiny_study(toys, out, "sampling")
+    assert both.measured == 4  # not the dense model, and not Uniform: that is "converted"
+    uniform = next(run for run in both.runs if run.arm == "Uniform")
+    assert uniform.domain_loss == converted.domain_loss
+    for name in ("scratch", "sampling"):  # the page shows both
+        assert f"{name}.csv" in (out / "study.md").read_text()
+
+
+def test_the_page_follows_from_its_files(toys: Path, tmp_path: Path) -> None:
+    out, copied = tmp_path / "out", tmp_path / "copied"
+    tiny_study(toys, out, "rescaling", seeds=2)
+    copied.mkdir()
+    for name in ("about.md", "rescaling.csv", "rescaling-curves.csv"):
+        shutil.copyfile(out / name, copied / name)
+    written = (out / "study.md").read_text()
+    assert page(copied) == written
+    assert "Seeds: 0, 1." in written
+    text = (copied / "rescaling.csv").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("4/16 rescaled,1"))
+    loss = row.split(",")[10]
+    (copied / "rescaling.csv").write_text(text.replace(loss, "9.0"))
+    assert page(copied) != written
+
+
+def test_other_settings_are_refused(toys: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = tiny_study(toys, out, "rescaling")
+    with pytest.raises(OutputError, match=r"other settings .*tokens: was 128, now 256"):
+        tiny_study(toys, out, "rescaling", tokens=256)
+    more = tiny_study(toys, out, "rescaling", seeds=2)  # more seeds are no other settings
+    assert more.measured == 5  # the dense model has none
+    assert first.runs[0] in more.runs
+    (out / "runs.jsonl").write_text('{"ablation": "torn')
+    with pytest.raises(OutputError, match=r"runs.jsonl, line 1 is no run of this version"):
+        tiny_study(toys, out, "rescaling")
+    with pytest.raises(OutputError, match="holds files but no study"):
+        tiny_study(toys, toys / "text", "rescaling")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        tiny_study(toys, tmp_path / "file", "rescaling")
+
+
+def test_what_cannot_be_studied(toys: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    shutil.copyfile(toys / "text/wiki.jsonl", text / "wiki.jsonl")
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"seven domains .*there are wiki; tuning: .*--sft"):
+        tiny_study(toys, out, "sampling", "tuning", data=text)
+    with pytest.raises(UsageError, match="cannot be split into 48 equal experts"):
+        tiny_study(toys, out, "rescaling", experts=48)
+    with pytest.raises(UsageError, match="unknown key 'tokns'"):
+        tiny_study(toys, out, "rescaling", train={"tokns": 3})
+    assert not out.exists()
+    done = tiny_study(toys, out, "rescaling", "sampling", data=text)
+    assert list(done.skipped) == ["sampling"]
+    assert "Not run:\n\n- sampling: needs the seven domains" in (out / "study.md").read_text()
