@@ -7,7 +7,7 @@ FFN running per token, trains both on the same tokens, the paper's with its own 
 from the dense teacher, and measures all five models. The paper's constant is left out beyond its
 own shares, where it does harm (docs/construction.md). Models that are in WORK are not made again,
 and finished tasks come from the cache, so that an interrupted run continues. Writes
-docs/results.md, docs/results/*.csv and docs/results/suite.json.
+docs/results.md and docs/results/: tables and figure, and all numbers as results.json.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
+from moefy.evaluation.compare import Comparison, evaluate
 from moefy.evaluation.harness import STOCK
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
 from moefy.evaluation.suite_data import SOURCES, archive_data
 from moefy.progress import Progress
-from moefy.report.suite_tables import nll_rows, suite_notes, suite_rows
-from moefy.report.tables import Rows, markdown, replace_table, write_csv
+from moefy.report.quality_charts import benchmark_chart
+from moefy.report.suite_tables import nll_rows, published_rows, suite_notes, suite_rows
+from moefy.report.tables import Rows, comparison_rows, markdown, replace_table, write_csv
 
 ROOT = Path(__file__).parents[1]
 DENSE = "smollm2-135m"
+_WINDOWS = 4  # of held-out text, per domain
 _PAPER_SHARE = 0.25  # the paper's largest: 4 of 16, 2 of 8
 _RATE_FROM_RANDOM = 1e-3  # the best that was tried for the paper's split (docs/objective.md)
 
@@ -90,40 +93,52 @@ def main() -> None:
     for words in made.values():
         if not (Path(words[2]) / "config.json").exists():
             subprocess.run([Path(sys.executable).with_name("moefy"), *words], cwd=ROOT, check=True)
-    result = evaluate_suite(
-        [DENSE, *(words[2] for words in made.values())],
-        suite="llama-moe",
-        limit=options.limit,
-        dtype=options.dtype,
-        hub=False,
-        names=["dense", *made],
-        report=_print,
-    )
-    publish(result, made)
+    models, names = [DENSE, *(words[2] for words in made.values())], ["dense", *made]
+    text = {"data": options.data, "windows": _WINDOWS, "decode": False}
+    comparison = evaluate(models, names=names, report=_print, **text)
+    suite = {"suite": "llama-moe", "limit": options.limit, "dtype": options.dtype, "hub": False}
+    result = evaluate_suite(models, names=names, report=_print, **suite)
+    publish(result, comparison, made, options.data)
 
 
-def publish(result: SuiteResult, made: dict[str, list[str]]) -> None:
-    """Write the page, its tables as CSV files, and everything as JSON."""
+def publish(
+    result: SuiteResult, comparison: Comparison, made: dict[str, list[str]], data: str
+) -> None:
+    """Write the page, its tables and figure, and everything as JSON."""
     folder = ROOT / "docs" / "results"
     folder.mkdir(exist_ok=True)
-    (folder / "suite.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
-    scores, nll = suite_rows(result), nll_rows(result)
-    write_csv(folder / "suite.csv", scores)
-    write_csv(folder / "nll.csv", nll)
+    found = {"suite": result.to_dict(), "comparison": comparison.to_dict()}
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    chart = benchmark_chart(result)
+    chart.write(folder)
+    tables = {
+        "suite": suite_rows(result),
+        "published": published_rows(result),
+        "nll": nll_rows(result),
+        "heldout": [row[:-2] for row in comparison_rows(comparison)],  # no speed: not alone here
+    }
+    for name, rows in tables.items():
+        write_csv(folder / f"{name}.csv", rows)
     limit = "" if result.limit is None else f" --limit {result.limit}"
     limit += "" if result.dtype == "float32" else f" --dtype {result.dtype}"
-    folders = [DENSE, *(words[2] for words in made.values())]
-    measured = f"moefy eval --suite llama-moe --no-hub{limit} {' '.join(folders)}"
-    lines = [*(f"moefy {shlex.join(words)}" for words in made.values()), measured]
+    folders = " ".join([DENSE, *(words[2] for words in made.values())])
+    lines = [*(f"moefy {shlex.join(words)}" for words in made.values())]
+    lines.append(f"moefy eval --suite llama-moe --no-hub{limit} {folders}")
+    lines.append(f"moefy eval --data {data} --windows {_WINDOWS} --no-decode {folders}")
     notes = "".join(f"- {note}\n" for note in suite_notes(result))
     (ROOT / "docs" / "results.md").write_text(
         "# Results: the paper's eleven benchmarks\n\n"
         "Written by `benchmarks/suite.py`; [evaluation.md](evaluation.md) says how it is measured. "
         "Scores in percent ± standard error; differences from the dense model in points, and "
         "retention in percent, each with its 95 % bootstrap interval over items.\n\n"
-        f"{markdown(scores)}\n"
+        f"{markdown(tables['suite'])}\n"
+        f"![Scores](results/{chart.name}.png)\n\n"
+        "Beside the published models, which are twenty times as large:\n\n"
+        f"{markdown(tables['published'])}\n"
         "−log p of the right answer, nats ± standard error:\n\n"
-        f"{markdown(nll)}\n{notes}\n"
+        f"{markdown(tables['nll'])}\n"
+        f"Perplexity of {comparison.tokens:,} held-out tokens of {data}, by domain:\n\n"
+        f"{markdown(tables['heldout'])}\n{notes}\n"
         f"The commands:\n\n```bash\n{chr(10).join(lines)}\n```\n"
     )
     replace_table(ROOT / "docs" / "evaluation.md", "benchmarks", benchmark_rows())

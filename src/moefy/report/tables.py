@@ -261,5 +261,7 @@ def number(value: float) -> str:
 
 
 def millions(count: int) -> str:
-    """Return a count in millions, or in billions where there are that many."""
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    """Return a count in millions; in billions or thousands where that is easier to read."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f}B"
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.report.study_figures import ablation_figure, pareto_figure
-from moefy.report.tables import Rows, markdown, write_csv
+from moefy.report.tables import Rows, markdown, millions, write_csv
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, Ablation
 from moefy.studies.conclude import conclusion
@@ -135,7 +135,7 @@ def outcome_rows(arms: dict[str, ArmOutcome]) -> Rows:
             cells += [spread(list(losses.values())).text(), found.text("+") if found else ""]
         if shows_domains:
             cells += [f"{arm.domains[domain]:.3f}" for domain in domains]
-        cells += [_millions(arm.total_params), _millions(arm.active_params)]
+        cells += [millions(arm.total_params), millions(arm.active_params)]
         rows.append(cells)
     return rows
 
@@ -231,9 +231,3 @@ def _skipped(skipped: Mapping[str, str]) -> str:
         return ""
     lines = "".join(f"- {what}: {why}\n" for what, why in skipped.items())
     return f"\nNot run:\n\n{lines}"
-
-
-def _millions(count: int) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.2f}B"
-    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"
