@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, counts
+from moefy.cli.options import (
+    Data,
+    Hub,
+    Json,
+    Limit,
+    Models,
+    SequenceLength,
+    SplitName,
+    Windows,
+    counts,
+)
 from moefy.cli.output import bars, print_json, print_table
 from moefy.errors import UsageError
 
@@ -19,11 +29,11 @@ if TYPE_CHECKING:
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")],
+    models: Models,
     data: Data = "demo",
-    split: Annotated[str, typer.Option(help="heldout, train or all.")] = "heldout",
-    windows: Annotated[int, typer.Option(min=1, help="Per domain.")] = 8,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    split: SplitName = "heldout",
+    windows: Windows = 8,
+    sequence_length: SequenceLength = 512,
     decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
@@ -41,11 +51,8 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="Or these tasks of lm-evaluation-harness: sciq,piqa.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each benchmark. [all]")] = None,
-    hub: Annotated[
-        bool | None,
-        typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]"),
-    ] = None,
+    limit: Limit = None,
+    hub: Hub = None,
     batch: Annotated[
         str | None, typer.Option(help="With --speed: sequences at once. [1,8]")
     ] = None,
@@ -185,23 +192,20 @@ def _evaluate_suite(
 @app.command()
 def report(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    models: Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")],
+    models: Models,
     suite: Annotated[
         str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks too.")
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="And these tasks of lm-evaluation-harness: sciq,piqa.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each benchmark. [all]")] = None,
-    hub: Annotated[
-        bool | None,
-        typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]"),
-    ] = None,
+    limit: Limit = None,
+    hub: Hub = None,
     dtype: Annotated[str, typer.Option(help="Of the benchmarks: or bfloat16.")] = "float32",
     data: Data = "demo",
-    split: Annotated[str, typer.Option(help="heldout, train or all.")] = "heldout",
-    windows: Annotated[int, typer.Option(min=1, help="Per domain.")] = 8,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    split: SplitName = "heldout",
+    windows: Windows = 8,
+    sequence_length: SequenceLength = 512,
     routing: Annotated[bool, typer.Option(help="Watch the routers of MoE models.")] = True,
     cards: Annotated[bool, typer.Option(help="Write the results into the model cards.")] = True,
     overwrite: Annotated[

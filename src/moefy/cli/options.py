@@ -17,6 +17,14 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting, as in a.b=1."),
 ]
 Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, hf:DATASET or 'demo'.")]
+Models = Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")]
+SplitName = Annotated[str, typer.Option(help="heldout, train or all.")]
+Windows = Annotated[int, typer.Option(min=1, help="Per domain.")]
+SequenceLength = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+Limit = Annotated[int | None, typer.Option(help="Items of each benchmark. [all]")]
+Hub = Annotated[
+    bool | None, typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]")
+]
 
 
 def given(**choices: Any) -> dict[str, Any]:
