@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.reader import read_config, side_files
 from moefy.construct.convert import convert
 from moefy.errors import CorpusError
 from moefy.evaluation.compare import evaluate
 from moefy.evaluation.cost import cost
 from moefy.progress import ProgressFn
-from moefy.storage import storage_errors
+from moefy.storage import whole_folder
 from moefy.studies.runs import Steps
 from moefy.training.run import train
 from moefy.training.state import read_log
-from moefy.training.write import versions, write_model
 from moefy.tuning.run import tune
 
 
@@ -155,10 +154,10 @@ def _write_fresh(architecture: Path, out: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    record = {"stage": "scratch", "seed": seed, "versions": versions("torch", "transformers")}
-    write_model(network, architecture, out, record)
+    with whole_folder(out) as partial:
+        network.save_pretrained(partial)
+        for file in (*side_files(architecture), architecture / "config.json"):
+            shutil.copyfile(file, partial / file.name)
 
 
 def _heldout(model: Path, place: Place) -> dict[str, float]:
