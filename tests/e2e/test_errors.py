@@ -129,7 +129,7 @@ def test_sources_that_do_not_exist(cli: Callable[..., str], tmp_path: Path) -> N
     assert "does not exist" in cli("convert", tmp_path / "none", tmp_path / "moe")
     (tmp_path / "x.bin").touch()
     assert "is a file" in cli("convert", tmp_path / "x.bin", tmp_path / "moe")
-    assert "takes a model folder" in cli("inspect", "llama-9")
+    assert "give a model folder" in cli("inspect", "llama-9")
 
 
 @pytest.mark.parametrize("setting", ["experts", "=3", "experts=[", "expert=3"])
