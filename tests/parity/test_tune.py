@@ -340,7 +340,7 @@ def test_stopped_adapters_end_as_if_uninterrupted(target: str, talks: Path, tmp_
 def test_a_run_that_fails_when_all_is_trained(
     moe: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     whole, failed = tmp_path / "whole", tmp_path / "failed"

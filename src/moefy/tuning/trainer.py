@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -201,7 +202,8 @@ def _step_of(checkpoint: Path) -> int:
 
 def _optimizer(network: Any, recipe: TuneRecipe) -> torch.optim.AdamW:
     """Return AdamW on what learns; weight decay on matrices only, routers at their own rate."""
-    groups = parameter_groups(network, weight_decay=recipe.weight_decay)
+    plain = network.get_base_model() if isinstance(network, PeftModel) else network
+    groups = parameter_groups(plain, weight_decay=recipe.weight_decay)
     for group in groups:
         if group["is_router"]:
             group["lr"] = recipe.learning_rate * recipe.router_rate_fraction
