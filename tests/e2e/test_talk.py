@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -96,6 +97,7 @@ def test_chat_with_a_model_that_has_no_template(
 def test_chat_in_a_terminal(tuned: Path) -> None:
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         os.execve(MOEFY, [MOEFY, "chat", str(tuned)], ENVIRONMENT | {"TERM": "dumb"})
     shown = wait_for(terminal, b"> ")
     os.write(terminal, b"Hallo 1\n")
