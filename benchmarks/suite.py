@@ -49,14 +49,15 @@ def benchmark_rows() -> Rows:
                 str(benchmark.shots),
                 benchmark.metric,
                 f"{benchmark.chance:.0%}",
-                f"{_items(benchmark):,}",
+                f"{items_of(benchmark):,}",
                 SOURCES[benchmark.task].differs or "–",
             ]
         )
     return rows
 
 
-def _items(benchmark: Benchmark) -> int:
+def items_of(benchmark: Benchmark) -> int:
+    """Return how many items a benchmark has."""
     files = sorted(STOCK.glob(benchmark.stock))
     names = [benchmark.task] if len(files) == 1 else [file.stem for file in files]
     found = (archive_data(name).files for name in names)
