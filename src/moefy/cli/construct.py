@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, Overwrite, RecipeFile, Set, given, parse_settings
+from moefy.cli.options import Data, Json, Overwrite, RecipeFile, Set, given, listed, parse_settings
 from moefy.cli.output import bars, print_json, print_table
 from moefy.errors import UsageError
 
@@ -155,7 +155,7 @@ def leaderboard(
             data=data,
             experts=experts,
             fractions=fractions,
-            methods=[part.strip() for part in (methods or "").split(",") if part.strip()],
+            methods=listed(methods),
             calibration_tokens=calibration_tokens,
             windows=windows,
             sequence_length=sequence_length,

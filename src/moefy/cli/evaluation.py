@@ -19,6 +19,7 @@ from moefy.cli.options import (
     SplitName,
     Windows,
     counts,
+    listed,
 )
 from moefy.cli.output import bars, print_json, print_table
 from moefy.errors import UsageError
@@ -173,7 +174,7 @@ def _evaluate_suite(
         done = evaluate_suite(
             models,
             suite=suite,
-            tasks=_listed(tasks),
+            tasks=listed(tasks),
             limit=limit,
             dtype=dtype,
             hub=hub,
@@ -226,7 +227,7 @@ def report(
             out,
             models,
             suite=suite,
-            tasks=_listed(tasks),
+            tasks=listed(tasks),
             limit=limit,
             hub=hub,
             dtype=dtype,
@@ -243,10 +244,6 @@ def report(
     print_table(comparison_rows(found.comparison), found.text)
     print(f"Report: {done.folder / 'report.html'}")
     _exit_with(found.failures)
-
-
-def _listed(tasks: str | None) -> list[str]:
-    return [task.strip() for task in (tasks or "").split(",") if task.strip()]
 
 
 def _checked(split: str) -> Split:

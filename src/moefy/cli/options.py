@@ -40,6 +40,11 @@ def counts(option: str, text: str) -> list[int]:
         raise UsageError(f"{option} {text!r}: write whole numbers, as in 1,8") from None
 
 
+def listed(text: str | None) -> list[str]:
+    """Return the names that an option lists, separated by commas; none without the option."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """Return what `--set KEY=VALUE` says, by key."""
     import yaml

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, RecipeFile, Set, given, parse_settings
+from moefy.cli.options import Data, Json, RecipeFile, Set, given, listed, parse_settings
 from moefy.cli.output import bars, print_json, print_table
 from moefy.errors import UsageError
 
@@ -49,7 +49,7 @@ def study(
             model=model,
             data=data,
             sft=sft,
-            only=[part.strip() for part in (only or "").split(",") if part.strip()],
+            only=listed(only),
             smoke=smoke,
             keep=keep,
             recipe=recipe,

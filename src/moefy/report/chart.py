@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from moefy.report.tables import Rows, write_csv
@@ -33,8 +35,12 @@ class Chart:
 
     def write(self, folder: Path) -> None:
         """Write NAME.png and NAME.csv."""
-        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+        self.write_picture(folder)
         write_csv(folder / f"{self.name}.csv", self.rows)
+
+    def write_picture(self, folder: Path) -> None:
+        """Write NAME.png alone."""
+        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
 
     def svg(self) -> str:
         """Return an SVG element whose ids are no other figure's, so that a page can hold several.
@@ -47,3 +53,17 @@ class Chart:
             self.figure.savefig(text, format="svg", metadata=nothing)
         element = text.getvalue()[text.getvalue().index("<svg") :]
         return _REFERENCES.sub(rf"\g<1>{self.name}-", element)
+
+
+def load_rows(shares: Float[np.ndarray, "layers experts"]) -> Rows:
+    """Return what `figures.load_heatmap` shows: a row for each expert, 1 is even use.
+
+    Args:
+        shares: each layer's sum to 1.
+    """
+    return [["layer", "expert", "load"], *matrix_rows(shares * shares.shape[1])]
+
+
+def matrix_rows(matrix: Float[np.ndarray, "rows columns"]) -> Rows:
+    """Return a row for each entry of a matrix: its two indices and its value."""
+    return [[str(i), str(j), f"{matrix[i, j]:.5g}"] for i, j in np.ndindex(matrix.shape)]

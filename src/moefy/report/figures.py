@@ -98,23 +98,6 @@ def mixture_weights(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def training_figures(
-    log: list[dict[str, Any]], dense_losses: Mapping[str, float]
-) -> dict[str, Figure]:
-    """Draw what there is to see of a run, by file name: loss, mixture if it changed, expert load.
-
-    Args:
-        log: a run's steps.
-        dense_losses: as for `loss_curve`, possibly empty.
-    """
-    figures = {"loss.png": loss_curve(log, dense_losses=dense_losses)}
-    if sum("mixture" in line for line in log) > 1:
-        figures["mixture.png"] = mixture_weights(log)
-    if "expert_load" in log[-1]:
-        figures["expert-load.png"] = expert_load_heatmap(log)
-    return figures
-
-
 def leaderboard_figure(scores: Sequence[Score]) -> Figure:
     """Draw nats above dense over the active share of the FFN, one line per method.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moefy.report.chart import Chart
-from moefy.report.routing_figures import routing_figures, shown_layers
+from moefy.report.chart import Chart, load_rows, matrix_rows
+from moefy.report.routing_figures import overall_load, routing_figures, shown_layers
 from moefy.report.routing_tables import k_rows
 from moefy.report.tables import Rows
 
@@ -49,9 +49,7 @@ def routing_charts(result: RoutingResult) -> list[Chart]:
 
 
 def _load_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
-    loads = np.array([model.load[domain] for domain in tokens]) * model.experts
-    load = np.average(loads, axis=0, weights=list(tokens.values()))
-    return [["layer", "expert", "load"], *_entries(load)]
+    return load_rows(overall_load(model, tokens))
 
 
 def _domain_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
@@ -69,13 +67,9 @@ def _domain_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
 def _coactivation_rows(model: Routing, _: Mapping[str, int]) -> Rows:
     rows = [["layer", "e", "f", "share of e's tokens that chose f"]]
     for layer_idx in shown_layers(model):
-        entries = _entries(np.array(model.coactivation[layer_idx]))
+        entries = matrix_rows(np.array(model.coactivation[layer_idx]))
         rows += [[str(layer_idx), *entry] for entry in entries if entry[0] != entry[1]]
     return rows
-
-
-def _entries(matrix: np.ndarray[Any, Any]) -> Rows:
-    return [[str(i), str(j), f"{matrix[i, j]:.5g}"] for i, j in np.ndindex(matrix.shape)]
 
 
 _ROWS = {"load": _load_rows, "domains": _domain_rows, "coactivation": _coactivation_rows}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -30,17 +32,27 @@ def routing_figures(result: RoutingResult) -> dict[str, Figure]:
     return figures
 
 
-def expert_load(model: Routing, tokens: dict[str, int]) -> Figure:
+def expert_load(model: Routing, tokens: Mapping[str, int]) -> Figure:
     """Draw how often each expert is chosen, per layer, over all tokens.
 
     Args:
         model: whose load to draw.
         tokens: by domain.
     """
-    loads = np.array([model.load[domain] for domain in tokens])
-    figure = load_heatmap(np.average(loads, axis=0, weights=list(tokens.values())))
+    figure = load_heatmap(overall_load(model, tokens))
     figure.axes[0].set_title(model.name, fontsize="medium")
     return figure
+
+
+def overall_load(model: Routing, tokens: Mapping[str, int]) -> Float[np.ndarray, "layers experts"]:
+    """Return each expert's share of its layer's choices over all tokens.
+
+    Args:
+        model: whose load to add up.
+        tokens: by domain.
+    """
+    loads = np.array([model.load[domain] for domain in tokens])
+    return np.average(loads, axis=0, weights=list(tokens.values()))
 
 
 def domain_loads(model: Routing) -> Figure:

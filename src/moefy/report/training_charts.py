@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from moefy.report.chart import Chart
+from moefy.report.chart import Chart, load_rows
 from moefy.report.figures import expert_load, expert_load_heatmap, loss_curve, mixture_weights
 from moefy.report.tables import Rows, mixture_rows
 
@@ -42,7 +41,7 @@ def training_charts(logs: Logs, dense_losses: Mapping[str, float]) -> list[Chart
                 Chart(
                     f"expert-load{ending}",
                     expert_load_heatmap(log),
-                    _load_rows(log),
+                    load_rows(expert_load(log)),
                     f"{whose}How often each routed expert was chosen in the last quarter of the "
                     "run; 1 is even use, 3 and more are yellow. Shared experts always run and are "
                     "not shown.",
@@ -99,12 +98,3 @@ def _loss_panels(logs: Logs, dense_losses: Mapping[str, float]) -> Figure:
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", frameon=False, ncols=3)
     return figure
-
-
-def _load_rows(log: list[dict[str, Any]]) -> Rows:
-    load = expert_load(log)
-    load = load * load.shape[1]
-    rows: Rows = [["layer", "expert", "load"]]
-    for layer_idx, expert_idx in np.ndindex(load.shape):
-        rows.append([str(layer_idx), str(expert_idx), f"{load[layer_idx, expert_idx]:.5g}"])
-    return rows

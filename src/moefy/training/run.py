@@ -218,11 +218,11 @@ def train(
 
 
 def _draw(log: list[dict[str, Any]], out: Path) -> None:
-    from moefy.report.figures import training_figures
+    from moefy.report.training_charts import training_charts
 
-    for name, figure in training_figures(log, kept_reference(out)).items():
+    for chart in training_charts({out.name: log}, kept_reference(out)):
         with storage_errors(out):
-            figure.savefig(out / name, dpi=150)
+            chart.write_picture(out)
 
 
 def _note(line: dict[str, Any]) -> str:
