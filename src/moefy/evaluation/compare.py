@@ -6,9 +6,9 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,6 +97,39 @@ def token_divergences(
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
+@dataclass
+class Predictions:
+    """What a model predicted, by token.
+
+    Attributes:
+        losses: −log p of the next token, nats.
+        divergences: KL(reference ‖ model), nats; empty without a reference.
+        agreements: whether the likeliest token is the reference's; empty without a reference.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    agreements: list[bool] = field(default_factory=list)
+
+    def add(
+        self,
+        ids: Int[Tensor, " tokens"],
+        logits: Float[Tensor, "tokens vocab"],
+        expected: Float[Tensor, "tokens vocab"] | None,
+    ) -> None:
+        """Add a window.
+
+        Args:
+            ids: its tokens.
+            logits: of the model.
+            expected: of the reference.
+        """
+        self.losses += token_losses(logits, ids).tolist()
+        if expected is not None:
+            self.divergences += token_divergences(expected, logits).tolist()
+            self.agreements += (expected.argmax(-1) == logits.argmax(-1)).tolist()
+
+
 @torch.inference_mode()
 def evaluate(
     models: str | Path | Sequence[str | Path],
@@ -158,16 +191,17 @@ def evaluate(
     results = []
     for i, name in enumerate(shown):
         found = measured[i]
-        every = [loss for domain in found.losses.values() for loss in domain]
         kl, top1 = None, None
         if reference is not None:
-            kl = statistics.fmean(found.divergences or [0.0])
-            top1 = statistics.fmean(found.agreements or [True])
+            kl = statistics.fmean(found.all_of("divergences") or [0.0])
+            top1 = statistics.fmean(found.all_of("agreements") or [True])
         results.append(
             Result(
                 name=name,
-                perplexity=perplexity(every),
-                domain_perplexity={d: perplexity(values) for d, values in found.losses.items()},
+                perplexity=perplexity(found.all_of("losses")),
+                domain_perplexity={
+                    domain: perplexity(each.losses) for domain, each in found.predictions.items()
+                },
                 kl_to_reference=kl,
                 top1_agreement=top1,
                 cost=costs[i],
@@ -232,15 +266,17 @@ def evaluation_windows(
     return text
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Measured:
-    """One model's losses by domain, how it differs from the reference, times of the windows."""
+    """What one model predicted by domain, and times of the windows."""
 
-    losses: dict[str, list[float]]
-    divergences: list[float]
-    agreements: list[bool]
+    predictions: dict[str, Predictions]
     seconds: list[float]
     decode_tokens_per_s: float | None
+
+    def all_of(self, kind: Literal["losses", "divergences", "agreements"]) -> list[Any]:
+        """Return the numbers of all domains, one after the other."""
+        return [each for found in self.predictions.values() for each in getattr(found, kind)]
 
 
 def _measure(
@@ -250,18 +286,15 @@ def _measure(
     decode_tokens_per_s: float | None,
     report: ProgressFn,
 ) -> _Measured:
-    measured = _Measured({domain: [] for domain in text}, [], [], [], decode_tokens_per_s)
+    measured = _Measured({domain: Predictions() for domain in text}, [], decode_tokens_per_s)
     total, done = sum(map(len, text.values())), 0
     for domain, rows in text.items():
         for row in rows:
             ids = torch.from_numpy(row).to(device())
             logits, elapsed_s = _forward(network, ids)
             measured.seconds.append(elapsed_s)
-            measured.losses[domain] += token_losses(logits, ids).tolist()
-            if recall is not None:
-                expected = recall.logits(done)
-                measured.divergences += token_divergences(expected, logits).tolist()
-                measured.agreements += (expected.argmax(-1) == logits.argmax(-1)).tolist()
+            expected = recall.logits(done) if recall else None
+            measured.predictions[domain].add(ids, logits, expected)
             done += 1
             report(Progress("evaluate", done, total, domain))
     return measured

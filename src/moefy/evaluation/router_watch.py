@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,45 +13,12 @@ from torch import Tensor
 
 from moefy.checkpoint.load import device
 from moefy.evaluation.active_experts import ActiveExperts
-from moefy.evaluation.compare import token_divergences, token_losses
+from moefy.evaluation.compare import Predictions
 from moefy.evaluation.recall import Recall
 from moefy.progress import Progress, ProgressFn
 from moefy.training.router_trace import RouterTrace
 
 Text = Mapping[str, Int[np.ndarray, "_windows sequence"]]
-
-
-@dataclass
-class Predictions:
-    """What a model predicted, by token.
-
-    Attributes:
-        losses: −log p of the next token, nats.
-        divergences: KL(reference ‖ model), nats; empty without a reference.
-        agreements: whether the likeliest token is the reference's; empty without a reference.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
-    agreements: list[bool] = field(default_factory=list)
-
-    def add(
-        self,
-        ids: Int[Tensor, " tokens"],
-        logits: Float[Tensor, "tokens vocab"],
-        expected: Float[Tensor, "tokens vocab"] | None,
-    ) -> None:
-        """Add a window.
-
-        Args:
-            ids: its tokens.
-            logits: of the model.
-            expected: of the reference.
-        """
-        self.losses += token_losses(logits, ids).tolist()
-        if expected is not None:
-            self.divergences += token_divergences(expected, logits).tolist()
-            self.agreements += (expected.argmax(-1) == logits.argmax(-1)).tolist()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.data.domains import Split, open_domains
 from moefy.errors import UsageError
 from moefy.evaluation.candidates import Candidate, candidates_of
-from moefy.evaluation.compare import evaluation_windows, perplexity
+from moefy.evaluation.compare import Predictions, evaluation_windows, perplexity
 from moefy.evaluation.cost import cost, ffn_shape
-from moefy.evaluation.router_watch import Predictions, Watched, remember, watch
+from moefy.evaluation.router_watch import Watched, remember, watch
 from moefy.evaluation.routing_stats import (
     coactivation,
     dead_experts,
