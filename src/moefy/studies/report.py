@@ -14,7 +14,7 @@ from typing import Any
 from moefy.report.study_figures import ablation_figure, pareto_figure
 from moefy.report.tables import Rows, markdown, millions, write_csv
 from moefy.storage import replace_file, storage_errors
-from moefy.studies.ablations import ABLATIONS, Ablation
+from moefy.studies.ablations import ABLATIONS, Ablation, ablations_named
 from moefy.studies.conclude import conclusion
 from moefy.studies.grid import GRID, SPEED, GridPoint, front, grid_csv_rows, grid_of, read_grid
 from moefy.studies.outcome import ArmOutcome, Spread, difference, read_outcome, spread
@@ -91,7 +91,7 @@ def section(folder: Path, name: str, *, links: str = "") -> str:
         name: of the ablation.
         links: from the page to the folder, as in "study/".
     """
-    (ablation,) = (ablation for ablation in ABLATIONS if ablation.name == name)
+    (ablation,) = ablations_named([name])
     arms = read_outcome(folder / f"{name}.csv")
     names = [f"{name}.csv", f"{name}-curves.csv", *([GRID] if name == "size" else [])]
     data = [f"[{file}]({links}{file})" for file in names if (folder / file).is_file()]
@@ -108,7 +108,7 @@ def section(folder: Path, name: str, *, links: str = "") -> str:
 
 def conclusion_of(folder: Path, name: str) -> str:
     """Return an ablation's conclusion, from the CSV files in a folder."""
-    (ablation,) = (ablation for ablation in ABLATIONS if ablation.name == name)
+    (ablation,) = ablations_named([name])
     text = conclusion(ablation, read_outcome(folder / f"{name}.csv"))
     if name == "size" and (folder / GRID).is_file():
         text += " " + _front_text(read_grid(folder / GRID))
