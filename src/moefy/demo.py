@@ -29,6 +29,7 @@ from moefy.report.findings import (
     versions,
 )
 from moefy.report.page import Section
+from moefy.report.tables import number
 from moefy.report.write import save
 from moefy.storage import check_output
 from moefy.training.recipe import TrainRecipe
@@ -140,7 +141,7 @@ def headline(comparison: Comparison) -> str:
     return (
         f"{share:.0%} of the dense model's FLOPs per token. Perplexity {dense.perplexity:,.1f} "
         f"becomes {converted.perplexity:,.1f} without training (a random split: "
-        f"{random_split.perplexity:,.3g}) and {recovered.perplexity:,.1f} after this training."
+        f"{number(random_split.perplexity)}) and {recovered.perplexity:,.1f} after this training."
     )
 
 
