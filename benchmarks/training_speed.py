@@ -1,6 +1,6 @@
 """Training throughput of MoE and dense models: docs/performance.md.
 
-    python benchmarks/training_speed.py WORK [--model smollm2-135m] [--steps 6] [--rounds 3]
+    python benchmarks/training_speed.py WORK [--model smollm2-135m] [--data demo] [--steps 6]
 
 Dense, dense of the active size, converted to 8 of 16 and to 32 of 64 slices, and the former while
 it is distilled: the same sequences, each by `moefy train`, in rounds. Tokens/s and MFU are those of
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", default="demo")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=1, help="per step")
@@ -60,7 +61,8 @@ def main() -> None:
                 ]
             )
             print(*rows[-1], sep="\t", flush=True)
-    publish_table(rows, DOCS / "performance/training-speed.csv", DOCS / "performance.md")
+    name = "training-speed-gpu" if torch.cuda.is_available() else "training-speed"
+    publish_table(rows, DOCS / f"performance/{name}.csv", DOCS / "performance.md")
 
 
 def _models(options: argparse.Namespace) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -98,6 +100,7 @@ def _steps(
     moefy.train(
         folder,
         out,
+        data=options.data,
         tokens=options.steps * tokens,
         sequence_length=options.sequence_length,
         sequences_per_step=options.sequences,

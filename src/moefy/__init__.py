@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moefy.memory import ask_for_huge_pages
+
 if TYPE_CHECKING:
     from moefy.checkpoint.gguf import export_gguf
     from moefy.construct.convert import convert
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from moefy.tuning.chat import chat
     from moefy.tuning.judge import judge
     from moefy.tuning.run import tune
+
+ask_for_huge_pages()
 
 __version__ = "0.1.0"
 __all__ = [

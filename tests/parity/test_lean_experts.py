@@ -13,6 +13,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moefy.training.lean_experts import can_run, register
 
 HIDDEN, TOKENS = 48, 40
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+PLACES = pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 
 
 def made(implementation: str, dtype: torch.dtype, size: int = 16) -> Any:
@@ -28,33 +30,39 @@ def made(implementation: str, dtype: torch.dtype, size: int = 16) -> Any:
     return experts.to(dtype)
 
 
-def run(experts: Any, dtype: torch.dtype, autocast: bool = False) -> list[Tensor]:
+def run(
+    experts: Any, dtype: torch.dtype, autocast: bool = False, place: str = "cpu"
+) -> list[Tensor]:
     """Return output and gradients of x, weights, gate_up and down; expert 7 is never chosen."""
+    experts = experts.to(place)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    x = torch.randn(TOKENS, HIDDEN, generator=generator).to(place, dtype).requires_grad_()
     chosen = torch.stack([torch.randperm(7, generator=generator)[:4] for _ in range(TOKENS)])
-    weights = torch.rand(TOKENS, 4, generator=generator).to(dtype).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = experts(x, chosen, weights)
-    slopes = torch.randn(out.shape, generator=generator).to(out.dtype)
+    weights = torch.rand(TOKENS, 4, generator=generator).to(place, dtype).requires_grad_()
+    with torch.autocast(place, torch.bfloat16, enabled=autocast):
+        out = experts(x, chosen.to(place), weights)
+    slopes = torch.randn(out.shape, generator=generator).to(out)
     out.backward(slopes)
     gradients = [x.grad, weights.grad, experts.gate_up_proj.grad, experts.down_proj.grad]
-    return [out.detach(), *gradients]
+    return [tensor.cpu() for tensor in (out.detach(), *gradients)]
 
 
-def test_against_float64() -> None:
+@PLACES
+def test_against_float64(place: str) -> None:
     exact = run(made("eager", torch.float64), torch.float64)
-    for mine, true in zip(run(made("lean", torch.float32), torch.float32), exact, strict=True):
+    found = run(made("lean", torch.float32), torch.float32, place=place)
+    for mine, true in zip(found, exact, strict=True):
         assert (mine - true).norm() < 1e-6 * true.norm()
 
 
-def test_bfloat16_products_are_as_near_as_transformers() -> None:
+@PLACES
+def test_bfloat16_products_are_as_near_as_transformers(place: str) -> None:
     exact = run(made("eager", torch.float64), torch.float64)
     lean, plain = (
         [
             float((mine - true).norm() / true.norm())
             for mine, true in zip(
-                run(made(i, torch.float32), torch.float32, True), exact, strict=True
+                run(made(i, torch.float32), torch.float32, True, place), exact, strict=True
             )
         ]
         for i in ("lean", "eager")

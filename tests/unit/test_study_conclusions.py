@@ -38,6 +38,7 @@ def run(arm: str, seed: int, before: float, loss: float, against: str | None = N
         loss=loss,
         domain_loss={"wiki": loss - 0.5, "book": loss + 0.5},
         curve=[],
+        machine="2 CPU threads",
     )
 
 

@@ -76,7 +76,10 @@ def window_importance(
             hidden = hidden + layer.sample(hidden).outputs().view_as(hidden)
         features += [part.mean(dim=1) for part in _segments(hidden, segments)]
         gradient = torch.stack(
-            [_loss_gradient(head, *window) for window in zip(hidden, ids, strict=True)]
+            [
+                _loss_gradient(head, *window)
+                for window in zip(hidden, ids.to(hidden.device), strict=True)
+            ]
         )
         scores = []
         for layer_idx in reversed(range(replay.num_layers)):

@@ -15,6 +15,7 @@ from torch import Tensor
 from moefy.calibrate.sample import FfnSample
 from moefy.checkpoint.families import sliding_window, transformers_settings
 from moefy.checkpoint.fused import stored_form
+from moefy.checkpoint.load import device
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.errors import UsageError
 
@@ -22,7 +23,7 @@ _WINDOWS_AT_ONCE = 8
 
 
 class LayerReplay:
-    """One layer of a dense model in float32.
+    """One layer of a dense model in float32, on the accelerator if there is one.
 
     Attributes:
         gate, up: [d_ff, hidden].
@@ -34,7 +35,7 @@ class LayerReplay:
         family = dense.family
         prefix = family.layer.format(layer=layer_idx)
         names = (*dense.layer_tensors, family.gate, family.up, family.down)
-        state = {name: dense[prefix + name].float() for name in names}
+        state = {name: _placed(dense[prefix + name]) for name in names}
         module.load_state_dict(stored_form(family, state), assign=True)
         module.requires_grad_(False)
         self._module, self._rotary = module, rotary
@@ -47,7 +48,7 @@ class LayerReplay:
         self, hidden: Float[Tensor, "windows sequence hidden"]
     ) -> Float[Tensor, "windows sequence hidden"]:
         """Return the residual stream after attention: x + attention(norm(x))."""
-        positions = torch.arange(hidden.shape[1])[None]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotary = self._rotary(hidden, positions)
         parts = []
         for part in hidden.split(_WINDOWS_AT_ONCE):
@@ -88,6 +89,10 @@ def weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
     return FfnSample(gate, up, down, gain.float(), nothing.view(0, gate.shape[1]), nothing)
 
 
+def _placed(stored: Tensor) -> Tensor:
+    return stored.to(device(), torch.float32)
+
+
 class ModelReplay:
     """A dense checkpoint as embeddings, layers that are loaded one by one, and the output head."""
 
@@ -99,7 +104,7 @@ class ModelReplay:
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config).float().eval()
-        self._rotary = type(self._model.model.rotary_emb)(config)
+        self._rotary = type(self._model.model.rotary_emb)(config).to(device())
         self.num_layers = dense.num_layers
 
     def embed(
@@ -118,7 +123,7 @@ class ModelReplay:
                 f"{window}: calibrate on shorter ones, --set calibration_length={window}"
             )
         embedded = F.embedding(ids, self._dense["model.embed_tokens.weight"].float())
-        return embedded * self._dense.config.get("embedding_multiplier", 1.0)
+        return embedded.to(device()) * self._dense.config.get("embedding_multiplier", 1.0)
 
     def layer(self, layer_idx: int) -> LayerReplay:
         """Load one layer; it is freed with the returned object."""
@@ -132,10 +137,10 @@ class ModelReplay:
         name = "model.embed_tokens.weight" if self._dense.tied else "lm_head.weight"
         norm = type(self._model.model.norm)(self._model.config.hidden_size)
         norm.variance_epsilon = self._model.model.norm.variance_epsilon
-        norm.load_state_dict({"weight": self._dense["model.norm.weight"].float()}, assign=True)
+        norm.load_state_dict({"weight": _placed(self._dense["model.norm.weight"])}, assign=True)
         norm.requires_grad_(False)
         scale = 1 / self._dense.config.get("logits_scaling", 1.0)
-        return OutputHead(norm, self._dense[name].float(), scale)
+        return OutputHead(norm, _placed(self._dense[name]), scale)
 
 
 class OutputHead:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
@@ -90,7 +90,7 @@ def self_windows(
         CheckpointError: the model or its tokenizer cannot be read.
     """
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32).to(device())
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id
@@ -102,9 +102,9 @@ def self_windows(
         written = [torch.full((count, 1), 0 if start is None else start)]
         cache = None
         for position in range(1, sequence_length):
-            out = model(written[-1], past_key_values=cache, use_cache=True)
+            out = model(written[-1].to(device()), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            probs = out.logits[:, -1].softmax(-1)
+            probs = out.logits[:, -1].softmax(-1).cpu()
             written.append(torch.multinomial(probs, 1, generator=generator))
             report(Progress("sample text", position, sequence_length - 1, f"from {first + 1}"))
         batches.append(torch.cat(written, dim=1))

@@ -159,7 +159,7 @@ class Bench:
         losses: dict[str, list[float]] = {}
         divergences = []
         for domain, ids, ours, dense in zip(
-            self._domains, self._ids, hidden, self._reference, strict=True
+            self._domains, self._ids.to(hidden.device), hidden, self._reference, strict=True
         ):
             logits = self._head.logits(ours)
             losses.setdefault(domain, []).extend(token_losses(logits, ids).tolist())

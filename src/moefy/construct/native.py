@@ -33,7 +33,7 @@ def native_layer(
     dtype = dense[prefix + family.down].dtype
     if target is None:
         layer = {name: dense[prefix + name] for name in dense.layer_tensors}
-        layer |= {name: tensor.to(dtype) for name, tensor in _pruned(dense, split)}
+        layer |= {name: tensor.to("cpu", dtype) for name, tensor in _pruned(dense, split)}
         yield from ((prefix + name, whole) for name, whole in stored_form(family, layer).items())
         return
     for name in dense.layer_tensors:
@@ -42,7 +42,7 @@ def native_layer(
         queries = dense[prefix + "self_attn.q_proj.weight"]
         yield prefix + O_BIAS, queries.new_zeros(queries.shape[1])
     for name, tensor in _experts(split, dense.residual_scale, target):
-        yield prefix + name, tensor.to(dtype)
+        yield prefix + name, tensor.to("cpu", dtype)
     if target.sinks:
         sinks = torch.full((dense.config["num_attention_heads"],), NO_SINK)
         yield prefix + target.sinks, sinks.to(dtype)

@@ -100,7 +100,7 @@ def _partition(
                 return coactivation(sample, shape, **keys)
             return alternating(sample, shape, partial(_regression, recipe, system), **keys)
     assert sample.importance is not None
-    importance = sample.importance.double().numpy()
+    importance = sample.importance.double().cpu().numpy()
     match recipe.partition:
         case "sharing-inner":
             return sharing_inner(importance, shape)
@@ -119,7 +119,7 @@ def _router(
     layer_idx: int,
 ) -> Float[Tensor, "experts hidden"]:
     if shape.active in (0, shape.routed):
-        return zero_router(shape.routed, sample.gate.shape[1])
+        return zero_router(sample.norm_gain, shape.routed)
     match recipe.router:
         case "random":
             return random_router(

@@ -75,6 +75,8 @@ class Partition:
 
     def columns(self, matrix: Float[Tensor, "hidden neurons"]) -> Float[Tensor, "hidden slots"]:
         """Return `matrix[:, slots]`; numpy moves the bits four times as fast as torch would."""
+        if matrix.device.type != "cpu":
+            return matrix[:, torch.from_numpy(self.slots)]
         bits = matrix.view(torch.int16) if matrix.element_size() == 2 else matrix
         return torch.from_numpy(bits.numpy().take(self.slots, axis=1)).view(matrix.dtype)
 

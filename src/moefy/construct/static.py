@@ -43,7 +43,7 @@ def flap(sample: FfnSample, num_kept: int) -> PrunedFfn:
         sample: of the layer.
         num_kept: neurons to keep.
     """
-    total = torch.zeros(sample.num_neurons, dtype=torch.float64)
+    total = sample.down.new_zeros(sample.num_neurons, dtype=torch.float64)
     squares = torch.zeros_like(total)
     for _, activations in sample.chunks():
         total += activations.double().sum(0)

@@ -9,11 +9,15 @@ from pydantic import Field, model_validator
 from moefy.recipe import Positive, Recipe
 
 Settings = dict[str, Any]
+_FREE = {"seeds", "first_seed", "grid", "train_sizes", "prompt_tokens", "new_tokens", "rounds"}
+"""Where the results may differ and stand in one folder."""
 
 
 class StudyRecipe(Recipe):
     """Settings that are the same for every arm of every ablation.
 
+    `seeds` of them are run, from `first_seed` on: other machines may run others into folders of
+    their own, whose `runs.jsonl` are then put together.
     `experts` and `active` are the split of all ablations but that of size, the paper's 4/16;
     `grid` are the numbers of experts of the ablation of size, which is trained
     only with `train_sizes`. `tokens` are trained on by every arm
@@ -25,6 +29,7 @@ class StudyRecipe(Recipe):
 
     tokens: Positive = 32_768
     seeds: Positive = 3
+    first_seed: Annotated[int, Field(ge=0)] = 0
     sequence_length: Annotated[int, Field(ge=2)] = 512
     windows: Positive = 8
     evaluations: Positive = 8
@@ -50,4 +55,4 @@ class StudyRecipe(Recipe):
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for results to stand in one folder."""
-        return self.model_dump(mode="json", exclude={"seeds", "grid", "train_sizes"})
+        return self.model_dump(mode="json", exclude=_FREE)

@@ -41,7 +41,7 @@ def write_report(
         out: the study's folder.
         runs: all that are in it.
         recipe: of the study.
-        facts: model, data and machine, by name.
+        facts: model and data, by name.
         skipped: what could not be run, and why.
 
     Returns:
@@ -62,7 +62,7 @@ def write_report(
         with storage_errors(out):
             figure = ablation_figures(out, ablation)
             figure.savefig(out / f"{ablation.name}.png", dpi=150)
-    replace_file(out / HEAD, _head(recipe, facts) + _skipped(skipped))
+    replace_file(out / HEAD, _head(runs, recipe, facts) + _skipped(skipped))
     replace_file(out / PAGE, page(out))
     return {name: conclusion_of(out, name) for name in present(out)}
 
@@ -211,14 +211,15 @@ def _front_text(points: list[GridPoint]) -> str:
     )
 
 
-def _head(recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
-    seeds = ", ".join(map(str, range(recipe.seeds)))
+def _head(runs: list[Run], recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
+    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
+    machines = ", ".join(sorted({run.machine for run in runs}))
     return (
         "# Study\n\n"
         f"The ablations of LLaMA-MoE (arXiv 2406.16554) on {facts['model']}, text: "
-        f"{facts['data']}, as `moefy study` ran them. Losses are measured on {recipe.windows} "
-        f"held-out windows of {recipe.sequence_length} tokens per domain, the same for every "
-        "model, and are means over the domains.\n\n"
+        f"{facts['data']}, as `moefy study` ran them ({machines}). Losses are measured on "
+        f"{recipe.windows} held-out windows of {recipe.sequence_length} tokens per domain, the "
+        "same for every model, and are means over the domains.\n\n"
         f"Seeds: {seeds}. A seed decides partition, router, fresh weights and the order of "
         "samples, not the held-out text. ± is half of the 95 % interval of the mean over the seeds "
         "(Student's t); differences are taken seed by seed, and what is inside its ± is no "

@@ -131,7 +131,7 @@ def study(
     splits = {split for job in jobs if (split := _size_split(job))}
     if splits:
         _measure_speeds(out, read_config(dense), sorted(splits), choice, report)
-    facts = {"model": Path(model).name, "data": Path(data).name, "machine": machine_name()}
+    facts = {"model": Path(model).name, "data": Path(data).name}
     if smoke:
         facts |= {"model": "a toy model", "data": "toy text"}
     conclusions = write_report(out, list(runs.values()), choice, facts, skipped)
@@ -224,7 +224,7 @@ def _jobs(
         if reason := _lacks(ablation, domains, sft):
             skipped[ablation.name] = reason
             continue
-        for seed in range(recipe.seeds):
+        for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
             for arm in ablation.arms(recipe):
                 split = arm.convert.get("experts")
                 if split and inner % split:
@@ -271,14 +271,13 @@ def _run_all(
     for number, job in enumerate(jobs):
         where = (job.ablation.name, job.arm.name, job.seed)
         place.report(Progress("study", number, len(jobs), f"{job.ablation.name}: {job.arm.name}"))
-        known = done.get(job.key)
-        if known is None or where not in runs or runs[where].key != job.key:
-            if known is None:
-                found = carry(job.steps, job.key, place)
-                measured += 1
-            else:
-                found = {name: getattr(known, name) for name in _MEASURED}
-            run = Run(*where, job.arm.against, job.arm.expected, job.key, **found)
+        if known := done.get(job.key):
+            found = {name: getattr(known, name) for name in _MEASURED}
+        else:
+            found = carry(job.steps, job.key, place) | {"machine": machine_name()}
+            measured += 1
+        run = Run(*where, job.arm.against, job.arm.expected, job.key, **found)
+        if runs.get(where) != run:
             runs[where] = done[job.key] = run
             write_runs(out, runs)
         if not keep:
@@ -299,4 +298,5 @@ _MEASURED = (
     "loss",
     "domain_loss",
     "curve",
+    "machine",
 )

@@ -79,6 +79,7 @@ class Run:
         loss: in the end; of a model that is not trained, the same.
         domain_loss: by domain, in the end; `loss` is their mean.
         curve: held-out loss by tokens trained on, from 0.
+        machine: that it ran on.
     """
 
     ablation: str
@@ -96,6 +97,7 @@ class Run:
     loss: float
     domain_loss: dict[str, float]
     curve: list[tuple[int, float]]
+    machine: str
 
     @property
     def place(self) -> tuple[str, str, int]:

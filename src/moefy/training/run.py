@@ -14,6 +14,7 @@ from moefy.checkpoint.source import resolve
 from moefy.data.corpus import heldout_of, open_corpus
 from moefy.data.mixture import Mixture, MixtureState, WeightUpdate
 from moefy.data.strategies import initial_weights
+from moefy.memory import freed_memory_kept
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import check_output, replace_file, storage_errors
 from moefy.training.checks import check_batch, check_context, check_model
@@ -58,6 +59,7 @@ class Training:
     elapsed_s: float
 
 
+@freed_memory_kept()
 def train(
     model: str | Path,
     out: str | Path,

@@ -24,6 +24,7 @@ from moefy.checkpoint.load import (
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.errors import CorpusError, UsageError
+from moefy.memory import freed_memory_kept
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import check_output, check_same_settings, replace_file, storage_errors
 from moefy.training.checks import check_context
@@ -75,6 +76,7 @@ class Tuning:
     elapsed_s: float
 
 
+@freed_memory_kept()
 def tune(
     model: str | Path,
     out: str | Path,

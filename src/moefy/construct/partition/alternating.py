@@ -58,14 +58,15 @@ def alternating(
     cluster = _labels(partition)
     for _ in range(ROUNDS):
         member = torch.from_numpy(np.eye(shape.routed + 1, dtype=np.float32)[cluster][:, 1:])
+        member = member.to(sample.down.device)
         by_expert = [energy @ member for _, energy in energies or _energies(sample)]
         routing = Routing(fit_router(torch.cat(by_expert)), shape.active)
-        value = torch.zeros(shape.routed + 1, sample.num_neurons)
+        value = sample.down.new_zeros(shape.routed + 1, sample.num_neurons)
         for tokens, energy in energies or _energies(sample):
             chosen = routing.chosen(sample.inputs[tokens])
             runs = torch.cat([torch.ones_like(chosen[:, :1]), chosen], dim=1)
             value += (runs * sample.token_weights[tokens, None]).T @ energy
-        new = balanced_assignment(value.T.double().numpy(), capacity)
+        new = balanced_assignment(value.T.double().cpu().numpy(), capacity)
         moved = np.mean(new != cluster)
         cluster = new
         if moved < 1 / 500:

@@ -28,7 +28,7 @@ def carve(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) -> Part
         seed: of the clustering's start.
         layer_idx: each layer has a stream of its own.
     """
-    gram = torch.zeros(sample.num_neurons, sample.num_neurons)
+    gram = sample.down.new_zeros(sample.num_neurons, sample.num_neurons)
     for _, activations in sample.chunks():
         largest = activations.abs().topk(min(ACTIVE_PER_TOKEN, sample.num_neurons), dim=1).indices
         active = torch.zeros_like(activations).scatter_(1, largest, 1.0)

@@ -29,6 +29,6 @@ def independent_clustering(
     """
     unit = rows.double() / rows.double().norm(dim=1, keepdim=True).clamp_min(1e-12)
     label = balanced_kernel_kmeans(
-        (unit @ unit.T).numpy(), shape.slices, stream(seed, "partition", layer_idx)
+        (unit @ unit.T).cpu().numpy(), shape.slices, stream(seed, "partition", layer_idx)
     )
     return Partition.of_clusters(np.maximum(label - shape.shared + 1, 0), shape)

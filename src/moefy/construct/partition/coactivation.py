@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -32,7 +31,7 @@ def coactivation(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) 
         layer_idx: each layer has a stream of its own.
     """
     column_norms = sample.down.norm(dim=0)
-    gram = torch.zeros(sample.num_neurons, sample.num_neurons)
+    gram = sample.down.new_zeros(sample.num_neurons, sample.num_neurons)
     for tokens, activations in sample.chunks():
         contribution = activations.abs() * column_norms
         gram += (contribution * sample.token_weights[tokens, None]).T @ contribution
@@ -43,7 +42,7 @@ def coactivation(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) 
 
 def highest(score: Float[Tensor, " neurons"], count: int) -> Int[np.ndarray, " count"]:
     """Return the neurons with the largest scores, ascending; ties go to the lower index."""
-    return np.sort(np.argsort(-score.numpy(), kind="stable")[:count])
+    return np.sort(np.argsort(-score.cpu().numpy(), kind="stable")[:count])
 
 
 def cluster_rest(
@@ -59,7 +58,7 @@ def cluster_rest(
     kernel = gram[rest][:, rest]
     scale = kernel.diagonal().clamp_min(1e-30).rsqrt()
     label = balanced_kernel_kmeans(
-        (kernel * scale[:, None] * scale).numpy(),
+        (kernel * scale[:, None] * scale).cpu().numpy(),
         shape.routed,
         stream(seed, "partition", layer_idx),
     )

@@ -33,7 +33,7 @@ def importance_by_cluster(
     features = F.normalize(segments.features.double(), dim=1)
     label = torch.from_numpy(
         balanced_kernel_kmeans(
-            (features @ features.T).numpy(), num_clusters, stream(seed, "text clusters", 0)
+            (features @ features.T).cpu().numpy(), num_clusters, stream(seed, "text clusters", 0)
         )
     )
     return torch.stack(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,8 +34,8 @@ def refit_down_proj(
     target = sample.target()
     start = partition.columns(sample.down).double()
     num_slots = start.shape[1]
-    gram = torch.zeros(num_slots, num_slots)
-    right = torch.zeros(num_slots, len(start))
+    gram = sample.down.new_zeros(num_slots, num_slots)
+    right = sample.down.new_zeros(num_slots, len(start))
     for tokens, masked in masked_chunks(sample, partition, routing):
         weighted = masked * sample.token_weights[tokens, None]
         for first in range(0, num_slots, _BLOCK_SLOTS):  # the other triangle is the same

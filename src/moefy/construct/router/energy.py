@@ -25,7 +25,7 @@ def expert_energies(sample: FfnSample, partition: Partition) -> Float[Tensor, "t
 
 def energy_members(sample: FfnSample, partition: Partition) -> Float[Tensor, "neurons experts"]:
     """Return ‖w_j‖² where neuron j belongs to expert e, else 0: h² times it is the energies."""
-    member = torch.zeros(sample.num_neurons, len(partition.routed))
+    member = sample.down.new_zeros(sample.num_neurons, len(partition.routed))
     for expert, neurons in enumerate(partition.routed):
         member[torch.from_numpy(neurons), expert] = 1.0
     return member * sample.down.square().sum(0)[:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,7 +43,7 @@ def representative_router(
         partition: of the neurons.
     """
     column_norms = sample.down.norm(dim=0)
-    gram = torch.zeros(sample.num_neurons, sample.num_neurons)
+    gram = sample.down.new_zeros(sample.num_neurons, sample.num_neurons)
     for _, activations in sample.chunks():
         contribution = activations.abs() * column_norms
         gram += contribution.T @ contribution
@@ -52,5 +51,5 @@ def representative_router(
     for neurons in partition.routed:
         inner = gram[neurons][:, neurons]
         nearness = inner.sum(1) * inner.diagonal().clamp_min(1e-30).rsqrt()
-        rows.append(sample.gate[neurons[int(np.argmax(nearness.numpy()))]])
+        rows.append(sample.gate[neurons[int(nearness.argmax())]])
     return torch.stack(rows)

@@ -35,9 +35,11 @@ def random_router(
     """
     normal = stream(seed, "router", layer_idx).standard_normal((num_experts, norm_gain.numel()))
     scale = LOGIT_STD / norm_gain.double().norm().clamp_min(1e-12)
-    return (torch.from_numpy(normal) * scale).float()
+    return (torch.from_numpy(normal).to(scale) * scale).float()
 
 
-def zero_router(num_experts: int, hidden_size: int) -> Float[Tensor, "experts hidden"]:
+def zero_router(
+    norm_gain: Float[Tensor, " hidden"], num_experts: int
+) -> Float[Tensor, "experts hidden"]:
     """Return the router of k = E: all experts are always chosen, with weights exactly equal."""
-    return torch.zeros(num_experts, hidden_size)
+    return norm_gain.new_zeros(num_experts, norm_gain.numel())
