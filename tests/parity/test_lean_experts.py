@@ -71,6 +71,22 @@ def test_bfloat16_products_are_as_near_as_transformers(place: str) -> None:
     assert max(lean) < 2e-2
 
 
+def test_bfloat16_products_on_a_cpu_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Tensor] = []
+    product = torch.nn.functional.grouped_mm
+
+    def note(*matrices: Tensor, offs: Tensor) -> Tensor:
+        ends.append(offs)
+        return product(*matrices, offs=offs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", note)
+    run(made("lean", torch.float32), torch.float32, True)
+    assert len(ends) == 6
+    assert all((found % 32 == 0).all() for found in ends)
+    run(made("lean", torch.float32), torch.float32)
+    assert ends[-1][-1] == TOKENS * 4  # float32 needs no rounding
+
+
 def test_sizes_that_torch_refuses_are_left_to_transformers() -> None:
     for size in (12, 43):
         experts = made("lean", torch.float32, size=size)

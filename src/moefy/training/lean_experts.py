@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moefy.evaluation.experts import is_plain
 
 NAME = "lean"
+_ROUND_ROWS = 32
+"""In bfloat16 on a CPU every expert gets a multiple of so many rows. oneDNN compiles a product for
+every shape that it meets, and routing would give it new ones in every step."""
 
 
 def register() -> str:
@@ -70,21 +74,47 @@ def lean_experts(
         loop = type(experts).forward.__wrapped__
         return loop(experts, hidden_states, top_k_index, top_k_weights)
     chosen, order = top_k_index.reshape(-1).sort(stable=True)
-    ends = torch.arange(1, experts.num_experts + 1, device=chosen.device)
-    offsets = torch.searchsorted(chosen, ends).int()
+    experts_at = torch.arange(experts.num_experts + 1, device=chosen.device)
+    starts = torch.searchsorted(chosen, experts_at)
+    rows = torch.arange(len(order), device=order.device)
+    ends, num_rows = starts[1:], len(order)
+    if _rounds_rows(hidden_states):
+        counts = starts.diff()
+        rounded = -(counts // -_ROUND_ROWS) * _ROUND_ROWS
+        rows += (rounded - counts).cumsum(0)[chosen]  # the empty ones come first
+        ends = rounded.cumsum(0)
+        num_rows = int(ends[-1])
+    tokens = order.new_zeros(num_rows).scatter_(0, rows, order // top_k_index.shape[1])
+    weights = top_k_weights.reshape(-1)[order]
+    places = torch.empty_like(order).scatter_(0, order, rows)
     return _Experts.apply(
         hidden_states,
         experts.gate_up_proj,
         experts.down_proj,
-        top_k_weights.reshape(-1)[order],
-        order,
-        offsets,
+        weights.new_zeros(num_rows).scatter(0, rows, weights),
+        tokens,
+        places.view(top_k_index.shape),
+        ends.int(),
         experts._apply_gate,
     )
 
 
+def _rounds_rows(hidden: Tensor) -> bool:
+    is_real = not isinstance(hidden, FakeTensor)  # a dry run does not know who chose whom
+    return is_real and hidden.device.type == "cpu" and _computes_in(hidden) == torch.bfloat16
+
+
+def _computes_in(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
 class _Experts(torch.autograd.Function):
-    """Rows are pairs of a token and an expert, sorted by expert; `order` says which pairs."""
+    """Rows are pairs of a token and an expert, sorted by expert.
+
+    `tokens` says whose each row is, `places` where each token's rows are. A row of no pair has the
+    weight 0, with which nothing comes of it, forward or backward.
+    """
 
     @staticmethod
     def forward(
@@ -93,26 +123,25 @@ class _Experts(torch.autograd.Function):
         gate_up: Tensor,
         down: Tensor,
         weights: Tensor,
-        order: Tensor,
+        tokens: Tensor,
+        places: Tensor,
         offsets: Tensor,
         apply_gate: Any,
     ) -> Tensor:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        active = len(order) // len(hidden)
-        with torch.autocast(kind, enabled=False):
-            rows = hidden.to(dtype)[order // active]
+        dtype = _computes_in(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = hidden.to(dtype)[tokens]
             products = F.grouped_mm(rows, gate_up.to(dtype).mT, offs=offsets)
             gated = apply_gate(products) * weights[:, None].to(dtype)
             out = F.grouped_mm(gated, down.to(dtype).mT, offs=offsets)
-        ctx.save_for_backward(hidden, gate_up, down, weights, order, offsets, products)
-        ctx.apply_gate, ctx.dtype, ctx.active = apply_gate, dtype, active
-        return _sum_of_pairs(out, order, active).to(hidden.dtype)
+        ctx.save_for_backward(hidden, gate_up, down, weights, tokens, places, offsets, products)
+        ctx.apply_gate, ctx.dtype = apply_gate, dtype
+        return out[places].sum(1).to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, gate_up, down, weights, order, offsets, products = ctx.saved_tensors
-        dtype, tokens = ctx.dtype, order // ctx.active
+        hidden, gate_up, down, weights, tokens, places, offsets, products = ctx.saved_tensors
+        dtype = ctx.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             row_weights = weights[:, None].to(dtype)
             with torch.enable_grad():
@@ -128,9 +157,8 @@ class _Experts(torch.autograd.Function):
             rows = hidden.to(dtype)[tokens]
             gate_up_grad = F.grouped_mm(products_grad.T, rows, offs=offsets)
             del rows
-            hidden_grad = _sum_of_pairs(
-                F.grouped_mm(products_grad, gate_up.to(dtype), offs=offsets), order, ctx.active
-            )
+            hidden_grad = F.grouped_mm(products_grad, gate_up.to(dtype), offs=offsets)
+            hidden_grad = hidden_grad[places].sum(1)  # always in the same order
         return (
             hidden_grad.to(hidden.dtype),
             gate_up_grad.to(gate_up.dtype),
@@ -139,13 +167,5 @@ class _Experts(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
-
-
-def _sum_of_pairs(
-    rows: Float[Tensor, "pairs hidden"], order: Int[Tensor, " pairs"], active: int
-) -> Float[Tensor, "tokens hidden"]:
-    """Add the rows of each token's experts, always in the same order."""
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    return rows[places].view(-1, active, rows.shape[-1]).sum(1)
