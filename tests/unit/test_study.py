@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,30 @@ def test_runs_that_ablations_share_are_done_once(toys: Path, tmp_path: Path) -> 
     assert uniform.domain_loss == converted.domain_loss
     for name in ("scratch", "sampling"):  # the page shows both
         assert f"{name}.csv" in (out / "study.md").read_text()
+
+
+def test_seeds_of_several_machines_are_put_together(toys: Path, tmp_path: Path) -> None:
+    out, parts = tmp_path / "out", [tmp_path / "first", tmp_path / "second"]
+    for seed, part in enumerate(parts):
+        tiny_study(toys, part, "rescaling", first_seed=seed)
+    out.mkdir()
+    (out / "runs.jsonl").write_text("".join((p / "runs.jsonl").read_text() for p in parts))
+    both = tiny_study(toys, out, "rescaling", seeds=2)
+    assert both.measured == 0
+    tiny_study(toys, tmp_path / "whole", "rescaling", seeds=2)
+    for name in ("rescaling.csv", "rescaling-curves.csv", "study.md"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_losses_are_those_of_evaluate(toys: Path, tmp_path: Path) -> None:
+    done = tiny_study(toys, tmp_path / "out", "rescaling", windows=3)
+    text = {"data": toys / "text", "windows": 3, "sequence_length": TINY["sequence_length"]}
+    (expected,) = moefy.evaluate(toys / "model", decode=False, **text).results
+    dense = done.runs[0]
+    assert dense.arm == "dense"
+    assert {d: math.exp(loss) for d, loss in dense.domain_loss.items()} == pytest.approx(
+        expected.domain_perplexity, rel=1e-5
+    )
 
 
 def test_the_page_follows_from_its_files(toys: Path, tmp_path: Path) -> None:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 
+from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.construct.convert import convert
+from moefy.data.domains import open_domains
 from moefy.errors import CorpusError
-from moefy.evaluation.compare import evaluate
+from moefy.evaluation.compare import evaluation_windows
 from moefy.evaluation.cost import cost
-from moefy.progress import ProgressFn
+from moefy.progress import Progress, ProgressFn
 from moefy.storage import whole_folder
 from moefy.studies.runs import Steps
+from moefy.training.heldout import heldout_losses
+from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
 from moefy.training.state import read_log
+from moefy.training.workers import ONE
 from moefy.tuning.run import tune
 
 
@@ -46,6 +53,21 @@ class Place:
     windows: int
     sequence_length: int
     report: ProgressFn
+
+    @cached_property
+    def heldout(self) -> dict[str, Int[np.ndarray, "windows sequence"]]:
+        """What every model is measured on, tokenised once."""
+        return evaluation_windows(
+            open_domains(self.data, report=self.report),
+            "heldout",
+            load_tokenizer(self.dense),
+            windows=self.windows,
+            sequence_length=self.sequence_length,
+            report=self.report,
+        )
+
+
+_MEASURING = TrainRecipe(precision="float32", sequences_per_step=8, sequences_per_pass=8)
 
 
 def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
@@ -162,16 +184,11 @@ def _write_fresh(architecture: Path, out: Path, seed: int) -> None:
 
 def _heldout(model: Path, place: Place) -> dict[str, float]:
     """Return the loss by domain on the windows that every model of the study is measured on."""
-    found = evaluate(
-        model,
-        data=place.data,
-        windows=place.windows,
-        sequence_length=place.sequence_length,
-        decode=False,
-        report=place.report,
-    )
-    (result,) = found.results
-    return {domain: math.log(value) for domain, value in result.domain_perplexity.items()}
+    place.report(Progress("held-out loss", 0, 1))
+    network = load_model(model, dtype=torch.float32).to(device())
+    losses = heldout_losses(network, place.heldout, _MEASURING, ONE)
+    place.report(Progress("held-out loss", 1, 1))
+    return losses
 
 
 def _curve(before: float, log: list[dict[str, Any]], after: float) -> list[tuple[int, float]]:
