@@ -13,7 +13,7 @@ from tests.conftest import write_tiny_llama
 import moefy
 from moefy.cli import main
 from moefy.recipe import LLAMA_MOE
-from moefy.report.routing_figures import routing_figures
+from moefy.report.routing_charts import routing_charts
 
 PLAIN: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 SMALL: dict[str, Any] = {"windows": 2, "sequence_length": 24}
@@ -77,12 +77,11 @@ def test_bad_options(
 
 def test_figures(models: list[Path], corpus: Path, tmp_path: Path) -> None:
     kinds = ("load", "domains", "coactivation")
-    one = moefy.measure_routing(models, data=corpus, **SMALL)
-    figures = routing_figures(one)
-    assert list(figures) == ["routing-k.png", *(f"routing-{kind}.png" for kind in kinds)]
-    two = moefy.measure_routing([models[1], *models], data=corpus, **SMALL)
-    names = [f"routing-{kind}-{place}.png" for place in (1, 2) for kind in kinds]
-    assert list(routing_figures(two)) == ["routing-k.png", *names]
-    for name, figure in figures.items():
-        figure.savefig(tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 5_000
+    one = routing_charts(moefy.measure_routing(models, data=corpus, **SMALL))
+    assert [chart.name for chart in one] == [*(f"routing-{kind}" for kind in kinds), "routing-k"]
+    two = routing_charts(moefy.measure_routing([models[1], *models], data=corpus, **SMALL))
+    names = [f"routing-{kind}-{place}" for kind in kinds for place in (1, 2)]
+    assert [chart.name for chart in two] == [*names, "routing-k"]
+    for chart in one:
+        chart.write_picture(tmp_path)
+        assert (tmp_path / f"{chart.name}.png").stat().st_size > 5_000

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from moefy.report.chart import Chart, load_rows, matrix_rows
-from moefy.report.routing_figures import overall_load, routing_figures, shown_layers
+from moefy.report.routing_figures import (
+    coactivation_maps,
+    domain_loads,
+    expert_load,
+    overall_load,
+    quality_curve,
+    shown_layers,
+)
 from moefy.report.routing_tables import k_rows
 from moefy.report.tables import Rows
 
 if TYPE_CHECKING:
     from moefy.evaluation.routing import Routing, RoutingResult
 
-_CAPTIONS = {
-    "load": "How often each routed expert was chosen on held-out text, by layer; 1 is even use, 3 "
-    "and more are yellow.",
-    "domains": "The same by domain, in the first, a middle and the last layer. Rows that look "
-    "alike say that the routers do not tell the domains apart.",
-    "coactivation": "Which experts are chosen together: of the tokens that chose e, the share that "
-    "chose f too, in the first, a middle and the last layer.",
-}
-
 
 def routing_charts(result: RoutingResult) -> list[Chart]:
-    """Return the figures of `routing_figures` with the numbers that each shows.
+    """Return figures with their numbers.
 
-    The models' figures of one kind are together; that of other numbers of experts is the last.
+    Of each model `routing-load`, `routing-domains` and `routing-coactivation`, or where there are
+    several `routing-load-1` and so on in their order, those of one kind together; of all models the
+    last, `routing-k`.
     """
     charts = []
-    for file, figure in routing_figures(result).items():
-        name = file.removesuffix(".png")
-        kind, _, place = name.removeprefix("routing-").partition("-")
-        if kind == "k":
-            rows = k_rows(result)
-            caption = (
-                "Loss with another number of experts chosen per token than the model was saved "
-                "with; a ring is the saved one, the dashed line the dense model."
-            )
-        else:
-            model = result.models[int(place or 1) - 1]
-            rows = _ROWS[kind](model, result.tokens)
-            caption = f"{model.name}. {_CAPTIONS[kind]}"
-        charts.append((_KINDS.index(kind), Chart(name, figure, rows, caption)))
-    return [chart for _, chart in sorted(charts, key=lambda pair: pair[0])]
+    for kind, (draw, rows_of, caption) in _OF_A_MODEL.items():
+        for place, model in enumerate(result.models, start=1):
+            name = f"routing-{kind}" + (f"-{place}" if len(result.models) > 1 else "")
+            rows = rows_of(model, result.tokens)
+            charts.append(Chart(name, draw(model, result.tokens), rows, f"{model.name}. {caption}"))
+    caption = (
+        "Loss with another number of experts chosen per token than the model was saved with; a "
+        "ring is the saved one, the dashed line the dense model."
+    )
+    charts.append(Chart("routing-k", quality_curve(result), k_rows(result), caption))
+    return charts
 
 
 def _load_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
@@ -72,5 +69,24 @@ def _coactivation_rows(model: Routing, _: Mapping[str, int]) -> Rows:
     return rows
 
 
-_ROWS = {"load": _load_rows, "domains": _domain_rows, "coactivation": _coactivation_rows}
-_KINDS = (*_ROWS, "k")
+_OF_A_MODEL: dict[str, tuple[Callable[..., Figure], Callable[..., Rows], str]] = {
+    "load": (
+        expert_load,
+        _load_rows,
+        "How often each routed expert was chosen on held-out text, by layer; 1 is even use, 3 and "
+        "more are yellow.",
+    ),
+    "domains": (
+        domain_loads,
+        _domain_rows,
+        "The same by domain, in the first, a middle and the last layer. Rows that look alike say "
+        "that the routers do not tell the domains apart.",
+    ),
+    "coactivation": (
+        coactivation_maps,
+        _coactivation_rows,
+        "Which experts are chosen together: of the tokens that chose e, the share that chose f "
+        "too, in the first, a middle and the last layer.",
+    ),
+}
+"""How to draw a kind, its numbers, and its caption."""

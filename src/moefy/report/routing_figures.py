@@ -16,22 +16,6 @@ if TYPE_CHECKING:
     from moefy.evaluation.routing import Routing, RoutingResult
 
 
-def routing_figures(result: RoutingResult) -> dict[str, Figure]:
-    """Draw what there is to see, by file name.
-
-    Of all models together `routing-k.png`; of each model `routing-load.png`, `routing-domains.png`
-    and `routing-coactivation.png`, or where there are several `routing-load-1.png` and so on, in
-    the order of the models.
-    """
-    figures = {"routing-k.png": quality_curve(result)}
-    for place, model in enumerate(result.models, start=1):
-        ending = f"-{place}.png" if len(result.models) > 1 else ".png"
-        figures[f"routing-load{ending}"] = expert_load(model, result.tokens)
-        figures[f"routing-domains{ending}"] = domain_loads(model)
-        figures[f"routing-coactivation{ending}"] = coactivation_maps(model)
-    return figures
-
-
 def expert_load(model: Routing, tokens: Mapping[str, int]) -> Figure:
     """Draw how often each expert is chosen, per layer, over all tokens.
 
@@ -55,7 +39,7 @@ def overall_load(model: Routing, tokens: Mapping[str, int]) -> Float[np.ndarray,
     return np.average(loads, axis=0, weights=list(tokens.values()))
 
 
-def domain_loads(model: Routing) -> Figure:
+def domain_loads(model: Routing, _: Mapping[str, int]) -> Figure:
     """Draw how each domain uses the experts of the first, a middle and the last layer.
 
     Rows that look alike say that the routers do not tell the domains apart.
@@ -76,7 +60,7 @@ def domain_loads(model: Routing) -> Figure:
     return figure
 
 
-def coactivation_maps(model: Routing) -> Figure:
+def coactivation_maps(model: Routing, _: Mapping[str, int]) -> Figure:
     """Draw which experts are chosen together, in the first, a middle and the last layer.
 
     The diagonal, where every share is 1, is left out.
