@@ -47,10 +47,10 @@ def test_the_same_model_is_written_where_nothing_is_chosen_by_rounding(
     choices: dict[str, Any] = {"experts": 4, "active": 2, "shared": 0, "partition": "random"}
     choices |= {"router": "ridge", "calibration_tokens": 1024, "calibration_length": 64}
     moefy.convert(dense, tmp_path / "gpu", data=corpus, **choices)
-    found = moefy.evaluate(dense, tmp_path / "gpu", data=corpus, sequence_length=64)
+    found = moefy.evaluate([dense, tmp_path / "gpu"], data=corpus, sequence_length=64)
     on_the_cpu(monkeypatch)
     moefy.convert(dense, tmp_path / "cpu", data=corpus, **choices)
-    expected = moefy.evaluate(dense, tmp_path / "cpu", data=corpus, sequence_length=64)
+    expected = moefy.evaluate([dense, tmp_path / "cpu"], data=corpus, sequence_length=64)
     for mine, theirs in zip(found.results, expected.results, strict=True):
         assert mine.perplexity == pytest.approx(theirs.perplexity, rel=2e-3)
 

@@ -93,6 +93,8 @@ class Bench:
                 if importance is not None:
                     sample.importance = importance[layer_idx]
                 ffn = _build(method, recipe, sample, layer_idx)
+                if walk is None and isinstance(ffn, SplitFfn):  # was made on the CPU
+                    ffn = ffn.to(hidden.device)
                 if walk:
                     walk.leave(sample, ffn)
                 del sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -146,6 +146,12 @@ class SplitFfn:
                 for _, masked in masked_chunks(sample, self.partition, self.routing)
             ]
         )
+
+    def to(self, place: torch.device) -> SplitFfn:
+        """Return it with its matrices on a device."""
+        moved = {name: getattr(self, name).to(place) for name in ("gate", "up", "down")}
+        routing = replace(self.routing, router=self.routing.router.to(place))
+        return replace(self, routing=routing, **moved)
 
 
 def masked_chunks(
