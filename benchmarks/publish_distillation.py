@@ -147,13 +147,13 @@ def _figure(curves: Curves) -> Figure:
     """Draw what runs of so many tokens end at: cross-entropy, the best others, the paper's line."""
     best = _best(curves)
     dense = curves[Run(DENSE, 0.0, 0.0, 0)][-1].heldout
-    start = curves[Run(CONVERTED, 0.0, 0.0, 0)][-1]
+    start = curves[Run(CONVERTED, 0.0, 0.0, 0)][-1:]
     methods = list(dict.fromkeys(method for method, share in best if share))
     others = [m for m in methods if m != BASELINE and not m.startswith(RANDOM)]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for method in [BASELINE, *others[:_NUM_DRAWN]]:
-        ends = [start]
+        ends = list(start)
         for share in sorted(share for name, share in best if name == method):
             ends.append(next(iter(_ends(curves, method, share, best[method, share]).values())))
         axes.plot(
