@@ -50,6 +50,9 @@ def test_the_data_tables(name: str) -> None:
         ("training/output-loss", "objective"),
         ("performance/expert-layers", "performance"),
         ("performance/step-overhead", "performance"),
+        ("performance/memory", "performance"),
+        ("performance/training-speed", "performance"),
+        ("performance/training-speed-gpu", "performance"),
         ("tuning/tuning", "tuning"),
     ],
 )
