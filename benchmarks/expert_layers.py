@@ -20,9 +20,9 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from moefy.experts.lean import register
 from moefy.report.tables import publish_table
 from moefy.training.dry_run import dry_run
-from moefy.training.lean_experts import register
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "lean")

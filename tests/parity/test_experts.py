@@ -16,7 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 import moefy
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import ArchitectureError
-from moefy.evaluation.experts import expert_views, register
+from moefy.experts.views import expert_views, register
 from moefy.recipe import LLAMA_MOE
 
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}

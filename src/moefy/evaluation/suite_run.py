@@ -20,6 +20,7 @@ from moefy.checkpoint.load import device, load_model, load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config, side_files
 from moefy.errors import CheckpointError, EvaluationError, UsageError
 from moefy.evaluation.benchmarks import Benchmark
+from moefy.evaluation.cost import ffn_shape
 from moefy.evaluation.harness import (
     STOCK,
     VERSION,
@@ -31,10 +32,11 @@ from moefy.evaluation.harness import (
     task_manager,
 )
 from moefy.evaluation.suite_data import archive_data
+from moefy.experts.lean import register
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import cache_folder, replace_file, storage_errors
 
-_FORMAT = 2  # raise it when what is kept of a task changes
+_FORMAT = 3  # raise it when what is kept of a task changes, or how it is computed
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,10 @@ def check_vocabulary(folder: Path) -> None:
 
 
 def _open(folder: Path, dtype: str) -> HarnessModel:
-    network = load_model(folder, dtype=getattr(torch, dtype)).to(device())
+    options = {}
+    if ffn_shape(read_config(folder)).experts and device().type == "cpu" and dtype == "bfloat16":
+        options["experts_implementation"] = register()  # prompts differ in length
+    network = load_model(folder, dtype=getattr(torch, dtype), **options).to(device())
     return HarnessModel(network, load_tokenizer(folder))
 
 

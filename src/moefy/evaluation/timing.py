@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moefy.checkpoint.load import device, load_model
 from moefy.evaluation.contenders import Contender, narrow, random_model
 from moefy.evaluation.cost import cost, ffn_shape
-from moefy.evaluation.experts import register
 from moefy.evaluation.roofline import synchronise
+from moefy.experts.views import register
 from moefy.progress import Progress, ProgressFn
 
 Phase = Literal["prefill", "decode"]

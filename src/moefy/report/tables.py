@@ -197,6 +197,7 @@ def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:
 def dry_run_rows(found: DryRun) -> Rows:
     """Return header and rows of a dry run, a figure a row."""
     gib = 2**30
+    teacher = [["the teacher's weights: GiB a process", f"{found.teacher_bytes / gib:.2f}"]]
     return [
         ["of the run", ""],
         ["optimizer steps", f"{found.steps:,}"],
@@ -207,6 +208,7 @@ def dry_run_rows(found: DryRun) -> Rows:
         ["learned parameters", f"{found.learned_params:,}"],
         ["weights, gradients, optimizer: GiB a process", f"{found.state_bytes / gib:.2f}"],
         ["activations of a pass: GiB a process", f"{found.activation_bytes / gib:.2f}"],
+        *(teacher if found.teacher_bytes else []),
         ["FLOPs, forward and backward", f"{found.total_flops:.3g}"],
     ]
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moefy.checkpoint.load import training_precision
 from moefy.checkpoint.reader import read_config
 from moefy.errors import UsageError
 from moefy.evaluation.cost import cost, ffn_shape
 from moefy.evaluation.inspect import SHAPES, split_config
+from moefy.experts.lean import register
 from moefy.training.checks import check_batch, check_model, check_processes
 from moefy.training.follow import check_reference
-from moefy.training.lean_experts import register
 from moefy.training.models import prepare_student
 from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
@@ -43,7 +44,8 @@ class DryRun:
         state_bytes: weights, gradients and optimizer of one process.
         activation_bytes: what one pass keeps for its backward pass, measured on the meta device,
             and the logits' chunks.
-        total_flops: of the whole run, forward and backward.
+        teacher_bytes: the frozen parent's weights in one process; 0 without distillation.
+        total_flops: of the whole run, forward and backward, and the teacher's forward passes.
     """
 
     steps: int
@@ -55,6 +57,7 @@ class DryRun:
     passes_per_step: int
     state_bytes: int
     activation_bytes: int
+    teacher_bytes: int
     total_flops: int
 
 
@@ -102,6 +105,14 @@ def dry_run(
     total = sum(p.numel() for p in network.parameters())
     held = _OPTIMIZER_BYTES * learned + 4 * (total - learned)
     counted = cost(config, context=choice.sequence_length)
+    flops_per_token = flops_per_trained_token(config, choice.sequence_length)
+    teacher_bytes = 0
+    if choice.distils:
+        assert choice.teacher is not None
+        teacher = cost(_config_of(choice.teacher), context=choice.sequence_length)
+        width = 2 if training_precision(choice.precision) == "bfloat16" else 4
+        teacher_bytes = width * teacher.total_params // (shard * choice.parallel.tensor)
+        flops_per_token += teacher.flops_per_token
     return DryRun(
         steps=choice.num_steps,
         tokens_per_step=choice.tokens_per_step,
@@ -112,9 +123,8 @@ def dry_run(
         passes_per_step=choice.sequences_per_step // num_data // choice.sequences_per_pass,
         state_bytes=held // (shard * choice.parallel.tensor),
         activation_bytes=activation_bytes,
-        total_flops=choice.num_steps
-        * choice.tokens_per_step
-        * flops_per_trained_token(config, choice.sequence_length),
+        teacher_bytes=teacher_bytes,
+        total_flops=choice.num_steps * choice.tokens_per_step * flops_per_token,
     )
 
 

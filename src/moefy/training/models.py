@@ -13,7 +13,7 @@ from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import UsageError
 from moefy.evaluation.cost import ffn_shape
-from moefy.training.lean_experts import register
+from moefy.experts.lean import register
 from moefy.training.recipe import Lora, TrainRecipe
 from moefy.training.workers import Workers
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moefy.evaluation.experts import is_plain
+from moefy.experts.views import is_plain
 
 NAME = "lean"
 _ROUND_ROWS = 32

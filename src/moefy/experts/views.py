@@ -5,7 +5,7 @@ time on finding out which token goes where, `grouped_mm` calls a matrix product 
 chosen or not, and `batched_mm` copies the chosen experts' weights. Here each chosen expert is
 multiplied where it lies. Use it with
 
-    from moefy.evaluation.experts import register
+    from moefy.experts.views import register
     model = AutoModelForCausalLM.from_pretrained(FOLDER, experts_implementation=register())
 """
 
