@@ -54,6 +54,11 @@ def test_a_study_that_is_stopped_goes_on(toys: Path, tmp_path: Path) -> None:
     kept = lines_of(out)
     assert [json.loads(line)["arm"] for line in kept] == ["dense", "4/16 not rescaled"]
     assert list((out / "work/models").iterdir())  # the conversion of the run that stopped
+    so_far = tiny_study(toys, out, "rescaling", report_only=True, seeds=2)
+    assert (so_far.measured, lines_of(out)) == (0, kept)
+    assert so_far.skipped["rescaling: 4/16 rescaled"] == "not yet, seed 0, 1"
+    assert so_far.skipped["rescaling: 4/16 not rescaled"] == "not yet, seed 1"
+    assert "- rescaling: 4/16 rescaled: not yet, seed 0, 1" in (out / "study.md").read_text()
     done = tiny_study(toys, out, "rescaling")
     assert done.measured == 4
     assert lines_of(out)[:2] == kept

@@ -32,6 +32,9 @@ def study(
         bool, typer.Option("--smoke", help="All of it on a toy model, in minutes.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; report what is there.")
+    ] = False,
     recipe: RecipeFile = None,
     settings: Set = None,
     as_json: Json = False,
@@ -52,6 +55,7 @@ def study(
             only=listed(only),
             smoke=smoke,
             keep=keep,
+            report_only=report_only,
             recipe=recipe,
             report=report,
             **choices,

@@ -76,6 +76,7 @@ def study(
     only: Sequence[str] = (),
     smoke: bool = False,
     keep: bool = False,
+    report_only: bool = False,
     recipe: str | Path | None = None,
     report: ProgressFn = silent,
     **choices: Any,
@@ -96,6 +97,7 @@ def study(
         only: names of ablations; none means all.
         smoke: a toy model, toy text and toy sizes instead, to see that everything runs.
         keep: keep the models.
+        report_only: run nothing; write the report of the runs that are there.
         recipe: a YAML file with `StudyRecipe` keys.
         report: told about progress.
         **choices: single `StudyRecipe` keys; they override the file.
@@ -127,15 +129,28 @@ def study(
     _keep_identity(out, conditions)
     replace_file(out / "recipe.yaml", choice.to_yaml())
     place = Place(out / "work", dense, data, sft, choice.windows, choice.sequence_length, report)
-    runs, measured = _run_all(out, jobs, place, keep)
+    if report_only:
+        runs, measured = read_runs(out), 0
+        skipped |= _missing(jobs, runs)
+    else:
+        runs, measured = _run_all(out, jobs, place, keep)
     splits = {split for job in jobs if (split := _size_split(job))}
-    if splits:
+    if splits and not report_only:
         _measure_speeds(out, read_config(dense), sorted(splits), choice, report)
     facts = {"model": Path(model).name, "data": Path(data).name}
     if smoke:
         facts |= {"model": "a toy model", "data": "toy text"}
     conclusions = write_report(out, list(runs.values()), choice, facts, skipped)
     return Study(out, choice, list(runs.values()), measured, skipped, conclusions)
+
+
+def _missing(jobs: Sequence[_Job], runs: dict[tuple[str, str, int], Run]) -> dict[str, str]:
+    """Name the arms of which seeds are missing, and say which."""
+    seeds: dict[str, list[str]] = {}
+    for job in jobs:
+        if (job.ablation.name, job.arm.name, job.seed) not in runs:
+            seeds.setdefault(f"{job.ablation.name}: {job.arm.name}", []).append(str(job.seed))
+    return {name: f"not yet, seed {', '.join(found)}" for name, found in seeds.items()}
 
 
 def _size_split(job: _Job) -> Split | None:
