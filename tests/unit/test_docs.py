@@ -62,6 +62,14 @@ def test_the_measured_tables(name: str, page: str) -> None:
     assert markdown(rows) in (ROOT / f"docs/{page}.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["stories260k", "smollm2-135m", "smollm2-135m-h200"])
+def test_the_distillation_tables(name: str) -> None:
+    parts = runpy.run_path(str(ROOT / "benchmarks/publish_distillation.py"))
+    curves = parts["_read"](ROOT / f"docs/training/distillation-{name}.csv")
+    table = markdown(parts["result_rows"](curves))
+    assert f"<!-- distillation-{name} -->\n{table}" in (ROOT / "docs/objective.md").read_text()
+
+
 def test_the_benchmarks_table() -> None:
     rows = runpy.run_path(str(ROOT / "benchmarks/suite.py"))["benchmark_rows"]()
     assert markdown(rows) in (ROOT / "docs/evaluation.md").read_text()

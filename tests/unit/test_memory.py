@@ -1,3 +1,7 @@
+"""The memory of large tensors: asked for in large pages, and used again."""
+
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
@@ -33,13 +37,13 @@ def printed(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_freed_memory_is_used_again_until_the_end():
+def test_freed_memory_is_used_again_until_the_end() -> None:
     usual, kept, after = map(int, printed(FAULTS).split())
     assert kept < usual / 5
     assert after > usual / 2
 
 
-def test_huge_pages_are_asked_for_unless_the_user_decided():
+def test_huge_pages_are_asked_for_unless_the_user_decided() -> None:
     code = "import moefy, os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
     assert printed(code) == "1"
     assert printed(code, THP_MEM_ALLOC_ENABLE="0") == "0"

@@ -76,22 +76,22 @@ def lean_experts(
     chosen, order = top_k_index.reshape(-1).sort(stable=True)
     experts_at = torch.arange(experts.num_experts + 1, device=chosen.device)
     starts = torch.searchsorted(chosen, experts_at)
-    rows = torch.arange(len(order), device=order.device)
-    ends, num_rows = starts[1:], len(order)
+    rows, ends = torch.arange(len(order), device=order.device), starts[1:]
+    tokens, weights = order // top_k_index.shape[1], top_k_weights.reshape(-1)[order]
     if _rounds_rows(hidden_states):
         counts = starts.diff()
         rounded = -(counts // -_ROUND_ROWS) * _ROUND_ROWS
         rows += (rounded - counts).cumsum(0)[chosen]  # the empty ones come first
         ends = rounded.cumsum(0)
         num_rows = int(ends[-1])
-    tokens = order.new_zeros(num_rows).scatter_(0, rows, order // top_k_index.shape[1])
-    weights = top_k_weights.reshape(-1)[order]
+        tokens = tokens.new_zeros(num_rows).scatter_(0, rows, tokens)
+        weights = weights.new_zeros(num_rows).scatter(0, rows, weights)
     places = torch.empty_like(order).scatter_(0, order, rows)
     return _Experts.apply(
         hidden_states,
         experts.gate_up_proj,
         experts.down_proj,
-        weights.new_zeros(num_rows).scatter(0, rows, weights),
+        weights,
         tokens,
         places.view(top_k_index.shape),
         ends.int(),
