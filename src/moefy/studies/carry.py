@@ -6,7 +6,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Place:
         sft: conversations, if there are any.
         windows, sequence_length: of held-out text, per domain.
         report: told about progress.
+        beginnings: held-out loss by domain of the models that runs begin with, by their names:
+            several runs begin with the same.
     """
 
     work: Path
@@ -53,6 +55,7 @@ class Place:
     windows: int
     sequence_length: int
     report: ProgressFn
+    beginnings: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @cached_property
     def heldout(self) -> dict[str, Int[np.ndarray, "windows sequence"]]:
@@ -98,7 +101,10 @@ def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
         "curve": [],
     }
     if steps.tune is None:
-        losses = _heldout(model, place)
+        name = steps.model_key()
+        if name not in place.beginnings:
+            place.beginnings[name] = _heldout(model, place)
+        losses = place.beginnings[name]
         found |= {"loss_before": _mean(losses), "loss": _mean(losses), "domain_loss": losses}
     if steps.train:
         trained = place.work / "runs" / f"{key}-trained"
