@@ -66,7 +66,16 @@ def test_smoke(tmp_path: Path) -> None:
 
     publish = runpy.run_path(str(ROOT / "benchmarks/publish_study.py"))["publish"]
     (docs := tmp_path / "docs").mkdir()
-    publish(out, docs, docs)
+    publish([out], docs, docs)
     assert (docs / "grid.csv").read_bytes() == (out / "grid.csv").read_bytes()
-    assert "![Rescaling](study/rescaling.png)" in (docs / "study.md").read_text()
-    assert (docs / "study/rescaling.png").is_file()
+    figure = f"study/{recipe.tokens}-tokens/rescaling.png"
+    assert f"({figure})" in (docs / "study.md").read_text()
+    assert (docs / figure).is_file()
+
+
+def test_an_option_given_twice_adds_up(tmp_path: Path) -> None:
+    words = ["study", tmp_path / "study", "--smoke", "--only", "magic", "--only", "size"]
+    command = [sys.executable, "-m", "moefy", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no ablation 'magic'" in done.stderr

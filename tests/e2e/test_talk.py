@@ -75,6 +75,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+def test_the_benchmarks_of_a_tuned_model(tuned: Path) -> None:
+    tasks = "mmlu,arc_challenge,hellaswag"
+    done = run("eval", "--tasks", tasks, "--limit", 1, "--no-hub", "--json", tuned)
+    (model,) = json.loads(done.stdout)["models"]
+    items = {name: score["items"] for name, score in model["scores"].items()}
+    assert items == {"MMLU": 57, "ARC-c": 1, "HellaSwag": 1}
+
+
 def test_chat_through_a_pipe(tuned: Path) -> None:
     done = run("chat", tuned, "--system", "Kurz.", input="Hallo 1\n\nHallo 2\n")
     assert done.stdout == "Servus!\nServus!\n"

@@ -75,7 +75,10 @@ def test_the_benchmarks_table() -> None:
     assert markdown(rows) in (ROOT / "docs/evaluation.md").read_text()
 
 
-def test_the_study_and_the_grid_of_plan() -> None:
-    folder = ROOT / "docs/study"
-    assert read_grid(folder / "grid.csv") == read_grid()
-    assert page(folder, links="study/") == (ROOT / "docs/study.md").read_text()
+def test_the_studies_and_the_grid_of_plan() -> None:
+    parts = runpy.run_path(str(ROOT / "benchmarks/publish_study.py"))
+    studies = parts["studies_in"](ROOT / "docs/study")
+    for folder in studies:
+        assert page(folder) == (folder / "study.md").read_text()
+    assert parts["overview"](studies, ROOT / "docs") == (ROOT / "docs/study.md").read_text()
+    assert read_grid(parts["grid_of"](studies)) == read_grid()

@@ -98,17 +98,27 @@ def test_the_opposite_of_the_paper(tmp_path: Path) -> None:
     text = conclusion(RESCALING, outcome(tmp_path, [2.0, 2.1, 2.2], [3.0, 3.11, 3.19]))
     assert f"In the end, higher: {ON} against {OFF} (+1.000 ± 0.025)." in text
     assert text.endswith("The losses here contradict that.")
+    reasoned = replace(RESCALING, why="Few tokens.")
+    arms = outcome(tmp_path, [2.0, 2.1, 2.2], [3.0, 3.11, 3.19])
+    assert conclusion(reasoned, arms).endswith("contradict that. Few tokens.")
+    arms = outcome(tmp_path, [3.0, 3.1, 3.2], [2.0, 2.11, 2.19])
+    assert conclusion(reasoned, arms).endswith("agree with that.")
 
 
 def test_one_seed_concludes_nothing(tmp_path: Path) -> None:
     text = conclusion(RESCALING, outcome(tmp_path, [3.0], [2.0]))
     assert "One seed has no spread, so no difference of it can be called more than chance" in text
-    assert f"no spread known: {ON} against {OFF} (-1.000)" in text
+    assert f"against {OFF}" not in text  # its differences stand in the table alone
     assert "below every other" not in text
-    assert text.endswith("do not decide that: no difference is beyond the spread.")
+    assert text.endswith("do not decide that: they are of one seed.")
 
 
 def test_seeds_that_are_missing(tmp_path: Path) -> None:
+    arms = outcome(tmp_path, [3.0], [2.0])
+    arms["2/16"] = replace(arms[ON], name="2/16", before={0: 5.0, 1: 5.0}, after={0: 3.0, 1: 3.1})
+    text = conclusion(RESCALING, arms)
+    assert text.startswith("1 to 2 seeds, 1,000 training tokens. One seed has no spread")
+    assert f"no spread known: {ON} against {OFF} (-1.000), 2/16 against" in text
     arms = outcome(tmp_path, [3.0, 3.1, 3.2], [2.0, 2.11])
     assert f"(-0.995 ± 0.064)" in conclusion(RESCALING, arms)  # noqa: F541
     arms[OFF] = replace(arms[OFF], before={5: 5.0}, after={5: 3.0})

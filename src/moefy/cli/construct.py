@@ -129,7 +129,7 @@ def leaderboard(
     experts: Annotated[int, typer.Option(help="Slices of every FFN.")] = 64,
     active: Annotated[str, typer.Option(help="Shares of the FFN.")] = "0.75,0.5,0.25",
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated names, or parts of names. [all]")
+        list[str] | None, typer.Option(help="Comma-separated names, or parts of names. [all]")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1)] = 28_672,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows per domain.")] = 8,

@@ -50,7 +50,7 @@ def evaluate(
         str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks instead.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Or these tasks of lm-evaluation-harness: sciq,piqa.")
+        list[str] | None, typer.Option(help="Or these tasks of lm-evaluation-harness: sciq,piqa.")
     ] = None,
     limit: Limit = None,
     hub: Hub = None,
@@ -161,7 +161,7 @@ def _measure_routing(
 def _evaluate_suite(
     models: list[str],
     suite: str | None,
-    tasks: str | None,
+    tasks: list[str] | None,
     limit: int | None,
     hub: bool | None,
     dtype: str,
@@ -198,7 +198,7 @@ def report(
         str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks too.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="And these tasks of lm-evaluation-harness: sciq,piqa.")
+        list[str] | None, typer.Option(help="And these tasks of lm-evaluation-harness: sciq,piqa.")
     ] = None,
     limit: Limit = None,
     hub: Hub = None,

@@ -40,9 +40,9 @@ def counts(option: str, text: str) -> list[int]:
         raise UsageError(f"{option} {text!r}: write whole numbers, as in 1,8") from None
 
 
-def listed(text: str | None) -> list[str]:
-    """Return the names that an option lists, separated by commas; none without the option."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+def listed(texts: list[str] | None) -> list[str]:
+    """Return the names that an option lists: separated by commas, given again, or both."""
+    return [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def study(
         str | None, typer.Option(help="Conversations, as for tune. [nothing is tuned]")
     ] = None,
     only: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(help="rescaling, construction, sampling, scratch, size, tuning. [all]"),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="That every arm trains on. [32768]")] = None,

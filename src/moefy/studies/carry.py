@@ -110,6 +110,8 @@ def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
         trained = place.work / "runs" / f"{key}-trained"
         if not _is_complete(trained):
             choices = steps.train.model_dump()
+            if choices["evaluate_every_steps"] >= steps.train.num_steps:
+                choices["evaluate_every_steps"] = 0  # the end is measured below
             train(model, trained, data=place.data, report=place.report, **choices)
         model, log = trained, read_log(trained)
         found["trained"] = log[-1]["tokens"]

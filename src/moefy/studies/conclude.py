@@ -25,15 +25,17 @@ def conclusion(ablation: Ablation, arms: dict[str, ArmOutcome]) -> str:
         ablation: the question.
         arms: by name; see `outcome.read_outcome`.
     """
-    return " ".join(
-        part
-        for part in (_budget(arms), _lowest(arms), _differences(arms), _paper(ablation, arms))
-        if part
-    )
+    differences = "" if _seed_counts(arms) == [1] else _differences(arms)
+    parts = _budget(arms), _lowest(arms), differences, _paper(ablation, arms)
+    return " ".join(part for part in parts if part)
+
+
+def _seed_counts(arms: dict[str, ArmOutcome]) -> list[int]:
+    return sorted({len(arm.after) for arm in arms.values() if arm.against})
 
 
 def _budget(arms: dict[str, ArmOutcome]) -> str:
-    counts = sorted({len(arm.after) for name, arm in arms.items() if arm.against})
+    counts = _seed_counts(arms)
     if len(counts) == 1:
         seeds = _NUMBERS[counts[0]] if counts[0] < len(_NUMBERS) else str(counts[0])
         seeds += " seed" if counts[0] == 1 else " seeds"
@@ -125,6 +127,8 @@ def _paper(ablation: Ablation, arms: dict[str, ArmOutcome]) -> str:
         verdict = "agree with that"
     elif opposed == len(signs):
         verdict = "contradict that"
+    elif _seed_counts(arms) == [1]:
+        verdict = "do not decide that: they are of one seed"
     elif not agreeing and not opposed:
         verdict = "do not decide that: no difference is beyond the spread"
     else:
@@ -132,4 +136,5 @@ def _paper(ablation: Ablation, arms: dict[str, ArmOutcome]) -> str:
             f"agree in {agreeing}, contradict in {opposed} and do not decide "
             f"{signs.count(0)} of {len(signs)} comparisons"
         )
-    return f"{text} The losses here {verdict}."
+    text += f" The losses here {verdict}."
+    return f"{text} {ablation.why}" if opposed and ablation.why else text

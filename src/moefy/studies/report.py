@@ -24,6 +24,8 @@ from moefy.studies.runs import Run, run_csv_rows
 PAGE = "study.md"
 HEAD = "about.md"
 """What was studied, and what could not be: the beginning of the page."""
+NOT_RUN = "Not run:"
+"""Before the list of what could not be."""
 Curves = dict[str, dict[int, list[tuple[int, float]]]]
 """Tokens and loss, by arm and seed."""
 
@@ -72,34 +74,23 @@ def present(folder: Path) -> list[str]:
     return [a.name for a in ABLATIONS if (folder / f"{a.name}.csv").is_file()]
 
 
-def page(folder: Path, *, links: str = "") -> str:
-    """Return the whole page, from the files in a folder.
-
-    Args:
-        folder: of a study.
-        links: from the page to the folder.
-    """
-    sections = [section(folder, name, links=links) for name in present(folder)]
+def page(folder: Path) -> str:
+    """Return the whole page, from the files in a study's folder."""
+    sections = [section(folder, name) for name in present(folder)]
     return "\n".join([(folder / HEAD).read_text(), *sections])
 
 
-def section(folder: Path, name: str, *, links: str = "") -> str:
-    """Return an ablation's section, from the CSV files in a folder.
-
-    Args:
-        folder: of the files.
-        name: of the ablation.
-        links: from the page to the folder, as in "study/".
-    """
+def section(folder: Path, name: str) -> str:
+    """Return an ablation's section, from the CSV files in a folder."""
     (ablation,) = ablations_named([name])
     arms = read_outcome(folder / f"{name}.csv")
     names = [f"{name}.csv", f"{name}-curves.csv", *([GRID] if name == "size" else [])]
-    data = [f"[{file}]({links}{file})" for file in names if (folder / file).is_file()]
+    data = [f"[{file}]({file})" for file in names if (folder / file).is_file()]
     parts = [f"## {ablation.title}", ablation.setup, markdown(outcome_rows(arms)).rstrip()]
     if name == "size" and (folder / GRID).is_file():
         parts.append(markdown(grid_rows(read_grid(folder / GRID))).rstrip())
     parts += [
-        f"![{ablation.title}]({links}{name}.png)",
+        f"![{ablation.title}]({name}.png)",
         f"**Conclusion.** {conclusion_of(folder, name)}",
         f"Loss: {ablation.measure}. Every run: {', '.join(data)}.",
     ]
@@ -231,4 +222,4 @@ def _skipped(skipped: Mapping[str, str]) -> str:
     if not skipped:
         return ""
     lines = "".join(f"- {what}: {why}\n" for what, why in skipped.items())
-    return f"\nNot run:\n\n{lines}"
+    return f"\n{NOT_RUN}\n\n{lines}"
