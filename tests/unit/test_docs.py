@@ -49,6 +49,7 @@ def test_the_data_tables(name: str) -> None:
         ("experiments/calibrated", "experiments"),
         ("training/output-loss", "objective"),
         ("performance/expert-layers", "performance"),
+        ("performance/expert-rows", "performance"),
         ("performance/step-overhead", "performance"),
         ("performance/memory", "performance"),
         ("performance/training-speed", "performance"),
