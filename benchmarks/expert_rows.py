@@ -3,8 +3,8 @@
     python benchmarks/expert_rows.py WORK [--model smollm2-135m] [--steps 8] [--rounds 1]
 
 Training of 4 of 16 and of 32 of 64 slices on one sequence of 512 tokens a step, each number of rows
-in a process of its own. Tokens/s: medians of the second half of the steps; the shapes that oneDNN
-has compiled by then are as many as it keeps. Writes docs/performance/expert-rows.csv and the table.
+in a process of its own. Tokens/s: medians of the second half of the steps. Writes
+docs/performance/expert-rows.csv and the table.
 """
 
 from __future__ import annotations

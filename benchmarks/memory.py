@@ -55,8 +55,8 @@ def main() -> None:
                 )
                 numbers = json.loads(done.stdout.splitlines()[-1])
                 found.setdefault((doing, way), []).append(numbers)
-    rows = [["doing", "memory", "tokens/s", "of usual", "in the kernel", "page faults, million"]]
-    rows[0].append("peak GiB")
+    header = ["doing", "memory", "tokens/s", "of usual", "in the kernel", "page faults, million"]
+    rows = [[*header, "peak GiB"]]
     for (doing, way), runs in found.items():
         speed, kernel, faults, peak = (statistics.median(run[i] for run in runs) for i in range(4))
         usual = statistics.median(run[0] for run in found[doing, "as usual"])

@@ -1,6 +1,6 @@
 """Put studies into docs/study.md and docs/study/, and the measured grid into the package.
 
-    moefy study OUT --data ../shared/data/pretrain --sft ../shared/data/sft/sharegpt-6k.jsonl.gz
+    moefy study OUT ...                          # as in CONTRIBUTING.md
     python benchmarks/publish_study.py OUT...    # of each number of tokens one; others stay
     python benchmarks/publish_study.py           # the pages of those that are there
 
@@ -31,8 +31,7 @@ Studies = dict[Path, StudyRecipe]
 def publish(outs: Sequence[Path], docs: Path, package: Path) -> None:
     for out in outs:
         place = docs / "study" / f"{StudyRecipe.build(out / 'recipe.yaml').tokens}-tokens"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
         for file in sorted(file for kind in KINDS for file in out.glob(kind)):
             shutil.copyfile(file, place / file.name)
     studies = studies_in(docs / "study")
@@ -111,25 +110,28 @@ def _section(ablation: Ablation, folders: dict[str, Path], docs: Path) -> str:
 
 def comparison_rows(outcomes: dict[str, dict[str, ArmOutcome]]) -> Rows:
     """Return header and rows: how each arm differs from its other, in the studies by name."""
-    header = ["arm", "against", "the paper"]
-    pairs: dict[tuple[str, str], list[str]] = {}
+    columns: list[tuple[str, dict[str, ArmOutcome], str]] = []
     for study, arms in outcomes.items():
-        learned = any(arm.learned for arm in arms.values())
-        header += [f"start, {study}"] if learned else []
-        header += [f"end, {study}" if learned else f"untrained, study of {study}"]
-        for arm in arms.values():
-            if arm.against in arms:
-                pairs.setdefault((arm.name, arm.against), [arm.expected or ""])
-    for (name, other), cells in pairs.items():
-        for arms in outcomes.values():
-            learned = any(arm.learned for arm in arms.values())
-            for when in ("before", "after") if learned else ("after",):
-                has_both = name in arms and other in arms
-                found = has_both and difference(
-                    getattr(arms[name], when), getattr(arms[other], when)
-                )
-                cells.append(found.text("+") if found else "")
-    return [header, *([*pair, *cells] for pair, cells in pairs.items())]
+        if any(arm.learned for arm in arms.values()):
+            columns += [(f"start, {study}", arms, "before"), (f"end, {study}", arms, "after")]
+        else:
+            columns.append((f"untrained, study of {study}", arms, "after"))
+    pairs = {
+        (arm.name, arm.against): arm.expected or ""
+        for arms in outcomes.values()
+        for arm in arms.values()
+        if arm.against in arms
+    }
+    rows = [["arm", "against", "the paper", *(title for title, _, _ in columns)]]
+    for (name, other), expected in pairs.items():
+        cells = [_difference(arms.get(name), arms.get(other), when) for _, arms, when in columns]
+        rows.append([name, other, expected, *cells])
+    return rows
+
+
+def _difference(ours: ArmOutcome | None, theirs: ArmOutcome | None, when: str) -> str:
+    found = difference(getattr(ours, when), getattr(theirs, when)) if ours and theirs else None
+    return found.text("+") if found else ""
 
 
 def _name(recipe: StudyRecipe) -> str:
