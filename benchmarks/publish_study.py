@@ -20,7 +20,7 @@ from moefy.studies.grid import GRID
 from moefy.studies.outcome import ArmOutcome, difference, read_outcome
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.report import HEAD, NOT_RUN, PAGE, conclusion_of, page
-from moefy.studies.runs import read_runs
+from moefy.studies.runs import read_runs, seeds_text
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("*.csv", "*.png", "about.md", "recipe.yaml", "runs.jsonl")
@@ -87,7 +87,7 @@ def study_rows(studies: Studies, docs: Path) -> Rows:
         rows.append(
             [
                 _name(recipe),
-                ", ".join(map(str, sorted({run.seed for run in runs}))),
+                seeds_text(runs),
                 f"{recipe.windows} × {recipe.sequence_length} tokens",
                 ", ".join(sorted({run.machine for run in runs})),
                 f"[{folder.name}/{PAGE}]({(folder / PAGE).relative_to(docs)})",

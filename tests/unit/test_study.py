@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import moefy
 from moefy.errors import OutputError, UsageError
 from moefy.progress import Progress, silent
 from moefy.studies.report import page
+from moefy.studies.runs import Run, seeds_text
 from moefy.studies.toy import SMOKE, make_toys
 
 TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128, "evaluations": 1}
@@ -108,6 +110,14 @@ def test_seeds_of_several_machines_are_put_together(toys: Path, tmp_path: Path) 
     tiny_study(toys, tmp_path / "whole", "rescaling", seeds=2)
     for name in ("rescaling.csv", "rescaling-curves.csv", "study.md"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_seeds_are_said_for_each_ablation() -> None:
+    run = Run("size", "dense", 0, None, None, "", 0, 0, 1, 1, 1, 1.0, 1.0, {}, [], "here")
+    sizes = [replace(run, seed=seed) for seed in (2, 0, 1)]
+    others = [replace(run, ablation=name) for name in ("rescaling", "scratch")]
+    assert seeds_text(sizes) == "0, 1, 2"
+    assert seeds_text([*sizes, *others]) == "0 (size: 0, 1, 2)"
 
 
 def test_losses_are_those_of_evaluate(toys: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from moefy.studies.conclude import conclusion
 from moefy.studies.grid import GRID, SPEED, GridPoint, front, grid_csv_rows, grid_of, read_grid
 from moefy.studies.outcome import ArmOutcome, Spread, difference, read_outcome, spread
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.runs import Run, run_csv_rows
+from moefy.studies.runs import Run, run_csv_rows, seeds_text
 
 PAGE = "study.md"
 HEAD = "about.md"
@@ -203,7 +203,6 @@ def _front_text(points: list[GridPoint]) -> str:
 
 
 def _head(runs: list[Run], recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
-    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     machines = ", ".join(sorted({run.machine for run in runs}))
     return (
         "# Study\n\n"
@@ -211,9 +210,9 @@ def _head(runs: list[Run], recipe: StudyRecipe, facts: Mapping[str, str]) -> str
         f"{facts['data']}, as `moefy study` ran them ({machines}). Losses are measured on "
         f"{recipe.windows} held-out windows of {recipe.sequence_length} tokens per domain, the "
         "same for every model, and are means over the domains.\n\n"
-        f"Seeds: {seeds}. A seed decides partition, router, fresh weights and the order of "
-        "samples, not the held-out text. ± is half of the 95 % interval of the mean over the seeds "
-        "(Student's t); differences are taken seed by seed, and what is inside its ± is no "
+        f"Seeds: {seeds_text(runs)}. A seed decides partition, router, fresh weights and the order "
+        "of samples, not the held-out text. ± is half of the 95 % interval of the mean over the "
+        "seeds (Student's t); differences are taken seed by seed, and what is inside its ± is no "
         "difference. Every setting is in `recipe.yaml` beside the tables.\n"
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +177,17 @@ def read_runs(out: Path) -> dict[tuple[str, str, int], Run]:
 def write_runs(out: Path, runs: Mapping[tuple[str, str, int], Run]) -> None:
     """Write the runs of a folder, whole."""
     write_records(out / RUNS, (asdict(run) for run in runs.values()))
+
+
+def seeds_text(runs: Iterable[Run]) -> str:
+    """Say which seeds were run, as in "0, 1, 2", or "0 (size: 0, 1, 2)" where ablations differ."""
+    found: dict[str, set[int]] = {}
+    for run in runs:
+        found.setdefault(run.ablation, set()).add(run.seed)
+    texts = {name: ", ".join(map(str, sorted(seeds))) for name, seeds in found.items()}
+    usual = statistics.mode(texts.values())
+    others = "; ".join(f"{name}: {text}" for name, text in texts.items() if text != usual)
+    return f"{usual} ({others})" if others else usual
 
 
 def run_csv_rows(runs: list[Run]) -> list[list[str]]:
