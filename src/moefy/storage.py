@@ -106,6 +106,40 @@ def check_same_settings(
         )
 
 
+def run_folder(out: Path, *, overwrite: bool) -> Path:
+    """Return where a run works: in `out`, or beside a model there that it may replace.
+
+    The folder beside has the same name every time, so that the run can go on there; `put_in_place`
+    ends it. What a kill in the middle of that left behind is put right first.
+
+    Args:
+        out: the run's folder.
+        overwrite: what is in it may be replaced.
+    """
+    _remove_leftovers(out)
+    has_model = overwrite and (out / "config.json").exists()
+    return out.with_name(f".{out.name}.next") if has_model else out
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Let a complete folder take the place of `out`; a kill leaves one of the two there.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    if folder == out:
+        return
+    with storage_errors(out):
+        if out.exists():
+            old = out.with_name(f".{out.name}.old-{socket.gethostname()}-{os.getpid()}")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+        _sync(out.parent)
+
+
 @contextmanager
 def whole_folder(out: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     """Give a folder to write in; on success it becomes `out`, on any error it vanishes.
@@ -138,14 +172,7 @@ def whole_folder(out: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
             for file in partial.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            if out.exists():
-                old = partial.with_name(partial.name.replace(".partial-", ".old-"))
-                out.rename(old)
-                partial.rename(out)
-                shutil.rmtree(old)
-            else:
-                partial.rename(out)
-            _sync(parent)
+            put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -161,6 +161,29 @@ def test_an_answer_ends_with_the_turn_whatever_the_model_says(tuned: Path, tmp_p
     assert speaker.answer([{"role": "user", "content": "Hallo 1"}], max_new_tokens=40) == "Servus!"
 
 
+def test_the_likeliest_token_whatever_the_model_asks_for(tuned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tuned, tmp_path / "copy")
+    file = copy / "generation_config.json"
+    asked = {"repetition_penalty": 1e6, "no_repeat_ngram_size": 1, "do_sample": True, "top_k": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+    talk: list[Message] = [{"role": "user", "content": "Hallo 1"}]
+    speaker = Speaker(copy)
+    assert speaker.answer(talk, max_new_tokens=8) != "Servus!"
+    assert speaker.answer(talk, max_new_tokens=8, temperature=0.0) == "Servus!"
+
+
+def test_a_template_that_wants_a_system_message(tuned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tuned, tmp_path / "copy")
+    template = copy / "chat_template.jinja"
+    check = "{% if messages[0].role != 'system' %}{{ raise_exception('say who') }}{% endif %}"
+    template.write_text(check + template.read_text())
+    written: list[str] = []
+    moefy.chat(copy, ["Hallo 1"], written.append, system="Kurz.", max_new_tokens=8)
+    assert "".join(written) == "Servus!\n"
+    with pytest.raises(UsageError, match="refuses the conversation: say who"):
+        moefy.chat(copy, ["Hallo 1"], written.append)
+
+
 def test_a_conversation_ends_where_the_model_does(tuned: Path) -> None:
     speaker = Speaker(tuned)  # reads 512 tokens, one per character
     with pytest.raises(UsageError, match=r"conversation has 6\d\d tokens and the model reads 512"):
@@ -227,7 +250,7 @@ def endpoint() -> Iterator[str]:
 def test_a_judge_marks_the_answers(
     tuned: Path, tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")  # as out of a file
     questions = tmp_path / "questions.jsonl"
     rows = [
         {"question_id": 1, "category": "math", "turns": ["Hallo 1", "Frage 1b"]},
@@ -274,7 +297,9 @@ def test_a_judge_marks_the_answers(
         moefy.judge(tuned, out, endpoint=endpoint, judge_model="mild", **options)
 
 
-def test_a_judge_that_refuses(tuned: Path, tmp_path: Path, endpoint: str) -> None:
+def test_a_judge_that_refuses(
+    tuned: Path, tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question_id": 1, "category": "x", "turns": ["Hallo 1", "Hallo 2"]}\n')
     Endpoint.status = 401
@@ -283,7 +308,12 @@ def test_a_judge_that_refuses(tuned: Path, tmp_path: Path, endpoint: str) -> Non
     assert len(Endpoint.requests) == 1
     with pytest.raises(UsageError, match="--endpoint localhost:8000: write its whole address"):
         moefy.judge(tuned, tmp_path / "no", questions=questions, endpoint="localhost:8000")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden\r\nX: y")
+    with pytest.raises(UsageError, match=r"^\$OPENAI_API_KEY holds characters that no key has"):
+        moefy.judge(tuned, tmp_path / "no", questions=questions, endpoint=endpoint)
     assert not (tmp_path / "no").exists()
+    with pytest.raises(OutputError, match=r"questions.jsonl is a file"):
+        moefy.judge(tuned, questions, questions=questions)
 
 
 def test_mt_bench() -> None:
@@ -301,6 +331,9 @@ def test_questions_of_ones_own(tmp_path: Path) -> None:
     file.write_text('{"question_id": 5, "category": "x", "turns": ["a", "b"]}\n\n')
     (question,) = read_questions(file)
     assert (question.number, question.turns, question.references) == (5, ("a", "b"), None)
-    file.write_text(file.read_text() + '{"question_id": 1, "category": "x", "turns": ["a"]}\n')
+    file.write_text(file.read_text() * 2)
+    with pytest.raises(CorpusError, match=r"line 3 has the question_id 5 of an earlier line"):
+        read_questions(file)
+    file.write_text('\n\n{"question_id": 1, "category": "x", "turns": ["a"]}\n')
     with pytest.raises(CorpusError, match=r"q\.jsonl, line 3 is no question"):
         read_questions(file)

@@ -31,6 +31,7 @@ from moefy.errors import (
     TrainingError,
     UsageError,
 )
+from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
@@ -179,6 +180,32 @@ def test_bad_input_keeps_what_overwrite_would_replace(
     with pytest.raises(OutputError, match="its own source"):
         moefy.train(moe, moe, data=corpus, overwrite=True, **SHORT)
     assert weights(out) == before
+
+
+def test_overwrite_replaces_when_the_new_model_is_whole(
+    moe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out, beside = tmp_path / "out", tmp_path / ".out.next"
+    again: dict[str, Any] = {"data": corpus, "tokens": 256, "checkpoint_every_steps": 1, **SHORT}
+    moefy.train(moe, tmp_path / "whole", **again)
+    moefy.train(moe, out, data=corpus, tokens=128, **SHORT)
+    before = weights(out)
+    with pytest.raises(TrainingError):
+        moefy.train(moe, out, overwrite=True, **again | {"learning_rate": 1e30})
+    assert weights(out) == before
+    assert (beside / "checkpoint").is_dir()
+
+    def stop(progress: Progress) -> None:
+        if (progress.stage, progress.done) == ("train", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # other settings: begun again
+        moefy.train(moe, out, overwrite=True, report=stop, **again)
+    assert weights(out) == before
+    assert moefy.train(moe, out, overwrite=True, **again).resumed_from_step == 1
+    assert weights(out) == weights(tmp_path / "whole")
+    assert (out / "loss.png").is_file()
+    assert not beside.exists()
 
 
 def test_overwrite_keeps_what_the_run_reads(

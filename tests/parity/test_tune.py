@@ -399,4 +399,15 @@ def test_a_lost_run_says_so_and_refuses_other_settings(
     assert not (out / "config.json").exists()
     with pytest.raises(OutputError, match=r"other settings .*learning_rate: was 1e\+30"):
         moefy.tune(moe, out, data=talks, **SHORT)
-    assert moefy.tune(moe, out, data=talks, overwrite=True, **SHORT).steps > 0
+    done = moefy.tune(moe, out, data=talks, overwrite=True, **SHORT)
+    assert done.steps > 0
+
+    whole, beside = (out / "model.safetensors").read_bytes(), tmp_path / ".out.next"
+    with pytest.raises(TrainingError):
+        moefy.tune(moe, out, data=talks, overwrite=True, **settings)
+    assert (out / "model.safetensors").read_bytes() == whole
+    assert (beside / "checkpoint").is_dir()
+    more = SHORT | {"seed": 1}
+    assert moefy.tune(moe, out, data=talks, overwrite=True, **more).folder == out
+    assert (out / "model.safetensors").read_bytes() != whole
+    assert not beside.exists()

@@ -110,7 +110,7 @@ def test_mistral_token_by_token() -> None:
     _, (refused,) = make_examples(
         [Conversation("there", TALK)], tok, chat_template(tok), max_length=99
     )
-    assert refused == "there: the chat template refuses it: no system"
+    assert refused == "there: the chat template refuses the conversation: no system"
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
@@ -202,10 +202,13 @@ def test_which_template(tmp_path: Path) -> None:
 def test_a_template_that_renders_earlier_answers_differently() -> None:
     tok = tokenizer(PHI3, "<|end|>")
     assert end_of_turn(tok, chat_template(tok)) == tok.convert_tokens_to_ids("<|end|>")
-    with pytest.raises(UsageError, match="pass --chat-template with a file"):
+    with pytest.raises(UsageError, match=r"differently when more follows. Pass --chat-template"):
         for_training(tok, chat_template(tok))
+    for broken in ("{% if %}", "{{ raise_exception('system first') }}"):
+        with pytest.raises(UsageError, match=r"refuses the conversation: .*--chat-temp"):
+            for_training(tok, ChatTemplate("mine", broken))
     _, (line,) = make_examples([Conversation("x", TALK)], tok, chat_template(tok), max_length=4096)
-    assert "renders it differently when more follows" in line
+    assert "renders the conversation differently when more follows" in line
 
     from trl.chat_template_utils import qwen3_chat_template
 

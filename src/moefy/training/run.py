@@ -16,7 +16,7 @@ from moefy.data.mixture import Mixture, MixtureState, WeightUpdate
 from moefy.data.strategies import initial_weights
 from moefy.memory import freed_memory_kept
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import check_output, replace_file, storage_errors
+from moefy.storage import check_output, put_in_place, replace_file, run_folder, storage_errors
 from moefy.training.checks import check_batch, check_context, check_model
 from moefy.training.follow import (
     Follower,
@@ -86,7 +86,9 @@ def train(
         out: the run's folder.
         data: a folder that `prepare` wrote, a folder of `<domain>.jsonl(.gz)` files, or `demo`.
         recipe: a YAML file with `TrainRecipe` keys.
-        overwrite: replace what is in `out`.
+        overwrite: replace what is in `out`: a model when the new one is complete; until then the
+            run lies beside it, in `.NAME.next`, where the same call goes on. An unfinished run is
+            begun again.
         report: told about progress, in the first process.
         **choices: single `TrainRecipe` keys; they override the file.
 
@@ -104,8 +106,10 @@ def train(
     workers = join_workers(choice.parallel)
     check_batch(choice, workers.num_data)
     report = report if workers.is_first else silent
-    is_fresh = workers.of_first(overwrite or not _is_unfinished(out))
-    if is_fresh:
+    folder = workers.of_first(run_folder(out, overwrite=overwrite) if workers.is_first else None)
+    is_beside = folder != out
+    is_fresh = workers.of_first((overwrite and not is_beside) or not _is_unfinished(folder))
+    if is_fresh or is_beside:
         read = (model, data, recipe, choice.teacher, choice.reference_losses)
         sources = tuple(Path(path).expanduser() for path in read if path)
         check_output(out, overwrite=overwrite, sources=sources)
@@ -147,33 +151,34 @@ def train(
         **choice.identity(),
     }
     state = RunState(
-        out,
+        folder,
         identity=identity,
         modules={"model": student} | ({"noise": objective.noise} if objective.noise else {}),
         optimizer=optimizer,
         workers=workers,
         kept=choice.checkpoints_kept,
     )
-    saved = None if is_fresh else state.load()
+    saved = None if is_fresh else state.load(or_begin_again=is_beside)
     first_step = saved.step if saved else 0
     if saved:
         mixture.restore(MixtureState(**saved.mixture))
     follower = None
     if follows:
-        kept = workers.of_first(kept_reference(out) if saved and workers.is_first else {})
+        kept = workers.of_first(kept_reference(folder) if saved and workers.is_first else {})
         reference = kept or reference_losses(heldout, teacher, source, choice, workers, report)
         follower = Follower(mixture, heldout, reference, choice, workers)
-    if is_fresh and workers.is_first:  # only now is it sure that this run can begin
-        shutil.rmtree(out, ignore_errors=True)
+    begins_again = is_fresh or (is_beside and saved is None)
+    if begins_again and workers.is_first:  # only now is it sure that this run can begin
+        shutil.rmtree(folder, ignore_errors=True)
     workers.wait()
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     log = None
     if workers.is_first:
-        log = RunLog(out, read_log(out)[:first_step] if first_step else [], choice)
-        replace_file(out / "recipe.yaml", choice.to_yaml())
+        log = RunLog(folder, read_log(folder)[:first_step] if first_step else [], choice)
+        replace_file(folder / "recipe.yaml", choice.to_yaml())
         if follower:
-            keep_reference(out, reference)
+            keep_reference(folder, reference)
     flops = flops_per_trained_token(read_config(source), choice.sequence_length)
     peak_flops = workers.size * peak(choice.precision).flops_per_s
 
@@ -211,10 +216,11 @@ def train(
         "run": identity,
         "versions": versions("torch", "transformers", "numpy"),
     }
-    write_model(student, source, out, record, workers)
-    lines = workers.of_first(read_log(out) if log else None)
+    write_model(student, source, folder, record, workers)
+    lines = workers.of_first(read_log(folder) if log else None)
     if workers.is_first:
-        remove_state(out)
+        remove_state(folder)
+        put_in_place(folder, out)
         _draw(lines, out)
     return Training(out, choice, first_step, lines[0]["loss"], lines[-1]["loss"], elapsed_s)
 

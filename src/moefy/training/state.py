@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,16 +115,23 @@ class RunState:
             for folder in [*later, *found[len(later) + self._kept :]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def load(self) -> Saved | None:
+    def load(self, *, or_begin_again: bool = False) -> Saved | None:
         """Put the last whole checkpoint into modules and optimizer; None if there is none.
 
         A checkpoint with missing or shortened files is passed over for the one before it.
+
+        Args:
+            or_begin_again: None also where the checkpoints belong to another run or none is whole.
 
         Raises:
             OutputError: the checkpoint belongs to another run, cannot be read, or none of several
                 is whole.
         """
-        found = self._workers.of_first(self._last_whole() if self._workers.is_first else None)
+        found = None
+        if self._workers.is_first:
+            with suppress(OutputError) if or_begin_again else nullcontext():
+                found = self._last_whole()
+        found = self._workers.of_first(found)
         if found is None:
             return None
         folder, record = found

@@ -54,8 +54,8 @@ class Speaker:
         Args:
             messages: of the conversation so far; the last is the user's.
             max_new_tokens: the longest answer.
-            temperature: of sampling; 0 takes the likeliest token; None leaves it to the model's
-                generation_config.json (and without one is 0).
+            temperature: of sampling; 0 takes the likeliest token, whatever penalties the model's
+                generation_config.json has; None leaves all to that file (and without one is 0).
             write: given the text as it comes.
 
         Raises:
@@ -93,7 +93,10 @@ class Speaker:
         """Return the tokens that end an answer: the model's own, and the template's."""
         known = self._model.generation_config.eos_token_id
         stops = known if isinstance(known, list) else [known]
-        end = end_of_turn(self._tokenizer, self.template)
+        try:
+            end = end_of_turn(self._tokenizer, self.template)
+        except ValueError:  # it may want a system message first
+            end = None
         return sorted({stop for stop in (*stops, end) if stop is not None})
 
     def _streamer(self, write: Callable[[str], None]) -> Any:
@@ -159,9 +162,10 @@ def chat(
 
 
 def _sampling(temperature: float | None) -> dict[str, Any]:
-    """Return `generate`'s options: none, or all, so that none of the model's own remain."""
+    """Return `generate`'s options; they come before the model's own."""
     if temperature is None:
         return {}
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature}
+    if temperature:
+        return {"do_sample": True, "temperature": temperature}
+    sampling = dict.fromkeys(("temperature", "top_p", "top_k"))
+    return {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0} | sampling

@@ -79,14 +79,17 @@ def judge(
         report: told about progress.
 
     Raises:
-        UsageError: the model, the questions or the output are not usable.
+        UsageError: the model, the questions, the output or the key are not usable.
         JudgeError: the endpoint gives no answer.
     """
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UsageError(
             f"--endpoint {endpoint}: write its whole address, as in http://localhost:8000/v1"
         )
+    headers = _headers() if endpoint else {}
     out = Path(out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: choose another output folder")
     asked = read_questions(questions) if questions else mt_bench(report=report)
     prompts = judge_prompts(report=report)
     source = resolve(model, report=report)
@@ -123,11 +126,15 @@ def judge(
     replace_file(out / REQUESTS, "".join(json.dumps(row) + "\n" for row in batch))
     if endpoint is None:
         return Judging(out, len(asked), None, {}, 0)
-    return _summary(out, asked, _marks(out, endpoint, requests, report))
+    return _summary(out, asked, _marks(out, endpoint, headers, requests, report))
 
 
 def _marks(
-    out: Path, endpoint: str, requests: dict[str, dict[str, Any]], report: ProgressFn
+    out: Path,
+    endpoint: str,
+    headers: dict[str, str],
+    requests: dict[str, dict[str, Any]],
+    report: ProgressFn,
 ) -> dict[str, float | None]:
     """Return the judge's mark for every request; what it said before is not asked again."""
     key = _digest(requests)
@@ -136,7 +143,7 @@ def _marks(
         if name in marks:
             continue
         report(Progress("judge", len(marks), len(requests)))
-        text = _ask(endpoint, request)
+        text = _ask(endpoint, headers, request)
         marks[name] = _mark(text)
         row = {"custom_id": name, "judge": request["model"], "judgement": text}
         _append(out / JUDGEMENTS, row | {"score": marks[name], "key": key})
@@ -186,16 +193,29 @@ def _request(
     }
 
 
-def _ask(endpoint: str, request: dict[str, Any]) -> str:
+def _headers() -> dict[str, str]:
+    """Return what every request carries.
+
+    Raises:
+        UsageError: the key cannot be sent; the error does not show it.
+    """
+    headers = {"Content-Type": "application/json", "User-Agent": "moefy"}
+    if key := os.environ.get(_KEY, "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(
+                f"${_KEY} holds characters that no key has, as line ends or umlauts: set it again"
+            )
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+def _ask(endpoint: str, headers: dict[str, str], request: dict[str, Any]) -> str:
     """Return the judge's words; a busy or stumbling endpoint is asked again.
 
     Raises:
         JudgeError: it refuses, cannot be reached, or answers in another form.
     """
     url = f"{endpoint.rstrip('/')}/chat/completions"
-    headers = {"Content-Type": "application/json", "User-Agent": "moefy"}
-    if api_key := os.environ.get(_KEY):
-        headers["Authorization"] = f"Bearer {api_key}"
     reason = ""
     for attempt in range(_ATTEMPTS):
         if attempt:
@@ -203,7 +223,7 @@ def _ask(endpoint: str, request: dict[str, Any]) -> str:
         try:
             call = urllib.request.Request(url, json.dumps(request).encode(), headers)
             with urllib.request.urlopen(call, timeout=_TIMEOUT_S) as response:
-                text = json.loads(response.read())["choices"][0]["message"]["content"]
+                content = response.read()
         except urllib.error.HTTPError as error:
             with error:
                 body = error.read().decode("utf-8", "replace")
@@ -212,11 +232,15 @@ def _ask(endpoint: str, request: dict[str, Any]) -> str:
                 break
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", None) or error)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            reason = f"its answer has another form ({error!r})"
+        except ValueError as error:
+            reason = f"no address: {error}"
             break
         else:
-            return str(text)
+            try:
+                return str(json.loads(content)["choices"][0]["message"]["content"])
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                reason = f"its answer has another form ({error!r})"
+                break
     raise JudgeError(
         f"{url} does not judge ({reason}): give the address of an endpoint that speaks OpenAI's "
         f"protocol, as in http://localhost:8000/v1, its key in ${_KEY}, and a model it has; the "

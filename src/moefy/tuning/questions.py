@@ -67,24 +67,30 @@ def read_questions(file: str | Path) -> list[Question]:
     Each line has `question_id`, `category`, `turns` (two) and possibly `reference` (two).
 
     Raises:
-        CorpusError: the file cannot be read, or a line has another form.
+        CorpusError: the file cannot be read, a line has another form, or a number comes twice.
     """
     path = Path(file).expanduser()
-    questions = []
+    questions: dict[int, Question] = {}
     for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            questions.append(_question(row, row.get("reference")))
+            question = _question(row, row.get("reference"))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorpusError(
                 f"{path}, line {number} is no question ({error!r}): write question_id, category, "
                 "turns (two texts) and possibly reference (two texts)"
             ) from error
+        if question.number in questions:
+            raise CorpusError(
+                f"{path}, line {number} has the question_id {question.number} of an earlier line: "
+                "give every question its own"
+            )
+        questions[question.number] = question
     if not questions:
         raise CorpusError(f"{path} holds no questions")
-    return questions
+    return list(questions.values())
 
 
 def judge_prompts(*, report: ProgressFn = silent) -> dict[tuple[int, bool], JudgePrompt]:

@@ -23,10 +23,17 @@ from moefy.checkpoint.load import (
 )
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
-from moefy.errors import CorpusError, UsageError
+from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.memory import freed_memory_kept
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import check_output, check_same_settings, replace_file, storage_errors
+from moefy.storage import (
+    check_output,
+    check_same_settings,
+    put_in_place,
+    replace_file,
+    run_folder,
+    storage_errors,
+)
 from moefy.training.checks import check_context
 from moefy.training.models import freeze_sinks
 from moefy.training.output_loss import LogitsInput, output_loss
@@ -101,7 +108,9 @@ def tune(
         out: the run's folder.
         data: conversations; see `tuning.conversations.read_conversations`.
         recipe: a YAML file with `TuneRecipe` keys.
-        overwrite: replace what is in `out`.
+        overwrite: replace what is in `out`: a model when the new one is complete; until then the
+            run lies beside it, in `.NAME.next`, where the same call goes on. An unfinished run is
+            begun again.
         report: told about progress.
         **choices: single `TuneRecipe` keys; they override the file.
 
@@ -113,8 +122,10 @@ def tune(
     out = Path(out).expanduser()
     choice = TuneRecipe.build(recipe, **choices)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
-    is_fresh = overwrite or not _is_unfinished(out)
-    if is_fresh:
+    folder = run_folder(out, overwrite=overwrite)
+    is_beside = folder != out
+    is_fresh = (overwrite and not is_beside) or not _is_unfinished(folder)
+    if is_fresh or is_beside:
         read = (Path(model).expanduser(), Path(data).expanduser())
         check_output(out, overwrite=overwrite, sources=read)
     try:
@@ -143,27 +154,32 @@ def tune(
         "tokens": _digest(trained),
         **choice.model_dump(mode="json"),
     }
-    checkpoints = out / FOLDER
-    if is_fresh:  # only now is it sure that this run can begin
-        shutil.rmtree(out, ignore_errors=True)
+    checkpoints = folder / FOLDER
     begun = checkpoints / "identity.json"
-    if begun.is_file():
-        check_same_settings(out, json.loads(begun.read_text()), identity)
+    if not is_fresh and begun.is_file():
+        try:
+            check_same_settings(folder, json.loads(begun.read_text()), identity)
+        except OutputError:
+            if not is_beside:
+                raise
+            is_fresh = True
+    if is_fresh:  # only now is it sure that this run can begin
+        shutil.rmtree(folder, ignore_errors=True)
     resumed = last_checkpoint(checkpoints)
     resumed_from_step = int(resumed.name.partition("-")[2]) if resumed else 0
-    with storage_errors(out):
+    with storage_errors(folder):
         checkpoints.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "recipe.yaml", choice.to_yaml())
+    replace_file(folder / "recipe.yaml", choice.to_yaml())
     replace_file(begun, json.dumps(identity, indent=2) + "\n")
     if broken:
-        replace_file(out / BROKEN, "".join(f"{line}\n" for line in broken))
-    lines = _kept_lines(out, resumed_from_step) or [
+        replace_file(folder / BROKEN, "".join(f"{line}\n" for line in broken))
+    lines = _kept_lines(folder, resumed_from_step) or [
         {"step": 0, "heldout_loss": heldout_loss(network, heldout, choice, report)}
     ]
-    replace_file(out / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+    replace_file(folder / LOG, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(line: dict[str, Any]) -> None:
-        with storage_errors(out), (out / LOG).open("a") as log:
+        with storage_errors(folder), (folder / LOG).open("a") as log:
             log.write(json.dumps(line) + "\n")
 
     if choice.lora_rank:
@@ -173,7 +189,7 @@ def tune(
         network, tokenizer, trained, choice, folder=checkpoints, write=write, report=report
     )
     started = time.perf_counter()
-    with storage_errors(out):
+    with storage_errors(folder):
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     elapsed_s = time.perf_counter() - started
     network = merged(network)
@@ -205,11 +221,12 @@ def tune(
     write_model(
         network,
         source,
-        out,
+        folder,
         record,
-        amend=lambda folder: finish_folder(folder, config, tokenizer, template),
+        amend=lambda finished: finish_folder(finished, config, tokenizer, template),
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
+    put_in_place(folder, out)
     return done
 
 

@@ -56,7 +56,7 @@ class ChatTemplate:
                 chat_template=self.training or self.source,
             )
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
         return text
 
 
@@ -95,7 +95,8 @@ def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
     Raises:
         UsageError: it does not, and TRL knows no other form of it.
     """
-    if _can_be_masked(tokenizer, template):
+    problem = _mask_problem(tokenizer, template)
+    if not problem:
         return template
     from trl.chat_template_utils import get_training_chat_template
 
@@ -105,11 +106,11 @@ def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
         known = None
     if known:
         changed = ChatTemplate(f"{template.name} in TRL's form for training", None, known)
-        if _can_be_masked(tokenizer, changed):
+        if not _mask_problem(tokenizer, changed):
             return changed
     raise UsageError(
-        f"the chat template ({template.name}) renders a conversation differently when more follows "
-        "it, so what the assistant said cannot be told apart: pass --chat-template with a file "
+        f"with the chat template ({template.name}) it cannot be told what the assistant said: "
+        f"{problem}. Pass --chat-template with a file that writes user and assistant in turn and "
         f"whose text only grows, or --chat-template {CHATML}"
     )
 
@@ -135,25 +136,32 @@ def assistant_spans(
         before = template.render(tokenizer, messages[:i], answer=True)
         after = template.render(tokenizer, messages[: i + 1])
         if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError("the chat template renders it differently when more follows")
+            raise ValueError(
+                "the chat template renders the conversation differently when more follows"
+            )
         spans.append((len(before), len(after.rstrip())))
     return whole[: spans[-1][1]], spans
 
 
 def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
-    """Return the special token that ends the assistant's turn; None if words or nothing do."""
+    """Return the special token that ends the assistant's turn; None if words or nothing do.
+
+    Raises:
+        ValueError: the chat template refuses the conversation that begins with the user.
+    """
     answer = _PROBE[1]["content"]
     _, _, tail = template.render(tokenizer, _PROBE[:2]).rpartition(answer)
     tokens: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
 
 
-def _can_be_masked(tokenizer: Any, template: ChatTemplate) -> bool:
+def _mask_problem(tokenizer: Any, template: ChatTemplate) -> str:
+    """Say why the assistant's words cannot be told apart; nothing where they can."""
     try:
         assistant_spans(tokenizer, template, _PROBE)
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _chatml(tokenizer: Any) -> ChatTemplate:

@@ -111,7 +111,7 @@ class _Journal(TrainerCallback):  # type: ignore[misc]
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
             raise TrainingError(
                 f"step {state.global_step}: loss {logs['loss']}, gradient norm "
-                f"{logs['grad_norm']}: lower --learning-rate; the last checkpoint is kept"
+                f"{logs['grad_norm']}: start again with a lower --learning-rate and --overwrite"
             )
         now_s = time.perf_counter()
         names = ("loss", "balance_loss", "learning_rate", "grad_norm", "epoch")
