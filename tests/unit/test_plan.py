@@ -81,7 +81,7 @@ def test_the_lowest_loss_at_a_speed(grid: Path) -> None:
     found = moefy.plan("llama-2-7b", speedup=1.5, study=grid)
     assert found.recommended.point == POINTS[2]
     assert found.command == (
-        "moefy convert llama-2-7b OUT --experts 16 --active 4 --shared 4 --partition coactivation "
+        "moefy convert MODEL OUT --experts 16 --active 4 --shared 4 --partition coactivation "
         "--set refit_ridge=0.01"
     )
     assert "llama-2-7b has 50.1 times its parameters, and its own numbers" in found.basis

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
 from moefy.evaluation.cost import Cost, cost
 from moefy.evaluation.inspect import config_of, split_config
@@ -46,7 +47,7 @@ class Plan:
         candidates: every split of the grid that this model allows, the best predicted loss first.
         recommended: one of them.
         left_out: splits that the model does not allow, and why.
-        command: what makes the recommended one.
+        command: what makes the recommended one; MODEL is its folder, where only a shape was named.
         basis: what the prediction rests on.
     """
 
@@ -124,7 +125,7 @@ def plan(
         candidates,
         recommended,
         left_out,
-        _command(str(model), recommended.point),
+        _command(_convertible(model), recommended.point),
         _basis(str(model), dense, recommended.point),
     )
 
@@ -173,6 +174,12 @@ def _size(candidate: Candidate) -> str:
     return f"{candidate.cost.active_params:,} ({candidate.point.split.name})"
 
 
+def _convertible(model: str | Path) -> str:
+    """Return how commands may name the model: a shape or a config.json has no weights."""
+    found = Path(model).expanduser().is_dir() or str(model) == BUILTIN
+    return str(model) if found else "MODEL"
+
+
 def _command(model: str, point: GridPoint) -> str:
     command = f"moefy convert {model} OUT --experts {point.experts} --active {point.active}"
     command += f" --shared {point.shared}"
@@ -194,5 +201,6 @@ def _basis(model: str, dense: Cost, point: GridPoint) -> str:
     far = f"{times:,.1f} times" if times > 1 else f"1/{1 / times:,.1f} of"
     return (
         f"{text}; {model} has {far} its parameters, and its own numbers will be others: "
-        f"`moefy study OUT --model {model} --only size` measures them, `--study OUT` plans by them."
+        f"`moefy study OUT --model {_convertible(model)} --only size` measures them, `--study OUT` "
+        "plans by them."
     )
