@@ -32,8 +32,11 @@ def publish(outs: Sequence[Path], docs: Path, package: Path) -> None:
     for out in outs:
         place = docs / "study" / f"{StudyRecipe.build(out / 'recipe.yaml').tokens}-tokens"
         place.mkdir(parents=True, exist_ok=True)
-        for file in sorted(file for kind in KINDS for file in out.glob(kind)):
-            shutil.copyfile(file, place / file.name)
+        files = {file.name: file.read_bytes() for kind in KINDS for file in out.glob(kind)}
+        for file in [file for kind in KINDS for file in place.glob(kind)]:
+            file.unlink()  # what this study does not have is of an older one
+        for name, content in files.items():
+            (place / name).write_bytes(content)
     studies = studies_in(docs / "study")
     for folder in studies:
         (folder / PAGE).write_text(page(folder))

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from moefy.report.tables import markdown
+from moefy.studies.ablations import ablations_named
 from moefy.studies.grid import read_grid
-from moefy.studies.report import page
+from moefy.studies.report import page, present, runs_of
+from moefy.studies.runs import read_runs, run_csv_rows
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
@@ -102,7 +104,11 @@ def test_the_benchmarks_table() -> None:
 def test_the_studies_and_the_grid_of_plan() -> None:
     parts = runpy.run_path(str(ROOT / "benchmarks/publish_study.py"))
     studies = parts["studies_in"](ROOT / "docs/study")
-    for folder in studies:
+    for folder, recipe in studies.items():
         assert page(folder) == (folder / "study.md").read_text()
+        runs = list(read_runs(folder).values())
+        for name in present(folder):
+            rows = run_csv_rows(runs_of(*ablations_named([name]), runs, recipe))
+            assert csv_rows(folder / f"{name}.csv") == rows
     assert parts["overview"](studies, ROOT / "docs") == (ROOT / "docs/study.md").read_text()
     assert read_grid(parts["grid_of"](studies)) == read_grid()

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import moefy
-from moefy.errors import OutputError, UsageError
+from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.progress import Progress, silent
 from moefy.studies.report import page
 from moefy.studies.runs import Run, seeds_text
 from moefy.studies.toy import SMOKE, make_toys
+from moefy.tuning.conversations import read_conversations
 
 TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128, "evaluations": 1}
 
@@ -93,6 +94,7 @@ def test_runs_that_ablations_share_are_done_once(toys: Path, tmp_path: Path) -> 
 
     both = tiny_study(toys, out, "sampling")
     assert both.measured == 4  # not the dense model, and not Uniform: that is "converted"
+    assert list((out / "work/models").iterdir())  # kept, as the first call said
     uniform = next(run for run in both.runs if run.arm == "Uniform")
     assert uniform.domain_loss == converted.domain_loss
     for name in ("scratch", "sampling"):  # the page shows both
@@ -118,6 +120,29 @@ def test_seeds_are_said_for_each_ablation() -> None:
     others = [replace(run, ablation=name) for name in ("rescaling", "scratch")]
     assert seeds_text(sizes) == "0, 1, 2"
     assert seeds_text([*sizes, *others]) == "0 (size: 0, 1, 2)"
+
+
+def test_runs_of_other_settings_are_not_reported(toys: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    tiny_study(toys, out, "rescaling")
+    shown = (out / "rescaling.csv").read_text()
+    tiny_study(toys, other, "rescaling", first_seed=1, tokens=256)
+    both = (out / "runs.jsonl").read_text() + (other / "runs.jsonl").read_text()
+    (out / "runs.jsonl").write_text(both)
+    found = tiny_study(toys, out, "rescaling", report_only=True)
+    again = (out / "rescaling.csv").read_text().splitlines()
+    assert [line for line in again if not line.startswith("dense,1")] == shown.splitlines()
+    assert found.skipped["rescaling: 4/16 rescaled, seed 1"] == "was run with other settings"
+    assert "rescaling: dense, seed 1" not in found.skipped  # it is not trained
+    (other / "study.json").unlink()
+    with pytest.raises(UsageError, match=r"no run in .* is of these settings"):
+        tiny_study(toys, other, "rescaling", report_only=True, windows=2)
+
+
+def test_a_report_of_nothing_leaves_nothing(toys: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no runs to report"):
+        tiny_study(toys, tmp_path / "out", "rescaling", report_only=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_losses_are_those_of_evaluate(toys: Path, tmp_path: Path) -> None:
@@ -176,6 +201,14 @@ def test_what_cannot_be_studied(toys: Path, tmp_path: Path) -> None:
         tiny_study(toys, out, "rescaling", experts=48)
     with pytest.raises(UsageError, match="unknown key 'tokns'"):
         tiny_study(toys, out, "rescaling", train={"tokns": 3})
+    talks = tmp_path / "talks.jsonl"
+    lines = (toys / "conversations.jsonl").read_text().splitlines(keepends=True)
+    whole, _ = read_conversations(toys / "conversations.jsonl")
+    talks.write_text("".join(t for t, c in zip(lines, whole, strict=True) if not c.is_held_out))
+    with pytest.raises(CorpusError, match=r"conversations in .* none is held out"):
+        tiny_study(toys, out, "tuning", sft=talks)
+    with pytest.raises(UsageError, match="heldout_conversations 0"):
+        tiny_study(toys, out, sft=toys / "conversations.jsonl", tune={"heldout_conversations": 0})
     assert not out.exists()
     done = tiny_study(toys, out, "rescaling", "sampling", data=text)
     assert list(done.skipped) == ["sampling"]

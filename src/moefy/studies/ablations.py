@@ -99,9 +99,16 @@ def _rescaling(recipe: StudyRecipe) -> tuple[Arm, ...]:
         if recipe.experts != active**2:
             scales[f"{split} each expert with weight 1"] = "none"
         for name, repair in scales.items():
-            arm = Arm(name, convert=counts | {"repair": repair}, train=_RANDOM_ROUTER)
-            arms.append(arm if name == off else replace(arm, against=off))
-    return _DENSE, *(replace(a, expected="lower") if "not" not in a.name else a for a in arms)
+            arms.append(
+                Arm(
+                    name,
+                    convert=counts | {"repair": repair},
+                    train=_RANDOM_ROUTER,
+                    against=None if name == off else off,
+                    expected="lower" if repair == "paper" else None,
+                )
+            )
+    return _DENSE, *arms
 
 
 def _construction(recipe: StudyRecipe) -> tuple[Arm, ...]:

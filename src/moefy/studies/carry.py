@@ -24,7 +24,7 @@ from moefy.evaluation.compare import evaluation_windows
 from moefy.evaluation.cost import cost
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import whole_folder
-from moefy.studies.runs import Steps
+from moefy.studies.runs import OWN, Steps
 from moefy.training.heldout import heldout_losses
 from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
@@ -110,8 +110,8 @@ def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
         trained = place.work / "runs" / f"{key}-trained"
         if not _is_complete(trained):
             choices = steps.train.model_dump()
-            if choices["evaluate_every_steps"] >= steps.train.num_steps:
-                choices["evaluate_every_steps"] = 0  # the end is measured below
+            if steps.train.teacher == OWN:
+                choices["teacher"] = str(place.dense)
             train(model, trained, data=place.data, report=place.report, **choices)
         model, log = trained, read_log(trained)
         found["trained"] = log[-1]["tokens"]

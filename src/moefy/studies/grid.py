@@ -95,19 +95,19 @@ def grid_of(
         machine: of the speeds.
     """
     dense = arms["dense"]
-    (dense_loss,) = set(dense.after.values())
     points = []
     for name, arm in arms.items():
         split = split_named(name)
         if split is None or name not in speeds:
             continue
-        found = difference(arm.after, dict.fromkeys(arm.after, dense_loss))
-        assert found is not None
+        found = difference(arm.after, dense.after)
+        if found is None:
+            continue
         ratios = {phase: speed / speeds["dense"][phase] for phase, speed in speeds[name].items()}
         points.append(
             GridPoint(
                 **asdict(split),
-                seeds=len(arm.after),
+                seeds=len(arm.after.keys() & dense.after.keys()),
                 trained=arm.trained,
                 nats_above_dense=found.mean,
                 half_width=found.half_width,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from moefy.recipe import Positive, Recipe
 
 Settings = dict[str, Any]
-_FREE = {"seeds", "first_seed", "grid", "train_sizes", "prompt_tokens", "new_tokens", "rounds"}
+_FREE = {"seeds", "first_seed", "grid", "prompt_tokens", "new_tokens", "rounds"}
 """Where the results may differ and stand in one folder."""
 
 
@@ -23,8 +23,8 @@ class StudyRecipe(Recipe):
     only with `train_sizes`. `tokens` are trained on by every arm
     that trains, `windows` of `sequence_length` tokens are held out in every domain, and the loss
     there is measured `evaluations` times along training. `convert`, `train` and `tune` hold keys of
-    these commands' recipes; what an arm itself says comes before them. Speed is measured on
-    `prompt_tokens` and `new_tokens`, in `rounds`.
+    these commands' recipes; what an arm itself says comes before them, and the teacher `dense` is
+    the study's own model. Speed is measured on `prompt_tokens` and `new_tokens`, in `rounds`.
     """
 
     tokens: Positive = 32_768

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from moefy.report.tables import Rows, markdown, millions, write_csv
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, Ablation, ablations_named
 from moefy.studies.conclude import conclusion
-from moefy.studies.grid import GRID, SPEED, GridPoint, front, grid_csv_rows, grid_of, read_grid
+from moefy.studies.grid import (
+    GRID,
+    SPEED,
+    GridPoint,
+    front,
+    grid_csv_rows,
+    grid_of,
+    read_grid,
+    split_named,
+)
 from moefy.studies.outcome import ArmOutcome, Spread, difference, read_outcome, spread
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.runs import Run, run_csv_rows, seeds_text
@@ -30,43 +39,69 @@ Curves = dict[str, dict[int, list[tuple[int, float]]]]
 """Tokens and loss, by arm and seed."""
 
 
-def write_report(
+def write_tables(
+    out: Path, runs: Sequence[Run], recipe: StudyRecipe, facts: Mapping[str, str]
+) -> dict[str, str]:
+    """Write the CSV files and the figures.
+
+    Args:
+        out: the study's folder.
+        runs: all that are shown.
+        recipe: of the study.
+        facts: model and data, by name.
+
+    Returns:
+        Splits that are not in the grid, and why.
+    """
+    unmeasured = {}
+    for ablation in ABLATIONS:
+        found = runs_of(ablation, runs, recipe)
+        files = [out / f"{ablation.name}{end}" for end in (".csv", "-curves.csv", ".png")]
+        if not found:
+            for file in files:
+                file.unlink(missing_ok=True)
+            continue
+        table, curves, picture = files
+        with storage_errors(out):
+            write_csv(table, run_csv_rows(found))
+            if any(run.curve for run in found):
+                write_csv(curves, curve_rows(found))
+        if ablation.name == "size":
+            unmeasured = _write_grid(out, facts)
+        with storage_errors(out):
+            ablation_figures(out, ablation).savefig(picture, dpi=150)
+    return unmeasured
+
+
+def write_page(
     out: Path,
-    runs: list[Run],
+    runs: Sequence[Run],
     recipe: StudyRecipe,
     facts: Mapping[str, str],
     skipped: Mapping[str, str],
 ) -> dict[str, str]:
-    """Write the CSV files, the figures and `study.md`.
+    """Write `study.md` over the files of `write_tables`.
 
     Args:
-        out: the study's folder.
-        runs: all that are in it.
-        recipe: of the study.
-        facts: model and data, by name.
-        skipped: what could not be run, and why.
+        out: as there.
+        runs: as there.
+        recipe: as there.
+        facts: as there.
+        skipped: what is missing, and why.
 
     Returns:
         The conclusions, by ablation.
     """
-    for ablation in ABLATIONS:
-        order = [arm.name for arm in ablation.arms(recipe)]
-        found = [run for run in runs if run.ablation == ablation.name and run.arm in order]
-        if not found:
-            continue
-        found.sort(key=lambda run: (order.index(run.arm), run.seed))
-        with storage_errors(out):
-            write_csv(out / f"{ablation.name}.csv", run_csv_rows(found))
-            if any(run.curve for run in found):
-                write_csv(out / f"{ablation.name}-curves.csv", curve_rows(found))
-        if ablation.name == "size":
-            _write_grid(out, facts)
-        with storage_errors(out):
-            figure = ablation_figures(out, ablation)
-            figure.savefig(out / f"{ablation.name}.png", dpi=150)
     replace_file(out / HEAD, _head(runs, recipe, facts) + _skipped(skipped))
     replace_file(out / PAGE, page(out))
     return {name: conclusion_of(out, name) for name in present(out)}
+
+
+def runs_of(ablation: Ablation, runs: Sequence[Run], recipe: StudyRecipe) -> list[Run]:
+    """Return an ablation's runs in the order of its arms and seeds."""
+    order = [arm.name for arm in ablation.arms(recipe)]
+    found = [run for run in runs if run.ablation == ablation.name and run.arm in order]
+    return sorted(found, key=lambda run: (order.index(run.arm), run.seed))
 
 
 def present(folder: Path) -> list[str]:
@@ -179,16 +214,18 @@ def ablation_figures(folder: Path, ablation: Ablation) -> Any:
     return ablation_figure(arms, read_curves(folder / f"{ablation.name}-curves.csv"))
 
 
-def _write_grid(out: Path, facts: Mapping[str, str]) -> None:
-    file = out / SPEED
-    if not file.is_file():
-        return
-    found = json.loads(file.read_text())
+def _write_grid(out: Path, facts: Mapping[str, str]) -> dict[str, str]:
+    """Write the grid where speeds are known; return the splits of which none is."""
     arms = read_outcome(out / "size.csv")
-    about = {**facts, "machine": found["about"]["machine"]}
-    points = grid_of(arms, found["tokens_per_s"], **about)
-    with storage_errors(out):
-        write_csv(out / GRID, grid_csv_rows(points))
+    if (out / SPEED).is_file():
+        found = json.loads((out / SPEED).read_text())
+        about = {**facts, "machine": found["about"]["machine"]}
+        points = grid_of(arms, found["tokens_per_s"], **about)
+        with storage_errors(out):
+            write_csv(out / GRID, grid_csv_rows(points))
+    known = read_grid(out / GRID) if (out / GRID).is_file() else []
+    missing = {name for name in arms if split_named(name)} - {point.split.name for point in known}
+    return {f"size: speed of {name}": "not measured" for name in arms if name in missing}
 
 
 def _front_text(points: list[GridPoint]) -> str:
@@ -202,7 +239,7 @@ def _front_text(points: list[GridPoint]) -> str:
     )
 
 
-def _head(runs: list[Run], recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
+def _head(runs: Sequence[Run], recipe: StudyRecipe, facts: Mapping[str, str]) -> str:
     machines = ", ".join(sorted({run.machine for run in runs}))
     return (
         "# Study\n\n"

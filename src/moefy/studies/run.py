@@ -16,18 +16,20 @@ from moefy.data.strategies import initial_weights
 from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import changed_settings, replace_file, storage_errors
-from moefy.studies.ablations import Ablation, Arm, ablations_named
+from moefy.studies.ablations import ABLATIONS, Ablation, Arm, ablations_named
 from moefy.studies.carry import Place, carry, remove_models, remove_run
 from moefy.studies.grid import SPEED, Split, split_named
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.report import write_report
+from moefy.studies.report import write_page, write_tables
 from moefy.studies.runs import (
     RUNS,
     Run,
     Steps,
+    digest,
     read_runs,
     run_key,
     steps_of,
+    tune_recipe,
     write_runs,
 )
 from moefy.studies.speeds import machine_name, measure_speeds
@@ -44,9 +46,9 @@ class Study:
     Attributes:
         folder: holds `study.md`, and for each ablation its CSV files and its figure.
         recipe: every choice that was made.
-        runs: all that are in the folder.
+        runs: all that are in the folder and of these settings.
         measured: of those, by this call.
-        skipped: what could not be run, and why.
+        skipped: what is not in the report or not whole in it, and why.
         conclusions: by ablation.
     """
 
@@ -65,6 +67,11 @@ class _Job:
     seed: int
     steps: Steps
     key: str
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Which run it makes; see `runs.Run`."""
+        return self.ablation.name, self.arm.name, self.seed
 
 
 def study(
@@ -96,14 +103,16 @@ def study(
         sft: conversations, as for `tune`; without them nothing is tuned.
         only: names of ablations; none means all.
         smoke: a toy model, toy text and toy sizes instead, to see that everything runs.
-        keep: keep the models.
+        keep: keep the models; later calls for the same folder keep them too.
         report_only: run nothing; write the report of the runs that are there.
         recipe: a YAML file with `StudyRecipe` keys.
         report: told about progress.
         **choices: single `StudyRecipe` keys; they override the file.
 
     Raises:
-        UsageError: an ablation, model, text or setting is not usable.
+        UsageError: an ablation, model, text or setting is not usable, or there are no runs to
+            report.
+        CorpusError: no conversation is held out, so tuning cannot be measured.
         OutputError: `out` holds a study with other settings.
         MoefyError: a run failed; what was measured is kept.
     """
@@ -125,30 +134,59 @@ def study(
         "sft": str(sft) if sft else None,
         **choice.identity(),
     }
-    jobs, skipped = _jobs(wanted, choice, dense, data, sft, conditions, report)
+    judged_on = {name: conditions[name] for name in ("model", "data", "windows", "sequence_length")}
+    talks = _fingerprint_of(sft, choice) if sft else None
+    jobs, skipped = _jobs(wanted, choice, dense, data, talks, judged_on, report)
+    if not any(job.arm.start != "dense" for job in jobs):
+        reasons = "; ".join(f"{what}: {why}" for what, why in skipped.items())
+        raise UsageError(f"nothing can be studied here ({reasons})")
+    if report_only and not (out / RUNS).is_file():
+        raise UsageError(f"{out} holds no runs to report: leave --report-only out to make them")
     _keep_identity(out, conditions)
     replace_file(out / "recipe.yaml", choice.to_yaml())
     place = Place(out / "work", dense, data, sft, choice.windows, choice.sequence_length, report)
-    if report_only:
-        runs, measured = read_runs(out), 0
-        skipped |= _missing(jobs, runs)
-    else:
-        runs, measured = _run_all(out, jobs, place, keep)
+    measured = 0 if report_only else _run_all(out, jobs, place, keep=keep)
+    found = read_runs(out)
+    others = {
+        job.place: "was run with other settings"
+        for job in _jobs_found(found, choice, dense, data, talks, judged_on, report)
+        if found[job.place].key != job.key
+    }
+    runs = {place: run for place, run in found.items() if place not in others}
+    if not runs:
+        raise UsageError(f"no run in {out} is of these settings: give those of its recipe.yaml")
+    reported = {name for name, _, _ in runs}
+    skipped = {what: why for what, why in skipped.items() if what not in reported}
+    skipped |= _missing(jobs, found)
+    skipped |= {f"{a}: {arm}, seed {seed}": why for (a, arm, seed), why in others.items()}
     splits = {split for job in jobs if (split := _size_split(job))}
     if splits and not report_only:
         _measure_speeds(out, read_config(dense), sorted(splits), choice, report)
     facts = {"model": Path(model).name, "data": Path(data).name}
     if smoke:
         facts |= {"model": "a toy model", "data": "toy text"}
-    conclusions = write_report(out, list(runs.values()), choice, facts, skipped)
+    skipped |= write_tables(out, list(runs.values()), choice, facts)
+    conclusions = write_page(out, list(runs.values()), choice, facts, skipped)
     return Study(out, choice, list(runs.values()), measured, skipped, conclusions)
+
+
+def _jobs_found(
+    found: dict[tuple[str, str, int], Run], recipe: StudyRecipe, *where: Any
+) -> list[_Job]:
+    """Return what would make the runs that are on file, whatever this call was asked for."""
+    on_file = {name for name, _, _ in found}
+    numbers = [seed for _, _, seed in found]
+    seeds = {"first_seed": min(numbers), "seeds": max(numbers) + 1 - min(numbers)}
+    ablations = [ablation for ablation in ABLATIONS if ablation.name in on_file]
+    jobs, _ = _jobs(ablations, recipe.model_copy(update=seeds), *where)
+    return [job for job in jobs if job.place in found]
 
 
 def _missing(jobs: Sequence[_Job], runs: dict[tuple[str, str, int], Run]) -> dict[str, str]:
     """Name the arms of which seeds are missing, and say which."""
     seeds: dict[str, list[str]] = {}
     for job in jobs:
-        if (job.ablation.name, job.arm.name, job.seed) not in runs:
+        if job.place not in runs:
             seeds.setdefault(f"{job.ablation.name}: {job.arm.name}", []).append(str(job.seed))
     return {name: f"not yet, seed {', '.join(found)}" for name, found in seeds.items()}
 
@@ -218,25 +256,25 @@ def _jobs(
     recipe: StudyRecipe,
     dense: Path,
     data: str | Path,
-    sft: str | Path | None,
-    conditions: dict[str, Any],
+    talks: str | None,
+    judged_on: dict[str, Any],
     report: ProgressFn,
 ) -> tuple[list[_Job], dict[str, str]]:
     """Make every choice of every run before the first is begun.
+
+    `talks` is the fingerprint of the conversations, and like `judged_on` a part of the keys.
 
     Returns:
         The jobs, seed by seed within an ablation, and why others are not among them.
 
     Raises:
-        UsageError: a setting is not usable, or nothing is left to do.
+        UsageError: a setting is not usable.
     """
     inner = read_config(dense)["intermediate_size"]
     domains = [domain.name for domain in open_domains(data, report=report)]
-    if sft and any(ablation.needs == "conversations" for ablation in wanted):
-        read_conversations(sft)  # what is wrong with them is known now, and not hours later
     jobs, skipped = [], {}
     for ablation in wanted:
-        if reason := _lacks(ablation, domains, sft):
+        if reason := _lacks(ablation, domains, talks):
             skipped[ablation.name] = reason
             continue
         for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
@@ -247,21 +285,33 @@ def _jobs(
                         f"intermediate_size {inner} cannot be split into {split} equal experts"
                     )
                     continue
-                steps = steps_of(arm, recipe, seed, dense, inner)
-                about = {key: conditions[key] for key in ("model", "data")}
-                about |= {"windows": recipe.windows, "sequence_length": recipe.sequence_length}
-                if steps.tune:
-                    about["sft"] = conditions["sft"]
+                steps = steps_of(arm, recipe, seed, inner)
+                about = judged_on | ({"sft": talks} if steps.tune else {})
                 jobs.append(_Job(ablation, arm, seed, steps, run_key(steps, about)))
-    if not any(job.arm.start != "dense" for job in jobs):
-        reasons = "; ".join(f"{what}: {why}" for what, why in skipped.items())
-        raise UsageError(f"nothing can be studied here ({reasons})")
     return jobs, skipped
 
 
-def _lacks(ablation: Ablation, domains: list[str], sft: str | Path | None) -> str | None:
+def _fingerprint_of(sft: str | Path, recipe: StudyRecipe) -> str:
+    """Return a hash of what is said in conversations, wherever they lie.
+
+    Raises:
+        UsageError: none is to be held out.
+        CorpusError: none can be.
+    """
+    whole, _ = read_conversations(sft)
+    if not tune_recipe(recipe, seed=0).heldout_conversations:
+        raise UsageError("tune.heldout_conversations 0: tuning cannot be measured without any")
+    if not any(conversation.is_held_out for conversation in whole):
+        raise CorpusError(
+            f"of the {len(whole)} conversations in {sft} none is held out (one in twenty is), so "
+            "tuning cannot be measured: add more"
+        )
+    return digest({"conversations": [conversation.messages for conversation in whole]})
+
+
+def _lacks(ablation: Ablation, domains: list[str], talks: str | None) -> str | None:
     """Say what an ablation needs and does not have."""
-    if ablation.needs == "conversations" and sft is None:
+    if ablation.needs == "conversations" and talks is None:
         return "needs conversations: name them with --sft"
     if ablation.needs == "conversations" and not (find_spec("trl") and find_spec("peft")):
         return "needs the packages trl and peft: pip install 'moefy[tune]'"
@@ -276,31 +326,32 @@ def _lacks(ablation: Ablation, domains: list[str], sft: str | Path | None) -> st
     return None
 
 
-def _run_all(
-    out: Path, jobs: list[_Job], place: Place, keep: bool
-) -> tuple[dict[tuple[str, str, int], Run], int]:
-    """Do what is not done; return all runs of the folder, and how many were measured now."""
+def _run_all(out: Path, jobs: list[_Job], place: Place, *, keep: bool) -> int:
+    """Do what is not done; return how many runs were measured now."""
+    kept = place.work / "kept"
+    if keep:
+        place.work.mkdir(exist_ok=True)
+        kept.touch()
     runs = read_runs(out)
     measured = 0
     done = {run.key: run for run in runs.values()}
     for number, job in enumerate(jobs):
-        where = (job.ablation.name, job.arm.name, job.seed)
         place.report(Progress("study", number, len(jobs), f"{job.ablation.name}: {job.arm.name}"))
         if known := done.get(job.key):
             found = {name: getattr(known, name) for name in _MEASURED}
         else:
             found = carry(job.steps, job.key, place) | {"machine": machine_name()}
             measured += 1
-        run = Run(*where, job.arm.against, job.arm.expected, job.key, **found)
-        if runs.get(where) != run:
-            runs[where] = done[job.key] = run
+        run = Run(*job.place, job.arm.against, job.arm.expected, job.key, **found)
+        if runs.get(run.place) != run:
+            runs[run.place] = done[job.key] = run
             write_runs(out, runs)
-        if not keep:
+        if not kept.exists():
             remove_run(place, job.key)
             left = [each.steps for each in jobs[number + 1 :] if each.key not in done]
             remove_models(place, set().union(*(steps.model_keys() for steps in left)))
     place.report(Progress("study", len(jobs), len(jobs)))
-    return runs, measured
+    return measured
 
 
 _MEASURED = (

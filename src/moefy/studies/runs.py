@@ -21,6 +21,8 @@ from moefy.training.recipe import TrainRecipe
 from moefy.tuning.recipe import TuneRecipe
 
 RUNS = "runs.jsonl"
+OWN = "dense"
+"""As a teacher: the study's own dense model, wherever it lies."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Run:
     Attributes:
         ablation, arm, seed: which run.
         against, expected: see `ablations.Arm`.
-        key: of everything that decides the numbers; runs of the same key are the same.
+        key: of everything that decides the numbers but the machine; runs of the same key are the
+            same but for rounding, and where the precision is left to the machine, for that.
         trained: tokens trained on.
         conversations: tuned on.
         total_params, active_params, flops_per_token: see `evaluation.cost`.
@@ -106,16 +109,13 @@ class Run:
         return self.ablation, self.arm, self.seed
 
 
-def steps_of(
-    arm: Arm, recipe: StudyRecipe, seed: int, dense: Path, intermediate_size: int
-) -> Steps:
+def steps_of(arm: Arm, recipe: StudyRecipe, seed: int, intermediate_size: int) -> Steps:
     """Make every choice of a run.
 
     Args:
         arm: of an ablation.
         recipe: of the study.
         seed: of partition, router, fresh weights and the order of samples.
-        dense: folder of the dense model, whose losses dynamic mixtures follow.
         intermediate_size: of the dense model.
 
     Raises:
@@ -126,16 +126,19 @@ def steps_of(
         choices = {**recipe.convert, **arm.convert, "seed": seed}
         convert = ConvertRecipe.build(**choices).for_model(intermediate_size)
     if arm.train is not None:
-        train = _train_recipe(arm.train, recipe, seed, dense)
+        train = _train_recipe(arm.train, recipe, seed)
     if arm.tunes:
-        tune = TuneRecipe.build(**{**recipe.tune, "seed": seed})
+        tune = tune_recipe(recipe, seed)
     fixed = arm.start == "dense" and not (train or tune)
     return Steps(arm.start, convert, train, tune, None if fixed else seed)
 
 
-def _train_recipe(
-    arm: Mapping[str, Any], recipe: StudyRecipe, seed: int, dense: Path
-) -> TrainRecipe:
+def tune_recipe(recipe: StudyRecipe, seed: int) -> TuneRecipe:
+    """Return how the arms of a study are tuned."""
+    return TuneRecipe.build(**{**recipe.tune, "seed": seed})
+
+
+def _train_recipe(arm: Mapping[str, Any], recipe: StudyRecipe, seed: int) -> TrainRecipe:
     choices = {
         "tokens": recipe.tokens,
         "sequence_length": recipe.sequence_length,
@@ -146,11 +149,11 @@ def _train_recipe(
     }
     made = TrainRecipe.build(**choices)
     every = max(1, made.num_steps // recipe.evaluations)
-    choices["evaluate_every_steps"] = every
+    choices["evaluate_every_steps"] = every if every < made.num_steps else 0  # the end: by `carry`
     if is_dynamic(made):
         choices = {"mixture_interval_steps": every, "reference_losses": "dense", **choices}
         if made.teacher is None:  # asked for its losses, and for nothing else
-            choices |= {"teacher": str(dense), "distillation": {"weight": 0.0}}
+            choices |= {"teacher": OWN, "distillation": {"weight": 0.0}}
     return TrainRecipe.build(**choices)
 
 
@@ -195,9 +198,9 @@ def run_csv_rows(runs: list[Run]) -> list[list[str]]:
     domains = list(dict.fromkeys(name for run in runs for name in run.domain_loss))
     header = ["arm", "seed", "against", "expected", "trained", "conversations", "total_params"]
     header += ["active_params", "flops_per_token", "loss_before", "loss"]
-    rows = [[*header, *(f"loss_{domain}" for domain in domains)]]
+    rows = [[*header, *(f"loss_{domain}" for domain in domains), "machine"]]
     for run in runs:
         cells = [getattr(run, name) for name in header]
-        cells += [run.domain_loss.get(domain) for domain in domains]
+        cells += [*(run.domain_loss.get(domain) for domain in domains), run.machine]
         rows.append(["" if cell is None else str(cell) for cell in cells])
     return rows
