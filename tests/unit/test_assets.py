@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,11 +18,17 @@ from moefy.errors import AssetError
 CONTENT = bytes(range(256)) * 20
 GOOD = Asset("thing", "thing-1.0.zip", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), "none")
 
+MISSING = Asset("thing", "thing-2.0.zip", GOOD.sha256, 1, "none")
+
 
 class Index(BaseHTTPRequestHandler):
     behaviour = "good"
 
     def do_GET(self) -> None:
+        login = self.headers["Authorization"]
+        if self.behaviour == "private" and login != "Basic Ym9iOnMzLyVjcjN0":  # bob:s3/%cr3t
+            self.send_error(401)
+            return
         if self.path == "/simple/thing/":
             body = b'<a href="../../files/thing-1.0.zip#sha256=00">thing-1.0.zip</a>'
         elif self.path == "/files/thing-1.0.zip":
@@ -80,6 +87,20 @@ def test_bad_download_leaves_nothing(
     assert fetch(GOOD).read_bytes() == CONTENT
 
 
+def test_an_index_with_a_password(
+    index: type[Index], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(index, "behaviour", "private")
+    url = os.environ["PIP_INDEX_URL"]
+    for login, asset in (("bob:wrong", GOOD), ("bob:s3%2F%25cr3t", MISSING), ("", GOOD)):
+        monkeypatch.setenv("PIP_INDEX_URL", url.replace("://", f"://{login}@"))
+        with pytest.raises(AssetError, match=r"127.0.0.1:\d+/simple") as caught:
+            fetch(asset)
+        assert not login or login.partition(":")[2] not in str(caught.value)
+    monkeypatch.setenv("PIP_INDEX_URL", url.replace("://", "://bob:s3%2F%25cr3t@"))
+    assert fetch(GOOD).read_bytes() == CONTENT
+
+
 def test_a_damaged_cache_file_is_named(index: type[Index]) -> None:
     path = fetch(GOOD)
     path.write_bytes(CONTENT[:-1])
@@ -88,9 +109,8 @@ def test_a_damaged_cache_file_is_named(index: type[Index]) -> None:
 
 
 def test_a_file_the_index_lacks(index: type[Index]) -> None:
-    missing = Asset("thing", "thing-2.0.zip", GOOD.sha256, 1, "none")
     with pytest.raises(AssetError, match=r"does not offer thing-2\.0\.zip"):
-        fetch(missing)
+        fetch(MISSING)
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -107,6 +107,15 @@ def test_what_cannot_run_is_said(
         dry_run(model, processes=processes, **choices)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("model", "choices"),
+    [("llama-2-7b:16/64", {}), ("smollm2-135m:8/16", {"experts_implementation": "eager"})],
+)
+def test_experts_that_run_one_by_one(model: str, choices: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="cannot follow experts that run one by one"):
+        dry_run(model, processes=1, **choices)
+
+
 @pytest.mark.parametrize("name", ["llama-moe-7b-train", "smollm2-one-gpu", "demo"])
 def test_every_training_recipe_is_valid(name: str) -> None:
     TrainRecipe.build(RECIPES / f"{name}.yaml")

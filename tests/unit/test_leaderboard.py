@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def test_an_interrupted_leaderboard_continues(
     assert (out / "scores.jsonl").read_text().startswith(before)
     with pytest.raises(OutputError, match="another model, text or seed"):
         moefy.leaderboard(dense, out, seed=1, **common)
+    shutil.copytree(corpus, tmp_path / "moved")
+    moved = common | {"data": tmp_path / "moved"}
+    assert moefy.leaderboard(dense, out, methods=["FLAP"], **moved) == both
+    lines = (corpus / "ab.jsonl").read_text().splitlines(keepends=True)
+    (corpus / "ab.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(OutputError, match="another model, text or seed"):
+        moefy.leaderboard(dense, out, methods=["FLAP"], **common)
+    (corpus / "ab.jsonl").write_text("".join(lines))
     (out / "scores.jsonl").write_text(before + '{"method": "torn')
     with pytest.raises(OutputError, match=r"scores.jsonl, line 3 is no score.*remove the line"):
         moefy.leaderboard(dense, out, **common)

@@ -344,7 +344,17 @@ def test_an_output_in_the_way(
     (tmp_path / "full/mine.txt").touch()
     with pytest.raises(OutputError, match="is not empty"):
         run(corpus, "full")
+    write(tmp_path / "torn/a.jsonl", [*rows("a"), b"x\n"])
+    for _ in range(2):
+        with pytest.raises(CorpusError, match="start again with --overwrite"):
+            run(tmp_path / "torn", overwrite=True)
+        assert TokenShards(tmp_path / "tokens").domains
     run(corpus, overwrite=True)
+    assert not (tmp_path / ".tokens.next").exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(OutputError, match="no corpus"):
+        run(corpus, "model", overwrite=True)
     with pytest.raises(OutputError, match="its own source"):
         run(corpus, "corpus", overwrite=True)
     write(tmp_path / "data/a.jsonl", [*rows("a"), b"x\n"])

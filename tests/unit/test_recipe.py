@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moefy.cli.options import parse_settings
 from moefy.errors import UsageError
 from moefy.recipe import ConvertRecipe, check_split, parse_weights
 from moefy.training.recipe import TrainRecipe
@@ -49,6 +50,21 @@ def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None
 def test_bad_training_is_refused(choices: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TrainRecipe.build(**choices)
+
+
+def test_a_key_of_what_a_name_chose(tmp_path: Path) -> None:
+    found = TrainRecipe.build(**{"balance": "importance-load", "balance.coefficient": 0.5})
+    assert (found.balance.kind, found.balance.coefficient) == ("importance-load", 0.5)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("balance: importance-load\nteacher: smollm2-135m\nlora: {rank: 4}\n")
+    found = TrainRecipe.build(file, **{"balance.coefficient": 0.5})
+    assert (found.balance.kind, found.lora.rank) == ("importance-load", 4)
+    with pytest.raises(UsageError, match=r"tokens is 4096 and has no keys"):
+        TrainRecipe.build(**{"tokens": 4096, "tokens.many": 1})
+    found = TrainRecipe.build(file, **parse_settings(["teacher=null", "lora=", "seed=3"]))
+    assert (found.teacher, found.lora, found.seed) == (None, None, 3)
+    with pytest.raises(UsageError, match="tokens"):
+        TrainRecipe.build(**parse_settings(["tokens=null"]))
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "{", "\tx: 1"])

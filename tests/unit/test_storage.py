@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moefy.errors import OutputError, StorageError
-from moefy.storage import cache_folder, check_output, whole_folder
+from moefy.storage import cache_folder, check_output, put_in_place, run_folder, whole_folder
 
 
 def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
@@ -60,6 +60,51 @@ def test_an_output_never_replaces_its_source(tmp_path: Path) -> None:
     for out in (source, source.parent, source / ".." / "dense"):
         with pytest.raises(OutputError, match="its own source"):
             check_output(out, overwrite=True, sources=(source,))
+
+
+def test_only_models_are_replaced(tmp_path: Path) -> None:
+    model, study = tmp_path / "model", tmp_path / "study"
+    model.mkdir()
+    study.mkdir()
+    (study / "recipe.yaml").touch()  # a corpus has one too
+    (study / "runs.jsonl").touch()
+    with pytest.raises(OutputError, match="no model"):
+        check_output(study, overwrite=True)
+    (model / "config.json").write_text('{"name": "something else"}')
+    with pytest.raises(OutputError, match="no model"):
+        check_output(model, overwrite=True)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    check_output(model, overwrite=True)
+    (model / "thesis.tex").touch()
+    with pytest.raises(OutputError, match=r"holds thesis.tex beside a model"):
+        check_output(model, overwrite=True)
+
+
+def test_what_cannot_be_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), Path(".."), Path("/proc")):
+        with pytest.raises(OutputError, match="name a folder in it"):
+            check_output(out, overwrite=False)
+
+
+def test_a_run_beside_what_it_will_replace(tmp_path: Path) -> None:
+    out, beside = tmp_path / "out", tmp_path / ".out.next"
+    assert run_folder(out, overwrite=True) == out
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    assert run_folder(out, overwrite=False) == out
+    assert run_folder(out, overwrite=True) == beside
+    assert run_folder(out, overwrite=True, is_whole=lambda _: False) == out
+    beside.mkdir()
+    (beside / "config.json").write_text("new")
+    out.rename(tmp_path / f".out.old-{socket.gethostname()}-{2**22 + 1}")  # killed in the swap
+    assert run_folder(out, overwrite=True) == beside
+    assert (out / "config.json").read_text() == "old"
+    put_in_place(beside, out)
+    assert (out / "config.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_file_or_link_is_no_output(tmp_path: Path) -> None:

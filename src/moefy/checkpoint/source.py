@@ -128,7 +128,11 @@ def _from_hub(name: str) -> Path:
     Many repositories hold the same weights twice or thrice, in other formats.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
     try:
@@ -139,7 +143,7 @@ def _from_hub(name: str) -> Path:
             snapshot_download(name, allow_patterns=[*beside, *files])
             if any((folder / file).is_file() for file in files):
                 break
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{name} is no local folder and the hub did not give it ({first_line}): name a local "

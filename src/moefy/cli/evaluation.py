@@ -110,6 +110,7 @@ def evaluate(
         _measure_routing(models, data, part, windows, sequence_length, active, as_json)
         return
     from moefy.evaluation.compare import evaluate as run
+    from moefy.report.findings import SPLIT_NAMES
     from moefy.report.tables import comparison_rows
 
     with bars() as report:
@@ -125,7 +126,7 @@ def evaluate(
     if as_json:
         print_json(done.to_dict())
         return
-    print_table(comparison_rows(done), f"{done.tokens:,} held-out tokens per model")
+    print_table(comparison_rows(done), f"{done.tokens:,} {SPLIT_NAMES[part]} tokens per model")
 
 
 def _measure_routing(

@@ -23,6 +23,7 @@ from moefy.construct.scores import (
     write_scores,
 )
 from moefy.data.domains import open_domains
+from moefy.errors import OutputError
 from moefy.evaluation.compare import evaluation_windows
 from moefy.progress import ProgressFn, silent
 from moefy.storage import storage_errors
@@ -74,16 +75,8 @@ def leaderboard(
         for method in chosen
     ]
     out = Path(out).expanduser()
-    conditions = {
-        "source": fingerprint(dense.folder),
-        "data": str(data),
-        "calibration_tokens": calibration_tokens,
-        "windows": windows,
-        "sequence_length": sequence_length,
-        "seed": seed,
-    }
-    key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
-    known = read_scores(out, key)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: choose another output folder")
     tokenizer = load_tokenizer(dense.folder)
     calibration = calibration_windows(
         data,
@@ -101,6 +94,16 @@ def leaderboard(
         sequence_length=sequence_length,
         report=report,
     )
+    texts = {"calibration": calibration, **evaluation}
+    conditions = {
+        "source": fingerprint(dense.folder),
+        "text": {name: hashlib.sha256(ids.tobytes()).hexdigest() for name, ids in texts.items()},
+        "calibration_tokens": calibration_tokens,
+        "sequence_length": sequence_length,
+        "seed": seed,
+    }
+    key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
+    known = read_scores(out, key)
     own_text = partial(
         self_windows,
         dense.folder,

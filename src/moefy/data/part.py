@@ -146,6 +146,14 @@ class Part:
             "recipe": recipe.model_dump(mode="json", exclude={"skip_broken"}),
         }
 
+    def is_begun(self) -> bool:
+        """Say whether there is something of just these settings to go on with."""
+        try:
+            journal = read_journal(self._folder)
+        except OutputError:
+            return False
+        return journal is not None and journal.identity == self._identity
+
     def run(self, num_workers: int) -> int:
         """Do what is left of the part and return the number of tokens written.
 
@@ -202,7 +210,10 @@ class Part:
                     )
                 first_line += content.count(b"\n")
             if is_empty and not self._recipe.skip_broken:
-                raise CorpusError(f"{source.name} is empty: remove it, or pass --skip-broken")
+                raise CorpusError(
+                    f"{source.name} is empty: pass --skip-broken to go on without it, or remove it "
+                    "and start again with --overwrite"
+                )
             earlier_bytes += meter.num_bytes
             finished = {
                 "file": source.name,

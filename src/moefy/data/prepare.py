@@ -25,7 +25,7 @@ from moefy.data.tokenise import FILTERED
 from moefy.errors import CorpusError, OutputError
 from moefy.progress import ProgressFn, silent
 from moefy.recipe import PrepareRecipe
-from moefy.storage import check_output, replace_file, storage_errors
+from moefy.storage import check_output, put_in_place, replace_file, run_folder, storage_errors
 
 _WHOLE = "{} is a whole corpus already: use it, choose another folder, or pass --overwrite"
 
@@ -82,7 +82,8 @@ def prepare(
         tokenizer: a model, as `convert` takes it; of a hub's only the tokenizer is fetched.
         workers: processes; None for one per core.
         recipe: a YAML file with `PrepareRecipe` keys.
-        overwrite: replace what is in `out`.
+        overwrite: replace a corpus in `out` when the new one is complete; until then it lies beside
+            it, in `.NAME.next`, where the same call goes on. An unfinished one is begun again.
         report: told about progress.
         **choices: single `PrepareRecipe` keys; they override the file.
 
@@ -94,19 +95,24 @@ def prepare(
     started = time.perf_counter()
     out = Path(out).expanduser()
     choice = PrepareRecipe.build(recipe, **choices)
-    if overwrite or not _is_unfinished(out):
+    folder = run_folder(out, overwrite=overwrite, is_whole=is_prepared)
+    is_beside = folder != out
+    if is_beside or overwrite or not _is_unfinished(out):
         if is_prepared(out) and not overwrite:
             raise OutputError(_WHOLE.format(out))
         sources = [Path(tokenizer).expanduser()]
         if not str(data).startswith(HUB) and str(data) != DEMO:
             sources.append(Path(data).expanduser())
-        check_output(out, overwrite=overwrite, sources=tuple(sources))
-    part = Part(data, out, choice, tokenizer, rank=0, num_parts=1, report=report)
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+        check_output(
+            out, overwrite=overwrite, sources=tuple(sources), what="corpus", is_one=_is_corpus
+        )
+    part = Part(data, folder, choice, tokenizer, rank=0, num_parts=1, report=report)
+    if overwrite and not (is_beside and part.is_begun()):
+        shutil.rmtree(folder, ignore_errors=True)
     workers = workers or _usable_cores()
     tokens = part.run(workers)
-    record = gather(out)
+    record = gather(folder)
+    put_in_place(folder, out)
     return Prepared(out, record, tokens, workers, time.perf_counter() - started)
 
 
@@ -271,4 +277,12 @@ def _usable_cores() -> int:
 
 
 def _is_unfinished(out: Path) -> bool:
-    return any(out.glob("part-*-of-*")) and not is_prepared(out)
+    return _has_parts(out) and not is_prepared(out)
+
+
+def _has_parts(out: Path) -> bool:
+    return any(out.glob("part-*-of-*"))
+
+
+def _is_corpus(out: Path) -> bool:
+    return is_prepared(out) or _has_parts(out)

@@ -114,7 +114,10 @@ class Tokeniser:
                     domain = self._domain(record, f"{batch.name}, line {number}")
             except CorpusError as error:
                 if not self._job.recipe.skip_broken:
-                    raise CorpusError(f"{error}; mend it, or pass --skip-broken") from error
+                    raise CorpusError(
+                        f"{error}; pass --skip-broken to go on without such lines, or mend it and "
+                        "start again with --overwrite"
+                    ) from error
                 done.counts[domain or ""]["broken_lines"] += 1
                 done.broken = [*done.broken, str(error)][:_EXAMPLES]
                 continue

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import check_known
-from moefy.errors import UsageError
+from moefy.errors import MoefyError, UsageError
 from moefy.progress import ProgressFn, silent
 
 
@@ -42,7 +44,7 @@ def candidates_of(
         report: told about progress.
 
     Raises:
-        UsageError: there is none, a model is not usable, or their vocabularies differ.
+        UsageError: there is none, a model is not usable, or their tokenizers differ.
         ArchitectureError: a model that moefy neither converts nor writes.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
@@ -59,4 +61,28 @@ def candidates_of(
             f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
             "models with the same tokenizer can be compared"
         )
+    _check_tokenizers(folders)
     return [Candidate(*each) for each in zip(shown, folders, configs, strict=True)]
+
+
+def _check_tokenizers(folders: Sequence[Path]) -> None:
+    """Refuse vocabularies of the same size and other tokens; a folder may have no tokenizer."""
+    first = folders[0] / "tokenizer.json"
+    for folder in folders[1:]:
+        file = folder / "tokenizer.json"
+        if first.is_file() and file.is_file() and filecmp.cmp(first, file, shallow=False):
+            continue
+        one, other = _vocabulary(folders[0]), _vocabulary(folder)
+        if one and other and one != other:
+            raise UsageError(
+                f"{folders[0]} and {folder} have different tokens: only models with the same "
+                "tokenizer can be compared"
+            )
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    try:
+        found: dict[str, int] = load_tokenizer(folder).get_vocab()
+    except MoefyError:
+        return {}
+    return found

@@ -21,6 +21,9 @@ from moefy.evaluation.routing import RoutingResult
 from moefy.evaluation.suite import SuiteResult
 from moefy.training.state import LOG, read_log
 
+SPLIT_NAMES: dict[Split, str] = {"heldout": "held-out", "train": "training", "all": "all"}
+"""What a split's documents are called."""
+
 
 @dataclass(frozen=True)
 class ReportedModel:
@@ -73,7 +76,7 @@ class Findings:
     @property
     def text(self) -> str:
         """How much text was read, and which."""
-        kind = {"heldout": "held-out", "train": "training", "all": "all"}[self.split]
+        kind = SPLIT_NAMES[self.split]
         return f"{self.comparison.tokens:,} tokens of the {kind} documents of {self.data}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,8 +73,7 @@ _OF_A_MODEL: dict[str, tuple[Callable[..., Figure], Callable[..., Rows], str]] =
     "load": (
         expert_load,
         _load_rows,
-        "How often each routed expert was chosen on held-out text, by layer; 1 is even use, 3 and "
-        "more are yellow.",
+        "How often each routed expert was chosen, by layer; 1 is even use, 3 and more are yellow.",
     ),
     "domains": (
         domain_loads,

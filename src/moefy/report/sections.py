@@ -9,7 +9,7 @@ from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.routing import RoutingResult
 from moefy.evaluation.suite import SuiteResult
 from moefy.report.card import command_of, recipe_of, steps_of
-from moefy.report.findings import Findings
+from moefy.report.findings import SPLIT_NAMES, Findings
 from moefy.report.page import Section, html_table
 from moefy.report.quality_charts import benchmark_chart, quality_charts
 from moefy.report.routing_charts import routing_charts
@@ -99,7 +99,8 @@ def _quality(findings: Findings) -> Section:
         f"{_COLUMNS}"
     )
     body = html_table(comparison_rows(comparison)) + _soft(facts)
-    return Section("quality", "Held-out text, cost and speed", body)
+    kind = SPLIT_NAMES[findings.split].capitalize()
+    return Section("quality", f"{kind} text, cost and speed", body)
 
 
 def _benchmarks(suite: SuiteResult) -> Section:
@@ -153,11 +154,12 @@ def _routing(routing: RoutingResult) -> list[Section]:
 
 def _training(findings: Findings) -> Section:
     logs = {model.name: model.log for model in findings.models if model.log}
-    # the dense model's losses stand beside the run's only where both are of the same corpus
+    # the dense model's held-out losses stand beside the run's where both are of the same corpus
     corpora = {
         str(model.record["run"]["data"]) for model in findings.models if model.log and model.record
     }
-    losses = _dense_losses(findings.comparison) if corpora == {findings.data} else {}
+    is_beside = corpora == {findings.data} and findings.split == "heldout"
+    losses = _dense_losses(findings.comparison) if is_beside else {}
     rows = [["model", "steps", "tokens", "first loss", "last loss", "tok/s"]]
     for name, log in logs.items():
         speeds = sorted(line["tokens_per_s"] for line in log)

@@ -206,19 +206,27 @@ def is_report(folder: Path) -> bool:
     Raises:
         OutputError: and something else, which would be lost with it.
     """
-    try:
-        found = json.loads((folder / RESULTS).read_text())
-    except (OSError, ValueError):
+    files = files_of_report(folder)
+    if not files:
         return False
-    if not isinstance(found, dict) or found.get("stage") != _STAGE:
-        return False
-    others = {file.name for file in folder.iterdir()} - set(found["files"])
+    others = {file.name for file in folder.iterdir()} - files
     if others:
         raise OutputError(
             f"{folder} holds {min(others)} beside a report, and --overwrite would delete it: move "
             "it away, or choose another folder"
         )
     return True
+
+
+def files_of_report(folder: Path) -> set[str]:
+    """Return the files of the report in a folder; none where there is no report."""
+    try:
+        found = json.loads((folder / RESULTS).read_text())
+    except (OSError, ValueError):
+        return set()
+    if not isinstance(found, dict) or found.get("stage") != _STAGE:
+        return set()
+    return set(found["files"])
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:

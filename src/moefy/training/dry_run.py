@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from moefy.checkpoint.load import training_precision
 from moefy.checkpoint.reader import read_config
@@ -92,7 +93,7 @@ def dry_run(
         )
     workers = Workers(size=processes)
     # tensors of the meta device, which transformers knows not to ask for their values
-    with FakeTensorMode():
+    with FakeTensorMode(), _followed():
         network = _built(config, choice)
         prepare_student(network, choice)
         build_optimizer(network, Objective(network, None, choice, workers).noise, choice)
@@ -155,6 +156,19 @@ def _built(config: Mapping[str, Any], recipe: TrainRecipe) -> Any:
         register()
         network.set_experts_implementation(recipe.experts_implementation)
     return network
+
+
+@contextmanager
+def _followed() -> Iterator[None]:
+    """Refuse experts that run one by one: which of them a token chooses needs numbers."""
+    try:
+        yield
+    except DynamicOutputShapeException as error:
+        raise UsageError(
+            "a dry run cannot follow experts that run one by one, as with experts_implementation "
+            "eager, or in slices whose size is no multiple of 8: try it with the nearest split, "
+            "and experts_implementation lean"
+        ) from error
 
 
 def _activations(network: Any, recipe: TrainRecipe) -> int:

@@ -36,7 +36,7 @@ from moefy.training.state import LOG, RunState, Saved, read_log, remove_state
 from moefy.training.step import train_step
 from moefy.training.throughput import flops_per_trained_token, peak
 from moefy.training.workers import Workers, join_workers
-from moefy.training.write import versions, write_model
+from moefy.training.write import versions, was_written, write_model
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,8 @@ def train(
         "text": corpus.fingerprint,
         **choice.identity(),
     }
+    if is_beside and workers.of_first(workers.is_first and was_written(folder, identity)):
+        return _finish(folder, out, choice, workers, choice.num_steps, 0.0)  # killed just before
     state = RunState(
         folder,
         identity=identity,
@@ -217,7 +219,19 @@ def train(
         "versions": versions("torch", "transformers", "numpy"),
     }
     write_model(student, source, folder, record, workers)
-    lines = workers.of_first(read_log(folder) if log else None)
+    return _finish(folder, out, choice, workers, first_step, elapsed_s)
+
+
+def _finish(
+    folder: Path,
+    out: Path,
+    choice: TrainRecipe,
+    workers: Workers,
+    first_step: int,
+    elapsed_s: float,
+) -> Training:
+    """Put the folder of a written model in its place and draw its figures."""
+    lines = workers.of_first(read_log(folder) if workers.is_first else None)
     if workers.is_first:
         remove_state(folder)
         put_in_place(folder, out)

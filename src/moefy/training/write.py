@@ -13,7 +13,7 @@ import torch
 
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.report.card import model_card
-from moefy.storage import storage_errors
+from moefy.storage import has_model, storage_errors, sync_files
 from moefy.training.workers import ONE, Workers
 
 
@@ -62,9 +62,24 @@ def write_model(
         (finished / "README.md").write_text(model_card(whole, config))
         (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
         shutil.copyfile(source / "config.json", finished / "config.json")
+        sync_files(finished)
         for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(out / file.name)
         finished.rmdir()
+        sync_files(out)
+
+
+def was_written(out: Path, identity: dict[str, Any]) -> bool:
+    """Return whether a run's folder holds its finished model.
+
+    Args:
+        out: the run's folder.
+        identity: of the run, `run` in its record.
+    """
+    if not has_model(out):
+        return False
+    record = json.loads((out / "moefy.json").read_text())
+    return bool(record.get("run") == json.loads(json.dumps(identity)))
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -39,7 +39,7 @@ from moefy.training.models import freeze_sinks
 from moefy.training.output_loss import LogitsInput, output_loss
 from moefy.training.router_trace import routers_of
 from moefy.training.state import FOLDER, LOG, read_log
-from moefy.training.write import versions, write_model
+from moefy.training.write import versions, was_written, write_model
 from moefy.tuning.conversations import read_conversations
 from moefy.tuning.examples import Example, make_examples
 from moefy.tuning.output import finish_folder
@@ -154,6 +154,11 @@ def tune(
         "tokens": _digest(trained),
         **choice.model_dump(mode="json"),
     }
+    if is_beside and was_written(folder, identity):  # killed just before its end
+        result = json.loads((folder / "moefy.json").read_text())["result"] | {"broken": broken}
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        put_in_place(folder, out)
+        return Tuning(out, choice, **result, resumed_from_step=result["steps"], elapsed_s=0.0)
     checkpoints = folder / FOLDER
     begun = checkpoints / "identity.json"
     if not is_fresh and begun.is_file():
