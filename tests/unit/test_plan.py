@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def point(active: int, experts: int, nats: float, decode: float, **other: Any) -
                 "seeds": 3,
                 "trained": 0,
             },
-            **{"nats_above_dense": nats, "half_width": 0.01, "prefill_of_dense": decode / 2},
+            **{"nats_above_dense": nats, "half_width": 0.02, "prefill_of_dense": decode / 2},
             **{"decode_of_dense": decode, "active_of_dense": active / experts},
             **{"dense_params": DENSE, "model": "m", "data": "d", "machine": "2 CPU threads"},
             **other,
@@ -73,8 +74,19 @@ def test_the_lowest_loss_within_a_size(grid: Path) -> None:
     assert "3 seeds) and speed (2 CPU threads) were measured on m, which has as many" in found.basis
     rows = plan_rows(found)
     assert [row[-1] for row in rows[1:]] == ["", "yes", "recommended", "yes", "yes"]
-    assert rows[3][:5] == ["4/16", "2", "75.0M", "56%", "1.020 ± 0.010"]
+    assert rows[3][:5] == ["4/16", "2", "75.0M", "56%", "1.020 ± 0.020"]
     json.dumps(found.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("seeds", "half_width", "taken"),
+    [(3, 0.02, 1), (3, 0.01, 3), (3, None, 3), (1, None, 1)],
+)
+def test_what_can_be_read(tmp_path: Path, seeds: int, half_width: float | None, taken: int) -> None:
+    points = [replace(point, seeds=seeds, half_width=half_width) for point in POINTS]
+    write_csv(tmp_path / "grid.csv", grid_csv_rows(points))
+    found = moefy.plan("smollm2-135m", active_params=85_000_000, study=tmp_path)
+    assert found.recommended.point == points[taken]
 
 
 def test_the_lowest_loss_at_a_speed(grid: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from moefy.evaluation.inspect import config_of, split_config
 from moefy.studies.grid import GRID, GridPoint, read_grid
 
 READABLE = 0.03
-"""Differences below this many nats are not to be read (docs/experiments.md, section 4)."""
+"""Of one seed, differences below this many nats are not to be read: two standard deviations over
+the seeds of most splits (docs/study/262144-tokens/size.csv)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def plan(
 
     Parameters are counted for the model itself, from its config.json. Loss and speed are those that
     the same split was measured to have on the grid's model; nothing is interpolated. Of splits
-    whose losses are within `READABLE` nats of the lowest, the fastest is taken.
+    whose losses cannot be told from the lowest by their intervals over seeds (with a single seed,
+    by `READABLE`), the fastest is taken.
 
     Args:
         model: dense: a folder, a config.json, or a name that `inspect` knows.
@@ -135,9 +138,20 @@ def _cost(config: Mapping[str, Any], point: GridPoint, context: int, name: str) 
 
 
 def _best(fitting: Sequence[Candidate], phase: str) -> Candidate:
-    lowest = fitting[0].point.nats_above_dense
-    equal = [each for each in fitting if each.point.nats_above_dense - lowest <= READABLE]
+    lowest = fitting[0].point
+    equal = [
+        each
+        for each in fitting
+        if each.point.nats_above_dense - lowest.nats_above_dense <= _readable(each.point, lowest)
+    ]
     return max(equal, key=lambda candidate: candidate.speed(phase))
+
+
+def _readable(one: GridPoint, other: GridPoint) -> float:
+    """Return the smallest difference in nats that is more than chance between seeds."""
+    if min(one.seeds, other.seeds) == 1:
+        return READABLE
+    return math.hypot(one.half_width or 0.0, other.half_width or 0.0)  # None: of no seed
 
 
 def _check_reachable(
