@@ -105,6 +105,18 @@ def test_the_opposite_of_the_paper(tmp_path: Path) -> None:
     assert conclusion(reasoned, arms).endswith("agree with that.")
 
 
+def test_what_the_paper_found_to_be_the_same(tmp_path: Path) -> None:
+    arms = outcome(tmp_path, [3.0, 3.1, 3.2], [2.0, 2.11, 2.19])
+    arms[ON] = replace(arms[ON], expected="same")
+    assert conclusion(RESCALING, arms).endswith("The losses here contradict that.")
+    arms = outcome(tmp_path, [3.0, 3.1, 3.2], [2.9, 3.2, 3.1])
+    arms[ON] = replace(arms[ON], expected="same")
+    assert "do not decide that: no difference" in conclusion(RESCALING, arms)
+    (size,) = ablations_named(["size"])
+    grid = {arm.name: arm.expected for arm in size.arms(StudyRecipe()) if arm.expected}
+    assert grid == {"2/8": "same", "2/16": "higher"}
+
+
 def test_one_seed_concludes_nothing(tmp_path: Path) -> None:
     text = conclusion(RESCALING, outcome(tmp_path, [3.0], [2.0]))
     assert "One seed has no spread, so no difference of it can be called more than chance" in text

@@ -110,12 +110,22 @@ def _grouped(arms: dict[str, ArmOutcome], *, before: bool) -> str:
     return "; ".join(f"{name}: {', '.join(pairs)}" for name, pairs in groups.items() if pairs)
 
 
+def _agreement(expected: str, sign: int) -> int:
+    """Return 1 where a difference is the expected one, -1 where it is another, 0 where it is none.
+
+    That two arms are the same cannot be shown by a spread, only that they are not.
+    """
+    if expected == "same":
+        return -abs(sign)
+    return sign if expected == "higher" else -sign
+
+
 def _paper(ablation: Ablation, arms: dict[str, ArmOutcome]) -> str:
     if not ablation.paper:
         return ""
     text = f"The paper: {ablation.paper}."
     signs = [
-        (0 if found is None else found.sign) * (1 if arm.expected == "higher" else -1)
+        0 if found is None else _agreement(arm.expected, found.sign)
         for arm in arms.values()
         if arm.expected and arm.against in arms
         for found in [difference(arm.after, arms[arm.against].after)]
