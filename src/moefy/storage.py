@@ -24,8 +24,13 @@ _MODEL_ENDINGS = {
     *(".safetensors", ".bin", ".json", ".jsonl", ".model", ".jinja", ".yaml", ".npy", ".npz"),
     *(".png", ".py"),
 }
-_MODEL_NAMES = ("LICENSE", "NOTICE", "README", "merges.txt", "vocab.txt", "broken.txt", "wandb-run")
+_MODEL_NAMES = (
+    *("LICENSE", "NOTICE", "README", "tokenizer", "chat_template", "vocab.", "merges.txt"),
+    *("broken.txt", "wandb-run"),
+)
 """What lies in a model's or a run's folder; for names, how they begin."""
+_NO_NAMES = {"", ".."}
+"""Of paths that end in no name, as "."; `check_output` refuses these."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -94,7 +99,7 @@ def check_output(
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
     resolved = out.resolve()
-    if out.name in ("", "..") or os.path.ismount(out):
+    if out.name in _NO_NAMES or os.path.ismount(out):
         raise OutputError(
             f"{out} cannot be replaced as a whole, which is how outputs appear: name a folder in it"
         )
@@ -162,7 +167,9 @@ def run_folder(out: Path, *, overwrite: bool, is_whole: Callable[[Path], bool] =
         is_whole: says whether it holds a complete result, which is kept until the new one is.
     """
     _remove_leftovers(out)
-    return out.with_name(f".{out.name}.next") if overwrite and is_whole(out) else out
+    if not overwrite or out.name in _NO_NAMES or not is_whole(out):
+        return out
+    return out.with_name(f".{out.name}.next")
 
 
 def put_in_place(folder: Path, out: Path) -> None:

@@ -85,6 +85,7 @@ def test_what_cannot_be_replaced_as_a_whole(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for out in (Path(), Path(".."), Path("/proc")):
+        run_folder(out, overwrite=True, is_whole=Path.is_dir)
         with pytest.raises(OutputError, match="name a folder in it"):
             check_output(out, overwrite=False)
 
