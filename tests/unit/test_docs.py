@@ -36,6 +36,7 @@ TABLES = {
     "training-speed-gpu": "performance/training-speed-gpu",
     "suite-time": "results/suite-time",
     "tuning": "tuning/tuning",
+    "benchmarks-tuned": "tuning/benchmarks-tuned",
 }
 """Marks of tables in docs/ that are a CSV file as it is."""
 COMPUTED = {
