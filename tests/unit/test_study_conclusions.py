@@ -106,9 +106,10 @@ def test_the_opposite_of_the_paper(tmp_path: Path) -> None:
 
 
 def test_what_the_paper_found_to_be_the_same(tmp_path: Path) -> None:
-    arms = outcome(tmp_path, [3.0, 3.1, 3.2], [2.0, 2.11, 2.19])
-    arms[ON] = replace(arms[ON], expected="same")
-    assert conclusion(RESCALING, arms).endswith("The losses here contradict that.")
+    for losses in ([2.0, 2.11, 2.19], [4.0, 4.11, 4.19]):
+        arms = outcome(tmp_path, [3.0, 3.1, 3.2], losses)
+        arms[ON] = replace(arms[ON], expected="same")
+        assert conclusion(RESCALING, arms).endswith("The losses here contradict that.")
     arms = outcome(tmp_path, [3.0, 3.1, 3.2], [2.9, 3.2, 3.1])
     arms[ON] = replace(arms[ON], expected="same")
     assert "do not decide that: no difference" in conclusion(RESCALING, arms)
