@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
+from moefy.report.suite_tables import nats, percent
 from moefy.report.tables import Rows, publish_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
@@ -57,8 +58,9 @@ def benchmark_rows(result: SuiteResult) -> Rows:
         cells = [model.name]
         for name in names:
             score = model.scores[name]
-            cells.append(f"{100 * score.value:.1f} ± {100 * (score.stderr or 0):.1f}")
-            cells.append(f"{score.gold_nll:.3f} ± {score.gold_nll_stderr:.3f}")
+            assert score.gold_nll is not None  # all three have right answers
+            cells.append(percent(score.value, score.stderr))
+            cells.append(nats(score.gold_nll, score.gold_nll_stderr))
         rows.append(cells)
     return rows
 

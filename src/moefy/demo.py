@@ -31,7 +31,7 @@ from moefy.report.findings import (
 from moefy.report.page import Section
 from moefy.report.tables import number
 from moefy.report.write import files_of_report, save
-from moefy.storage import check_output
+from moefy.storage import check_output, refuse_file
 from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
 
@@ -122,8 +122,7 @@ def _check_place(out: Path) -> None:
     Raises:
         OutputError: it does, or is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another output folder")
+    refuse_file(out)
     names = [file.name for file in out.iterdir()] if out.is_dir() else []
     found = {name for name in names if not name.startswith(".")}
     if others := found - set(_MODELS) - files_of_report(out):

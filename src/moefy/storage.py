@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,12 +52,36 @@ def is_model_folder(folder: Path) -> bool:
     if not (_has_config(folder) or (begun and (folder / "recipe.yaml").exists())):
         return False
     others = [file.name for file in folder.iterdir() if not _is_of_a_model(file)]
+    refuse_others(folder, others, "model")
+    return True
+
+
+def refuse_others(folder: Path, others: Collection[str], what: str) -> None:
+    """Refuse to overwrite a folder that holds more than what will be written there.
+
+    Args:
+        folder: it.
+        others: names of what else it holds.
+        what: it holds besides.
+
+    Raises:
+        OutputError: there are such.
+    """
     if others:
         raise OutputError(
-            f"{folder} holds {min(others)} beside a model, and --overwrite would delete it: move "
+            f"{folder} holds {min(others)} beside a {what}, and --overwrite would delete it: move "
             "it away, or choose another folder"
         )
-    return True
+
+
+def refuse_file(out: Path) -> None:
+    """Refuse a file where a folder will be written.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: choose another output folder")
 
 
 def _has_config(folder: Path) -> bool:
@@ -188,7 +212,7 @@ def put_in_place(folder: Path, out: Path) -> None:
             shutil.rmtree(old)
         else:
             folder.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
 
 
 @contextmanager
@@ -236,9 +260,9 @@ def replace_file(path: Path, content: str) -> None:
     with storage_errors(path):
         try:
             partial.write_text(content)
-            _sync(partial)
+            sync(partial)
             partial.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -256,8 +280,7 @@ def read_records(
     Raises:
         OutputError: the folder is a file, or a line is no record.
     """
-    if file.parent.exists() and not file.parent.is_dir():
-        raise OutputError(f"{file.parent} is a file: choose another output folder")
+    refuse_file(file.parent)
     if not file.exists():
         return []
     records = []
@@ -312,11 +335,12 @@ def sync_files(folder: Path) -> None:
     """Wait until all files in a folder are on the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
-            _sync(file)
-    _sync(folder)
+            sync(file)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems cannot sync a folder

@@ -23,10 +23,9 @@ from moefy.construct.scores import (
     write_scores,
 )
 from moefy.data.domains import open_domains
-from moefy.errors import OutputError
 from moefy.evaluation.compare import evaluation_windows
 from moefy.progress import ProgressFn, silent
-from moefy.storage import storage_errors
+from moefy.storage import refuse_file, storage_errors
 
 
 def leaderboard(
@@ -75,8 +74,7 @@ def leaderboard(
         for method in chosen
     ]
     out = Path(out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another output folder")
+    refuse_file(out)
     tokenizer = load_tokenizer(dense.folder)
     calibration = calibration_windows(
         data,

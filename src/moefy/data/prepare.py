@@ -97,7 +97,7 @@ def prepare(
     choice = PrepareRecipe.build(recipe, **choices)
     folder = run_folder(out, overwrite=overwrite, is_whole=is_prepared)
     is_beside = folder != out
-    if is_beside or overwrite or not _is_unfinished(out):
+    if overwrite or not _is_unfinished(out):
         if is_prepared(out) and not overwrite:
             raise OutputError(_WHOLE.format(out))
         sources = [Path(tokenizer).expanduser()]

@@ -67,17 +67,23 @@ def candidates_of(
 
 def _check_tokenizers(folders: Sequence[Path]) -> None:
     """Refuse vocabularies of the same size and other tokens; a folder may have no tokenizer."""
-    first = folders[0] / "tokenizer.json"
-    for folder in folders[1:]:
-        file = folder / "tokenizer.json"
-        if first.is_file() and file.is_file() and filecmp.cmp(first, file, shallow=False):
-            continue
-        one, other = _vocabulary(folders[0]), _vocabulary(folder)
-        if one and other and one != other:
+    first = folders[0]
+    others = [folder for folder in folders if not _have_one_file(first, folder)]
+    vocabulary = _vocabulary(first) if others else {}
+    for folder in others:
+        other = _vocabulary(folder)
+        if vocabulary and other and vocabulary != other:
             raise UsageError(
-                f"{folders[0]} and {folder} have different tokens: only models with the same "
+                f"{first} and {folder} have different tokens: only models with the same "
                 "tokenizer can be compared"
             )
+
+
+def _have_one_file(one: Path, other: Path) -> bool:
+    files = one / "tokenizer.json", other / "tokenizer.json"
+    return one == other or (
+        all(file.is_file() for file in files) and filecmp.cmp(files[0], files[1], shallow=False)
+    )
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:

@@ -27,7 +27,7 @@ def suite_rows(result: SuiteResult) -> Rows:
         items = next((f"{score.items:,}" for score in found if score), "–")
         row = [benchmark.name, str(benchmark.shots), benchmark.metric, items]
         for model, score in zip(result.models, found, strict=True):
-            row.append(_percent(score.value, score.stderr) if score else "–")
+            row.append(percent(score.value, score.stderr) if score else "–")
             if model.against_reference:
                 row.append(_interval(model.against_reference.differences[benchmark.name], "+"))
         rows.append(row)
@@ -36,7 +36,7 @@ def suite_rows(result: SuiteResult) -> Rows:
             result,
             "average",
             lambda model: (
-                "–" if model.average is None else _percent(model.average, model.average_stderr)
+                "–" if model.average is None else percent(model.average, model.average_stderr)
             ),
             lambda paired: _interval(paired.average, "+"),
         )
@@ -67,10 +67,10 @@ def published_rows(result: SuiteResult) -> Rows:
     rows = [["model", "average", *names], ["measured here, percent ± standard error"]]
     for model in result.models:
         average = model.average
-        row = [model.name, "–" if average is None else _percent(average, model.average_stderr)]
+        row = [model.name, "–" if average is None else percent(average, model.average_stderr)]
         for name in names:
             score = model.scores.get(name)
-            row.append(_percent(score.value, score.stderr) if score else "–")
+            row.append(percent(score.value, score.stderr) if score else "–")
         rows.append(row)
     if not any(benchmark.stock for benchmark in result.benchmarks):
         return rows
@@ -93,8 +93,7 @@ def nll_rows(result: SuiteResult) -> Rows:
             if score is None or score.gold_nll is None:
                 row.append("–")
             else:
-                error = score.gold_nll_stderr
-                row.append(f"{score.gold_nll:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+                row.append(nats(score.gold_nll, score.gold_nll_stderr))
         rows.append(row)
     return rows
 
@@ -134,8 +133,14 @@ def _minutes(model: ModelScores) -> str:
     return f"{sum(score.elapsed_s for score in model.scores.values()) / 60:.1f}"
 
 
-def _percent(value: float, error: float | None) -> str:
+def percent(value: float, error: float | None) -> str:
+    """Return a share and its standard error as tables show them."""
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def nats(value: float, error: float | None) -> str:
+    """Return −log p and its standard error as tables show them."""
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _interval(interval: Interval | None, sign: str = "") -> str:

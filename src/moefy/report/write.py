@@ -14,7 +14,7 @@ from typing import Any
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.domains import Split
-from moefy.errors import OutputError, UsageError
+from moefy.errors import UsageError
 from moefy.evaluation.compare import evaluate
 from moefy.evaluation.cost import cost
 from moefy.evaluation.routing import measure_routing
@@ -31,7 +31,13 @@ from moefy.report.findings import (
 from moefy.report.page import Section, html_page
 from moefy.report.sections import headline, sections
 from moefy.report.tables import comparison_rows, markdown
-from moefy.storage import check_output, replace_file, storage_errors, whole_folder
+from moefy.storage import (
+    check_output,
+    refuse_others,
+    replace_file,
+    storage_errors,
+    whole_folder,
+)
 
 RESULTS = "results.json"
 _STAGE = "report"
@@ -209,12 +215,7 @@ def is_report(folder: Path) -> bool:
     files = files_of_report(folder)
     if not files:
         return False
-    others = {file.name for file in folder.iterdir()} - files
-    if others:
-        raise OutputError(
-            f"{folder} holds {min(others)} beside a report, and --overwrite would delete it: move "
-            "it away, or choose another folder"
-        )
+    refuse_others(folder, {file.name for file in folder.iterdir()} - files, "report")
     return True
 
 

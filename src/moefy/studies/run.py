@@ -15,7 +15,7 @@ from moefy.data.domains import DEMO, open_domains
 from moefy.data.strategies import initial_weights
 from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import changed_settings, replace_file, storage_errors
+from moefy.storage import changed_settings, refuse_file, replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, Ablation, Arm, ablations_named
 from moefy.studies.carry import Place, carry, remove_models, remove_run
 from moefy.studies.grid import SPEED, Split, split_named
@@ -148,7 +148,7 @@ def study(
     measured = 0 if report_only else _run_all(out, jobs, place, keep=keep)
     found = read_runs(out)
     others = {
-        job.place: "was run with other settings"
+        job.place
         for job in _jobs_found(found, choice, dense, data, talks, judged_on, report)
         if found[job.place].key != job.key
     }
@@ -158,7 +158,10 @@ def study(
     reported = {name for name, _, _ in runs}
     skipped = {what: why for what, why in skipped.items() if what not in reported}
     skipped |= _missing(jobs, found)
-    skipped |= {f"{a}: {arm}, seed {seed}": why for (a, arm, seed), why in others.items()}
+    skipped |= {
+        f"{name}: {arm}, seed {seed}": "was run with other settings"
+        for name, arm, seed in sorted(others)
+    }
     splits = {split for job in jobs if (split := _size_split(job))}
     if splits and not report_only:
         _measure_speeds(out, read_config(dense), sorted(splits), choice, report)
@@ -216,8 +219,7 @@ def _measure_speeds(
 
 
 def _check_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another output folder")
+    refuse_file(out)
     if (
         out.is_dir()
         and any(out.iterdir())

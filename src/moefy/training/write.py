@@ -13,7 +13,7 @@ import torch
 
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.report.card import model_card
-from moefy.storage import has_model, storage_errors, sync_files
+from moefy.storage import has_model, storage_errors, sync, sync_files
 from moefy.training.workers import ONE, Workers
 
 
@@ -66,7 +66,7 @@ def write_model(
         for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(out / file.name)
         finished.rmdir()
-        sync_files(out)
+        sync(out)
 
 
 def was_written(out: Path, identity: dict[str, Any]) -> bool:

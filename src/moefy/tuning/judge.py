@@ -19,7 +19,7 @@ from moefy.checkpoint.reader import fingerprint
 from moefy.checkpoint.source import resolve
 from moefy.errors import JudgeError, OutputError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import replace_file, storage_errors
+from moefy.storage import refuse_file, replace_file, storage_errors
 from moefy.tuning.chat import Speaker
 from moefy.tuning.conversations import Message
 from moefy.tuning.questions import JudgePrompt, Question, judge_prompts, mt_bench, read_questions
@@ -88,8 +88,7 @@ def judge(
         )
     headers = _headers() if endpoint else {}
     out = Path(out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another output folder")
+    refuse_file(out)
     asked = read_questions(questions) if questions else mt_bench(report=report)
     prompts = judge_prompts(report=report)
     source = resolve(model, report=report)

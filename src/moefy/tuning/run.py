@@ -23,10 +23,11 @@ from moefy.checkpoint.load import (
 )
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
-from moefy.errors import CorpusError, OutputError, UsageError
+from moefy.errors import CorpusError, UsageError
 from moefy.memory import freed_memory_kept
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import (
+    changed_settings,
     check_output,
     check_same_settings,
     put_in_place,
@@ -162,12 +163,11 @@ def tune(
     checkpoints = folder / FOLDER
     begun = checkpoints / "identity.json"
     if not is_fresh and begun.is_file():
-        try:
-            check_same_settings(folder, json.loads(begun.read_text()), identity)
-        except OutputError:
-            if not is_beside:
-                raise
-            is_fresh = True
+        found = json.loads(begun.read_text())
+        if is_beside:
+            is_fresh = bool(changed_settings(found, identity))
+        else:
+            check_same_settings(folder, found, identity)
     if is_fresh:  # only now is it sure that this run can begin
         shutil.rmtree(folder, ignore_errors=True)
     resumed = last_checkpoint(checkpoints)

@@ -147,7 +147,7 @@ def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
     """Return the special token that ends the assistant's turn; None if words or nothing do.
 
     Raises:
-        ValueError: the chat template refuses the conversation that begins with the user.
+        ValueError: the template refuses a conversation that begins with the user.
     """
     answer = _PROBE[1]["content"]
     _, _, tail = template.render(tokenizer, _PROBE[:2]).rpartition(answer)
