@@ -32,14 +32,15 @@ from publish_distillation import BASELINE, CONVERTED, DENSE, FRUGAL, RANDOM, RES
 
 import moefy
 from moefy.calibrate.text import SELF, self_windows
-from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import resolve
 from moefy.data.domains import Split, documents_of, open_domains
 from moefy.data.packing import pack
-from moefy.training.balance import switch_loss
+from moefy.evaluation.output_loss import LogitsInput, next_labels, output_loss
+from moefy.experts.balance import switch_loss
+from moefy.experts.router_trace import RouterTrace, routers_of
+from moefy.hardware import device
 from moefy.training.layer_match import LayerMatch, Place
-from moefy.training.output_loss import LogitsInput, next_labels, output_loss
-from moefy.training.router_trace import RouterTrace, routers_of
 from moefy.training.schedule import learning_rate
 
 

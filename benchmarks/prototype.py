@@ -14,10 +14,10 @@ import numpy as np
 
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.source import resolve
-from moefy.construct.bench import Bench
-from moefy.construct.methods import methods_named
 from moefy.construct.pipeline import shape_of
-from moefy.construct.scores import key_of, read_scores, write_leaderboard, write_scores
+from moefy.studies.bench import Bench
+from moefy.studies.methods import methods_named
+from moefy.studies.scores import key_of, read_scores, write_leaderboard, write_scores
 
 
 def main(file: str, out: Path, names: list[str]) -> None:

@@ -18,11 +18,11 @@ import torch
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
+from moefy.evaluation.output_loss import LogitsInput, next_labels, output_loss
+from moefy.experts.balance import importance_and_load_loss, switch_loss
+from moefy.experts.noisy_gate import NoisyGate
+from moefy.experts.router_trace import RouterTrace, routers_of
 from moefy.report.tables import replace_table
-from moefy.training.balance import importance_and_load_loss, switch_loss
-from moefy.training.noisy_gate import NoisyGate
-from moefy.training.output_loss import LogitsInput, next_labels, output_loss
-from moefy.training.router_trace import RouterTrace, routers_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCALES = (0.0, 0.01, 0.1, 1.0)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from moefy.checkpoint.inspect import SHAPES
 from moefy.checkpoint.writer import ShardWriter
-from moefy.evaluation.inspect import SHAPES
 from moefy.report.tables import publish_table, rows_of
 
 DOCS = Path(__file__).parents[1] / "docs"

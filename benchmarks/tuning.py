@@ -18,8 +18,8 @@ from pathlib import Path
 
 import moefy
 from moefy.checkpoint.reader import read_config
+from moefy.data.conversations import read_conversations
 from moefy.report.tables import replace_table
-from moefy.tuning.conversations import read_conversations
 
 PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
 RESULT = PAGE.with_suffix("") / "tuning.csv"

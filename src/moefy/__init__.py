@@ -12,29 +12,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moefy.memory import ask_for_huge_pages
-
 if TYPE_CHECKING:
     from moefy.checkpoint.gguf import export_gguf
+    from moefy.checkpoint.inspect import inspect
     from moefy.construct.convert import convert
-    from moefy.construct.leaderboard import leaderboard
     from moefy.construct.merge import export_dense
     from moefy.data.prepare import prepare
     from moefy.errors import MoefyError
+    from moefy.evaluation.chat import chat
     from moefy.evaluation.compare import evaluate
-    from moefy.evaluation.inspect import inspect
+    from moefy.evaluation.judge import judge
     from moefy.evaluation.routing import measure_routing
     from moefy.evaluation.speed import measure_speed
     from moefy.evaluation.suite import evaluate_suite
     from moefy.report.write import write_report
+    from moefy.studies.leaderboard import leaderboard
     from moefy.studies.plan import plan
     from moefy.studies.run import study
     from moefy.training.run import train
-    from moefy.tuning.chat import chat
-    from moefy.tuning.judge import judge
-    from moefy.tuning.run import tune
-
-ask_for_huge_pages()
+    from moefy.training.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -60,28 +56,29 @@ __all__ = [
 
 _HOME = {
     "MoefyError": "moefy.errors",
-    "chat": "moefy.tuning.chat",
+    "chat": "moefy.evaluation.chat",
     "convert": "moefy.construct.convert",
     "evaluate": "moefy.evaluation.compare",
     "evaluate_suite": "moefy.evaluation.suite",
     "export_dense": "moefy.construct.merge",
     "export_gguf": "moefy.checkpoint.gguf",
-    "inspect": "moefy.evaluation.inspect",
-    "judge": "moefy.tuning.judge",
-    "leaderboard": "moefy.construct.leaderboard",
+    "inspect": "moefy.checkpoint.inspect",
+    "judge": "moefy.evaluation.judge",
+    "leaderboard": "moefy.studies.leaderboard",
     "measure_routing": "moefy.evaluation.routing",
     "measure_speed": "moefy.evaluation.speed",
     "plan": "moefy.studies.plan",
     "prepare": "moefy.data.prepare",
     "study": "moefy.studies.run",
     "train": "moefy.training.run",
-    "tune": "moefy.tuning.run",
+    "tune": "moefy.training.tune",
     "write_report": "moefy.report.write",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        import_module("moefy.hardware").ask_for_huge_pages()
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moefy' has no attribute {name!r}")
 

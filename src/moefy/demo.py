@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +16,7 @@ from moefy.construct.convert import convert
 from moefy.data.domains import DEMO
 from moefy.errors import OutputError
 from moefy.evaluation.compare import Comparison, evaluate
+from moefy.hardware import peak_rss_bytes
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import LLAMA_MOE
 from moefy.report.findings import (
@@ -127,12 +126,6 @@ def _check_place(out: Path) -> None:
     found = {name for name in names if not name.startswith(".")}
     if others := found - set(_MODELS) - files_of_report(out):
         raise OutputError(f"{out} holds {min(others)} and is no demo: choose another folder")
-
-
-def peak_rss_bytes() -> int:
-    """Return the most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @torch.inference_mode()

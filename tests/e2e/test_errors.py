@@ -150,7 +150,7 @@ def test_a_bug_is_one_line_with_exit_code_1(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("boom")
 
-    monkeypatch.setattr("moefy.evaluation.inspect.inspect", broken)
+    monkeypatch.setattr("moefy.checkpoint.inspect.inspect", broken)
     assert "--debug" in cli("inspect", "llama-2-7b", code=1)
 
 

@@ -22,11 +22,11 @@ from tests.conftest import write_tiny_llama
 
 import moefy
 from moefy.cli import main
+from moefy.data.conversations import Message
 from moefy.errors import CorpusError, JudgeError, OutputError, UsageError
-from moefy.tuning.chat import Speaker
-from moefy.tuning.conversations import Message
-from moefy.tuning.judge import answer_both
-from moefy.tuning.questions import Question, mt_bench, read_questions
+from moefy.evaluation.chat import Speaker
+from moefy.evaluation.judge import answer_both
+from moefy.evaluation.questions import Question, mt_bench, read_questions
 
 MOEFY = str(Path(sys.executable).with_name("moefy"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefy
 from moefy.calibrate.text import calibration_windows
+from moefy.checkpoint.cost import cost
 from moefy.checkpoint.families import FAMILIES, canonical_config, rope_parameters, sliding_window
 from moefy.checkpoint.reader import read_config
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
-from moefy.evaluation.cost import cost
 from moefy.recipe import LLAMA_MOE, ConvertRecipe
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}

@@ -17,18 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefy
 from moefy.errors import ArchitectureError, UsageError
-from moefy.recipe import LLAMA_MOE
-from moefy.training.balance import (
+from moefy.evaluation.output_loss import LogitsInput, next_labels, output_loss
+from moefy.experts.balance import (
     importance_and_load_loss,
     router_sums,
     router_z_loss,
     switch_loss,
 )
+from moefy.experts.noisy_gate import NoisyGate, choose
+from moefy.experts.router_trace import RouterTrace, routers_of
+from moefy.experts.selection_bias import SelectionBias
+from moefy.recipe import LLAMA_MOE
 from moefy.training.layer_match import LayerMatch
-from moefy.training.noisy_gate import NoisyGate, choose
-from moefy.training.output_loss import LogitsInput, next_labels, output_loss
-from moefy.training.router_trace import RouterTrace, routers_of
-from moefy.training.selection_bias import SelectionBias
 
 TARGETS = ["mixtral", "granitemoe", "granitemoeshared", "qwen3_moe", "glm4_moe"]
 _EXTRAS: dict[str, dict[str, Any]] = {

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moefy
+from moefy.checkpoint.cost import cost
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import UsageError
-from moefy.evaluation.active_experts import ActiveExperts
-from moefy.evaluation.cost import cost
 from moefy.evaluation.routing import RoutingResult
+from moefy.experts.active_experts import ActiveExperts
+from moefy.experts.router_trace import routers_of
 from moefy.recipe import LLAMA_MOE
-from moefy.training.router_trace import routers_of
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 WINDOWS, LENGTH = 3, 32

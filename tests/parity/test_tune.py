@@ -25,18 +25,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moefy
 import moefy.checkpoint.targets
 from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.data.conversations import read_conversations
+from moefy.data.examples import make_examples
+from moefy.data.template import chat_template
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
+from moefy.experts.balance import switch_loss
+from moefy.experts.router_trace import RouterTrace, routers_of
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
-from moefy.training.balance import switch_loss
-from moefy.training.router_trace import RouterTrace, routers_of
+from moefy.training.adapters import add_adapters, merged
 from moefy.training.state import read_log
-from moefy.tuning.adapters import add_adapters, merged
-from moefy.tuning.conversations import read_conversations
-from moefy.tuning.examples import make_examples
-from moefy.tuning.recipe import TuneRecipe
-from moefy.tuning.run import heldout_loss
-from moefy.tuning.template import chat_template
+from moefy.training.tune import heldout_loss
+from moefy.training.tune_recipe import TuneRecipe
 
 SHORT: dict[str, Any] = {
     "sequence_length": 256,
@@ -348,7 +348,7 @@ def test_a_run_that_fails_when_all_is_trained(
     steps = moefy.tune(moe, whole, data=talks, **settings).steps
     assert steps % LONG["checkpoint_every_steps"] == 0
     with monkeypatch.context() as full_disk:
-        full_disk.setattr("moefy.tuning.run.write_model", fail)
+        full_disk.setattr("moefy.training.tune.write_model", fail)
         with pytest.raises(OSError, match="No space"):
             moefy.tune(moe, failed, data=talks, **settings)
     assert moefy.tune(moe, failed, data=talks, **settings).resumed_from_step == steps
@@ -377,7 +377,7 @@ def test_what_cannot_be_done(
     )
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "trl", None)
-        without.delitem(sys.modules, "moefy.tuning.trainer")
+        without.delitem(sys.modules, "moefy.training.trainer")
         refused(r"tune needs the packages trl and peft \(.*pip install 'moefy\[tune\]'")
     moefy.tune(moe, tmp_path / "done", data=talks, **SHORT)
     inside = talks.rename(tmp_path / "done" / "talks.jsonl")
@@ -413,7 +413,7 @@ def test_a_lost_run_says_so_and_refuses_other_settings(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("moefy.tuning.run.put_in_place", killed)
+        patched.setattr("moefy.training.tune.put_in_place", killed)
         with pytest.raises(KeyboardInterrupt):
             moefy.tune(moe, out, data=talks, overwrite=True, **more)
     found = moefy.tune(moe, out, data=talks, overwrite=True, **more)

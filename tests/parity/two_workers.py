@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from moefy.training.balance import importance_and_load_loss, router_sums
+from moefy.experts.balance import importance_and_load_loss, router_sums
 
 
 def main(rank: int, folder: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moefy.training.balance import (
+from moefy.experts.balance import (
     RouterSums,
     importance_and_load_loss,
     router_sums,
@@ -20,8 +20,8 @@ from moefy.training.balance import (
     squared_variation,
     switch_loss,
 )
-from moefy.training.noisy_gate import choice_probs
-from moefy.training.selection_bias import shifted_bias
+from moefy.experts.noisy_gate import choice_probs
+from moefy.experts.selection_bias import shifted_bias
 
 LAYERS, TOKENS, EXPERTS, ACTIVE = 2, 40, 6, 2
 LOSSES = [importance_and_load_loss, switch_loss]

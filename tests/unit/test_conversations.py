@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from moefy.data.conversations import Conversation, read_conversations
 from moefy.errors import CorpusError
-from moefy.tuning.conversations import Conversation, read_conversations
 
 PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 

@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefy
+from moefy.checkpoint.cost import cost
+from moefy.checkpoint.inspect import SHAPES
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.target_config import target_config
 from moefy.checkpoint.targets import MIXTRAL
 from moefy.errors import ArchitectureError, UsageError
-from moefy.evaluation.cost import cost
-from moefy.evaluation.inspect import SHAPES
 from moefy.recipe import LLAMA_MOE
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from moefy.checkpoint.inspect import inspect
 from moefy.cli import app
 from moefy.errors import UsageError
-from moefy.evaluation.inspect import inspect
 from moefy.report.tables import dry_run_rows, markdown
 from moefy.training.dry_run import DryRun, dry_run
 from moefy.training.recipe import TrainRecipe

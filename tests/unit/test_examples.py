@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import byte_tokenizer
 
+from moefy.data.conversations import Conversation, Message
+from moefy.data.examples import IGNORED, make_examples
+from moefy.data.template import ChatTemplate, chat_template, end_of_turn, for_training
 from moefy.errors import UsageError
-from moefy.tuning.conversations import Conversation, Message
-from moefy.tuning.examples import IGNORED, make_examples
-from moefy.tuning.template import ChatTemplate, chat_template, end_of_turn, for_training
 
 TALK: list[Message] = [
     {"role": "system", "content": "Sei kurz – ß."},

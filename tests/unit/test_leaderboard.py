@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import moefy
-from moefy.construct.methods import METHODS
 from moefy.errors import OutputError, UsageError
+from moefy.studies.methods import METHODS
 
 SMALL: dict[str, Any] = {
     "experts": 8,

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting
 
 FAULTS = """
 from resource import RUSAGE_SELF, getrusage
-from moefy.memory import freed_memory_kept
+from moefy.hardware import freed_memory_kept
 
 def faults():
     before = getrusage(RUSAGE_SELF).ru_minflt
@@ -44,6 +44,6 @@ def test_freed_memory_is_used_again_until_the_end() -> None:
 
 
 def test_huge_pages_are_asked_for_unless_the_user_decided() -> None:
-    code = "import moefy, os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    code = "import moefy, os; moefy.train; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
     assert printed(code) == "1"
     assert printed(code, THP_MEM_ALLOC_ENABLE="0") == "0"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefy.errors import ArchitectureError
-from moefy.training.output_loss import IGNORED, LogitsInput, OutputLoss, next_labels, output_loss
+from moefy.evaluation.output_loss import IGNORED, LogitsInput, OutputLoss, next_labels, output_loss
 
 SIZES = [(7, 5, 11), (96, 24, 300)]  # tokens, hidden, vocabulary
 SETTINGS = [(0.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1.0, 2.0), (0.3, 3.0)]  # share, temperature

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import moefy
+from moefy.checkpoint.cost import cost
+from moefy.checkpoint.inspect import SHAPES, split_config
 from moefy.errors import UsageError
-from moefy.evaluation.cost import cost
-from moefy.evaluation.inspect import SHAPES, split_config
 from moefy.report.tables import plan_rows, write_csv
 from moefy.studies.grid import GridPoint, front, grid_csv_rows, read_grid
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from moefy.checkpoint.card import model_card, with_results
 from moefy.evaluation.benchmarks import LLAMA_MOE
-from moefy.report.card import model_card, with_results
 from moefy.report.chart import Chart
 from moefy.report.published import PUBLISHED
 from moefy.report.training_charts import training_charts

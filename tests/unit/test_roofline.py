@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import moefy
+from moefy.checkpoint.cost import cost
+from moefy.checkpoint.inspect import SHAPES
 from moefy.checkpoint.reader import read_config
 from moefy.evaluation.contenders import (
     contenders_of,
@@ -21,8 +23,6 @@ from moefy.evaluation.contenders import (
     narrow,
     random_model,
 )
-from moefy.evaluation.cost import cost
-from moefy.evaluation.inspect import SHAPES
 from moefy.evaluation.roofline import Machine, Work, bound, work
 from moefy.recipe import LLAMA_MOE
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 import moefy
+from moefy.data.conversations import read_conversations
 from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.progress import Progress, silent
 from moefy.studies.report import page
 from moefy.studies.runs import Run, seeds_text
 from moefy.studies.toy import SMOKE, make_toys
-from moefy.tuning.conversations import read_conversations
 
 TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128, "evaluations": 1}
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from moefy.calibrate.sample import FfnSample
 from moefy.checkpoint.families import sliding_window, transformers_settings
 from moefy.checkpoint.fused import stored_form
-from moefy.checkpoint.load import device
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.errors import UsageError
+from moefy.hardware import device
 
 _WINDOWS_AT_ONCE = 8
 

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
 
 SELF = "self"

@@ -13,36 +13,6 @@ from moefy.checkpoint.targets import check_known
 from moefy.errors import CheckpointError
 
 
-def device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def training_precision(asked: str) -> str:
-    """Return what matrix products are trained in.
-
-    Args:
-        asked: float32, bfloat16, or auto: bfloat16 where the processor computes in it.
-    """
-    if asked != "auto":
-        return asked
-    if device().type == "cuda":
-        return "bfloat16"
-    flags = Path("/proc/cpuinfo")
-    has_bf16 = flags.is_file() and "avx512_bf16" in flags.read_text()
-    return "bfloat16" if has_bf16 else "float32"
-
-
-def products_in(precision: str, place: torch.device) -> torch.autocast:
-    """Return what makes matrix products run in a precision, the weights staying as they are.
-
-    Args:
-        precision: float32 or bfloat16.
-        place: where they run.
-    """
-    return torch.autocast(place.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
 def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
     """Load a dense or converted model, on the CPU, in evaluation mode.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moefy.errors import MoefyError
+from moefy.hardware import ask_for_huge_pages
 
 app = typer.Typer(
     name="moefy",
@@ -30,6 +31,7 @@ def _options(
 
 def main() -> None:
     """Run the command line: exit code 0, 1 for run time errors, 2 for usage errors."""
+    ask_for_huge_pages()
     try:
         app()
     except MoefyError as error:

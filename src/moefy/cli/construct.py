@@ -25,7 +25,7 @@ def inspect(
 
     Example: `moefy inspect llama-2-7b`
     """
-    from moefy.evaluation.inspect import inspect as run
+    from moefy.checkpoint.inspect import inspect as run
     from moefy.report.tables import inspection_rows
 
     found = run(source, experts=experts, active=active, context=context)
@@ -145,8 +145,8 @@ def leaderboard(
         fractions = [float(part) for part in active.split(",")]
     except ValueError:
         raise UsageError(f"--active {active!r}: write shares, as in 0.75,0.5") from None
-    from moefy.construct.leaderboard import leaderboard as run
     from moefy.report.tables import leaderboard_rows
+    from moefy.studies.leaderboard import leaderboard as run
 
     with bars() as report:
         scores = run(

@@ -50,7 +50,7 @@ def tune(
         chat_template=chat_template,
         seed=seed,
     )
-    from moefy.tuning.run import tune as run
+    from moefy.training.tune import tune as run
 
     with bars() as report:
         done = run(
@@ -92,8 +92,8 @@ def chat(
 
     Example: `moefy chat out/tuned`
     """
-    from moefy.tuning.chat import Speaker
-    from moefy.tuning.chat import chat as run
+    from moefy.evaluation.chat import Speaker
+    from moefy.evaluation.chat import chat as run
 
     quiet_libraries()
     speaker = Speaker(model, report=log_lines())
@@ -131,7 +131,7 @@ def judge(
 
     Example: `moefy judge out/tuned out/mt-bench`
     """
-    from moefy.tuning.judge import judge as run
+    from moefy.evaluation.judge import judge as run
 
     with bars() as report:
         done = run(

@@ -21,6 +21,7 @@ from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
+from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.target_config import pruned_config, target_config
@@ -34,7 +35,6 @@ from moefy.data.domains import HUB
 from moefy.errors import ArchitectureError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
-from moefy.report.card import model_card
 from moefy.storage import check_output, whole_folder
 
 PARTITION = "partition.npy"

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.cost import Cost, cost
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import Domain, Split, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
 from moefy.evaluation.candidates import candidates_of
-from moefy.evaluation.cost import Cost, cost
 from moefy.evaluation.recall import Recall
-from moefy.evaluation.roofline import synchronise
+from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 
 _DECODE_TOKENS = 24

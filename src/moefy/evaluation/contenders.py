@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from moefy.checkpoint.load import device
+from moefy.checkpoint.cost import ffn_shape, has_qk_norm
 from moefy.checkpoint.reader import read_config
-from moefy.evaluation.cost import ffn_shape, has_qk_norm
+from moefy.hardware import device
 
 _SHAPE = (
     "hidden_size",

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from moefy.errors import EvaluationError
 from moefy.evaluation.answers import score_answers
 from moefy.evaluation.suite_data import TaskData
-from moefy.evaluation.timing import available_bytes
+from moefy.hardware import available_bytes
 from moefy.storage import cache_folder
 
 VERSION: str = lm_eval.__version__

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from moefy.checkpoint.cost import cost, ffn_shape
 from moefy.checkpoint.families import FAMILIES, canonical_config
-from moefy.checkpoint.load import device
-from moefy.evaluation.cost import cost, ffn_shape
+from moefy.hardware import device, synchronise
 
 _REPEATS = 5
 
@@ -153,12 +153,6 @@ def multiply_rate(dtype: torch.dtype) -> float:
     left = torch.ones(width, width, dtype=dtype, device=place)
     right = torch.ones(width, width, dtype=dtype, device=place)
     return 2 * width**3 / _best_s(lambda: left @ right)
-
-
-def synchronise() -> None:
-    """Wait for the accelerator, so that a clock reads what was computed."""
-    if device().type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _best_s(operation: Callable[[], object]) -> float:

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.checkpoint.load import device
-from moefy.evaluation.active_experts import ActiveExperts
 from moefy.evaluation.compare import Predictions
 from moefy.evaluation.recall import Recall
+from moefy.experts.active_experts import ActiveExperts
+from moefy.experts.router_trace import RouterTrace
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
-from moefy.training.router_trace import RouterTrace
 
 Text = Mapping[str, Int[np.ndarray, "_windows sequence"]]
 

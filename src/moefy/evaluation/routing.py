@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.cost import cost, ffn_shape
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import Split, open_domains
 from moefy.errors import UsageError
 from moefy.evaluation.candidates import Candidate, candidates_of
 from moefy.evaluation.compare import Predictions, evaluation_windows, perplexity
-from moefy.evaluation.cost import cost, ffn_shape
 from moefy.evaluation.router_watch import Watched, remember, watch
 from moefy.evaluation.routing_stats import (
     coactivation,
@@ -26,6 +26,7 @@ from moefy.evaluation.routing_stats import (
     load_shares,
     relative_entropy,
 )
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
 
 

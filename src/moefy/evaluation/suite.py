@@ -140,9 +140,9 @@ def evaluate_suite(
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = check_suite(given, suite=suite, tasks=tasks, limit=limit, dtype=dtype)
 
+    from moefy.checkpoint.cost import cost
     from moefy.checkpoint.reader import read_config
     from moefy.checkpoint.source import resolve
-    from moefy.evaluation.cost import cost
     from moefy.evaluation.suite_data import SOURCES
     from moefy.evaluation.suite_run import check_vocabulary, measure, plan
 

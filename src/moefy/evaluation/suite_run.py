@@ -16,11 +16,11 @@ import torch
 import transformers
 from lm_eval.tasks import TaskManager
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config, side_files
 from moefy.errors import CheckpointError, EvaluationError, UsageError
 from moefy.evaluation.benchmarks import Benchmark
-from moefy.evaluation.cost import ffn_shape
 from moefy.evaluation.harness import (
     STOCK,
     VERSION,
@@ -33,6 +33,7 @@ from moefy.evaluation.harness import (
 )
 from moefy.evaluation.suite_data import archive_data
 from moefy.experts.lean import register
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import cache_folder, replace_file, storage_errors
 

@@ -7,18 +7,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moefy.checkpoint.load import device, load_model
+from moefy.checkpoint.cost import cost, ffn_shape
+from moefy.checkpoint.load import load_model
 from moefy.evaluation.contenders import Contender, narrow, random_model
-from moefy.evaluation.cost import cost, ffn_shape
-from moefy.evaluation.roofline import synchronise
 from moefy.experts.views import register
+from moefy.hardware import available_bytes, device, synchronise
 from moefy.progress import Progress, ProgressFn
 
 Phase = Literal["prefill", "decode"]
@@ -191,17 +190,6 @@ def _networks(contenders: list[Contender], dtype: torch.dtype) -> Callable[[int]
         return kept[i]
 
     return network
-
-
-def available_bytes() -> int:
-    """Return the free memory of the device, 0 where that is not known."""
-    if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 class _Counter(TorchDispatchMode):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moefy.checkpoint.card import model_card, with_results
 from moefy.checkpoint.reader import read_config
-from moefy.report.card import model_card, with_results
 from moefy.report.findings import Findings, read_record
 from moefy.report.suite_tables import suite_rows
 from moefy.report.tables import comparison_rows, markdown

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from moefy.construct.scores import Score
+    from moefy.studies.scores import Score
 
 
 def loss_curve(log: list[dict[str, Any]], *, dense_losses: Mapping[str, float]) -> Figure:

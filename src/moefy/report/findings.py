@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from moefy.checkpoint.load import device
 from moefy.data.domains import Split
 from moefy.errors import CheckpointError
 from moefy.evaluation.compare import Comparison
 from moefy.evaluation.routing import RoutingResult
 from moefy.evaluation.suite import SuiteResult
+from moefy.hardware import device
 from moefy.training.state import LOG, read_log
 
 SPLIT_NAMES: dict[Split, str] = {"heldout": "held-out", "train": "training", "all": "all"}

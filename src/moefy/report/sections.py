@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from html import escape
 
+from moefy.checkpoint.card import command_of, recipe_of, steps_of
 from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.routing import RoutingResult
 from moefy.evaluation.suite import SuiteResult
-from moefy.report.card import command_of, recipe_of, steps_of
 from moefy.report.findings import SPLIT_NAMES, Findings
 from moefy.report.page import Section, html_table
 from moefy.report.quality_charts import benchmark_chart, quality_charts

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moefy.construct.scores import Score
+    from moefy.checkpoint.inspect import Inspection
     from moefy.evaluation.compare import Comparison
-    from moefy.evaluation.inspect import Inspection
     from moefy.evaluation.speed import SpeedComparison
     from moefy.studies.plan import Plan
+    from moefy.studies.scores import Score
     from moefy.training.dry_run import DryRun
 
 Rows = list[list[str]]

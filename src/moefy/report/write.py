@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.domains import Split
 from moefy.errors import UsageError
 from moefy.evaluation.compare import evaluate
-from moefy.evaluation.cost import cost
 from moefy.evaluation.routing import measure_routing
 from moefy.evaluation.suite import check_suite, evaluate_suite
 from moefy.progress import ProgressFn, silent

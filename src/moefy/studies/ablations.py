@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from moefy.construct.methods import METHODS
 from moefy.data.strategies import STRATEGIES
 from moefy.errors import UsageError
 from moefy.recipe import LLAMA_MOE
+from moefy.studies.methods import METHODS
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe
 

@@ -15,22 +15,22 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.cost import cost
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.construct.convert import convert
 from moefy.data.domains import open_domains
 from moefy.errors import CorpusError
 from moefy.evaluation.compare import evaluation_windows
-from moefy.evaluation.cost import cost
+from moefy.evaluation.heldout import heldout_losses
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import whole_folder
 from moefy.studies.runs import OWN, Steps
-from moefy.training.heldout import heldout_losses
 from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
 from moefy.training.state import read_log
-from moefy.training.workers import ONE
-from moefy.tuning.run import tune
+from moefy.training.tune import tune
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,12 @@ def _heldout(model: Path, place: Place) -> dict[str, float]:
     """Return the loss by domain on the windows that every model of the study is measured on."""
     place.report(Progress("held-out loss", 0, 1))
     network = load_model(model, dtype=torch.float32).to(device())
-    losses = heldout_losses(network, place.heldout, _MEASURING, ONE)
+    losses = heldout_losses(
+        network,
+        place.heldout,
+        precision=_MEASURING.precision,
+        sequences_per_pass=_MEASURING.sequences_per_pass,
+    )
     place.report(Progress("held-out loss", 1, 1))
     return losses
 

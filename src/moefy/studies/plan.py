@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.checkpoint.cost import Cost, cost
 from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.inspect import config_of, split_config
 from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
-from moefy.evaluation.cost import Cost, cost
-from moefy.evaluation.inspect import config_of, split_config
 from moefy.studies.grid import GRID, GridPoint, read_grid
 
 READABLE = 0.03

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moefy.report.study_figures import ablation_figure, pareto_figure
 from moefy.report.tables import Rows, markdown, millions, write_csv
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, Ablation, ablations_named
 from moefy.studies.conclude import conclusion
+from moefy.studies.figures import ablation_figure, pareto_figure
 from moefy.studies.grid import (
     GRID,
     SPEED,

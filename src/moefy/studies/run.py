@@ -11,6 +11,7 @@ from typing import Any
 
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import BUILTIN, resolve
+from moefy.data.conversations import read_conversations
 from moefy.data.domains import DEMO, open_domains
 from moefy.data.strategies import initial_weights
 from moefy.errors import CorpusError, OutputError, UsageError
@@ -34,7 +35,6 @@ from moefy.studies.runs import (
 )
 from moefy.studies.speeds import machine_name, measure_speeds
 from moefy.studies.toy import SMOKE, make_toys
-from moefy.tuning.conversations import read_conversations
 
 IDENTITY = "study.json"
 

@@ -18,7 +18,7 @@ from moefy.studies.ablations import Arm
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.follow import is_dynamic
 from moefy.training.recipe import TrainRecipe
-from moefy.tuning.recipe import TuneRecipe
+from moefy.training.tune_recipe import TuneRecipe
 
 RUNS = "runs.jsonl"
 OWN = "dense"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moefy.checkpoint.cost import ffn_shape
 from moefy.errors import UsageError
-from moefy.evaluation.cost import ffn_shape
 from moefy.training.recipe import Parallel, TrainRecipe
 
 

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from moefy.checkpoint.load import training_precision
+from moefy.checkpoint.cost import cost, ffn_shape
+from moefy.checkpoint.inspect import SHAPES, split_config
 from moefy.checkpoint.reader import read_config
 from moefy.errors import UsageError
-from moefy.evaluation.cost import cost, ffn_shape
-from moefy.evaluation.inspect import SHAPES, split_config
 from moefy.experts.lean import register
+from moefy.hardware import training_precision
 from moefy.training.checks import check_batch, check_model, check_processes
 from moefy.training.follow import check_reference
 from moefy.training.models import prepare_student
 from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
+from moefy.training.processes import Workers
 from moefy.training.recipe import TrainRecipe
 from moefy.training.throughput import flops_per_trained_token
-from moefy.training.workers import Workers
 
 _OPTIMIZER_BYTES = 16  # of a weight that learns: itself, its gradient, Adam's two moments
 _CHUNK_BYTES = 3 * (64 << 20)  # of logits, see training/output_loss.py

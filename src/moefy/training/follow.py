@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.mixture import Mixture, WeightUpdate
 from moefy.data.reference import published_reference, read_reference
 from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES, find_strategy
 from moefy.errors import UsageError
-from moefy.evaluation.cost import cost
+from moefy.evaluation.heldout import heldout_losses
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import replace_file
-from moefy.training.heldout import heldout_losses
 from moefy.training.models import load_teacher
+from moefy.training.processes import Workers
 from moefy.training.recipe import TrainRecipe
-from moefy.training.workers import Workers
 
 REFERENCE = "reference.json"
 Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]
@@ -64,13 +64,31 @@ class Follower:
         """
         if not self._mixture.update_due(self._interval):
             return None
-        losses = heldout_losses(network, self._windows, self._recipe, self._workers)
+        losses = losses_of(network, self._windows, self._recipe, self._workers)
         rule = UPDATE_RULES[self._recipe.mixture_update]
         update: WeightUpdate = self._workers.of_first(
             self._mixture.reweight(losses, self._reference, rule)
         )
         self._mixture.set_weights(update.weights)  # the first process's, to the last bit
         return update
+
+
+def losses_of(
+    network: Any,
+    windows: Mapping[str, Int[np.ndarray, "_windows sequence"]],
+    recipe: TrainRecipe,
+    workers: Workers,
+) -> dict[str, float]:
+    """Return a model's held-out loss by domain, nats per token, computed by all processes."""
+    return heldout_losses(
+        network,
+        windows,
+        precision=recipe.precision,
+        sequences_per_pass=recipe.sequences_per_pass,
+        data_idx=workers.data_idx,
+        num_data=workers.num_data,
+        total=workers.total,
+    )
 
 
 def reference_losses(
@@ -106,7 +124,7 @@ def reference_losses(
     assert recipe.teacher is not None  # see `check_reference`
     report(Progress("measure the dense model", 0, 1))
     dense = teacher or load_teacher(resolve(recipe.teacher), recipe, workers)
-    losses = heldout_losses(dense, windows, recipe, workers)
+    losses = losses_of(dense, windows, recipe, workers)
     report(Progress("measure the dense model", 1, 1))
     return losses
 

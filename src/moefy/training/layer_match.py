@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moefy.errors import ArchitectureError
-from moefy.training.hooks import ForwardHooks
+from moefy.experts.hooks import ForwardHooks
 
 Place = Literal["residual", "ffn"]
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from moefy.checkpoint.load import device, load_model
+from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.load import load_model
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import UsageError
-from moefy.evaluation.cost import ffn_shape
 from moefy.experts.lean import register
+from moefy.hardware import device
+from moefy.training.processes import Workers
 from moefy.training.recipe import Lora, TrainRecipe
-from moefy.training.workers import Workers
 
 _PARTS = {
     "embeddings": r"(embed_tokens|lm_head)\.",

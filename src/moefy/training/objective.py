@@ -16,24 +16,24 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.training.balance import (
+from moefy.evaluation.output_loss import LogitsInput, check_vocabularies, next_labels, output_loss
+from moefy.experts.balance import (
     RouterSums,
     importance_and_load_loss,
     router_z_loss,
     switch_loss,
 )
+from moefy.experts.noisy_gate import NoisyGate
+from moefy.experts.router_trace import RouterTrace, routers_of
+from moefy.experts.selection_bias import SelectionBias
 from moefy.training.layer_match import LayerMatch
-from moefy.training.noisy_gate import NoisyGate
-from moefy.training.output_loss import LogitsInput, check_vocabularies, next_labels, output_loss
+from moefy.training.processes import Workers
 from moefy.training.recipe import (
     ImportanceLoadBalance,
     SelectionBiasBalance,
     SwitchBalance,
     TrainRecipe,
 )
-from moefy.training.router_trace import RouterTrace, routers_of
-from moefy.training.selection_bias import SelectionBias
-from moefy.training.workers import Workers
 
 
 @dataclass

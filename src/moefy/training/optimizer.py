@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moefy.errors import UsageError
+from moefy.experts.router_trace import routers_of
 from moefy.training.recipe import TrainRecipe
-from moefy.training.router_trace import routers_of
 
 
 def build_optimizer(

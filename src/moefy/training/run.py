@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.load import training_precision
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.corpus import heldout_of, open_corpus
 from moefy.data.mixture import Mixture, MixtureState, WeightUpdate
 from moefy.data.strategies import initial_weights
-from moefy.memory import freed_memory_kept
+from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import check_output, put_in_place, replace_file, run_folder, storage_errors
 from moefy.training.checks import check_batch, check_context, check_model
@@ -24,18 +23,18 @@ from moefy.training.follow import (
     is_dynamic,
     keep_reference,
     kept_reference,
+    losses_of,
     reference_losses,
 )
-from moefy.training.heldout import heldout_losses
 from moefy.training.log import RunLog, check_trackers
 from moefy.training.models import load_student, load_teacher, merge_adapters
 from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
+from moefy.training.processes import Workers, join_workers
 from moefy.training.recipe import TrainRecipe
 from moefy.training.state import LOG, RunState, Saved, read_log, remove_state
 from moefy.training.step import train_step
 from moefy.training.throughput import flops_per_trained_token, peak
-from moefy.training.workers import Workers, join_workers
 from moefy.training.write import versions, was_written, write_model
 
 
@@ -202,7 +201,7 @@ def train(
             line["repeats"] = dict(batch.repeats)
         every = choice.evaluate_every_steps
         if every and ((step + 1) % every == 0 or step + 1 == choice.num_steps):
-            line["heldout_loss"] = heldout_losses(student, heldout, choice, workers)
+            line["heldout_loss"] = losses_of(student, heldout, choice, workers)
         if log:
             log.write(line)
         report(Progress("train", step + 1, choice.num_steps, _note(line)))

@@ -31,7 +31,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moefy.errors import OutputError, StorageError
 from moefy.storage import check_same_settings, storage_errors, whole_folder
-from moefy.training.workers import Workers
+from moefy.training.processes import Workers
 
 FOLDER = "checkpoint"
 LOG = "log.jsonl"

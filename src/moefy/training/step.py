@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moefy.checkpoint.load import device, products_in
 from moefy.data.corpus import Corpus
 from moefy.data.mixture import Batch
 from moefy.errors import TrainingError
+from moefy.hardware import device, products_in
 from moefy.training.objective import Objective, StepLosses
 from moefy.training.optimizer import clip_gradients
+from moefy.training.processes import Workers
 from moefy.training.recipe import TrainRecipe
 from moefy.training.schedule import learning_rate
-from moefy.training.workers import Workers
 
 _NAMED = 32  # sequences of a batch in an error
 

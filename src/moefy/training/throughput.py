@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from moefy.checkpoint.load import device
-from moefy.evaluation.cost import cost
+from moefy.checkpoint.cost import cost
 from moefy.evaluation.roofline import multiply_rate
+from moefy.hardware import device
 
 _PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest name that fits
     "B200": 2250.0,

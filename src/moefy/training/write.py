@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import read_config, side_files
-from moefy.report.card import model_card
 from moefy.storage import has_model, storage_errors, sync, sync_files
-from moefy.training.workers import ONE, Workers
+from moefy.training.processes import ONE, Workers
 
 
 def write_model(

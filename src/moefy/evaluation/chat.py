@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from moefy.checkpoint.load import device, load_model, load_tokenizer
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
+from moefy.data.conversations import Message
+from moefy.data.template import chat_template, end_of_turn
 from moefy.errors import UsageError
+from moefy.hardware import device
 from moefy.progress import ProgressFn, silent
-from moefy.tuning.conversations import Message
-from moefy.tuning.template import chat_template, end_of_turn
 
 
 class Speaker:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.data.conversations import Message
 from moefy.errors import UsageError
-from moefy.tuning.conversations import Message
 
 CHATML = "chatml"
 _BEGIN, _END = "<|im_start|>", "<|im_end|>"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moefy.tuning.template import ChatTemplate, end_of_turn
+from moefy.data.template import ChatTemplate, end_of_turn
 
 
 def finish_folder(

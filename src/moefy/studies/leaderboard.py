@@ -12,20 +12,20 @@ from moefy.calibrate.text import calibration_windows, self_windows
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
 from moefy.checkpoint.source import resolve
-from moefy.construct.bench import Bench
-from moefy.construct.methods import methods_named
 from moefy.construct.pipeline import shape_of
-from moefy.construct.scores import (
+from moefy.data.domains import open_domains
+from moefy.evaluation.compare import evaluation_windows
+from moefy.progress import ProgressFn, silent
+from moefy.storage import refuse_file, storage_errors
+from moefy.studies.bench import Bench
+from moefy.studies.methods import methods_named
+from moefy.studies.scores import (
     Score,
     key_of,
     read_scores,
     write_leaderboard,
     write_scores,
 )
-from moefy.data.domains import open_domains
-from moefy.evaluation.compare import evaluation_windows
-from moefy.progress import ProgressFn, silent
-from moefy.storage import refuse_file, storage_errors
 
 
 def leaderboard(

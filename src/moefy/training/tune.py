@@ -14,17 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moefy.checkpoint.load import (
-    device,
-    load_model,
-    load_tokenizer,
-    products_in,
-    training_precision,
-)
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
+from moefy.data.conversations import read_conversations
+from moefy.data.examples import Example, make_examples
+from moefy.data.template import ChatTemplate, chat_template, for_training
 from moefy.errors import CorpusError, UsageError
-from moefy.memory import freed_memory_kept
+from moefy.evaluation.output_loss import LogitsInput, output_loss
+from moefy.experts.router_trace import routers_of
+from moefy.hardware import device, freed_memory_kept, products_in, training_precision
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import (
     changed_settings,
@@ -37,15 +36,10 @@ from moefy.storage import (
 )
 from moefy.training.checks import check_context
 from moefy.training.models import freeze_sinks
-from moefy.training.output_loss import LogitsInput, output_loss
-from moefy.training.router_trace import routers_of
 from moefy.training.state import FOLDER, LOG, read_log
+from moefy.training.tune_recipe import TuneRecipe
+from moefy.training.tuned_folder import finish_folder
 from moefy.training.write import versions, was_written, write_model
-from moefy.tuning.conversations import read_conversations
-from moefy.tuning.examples import Example, make_examples
-from moefy.tuning.output import finish_folder
-from moefy.tuning.recipe import TuneRecipe
-from moefy.tuning.template import ChatTemplate, chat_template, for_training
 
 BROKEN = "broken.txt"
 
@@ -130,8 +124,8 @@ def tune(
         read = (Path(model).expanduser(), Path(data).expanduser())
         check_output(out, overwrite=overwrite, sources=read)
     try:
-        from moefy.tuning.adapters import add_adapters, merged
-        from moefy.tuning.trainer import last_checkpoint, make_trainer
+        from moefy.training.adapters import add_adapters, merged
+        from moefy.training.trainer import last_checkpoint, make_trainer
     except ImportError as error:
         raise UsageError(
             f"tune needs the packages trl and peft ({error}): pip install 'moefy[tune]'"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.checkpoint.cost import Cost, cost
 from moefy.checkpoint.families import FAMILIES, canonical_config, dense_family
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.target_config import pruned_config, target_config
 from moefy.checkpoint.targets import native_target
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
-from moefy.evaluation.cost import Cost, cost
 from moefy.recipe import check_split
 
 PAPER_SPLITS = ((2, 16), (4, 16), (2, 8))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moefy.data.conversations import Conversation
+from moefy.data.template import ChatTemplate, assistant_spans
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.tuning.conversations import Conversation
-from moefy.tuning.template import ChatTemplate, assistant_spans
 
 IGNORED = -100
 """The label of a token without loss, as transformers and TRL have it."""

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.checkpoint.targets import TARGETS, Score
-from moefy.training.hooks import ForwardHooks
-from moefy.training.router_trace import routers_of
+from moefy.experts.hooks import ForwardHooks
+from moefy.experts.router_trace import routers_of
 
 Self = TypeVar("Self", bound="ActiveExperts")  # see `training.hooks`
 

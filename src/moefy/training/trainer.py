@@ -15,14 +15,14 @@ from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from moefy.checkpoint.load import device
+from moefy.data.examples import Example
 from moefy.errors import TrainingError
+from moefy.experts.balance import switch_loss
+from moefy.experts.router_trace import RouterTrace
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
-from moefy.training.balance import switch_loss
 from moefy.training.optimizer import parameter_groups
-from moefy.training.router_trace import RouterTrace
-from moefy.tuning.examples import Example
-from moefy.tuning.recipe import TuneRecipe
+from moefy.training.tune_recipe import TuneRecipe
 
 _LEARNED = "learned.pt"
 

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moefy.checkpoint.targets import TARGETS
-from moefy.training.balance import RouterSums, router_sums
-from moefy.training.hooks import ForwardHooks
-from moefy.training.noisy_gate import NoisyGate, choice_probs, choose
+from moefy.experts.balance import RouterSums, router_sums
+from moefy.experts.hooks import ForwardHooks
+from moefy.experts.noisy_gate import NoisyGate, choice_probs, choose
 
 
 def routers_of(model: Any) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,16 +15,17 @@ from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.sample import FfnSample
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint
-from moefy.construct.methods import Method
 from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import shape_of, split_ffn
 from moefy.construct.router.energy import expert_energies
-from moefy.construct.scores import Score
 from moefy.construct.split import Shape, SplitFfn
 from moefy.construct.static import flap
 from moefy.evaluation.compare import token_divergences, token_losses
+from moefy.hardware import peak_rss_bytes, reset_peak_rss
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
+from moefy.studies.methods import Method
+from moefy.studies.scores import Score
 
 Domains = Mapping[str, Int[np.ndarray, "_windows sequence"]]
 Ffn = Callable[[FfnSample], Float[Tensor, "tokens hidden"]]
@@ -70,7 +70,7 @@ class Bench:
     def _score(
         self, name: str, method: Method | None, recipe: ConvertRecipe | None, report: ProgressFn
     ) -> Score:
-        _reset_peak()
+        reset_peak_rss()
         replay = self._replay
         importance, construct_s = None, 0.0
         if recipe and recipe.needs_gradients:
@@ -127,7 +127,7 @@ class Bench:
             router_gap_closed=float(np.mean(gaps)) if gaps else None,
             load_imbalance=float(np.mean(imbalances)) if imbalances else None,
             construct_s=construct_s,
-            peak_rss_bytes=_peak_rss_bytes(),
+            peak_rss_bytes=peak_rss_bytes(),
             recipe=recipe.model_dump(mode="json") if recipe else None,
         )
 
@@ -185,19 +185,3 @@ def _routing_quality(ffn: SplitFfn, sample: FfnSample) -> tuple[float, float]:
     blind = energies.sum() * ffn.routing.active / energies.shape[1]
     load = chosen.double().sum(0)
     return float((kept - blind) / (best - blind)), float(load.max() / load.mean())
-
-
-def _reset_peak() -> None:
-    """Forget the highest memory so far (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_rss_bytes() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

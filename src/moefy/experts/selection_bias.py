@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import UsageError
-from moefy.training.router_trace import routers_of
+from moefy.experts.router_trace import routers_of
 
 
 def shifted_bias(

@@ -17,12 +17,18 @@ from typing import Any
 
 from moefy.checkpoint.reader import fingerprint
 from moefy.checkpoint.source import resolve
+from moefy.data.conversations import Message
 from moefy.errors import JudgeError, OutputError, UsageError
+from moefy.evaluation.chat import Speaker
+from moefy.evaluation.questions import (
+    JudgePrompt,
+    Question,
+    judge_prompts,
+    mt_bench,
+    read_questions,
+)
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import refuse_file, replace_file, storage_errors
-from moefy.tuning.chat import Speaker
-from moefy.tuning.conversations import Message
-from moefy.tuning.questions import JudgePrompt, Question, judge_prompts, mt_bench, read_questions
 
 ANSWERS, REQUESTS, JUDGEMENTS = "answers.jsonl", "requests.jsonl", "judgements.jsonl"
 _KEY = "OPENAI_API_KEY"

@@ -1,0 +1,131 @@
+"""The device, its precision and its memory.
+
+torch is imported when it is needed: `import moefy` and `moefy --help` must not wait for it.
+
+By default glibc returns a large block to the system when it is freed and asks for it again a moment
+later; the system then fills it with zeros, 4 KiB at a time. In training on a CPU that was a third
+of the time (docs/performance.md, "Memory that is asked for again").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
+_USUAL = {_MMAP_MAX: 65_536, _TRIM_THRESHOLD: 128 << 10}
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+
+
+def device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise() -> None:
+    """Wait for the accelerator, so that a clock reads what was computed."""
+    import torch
+
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def training_precision(asked: str) -> str:
+    """Return the dtype of matrix products in training.
+
+    Args:
+        asked: float32, bfloat16, or auto: bfloat16 where the processor computes in it.
+    """
+    if asked != "auto":
+        return asked
+    if device().type == "cuda":
+        return "bfloat16"
+    flags = Path("/proc/cpuinfo")
+    has_bf16 = flags.is_file() and "avx512_bf16" in flags.read_text()
+    return "bfloat16" if has_bf16 else "float32"
+
+
+def products_in(precision: str, place: torch.device) -> torch.autocast:
+    """Return a context in which matrix products have a precision; weights keep their dtype.
+
+    Args:
+        precision: float32 or bfloat16.
+        place: device of the products.
+    """
+    import torch
+
+    return torch.autocast(place.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def available_bytes() -> int:
+    """Return the free memory of the device, 0 where that is not known."""
+    import torch
+
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") or 0
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory that this process has held (since `reset_peak_rss`, on Linux)."""
+    if found := _kilobytes(Path("/proc/self/status"), "VmHWM"):
+        return found
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Forget the highest memory so far; nothing changes where the system is not Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _kilobytes(file: Path, key: str) -> int | None:
+    """Return one line of a /proc file in bytes, None where the file or the line is missing."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch ask the system for pages of 2 MiB, unless the user has decided that.
+
+    torch reads the variable when it allocates its first tensor.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Keep freed memory for the next tensor of the same size until the block ends.
+
+    This costs a few percent more memory. Nothing changes without glibc.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
+        return
+    assert libc is not None
+    for setting, value in _KEEPING.items():
+        libc.mallopt(setting, value)
+    try:
+        yield
+    finally:
+        for setting, value in _USUAL.items():
+            libc.mallopt(setting, value)
+        libc.malloc_trim(0)
