@@ -111,8 +111,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", default="demo", help="a corpus as for moefy train, or self")
     parser.add_argument("--tokens", type=int, default=262_144)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--sequences-per-step", type=int, default=4)
-    parser.add_argument("--sequences-per-pass", type=int, default=1)
+    parser.add_argument("--global-batch-size", type=int, default=4)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--heldout-windows", type=int, default=28, help="in all")
     parser.add_argument("--evaluations", type=int, default=8, help="per run")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 1e-4, 3e-4])
@@ -219,7 +219,7 @@ def _train(
     """Train one run and write its curve, one line a measurement."""
     method = METHODS[run.method]
     student = _load(options, method.conversion).train()
-    per_step, per_pass = options.sequences_per_step, options.sequences_per_pass
+    per_step, per_pass = options.global_batch_size, options.micro_batch_size
     tokens_per_step = per_step * options.sequence_length
     num_steps = int(run.share * options.tokens) // tokens_per_step  # never more than the share
     order = np.random.default_rng(run.seed).permutation(len(train))

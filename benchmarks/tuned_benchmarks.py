@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
 RESULT = PAGE.with_suffix("") / "benchmarks-tuned.csv"
 DENSE, TASKS = "smollm2-135m", ("mmlu", "arc_challenge", "hellaswag")
 SPLIT = ["--experts", "16", "--active", "8", "--shared", "4", "--set", "calibration_tokens=8192"]
-SETTINGS = ["--epochs", "1", "--set", "sequence_length=256", "--set", "sequences_per_step=16"]
+SETTINGS = ["--epochs", "1", "--set", "sequence_length=256", "--set", "global_batch_size=16"]
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def main() -> None:
             data=data,
             epochs=1,
             sequence_length=given.tokens,
-            sequences_per_step=16,
+            global_batch_size=16,
             learning_rate=given.learning_rate,
             lora_rank=given.lora_rank,
             checkpoint_every_steps=0,

@@ -63,7 +63,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     data = folder / "talks.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ("sequences_per_step=8", "precision=float32", "sequence_length=128")
+    settings = ("global_batch_size=8", "precision=float32", "sequence_length=128")
     chosen = [word for setting in settings for word in ("--set", setting)]
     options = ["--epochs", 16, "--learning-rate", 0.01, *chosen]
     done = run("tune", folder / "dense", folder / "model", "--data", data, *options)

@@ -69,7 +69,7 @@ def test_training_takes_the_same_steps(
         dense, tmp_path / "moe", experts=4, active=2, data=corpus, calibration_tokens=1024
     )
     choices = {"data": corpus, "tokens": 64 * 4 * 8, "sequence_length": 64, "teacher": str(dense)}
-    choices |= {"sequences_per_step": 4, "sequences_per_pass": 2, "learning_rate": 1e-3}
+    choices |= {"global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3}
     moefy.train(tmp_path / "moe", tmp_path / "gpu", precision=precision, **choices)
     on_the_cpu(monkeypatch)
     moefy.train(tmp_path / "moe", tmp_path / "cpu", precision="float32", **choices)

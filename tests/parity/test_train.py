@@ -37,7 +37,7 @@ from moefy.training.state import read_log
 
 SHORT: dict[str, Any] = {
     "sequence_length": 32,
-    "sequences_per_step": 4,
+    "global_batch_size": 4,
     "precision": "float32",
     "learning_rate": 3e-3,
 }
@@ -78,7 +78,7 @@ def test_training_lowers_the_loss_and_keeps_the_form(
 
 
 def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: Path) -> None:
-    one = SHORT | {"sequences_per_step": 1}
+    one = SHORT | {"global_batch_size": 1}
     moefy.train(moe, tmp_path / "out", data=corpus, tokens=32, seed=5, **one)
     windows = {
         domain.name: pack(
@@ -88,7 +88,7 @@ def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: 
     }
     weights = initial_weights("Uniform", windows)
     one_each = dict.fromkeys(windows, 1)
-    ((name, _, _),) = Mixture(one_each, weights, seed=5, sequences_per_step=1).next_batch().samples
+    ((name, _, _),) = Mixture(one_each, weights, seed=5, global_batch_size=1).next_batch().samples
     ids = torch.from_numpy(windows[name])
     model = AutoModelForCausalLM.from_pretrained(moe).double()
     expected = model(ids, labels=ids).loss.item()
@@ -104,7 +104,7 @@ def test_several_passes_are_one_batch(moe: Path, corpus: Path, tmp_path: Path) -
             out,
             data=corpus,
             tokens=32 * 4,
-            sequences_per_pass=per_pass,
+            micro_batch_size=per_pass,
             balance="none",  # the balance of a whole batch is not the mean of its parts
             **SHORT,
         )
@@ -117,7 +117,7 @@ def test_a_killed_run_ends_as_if_uninterrupted(moe: Path, corpus: Path, tmp_path
     def command(out: Path) -> list[str]:
         settings = {
             "checkpoint_every_steps": 20,
-            "sequences_per_step": 4,
+            "global_batch_size": 4,
             "precision": "float32",
         }
         chosen = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]

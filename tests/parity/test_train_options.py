@@ -28,8 +28,8 @@ from moefy.training.state import read_log
 LENGTH = 32
 SHORT: dict[str, Any] = {
     "sequence_length": LENGTH,
-    "sequences_per_step": 4,
-    "sequences_per_pass": 4,
+    "global_batch_size": 4,
+    "micro_batch_size": 4,
     "precision": "float32",
     "learning_rate": 3e-3,
 }
@@ -99,12 +99,12 @@ RESUMED: dict[str, dict[str, Any]] = {
         "mixture_interval_steps": 5,
         "mixture_update": "sheared-llama",
         "evaluate_every_steps": 3,
-        "distillation": {"weight": 0.0},
+        "distillation": {"alpha": 0.0},
     },
     "noisy gate": {"balance": {"kind": "importance-load", "noise": 1.0}},
     "distillation": {"distillation": {"layers": "ffn", "temperature": 2.0}},
     "router warm-up": {"router_warmup_fraction": 0.6},
-    "adapters": {"lora": {"rank": 2, "dropout": 0.1}, "distillation": {"weight": 0.0}},
+    "adapters": {"lora": {"rank": 2, "dropout": 0.1}, "distillation": {"alpha": 0.0}},
 }
 
 
@@ -213,7 +213,7 @@ def test_distillation_is_the_divergence_from_the_teacher(
         for domain in open_domains(corpus)
     }
     counts = {name: len(found) for name, found in windows.items()}
-    mixture = Mixture(counts, {"ab": 0.5, "xyz": 0.5}, seed=0, sequences_per_step=4)
+    mixture = Mixture(counts, {"ab": 0.5, "xyz": 0.5}, seed=0, global_batch_size=4)
     drawn = mixture.next_batch().samples
     ids = torch.from_numpy(np.stack([windows[name][idx] for name, idx, _ in drawn]))
     student, teacher = (AutoModelForCausalLM.from_pretrained(m).double() for m in (moe, parent))
@@ -463,7 +463,7 @@ def test_every_family_trains(
     write_tiny_model(source, family, initializer_range=0.3, **settings)
     choices = LLAMA_MOE | {"shared": 2, "repair": "none", "target": target}
     moefy.convert(source, moe, experts=6, active=4, **choices)
-    towards = {"layers": "residual", "weight": 1.0}
+    towards = {"layers": "residual", "alpha": 1.0}
     distilled = {"teacher": str(source), "distillation": towards}
     moefy.train(moe, out, data=corpus, **distilled, **steps(16) | {"learning_rate": 3e-4})
     log = read_log(out)

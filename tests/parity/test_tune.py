@@ -40,8 +40,8 @@ from moefy.training.tune_recipe import TuneRecipe
 
 SHORT: dict[str, Any] = {
     "sequence_length": 256,
-    "sequences_per_step": 4,
-    "sequences_per_pass": 2,
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
     "learning_rate": 3e-3,
     "precision": "float32",
     "epochs": 1,
@@ -113,7 +113,7 @@ def loss_by_hand(folder: Path, examples: list[Any]) -> float:
 
 def test_the_losses_are_those_of_plain_logits(moe: Path, talks: Path, tmp_path: Path) -> None:
     train, heldout = sides(moe, talks)
-    one_step = SHORT | {"sequences_per_step": len(train), "sequences_per_pass": 1}
+    one_step = SHORT | {"global_batch_size": len(train), "micro_batch_size": 1}
     done = moefy.tune(moe, tmp_path / "out", data=talks, **one_step)
     assert (done.steps, done.conversations) == (1, len(train))
     log = read_log(tmp_path / "out")
@@ -130,7 +130,7 @@ def test_packing_changes_nothing_but_the_rows(target: str, talks: Path, tmp_path
     train, _ = sides(moe, talks)
     logs = []
     for packing in (False, True):
-        settings = SHORT | {"sequences_per_step": len(train), "sequences_per_pass": 1}
+        settings = SHORT | {"global_batch_size": len(train), "micro_batch_size": 1}
         out = tmp_path / f"packing-{packing}"
         moefy.tune(moe, out, data=talks, packing=packing, **settings)
         logs.append(read_log(out)[1])
@@ -138,7 +138,7 @@ def test_packing_changes_nothing_but_the_rows(target: str, talks: Path, tmp_path
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
     in_rows = moefy.tune(moe, tmp_path / "rows", data=talks, packing=True, **SHORT)
     assert in_rows.conversations == len(train)
-    assert in_rows.steps < len(train) / SHORT["sequences_per_step"] / 2
+    assert in_rows.steps < len(train) / SHORT["global_batch_size"] / 2
 
 
 def test_tuning_teaches_and_keeps_the_form(moe: Path, talks: Path, tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_the_balance_loss_is_that_of_the_step(
     (torch.cat(losses).sum() / num_tokens + 20 * balance).backward()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
     settings = SHORT | {
-        "sequences_per_step": len(train),
-        "sequences_per_pass": 1 if per_pass == "one" else len(train),
+        "global_batch_size": len(train),
+        "micro_batch_size": 1 if per_pass == "one" else len(train),
         "router": "balanced",
         "balance_coefficient": 20,
     }
@@ -364,7 +364,7 @@ def test_what_cannot_be_done(
         assert not (tmp_path / "out").exists()
 
     refused("leave one out", lora_rank=2, router="balanced")
-    refused("must be a multiple of", sequences_per_step=3, sequences_per_pass=2)
+    refused("must be a multiple of", global_batch_size=3, micro_batch_size=2)
     refused("longer than the context of .* 512 tokens: lower it", sequence_length=513)
     refused(
         "a llama model has no routers to balance",

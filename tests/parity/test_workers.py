@@ -26,7 +26,7 @@ LAYOUTS = {
     "tensor": {"tensor": 2},
 }
 SETTINGS: dict[str, Any] = {
-    "sequences_per_step": 4,
+    "global_batch_size": 4,
     "precision": "float32",
     "learning_rate": 3e-3,
     "z_loss": 1e-3,
@@ -116,9 +116,9 @@ def test_two_processes_train_as_one(layout: str, dense: Path, corpus: Path, tmp_
     one, two = tmp_path / "one", tmp_path / "two"
     if layout == "tensor":
         settings |= {"mixture": "DynamicUniform", "mixture_interval_steps": 3}
-    run(command(moe, one, corpus, 1, 8, **settings, sequences_per_pass=4))
+    run(command(moe, one, corpus, 1, 8, **settings, micro_batch_size=4))
     parallel = str(LAYOUTS[layout]).replace("'", "")
-    settings |= {"parallel": parallel, "sequences_per_pass": 4 if layout == "tensor" else 2}
+    settings |= {"parallel": parallel, "micro_batch_size": 4 if layout == "tensor" else 2}
     done = run(command(moe, two, corpus, 2, 8, **settings))
     assert done.stdout.count("training loss") == 1
     for mine, theirs in zip(read_log(two), read_log(one), strict=True):
@@ -169,7 +169,7 @@ def test_a_parallelism_that_is_not_there_is_an_error(
     out = tmp_path / "out"
     alone = run(command(moe, out, corpus, 1, 2, parallel="{shard: 2}"), returncode=2)
     assert "does not make 1 process: start 2 with torchrun" in alone.stderr
-    uneven = run(command(moe, out, corpus, 2, 2, sequences_per_step=3), returncode=None)
+    uneven = run(command(moe, out, corpus, 2, 2, global_batch_size=3), returncode=None)
     assert "must be a multiple of 2: 2 processes" in uneven.stderr
     odd = run(command(moe, out, corpus, 2, 2, parallel="{tensor: 2, expert: 3}"), returncode=None)
     assert "expert 3 is impossible with shard 1 and tensor 2" in odd.stderr

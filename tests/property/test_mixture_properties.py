@@ -102,7 +102,7 @@ def make(drawn: dict[str, Any]) -> Mixture:
     sizes = {f"domain {place}": size for place, (size, _) in enumerate(drawn["domains"])}
     parts = {f"domain {place}": weight for place, (_, weight) in enumerate(drawn["domains"])}
     weights = initial_weights(parts, sizes, normalise=True)
-    return Mixture(sizes, weights, seed=drawn["seed"], sequences_per_step=drawn["per_step"])
+    return Mixture(sizes, weights, seed=drawn["seed"], global_batch_size=drawn["per_step"])
 
 
 def change_weights(mixture: Mixture, rule: UpdateRule) -> list[WeightUpdate]:

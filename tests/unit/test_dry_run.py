@@ -43,12 +43,12 @@ def test_the_training_pages_table(paper: DryRun) -> None:
 
 def test_activations_grow_with_the_pass_and_shrink_with_checkpointing() -> None:
     found = [
-        dry_run("smollm2-135m:8/16", processes=1, sequences_per_step=4, **choices).activation_bytes
+        dry_run("smollm2-135m:8/16", processes=1, global_batch_size=4, **choices).activation_bytes
         for choices in (
-            {"sequences_per_pass": 1},
-            {"sequences_per_pass": 2},
-            {"sequences_per_pass": 4},
-            {"sequences_per_pass": 4, "gradient_checkpointing": True},
+            {"micro_batch_size": 1},
+            {"micro_batch_size": 2},
+            {"micro_batch_size": 4},
+            {"micro_batch_size": 4, "gradient_checkpointing": True},
         )
     ]
     assert found[2] - found[1] == pytest.approx(2 * (found[1] - found[0]), rel=0.02)
@@ -57,7 +57,7 @@ def test_activations_grow_with_the_pass_and_shrink_with_checkpointing() -> None:
 
 @pytest.mark.parametrize(("precision", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_a_teacher_counts(precision: str, width: int) -> None:
-    common = {"processes": 2, "sequences_per_step": 2, "precision": precision}
+    common = {"processes": 2, "global_batch_size": 2, "precision": precision}
     alone = dry_run("smollm2-135m:8/16", **common)
     taught = dry_run("smollm2-135m:8/16", teacher="smollm2-135m", **common)
     dense = next(iter(inspect("smollm2-135m", context=512).costs.values()))
@@ -90,10 +90,10 @@ def test_frozen_weights_have_no_optimizer() -> None:
         (
             "llama-2-7b:4/16",
             3,
-            {"parallel": {"expert": 3}, "sequences_per_step": 3},
+            {"parallel": {"expert": 3}, "global_batch_size": 3},
             "16 routed experts .* cannot be spread evenly over 3",
         ),
-        ("llama-2-7b:4/16", 4, {"sequences_per_step": 6}, "multiple of 4: 4 processes"),
+        ("llama-2-7b:4/16", 4, {"global_batch_size": 6}, "multiple of 4: 4 processes"),
         ("smollm2-135m:8/16", 1, {"lora": {}}, "does not count lora's adapters"),
         ("smollm2-135m:8/16", 1, {"balance": "selection-bias"}, "no selection bias to balance"),
         ("smollm2-135m", 1, {"router_warmup_fraction": 0.1}, "no router learns here"),

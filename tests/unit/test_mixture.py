@@ -18,14 +18,14 @@ from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 def mixture(
     num_sequences: dict[str, int], weights: dict[str, float], seed: int = 0, per_step: int = 8
 ) -> Mixture:
-    return Mixture(num_sequences, weights, seed=seed, sequences_per_step=per_step)
+    return Mixture(num_sequences, weights, seed=seed, global_batch_size=per_step)
 
 
 FIRST_THOUSAND = """
 import hashlib
 from moefy.data.mixture import Mixture
 sizes = {"a": 10, "book": 10**12, "wiki": 77}
-found = Mixture(sizes, {"a": 0.2, "book": 0.5, "wiki": 0.3}, seed=7, sequences_per_step=50)
+found = Mixture(sizes, {"a": 0.2, "book": 0.5, "wiki": 0.3}, seed=7, global_batch_size=50)
 samples = [found.next_batch().samples for _ in range(20)]
 print(hashlib.sha256(repr(samples).encode()).hexdigest()[:16], end="")
 """

@@ -19,7 +19,7 @@ from moefy.report.tables import mixture_rows, write_csv
 def log() -> list[dict[str, Any]]:
     """Six steps of 1000 tokens, weights renewed before the fifth."""
     mixture = Mixture(
-        {"a": 9, "b": 9, "c": 0}, {"a": 0.9, "b": 0.1, "c": 0.0}, seed=0, sequences_per_step=2
+        {"a": 9, "b": 9, "c": 0}, {"a": 0.9, "b": 0.1, "c": 0.0}, seed=0, global_batch_size=2
     )
     lines: list[dict[str, Any]] = []
     for step in range(6):

@@ -38,11 +38,11 @@ def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None
     ("choices", "message"),
     [
         ({"tokens": 100}, "less than one sequence"),
-        ({"sequences_per_step": 3, "sequences_per_pass": 2}, "multiple"),
+        ({"global_batch_size": 3, "micro_batch_size": 2}, "multiple"),
         ({"balance.noise": 1.0}, "unknown key 'balance.switch.noise'; allowed: kind, coefficient$"),
         ({"balance": "even"}, "'none', 'switch', 'importance-load', 'selection-bias'"),
         ({"lora.rang": 4}, "unknown key 'lora.rang'; allowed: rank, alpha"),
-        ({"distillation.weight": 0.25}, "needs a teacher"),
+        ({"distillation.alpha": 0.25}, "needs a teacher"),
         ({"frozen": ["routers"], "balance": "selection-bias"}, "routers are frozen"),
         ({"learning_rate": 0.0}, "greater than 0"),
     ],
@@ -76,23 +76,23 @@ def test_a_broken_recipe_file_is_named(tmp_path: Path, content: str) -> None:
 
 def test_a_dotted_key_changes_one_value_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        "teacher: dense\ndistillation: {layers: ffn, weight: 0.25}\nmixture: {a: 0.5, b: 0.5}\n"
+        "teacher: dense\ndistillation: {layers: ffn, alpha: 0.25}\nmixture: {a: 0.5, b: 0.5}\n"
     )
-    recipe = TrainRecipe.build(tmp_path / "r.yaml", **{"distillation.weight": 0.75})
-    assert (recipe.distillation.layers, recipe.distillation.weight) == ("ffn", 0.75)
+    recipe = TrainRecipe.build(tmp_path / "r.yaml", **{"distillation.alpha": 0.75})
+    assert (recipe.distillation.layers, recipe.distillation.alpha) == ("ffn", 0.75)
     assert TrainRecipe.build(tmp_path / "r.yaml", mixture={"a": 1.0}).mixture == {"a": 1.0}
 
 
 def test_a_run_may_go_on_with_other_processes_but_not_other_losses() -> None:
-    recipe = TrainRecipe.build(sequences_per_step=4)
-    same = TrainRecipe.build(sequences_per_step=4, sequences_per_pass=2, parallel={"shard": 2})
+    recipe = TrainRecipe.build(global_batch_size=4)
+    same = TrainRecipe.build(global_batch_size=4, micro_batch_size=2, parallel={"shard": 2})
     assert same.identity() == recipe.identity()
-    other = TrainRecipe.build(sequences_per_step=4, balance="importance-load")
+    other = TrainRecipe.build(global_batch_size=4, balance="importance-load")
     assert other.identity() != recipe.identity()
 
 
 def test_steps_round_up() -> None:
-    recipe = TrainRecipe.build(tokens=1025, sequence_length=512, sequences_per_step=1)
+    recipe = TrainRecipe.build(tokens=1025, sequence_length=512, global_batch_size=1)
     assert recipe.num_steps == 3
 
 

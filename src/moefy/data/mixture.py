@@ -60,7 +60,7 @@ class Batch:
         if rest:
             raise UsageError(
                 f"{len(self.samples)} sequences a step cannot be divided among {num_workers} "
-                "processes: make sequences_per_step a multiple of their number"
+                "processes: make global_batch_size a multiple of their number"
             )
         return self.samples[worker_idx * size : (worker_idx + 1) * size]
 
@@ -118,7 +118,7 @@ class Mixture:
         num_sequences: by domain.
         weights: by domain, of the same names (see `strategies.initial_weights`).
         seed: of the run.
-        sequences_per_step: samples in a batch.
+        global_batch_size: samples in a batch.
 
     Raises:
         CorpusError: a domain with weight has no sequence.
@@ -130,10 +130,10 @@ class Mixture:
         weights: Mapping[str, float],
         *,
         seed: int,
-        sequences_per_step: int,
+        global_batch_size: int,
     ) -> None:
         self.names = sorted(num_sequences)
-        self.sequences_per_step = sequences_per_step
+        self.global_batch_size = global_batch_size
         self._seed = seed
         self._num_sequences = {name: num_sequences[name] for name in self.names}
         self._cursors = dict.fromkeys(self.names, 0)
@@ -153,7 +153,7 @@ class Mixture:
 
     def next_batch(self) -> Batch:
         """Draw the samples of the next step."""
-        domain_idxs = self._domain_idxs(self.sequences_per_step)
+        domain_idxs = self._domain_idxs(self.global_batch_size)
         sequence_idxs, epochs = np.empty_like(domain_idxs), np.empty_like(domain_idxs)
         repeats = {}
         for domain_idx in np.unique(domain_idxs).tolist():
@@ -173,7 +173,7 @@ class Mixture:
 
     def skip(self, num_steps: int) -> None:
         """Move past batches without saying what is in them, under the present weights."""
-        left = num_steps * self.sequences_per_step
+        left = num_steps * self.global_batch_size
         while left:
             counts = np.bincount(
                 self._domain_idxs(min(left, _SKIPPED_AT_ONCE)), minlength=len(self.names)

@@ -21,7 +21,7 @@ def heldout_losses(
     windows: Mapping[str, Int[np.ndarray, "_windows sequence"]],
     *,
     precision: str,
-    sequences_per_pass: int = 1,
+    micro_batch_size: int = 1,
     data_idx: int = 0,
     num_data: int = 1,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
@@ -35,7 +35,7 @@ def heldout_losses(
         network: any model of `checkpoint.load`.
         windows: token ids by domain.
         precision: dtype of matrix products, float32 or bfloat16.
-        sequences_per_pass: sequences that one process computes at once.
+        micro_batch_size: sequences that one process computes at once.
         data_idx: which share of the sequences this process computes.
         num_data: number of such shares.
         total: sums a tensor over the processes.
@@ -43,7 +43,7 @@ def heldout_losses(
     names = list(windows)
     tokens = np.concatenate([windows[name] for name in names])
     domain_idxs = np.repeat(np.arange(len(names)), [len(windows[name]) for name in names])
-    at_once = sequences_per_pass
+    at_once = micro_batch_size
     width = num_data * at_once
     sums = torch.zeros(len(names), dtype=torch.float64)
     was_training = network.training

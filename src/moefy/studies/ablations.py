@@ -19,7 +19,7 @@ from moefy.training.recipe import TrainRecipe
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 """Of the FFN that run, in the ablation of size."""
-_RANDOM_ROUTER = {"router_rate_fraction": 1.0}
+_RANDOM_ROUTER = {"router_lr_scale": 1.0}
 """A fitted router would be destroyed by this rate, a random one needs it."""
 _SCRATCH_RATE = 10
 """Random weights learn at this many times the rate of trained ones."""

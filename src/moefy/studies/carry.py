@@ -70,7 +70,7 @@ class Place:
         )
 
 
-_MEASURING = TrainRecipe(precision="float32", sequences_per_step=8, sequences_per_pass=8)
+_MEASURING = TrainRecipe(precision="float32", global_batch_size=8, micro_batch_size=8)
 
 
 def carry(steps: Steps, key: str, place: Place) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _heldout(model: Path, place: Place) -> dict[str, float]:
         network,
         place.heldout,
         precision=_MEASURING.precision,
-        sequences_per_pass=_MEASURING.sequences_per_pass,
+        micro_batch_size=_MEASURING.micro_batch_size,
     )
     place.report(Progress("held-out loss", 1, 1))
     return losses

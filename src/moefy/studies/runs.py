@@ -153,7 +153,7 @@ def _train_recipe(arm: Mapping[str, Any], recipe: StudyRecipe, seed: int) -> Tra
     if is_dynamic(made):
         choices = {"mixture_interval_steps": every, "reference_losses": "dense", **choices}
         if made.teacher is None:  # asked for its losses, and for nothing else
-            choices |= {"teacher": OWN, "distillation": {"weight": 0.0}}
+            choices |= {"teacher": OWN, "distillation": {"alpha": 0.0}}
     return TrainRecipe.build(**choices)
 
 

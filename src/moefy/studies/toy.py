@@ -38,8 +38,8 @@ SMOKE: dict[str, Any] = {
     "new_tokens": 4,
     "rounds": 1,
     "convert": {"calibration_tokens": 1024, "calibration_length": 64},
-    "train": {"sequences_per_step": 2, "sequences_per_pass": 2, "precision": "float32"},
-    "tune": {"epochs": 1, "sequence_length": 128, "sequences_per_step": 4, "precision": "float32"},
+    "train": {"global_batch_size": 2, "micro_batch_size": 2, "precision": "float32"},
+    "tune": {"epochs": 1, "sequence_length": 128, "global_batch_size": 4, "precision": "float32"},
 }
 """Settings at which every ablation ends within minutes on two cores."""
 
@@ -82,8 +82,8 @@ def make_toys(folder: Path, report: ProgressFn) -> None:
             data=text,
             tokens=_TRAINED_TOKENS,
             sequence_length=64,
-            sequences_per_step=4,
-            sequences_per_pass=4,
+            global_batch_size=4,
+            micro_batch_size=4,
             learning_rate=1e-2,
             precision="float32",
             report=report,

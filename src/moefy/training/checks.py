@@ -58,11 +58,11 @@ def check_batch(recipe: TrainRecipe, num_data: int) -> None:
     Raises:
         UsageError: it cannot be divided.
     """
-    at_once = num_data * recipe.sequences_per_pass
-    if recipe.sequences_per_step % at_once:
+    at_once = num_data * recipe.micro_batch_size
+    if recipe.global_batch_size % at_once:
         raise UsageError(
-            f"sequences_per_step {recipe.sequences_per_step} must be a multiple of {at_once}: "
-            f"{num_data} processes with sequences_per_pass {recipe.sequences_per_pass}"
+            f"global_batch_size {recipe.global_batch_size} must be a multiple of {at_once}: "
+            f"{num_data} processes with micro_batch_size {recipe.micro_batch_size}"
         )
 
 

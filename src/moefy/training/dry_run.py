@@ -121,7 +121,7 @@ def dry_run(
         total_params=total,
         active_params=counted.active_params,
         learned_params=learned,
-        passes_per_step=choice.sequences_per_step // num_data // choice.sequences_per_pass,
+        passes_per_step=choice.global_batch_size // num_data // choice.micro_batch_size,
         state_bytes=held // (shard * choice.parallel.tensor),
         activation_bytes=activation_bytes,
         teacher_bytes=teacher_bytes,
@@ -182,7 +182,7 @@ def _activations(network: Any, recipe: TrainRecipe) -> int:
             kept[storage._cdata] = tensor, storage.nbytes()
         return tensor
 
-    tokens = torch.zeros(recipe.sequences_per_pass, recipe.sequence_length, dtype=torch.long)
+    tokens = torch.zeros(recipe.micro_batch_size, recipe.sequence_length, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = network.model(tokens, use_cache=False).last_hidden_state
     hidden.sum().backward()

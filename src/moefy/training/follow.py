@@ -84,7 +84,7 @@ def losses_of(
         network,
         windows,
         precision=recipe.precision,
-        sequences_per_pass=recipe.sequences_per_pass,
+        micro_batch_size=recipe.micro_batch_size,
         data_idx=workers.data_idx,
         num_data=workers.num_data,
         total=workers.total,
@@ -149,6 +149,6 @@ def check_reference(recipe: TrainRecipe) -> None:
     if is_dynamic(recipe) and recipe.reference_losses == "dense" and recipe.teacher is None:
         raise UsageError(
             f"{recipe.mixture} compares the losses with the dense model's: name it with --teacher "
-            "(with distillation.weight 0 it is used for nothing else), or set reference_losses to "
+            "(with distillation.alpha 0 it is used for nothing else), or set reference_losses to "
             "published or to a file"
         )

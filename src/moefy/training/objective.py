@@ -132,8 +132,8 @@ class _Step:
         self._student, self._teacher = student, teacher
         self._recipe, self._workers = recipe, workers
         self._trace, self._match = trace, match
-        self._sequences = recipe.sequences_per_step // workers.num_data
-        self._num_passes = self._sequences // recipe.sequences_per_pass
+        self._sequences = recipe.global_batch_size // workers.num_data
+        self._num_passes = self._sequences // recipe.micro_batch_size
         self._pass = 0
         self.done = StepLosses()
 
@@ -155,7 +155,7 @@ class _Step:
             LogitsInput.of(self._student, tokens).predicting(),
             next_labels(tokens),
             teacher=parent,
-            teacher_share=distillation.weight if parent is not None else 0.0,
+            teacher_share=distillation.alpha if parent is not None else 0.0,
             temperature=distillation.temperature,
             num_tokens=float(self._sequences * (tokens.shape[1] - 1)),
         )

@@ -38,7 +38,7 @@ def build_optimizer(
             "dense model has none, lora and frozen routers leave them as they are): set it to 0"
         )
     for group in groups:
-        group["rate_fraction"] = recipe.router_rate_fraction if group["is_router"] else 1.0
+        group["rate_fraction"] = recipe.router_lr_scale if group["is_router"] else 1.0
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.adam_betas, fused=True)
 
 

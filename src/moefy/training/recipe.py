@@ -55,12 +55,12 @@ Balance = Annotated[
 class Distillation(Recipe):
     """What is learned from the teacher.
 
-    `weight` is the teacher's share λ of the loss, the rest is next-token loss; `layers` adds
+    `alpha` is the teacher's share λ of the loss, the rest is next-token loss; `layers` adds
     `layer_weight` times the layers' distance from the teacher's (`layer_match`). Half and half is
     what did best on text that is not the teacher's own (docs/objective.md).
     """
 
-    weight: Fraction = 0.5
+    alpha: Fraction = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
     layers: Literal["none", "residual", "ffn"] = "none"
     layer_weight: NonNegative = 1.0
@@ -68,7 +68,7 @@ class Distillation(Recipe):
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher runs in every step."""
-        return self.weight > 0 or self.layers != "none"
+        return self.alpha > 0 or self.layers != "none"
 
 
 class Lora(Recipe):
@@ -104,7 +104,7 @@ class Parallel(Recipe):
 class TrainRecipe(Recipe):
     """Continual pre-training.
 
-    Routers learn at `router_rate_fraction` of the rate: a converted router's weights are about a
+    Routers learn at `router_lr_scale` of the rate: a converted router's weights are about a
     hundred times smaller than other matrices', and Adam's first steps at the common rate would
     replace the fitted choice by noise. In the first `router_warmup_fraction` of the steps they
     learn alone.
@@ -113,14 +113,14 @@ class TrainRecipe(Recipe):
     10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
     a small model and thousands of tokens. recipes/ has the paper's.
 
-    `sequences_per_step` counts all processes, `sequences_per_pass` what one of them computes at
+    `global_batch_size` counts all processes, `micro_batch_size` what one of them computes at
     once.
     """
 
     tokens: Positive = 65_536
     sequence_length: Annotated[int, Field(ge=2)] = 512
-    sequences_per_step: Positive = 1
-    sequences_per_pass: Positive = 1
+    global_batch_size: Positive = 1
+    micro_batch_size: Positive = 1
 
     mixture: str | dict[str, float] = "Uniform"
     normalise_weights: bool = False
@@ -130,11 +130,11 @@ class TrainRecipe(Recipe):
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     warmup_fraction: Fraction = 0.1
-    final_learning_rate_fraction: Fraction = 0.1
+    min_lr_ratio: Fraction = 0.1
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegative = 0.1
-    clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    router_rate_fraction: NonNegative = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    router_lr_scale: NonNegative = 0.01
     router_warmup_fraction: Fraction = 0.0
     frozen: tuple[Part, ...] = ()
     lora: Lora | None = None
@@ -174,10 +174,10 @@ class TrainRecipe(Recipe):
                 f"--tokens {self.tokens} is less than one sequence of {self.sequence_length} "
                 "tokens: raise --tokens or lower --sequence-length"
             )
-        if self.sequences_per_step % self.sequences_per_pass:
+        if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"sequences_per_step {self.sequences_per_step} must be a multiple of "
-                f"sequences_per_pass {self.sequences_per_pass}"
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
             )
         if self.teacher is None and self.distillation != Distillation():
             raise ValueError("distillation needs a teacher: name the dense model with --teacher")
@@ -188,12 +188,12 @@ class TrainRecipe(Recipe):
     @property
     def num_steps(self) -> int:
         """Optimizer steps: the tokens asked for, rounded up to whole steps."""
-        return -(-self.tokens // (self.sequence_length * self.sequences_per_step))
+        return -(-self.tokens // (self.sequence_length * self.global_batch_size))
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of all processes."""
-        return self.sequence_length * self.sequences_per_step
+        return self.sequence_length * self.global_batch_size
 
     @property
     def distils(self) -> bool:
@@ -206,7 +206,7 @@ class TrainRecipe(Recipe):
         How the work is cut, kept and watched is not in it: a run may go on with other processes.
         """
         free = {
-            "sequences_per_pass", "parallel", "gradient_checkpointing", "compile",
+            "micro_batch_size", "parallel", "gradient_checkpointing", "compile",
             "experts_implementation", "checkpoint_every_steps", "checkpoints_kept", "trackers",
         }  # fmt: skip
         return self.model_dump(mode="json", exclude=free)

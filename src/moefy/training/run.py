@@ -121,14 +121,14 @@ def train(
         data,
         source,
         sequence_length=choice.sequence_length,
-        max_sequences=choice.num_steps * choice.sequences_per_step,
+        max_sequences=choice.num_steps * choice.global_batch_size,
         report=report,
     )
     mixture = Mixture(
         corpus.num_sequences,
         initial_weights(choice.mixture, corpus.num_sequences, normalise=choice.normalise_weights),
         seed=choice.seed,
-        sequences_per_step=choice.sequences_per_step,
+        global_batch_size=choice.global_batch_size,
     )
     follows = is_dynamic(choice)
     weighted = [name for name, weight in mixture.weights.items() if weight > 0]

@@ -50,14 +50,14 @@ def train_step(
         recipe.num_steps,
         peak=recipe.learning_rate,
         warmup_fraction=recipe.warmup_fraction,
-        final_fraction=recipe.final_learning_rate_fraction,
+        final_fraction=recipe.min_lr_ratio,
     )
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_fraction"]
     mine = batch.of_worker(workers.data_idx, workers.num_data)
     with _randomness_of(recipe.seed, step, workers), objective.step() as passes:
-        for first in range(0, len(mine), recipe.sequences_per_pass):
-            samples = mine[first : first + recipe.sequences_per_pass]
+        for first in range(0, len(mine), recipe.micro_batch_size):
+            samples = mine[first : first + recipe.micro_batch_size]
             ids = np.stack([corpus.sequence(name, idx) for name, idx, _ in samples])
             tokens = torch.from_numpy(ids).to(device())
             with products_in(recipe.precision, tokens.device):
@@ -70,7 +70,7 @@ def train_step(
                 for parameter in group["params"]:
                     parameter.grad = None
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = float(clip_gradients(learned, recipe.clip_grad_norm))
+    grad_norm = float(clip_gradients(learned, recipe.max_grad_norm))
     line = {
         "step": step + 1,
         "tokens": (step + 1) * recipe.tokens_per_step,

@@ -146,12 +146,12 @@ def make_trainer(
     settings = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.sequences_per_pass,
-        gradient_accumulation_steps=recipe.sequences_per_step // recipe.sequences_per_pass,
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.global_batch_size // recipe.micro_batch_size,
         lr_scheduler_type="cosine",
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_fraction,
-        max_grad_norm=recipe.clip_grad_norm,
+        max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bfloat16",
         max_length=recipe.sequence_length,
         packing=recipe.packing,
@@ -206,5 +206,5 @@ def _optimizer(network: Any, recipe: TuneRecipe) -> torch.optim.AdamW:
     groups = parameter_groups(plain, weight_decay=recipe.weight_decay)
     for group in groups:
         if group["is_router"]:
-            group["lr"] = recipe.learning_rate * recipe.router_rate_fraction
+            group["lr"] = recipe.learning_rate * recipe.router_lr_scale
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)

@@ -17,21 +17,21 @@ class TuneRecipe(Recipe):
     decay and a clip of 1 are the usual ones of this step, not the paper's word.
 
     A sequence is a conversation, or with `packing` as many as fit; none is seen by another.
-    `balanced` routers learn at `router_rate_fraction` of the rate (see `TrainRecipe`), with the
+    `balanced` routers learn at `router_lr_scale` of the rate (see `TrainRecipe`), with the
     Switch loss. `lora_rank` 0 trains the weights themselves; `lora_alpha` None is twice the rank.
     """
 
     epochs: Positive = 2
     sequence_length: Annotated[int, Field(ge=2)] = 2048
-    sequences_per_step: Positive = 128
-    sequences_per_pass: Positive = 1
+    global_batch_size: Positive = 128
+    micro_batch_size: Positive = 1
     packing: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     router: Literal["frozen", "balanced"] = "frozen"
-    router_rate_fraction: Annotated[float, Field(ge=0)] = 0.01
+    router_lr_scale: Annotated[float, Field(ge=0)] = 0.01
     balance_coefficient: Annotated[float, Field(ge=0)] = 1e-2
     lora_rank: Annotated[int, Field(ge=0)] = 0
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -44,10 +44,10 @@ class TuneRecipe(Recipe):
 
     @model_validator(mode="after")
     def _choices_fit(self) -> TuneRecipe:
-        if self.sequences_per_step % self.sequences_per_pass:
+        if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"sequences_per_step {self.sequences_per_step} must be a multiple of "
-                f"sequences_per_pass {self.sequences_per_pass}"
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
             )
         if self.lora_rank and self.router == "balanced":
             raise ValueError(
