@@ -46,6 +46,11 @@ def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_pa
     assert done.tokens == 2 * 3 * 47
     half, reference, every = done.results
     assert (reference.kl_to_reference, reference.top1_agreement) == (0, 1)
+    assert reference.excess_loss is None
+    assert half.excess_loss.value == pytest.approx(
+        math.log(half.perplexity / reference.perplexity), rel=1e-6
+    )
+    assert half.excess_loss.low < half.excess_loss.value < half.excess_loss.high
     assert every.top1_agreement > 0.99  # rounding may turn a tie
     assert abs(every.kl_to_reference) < 1e-6
     assert every.perplexity == pytest.approx(reference.perplexity, rel=1e-5)

@@ -7,7 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from moefy.evaluation.paired import Interval, Paired, compare_paired, standard_error
+from moefy.evaluation.paired import (
+    Interval,
+    Paired,
+    compare_paired,
+    paired_difference,
+    standard_error,
+)
 
 ITEMS = np.random.default_rng(1)
 DENSE = (ITEMS.random(200) < 0.6).astype(float)
@@ -64,3 +70,17 @@ def test_retention_needs_a_reference_above_chance() -> None:
     assert compare(scores, scores, 0.25).retention_above_chance is None
     assert compare(scores, scores, None).retention_above_chance is None
     assert compare({"a": [0.0] * 4}, {"a": [1.0] * 4}, 0.25).retention is None
+
+
+def test_the_difference_of_two_models_over_groups_of_items() -> None:
+    groups = [ITEMS.normal(3, 1, size=30), ITEMS.normal(5, 1, size=10)]
+    others = [group + ITEMS.normal(0.5, 0.3, size=len(group)) for group in groups]
+    found = paired_difference([g.tolist() for g in groups], [o.tolist() for o in others])
+    differences = [other - group for group, other in zip(groups, others, strict=True)]
+    assert found.value == pytest.approx(np.concatenate(differences).mean())
+    # the standard error of a stratified mean, from its formula
+    error = math.sqrt(sum(len(each) * each.var() for each in differences)) / 40
+    half_width = 1.96 * error
+    assert [found.low, found.high] == pytest.approx(
+        [found.value - half_width, found.value + half_width], abs=0.1 * half_width
+    )

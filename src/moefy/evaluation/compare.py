@@ -22,6 +22,7 @@ from moefy.data.domains import Domain, Split, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
 from moefy.evaluation.candidates import candidates_of
+from moefy.evaluation.paired import Interval, paired_difference
 from moefy.evaluation.recall import Recall
 from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
@@ -38,6 +39,8 @@ class Result:
         name: as given.
         perplexity: over all tokens of all domains.
         domain_perplexity: by domain.
+        excess_loss: mean loss minus the reference's on the same windows, nats per token, with its
+            95 % interval over windows; None for the reference and without one.
         kl_to_reference: mean over tokens of KL(reference ‖ model), nats; None without a reference.
         top1_agreement: share of positions where the likeliest token is the reference's; None
             without a reference.
@@ -49,6 +52,7 @@ class Result:
     name: str
     perplexity: float
     domain_perplexity: dict[str, float]
+    excess_loss: Interval | None
     kl_to_reference: float | None
     top1_agreement: float | None
     cost: Cost
@@ -191,8 +195,13 @@ def evaluate(
     results = []
     for i, name in enumerate(shown):
         found = measured[i]
-        kl, top1 = None, None
+        kl, top1, excess = None, None, None
         if reference is not None:
+            if i != reference:
+                excess = paired_difference(
+                    measured[reference].window_losses(sequence_length - 1),
+                    found.window_losses(sequence_length - 1),
+                )
             kl = statistics.fmean(found.all_of("divergences") or [0.0])
             top1 = statistics.fmean(found.all_of("agreements") or [True])
         results.append(
@@ -202,6 +211,7 @@ def evaluate(
                 domain_perplexity={
                     domain: perplexity(each.losses) for domain, each in found.predictions.items()
                 },
+                excess_loss=excess,
                 kl_to_reference=kl,
                 top1_agreement=top1,
                 cost=costs[i],
@@ -277,6 +287,13 @@ class _Measured:
     def all_of(self, kind: Literal["losses", "divergences", "agreements"]) -> list[Any]:
         """Return the numbers of all domains, one after the other."""
         return [each for found in self.predictions.values() for each in getattr(found, kind)]
+
+    def window_losses(self, tokens: int) -> list[list[float]]:
+        """Return each domain's mean losses of its windows, which predict so many tokens each."""
+        return [
+            np.reshape(found.losses, (-1, tokens)).mean(-1).tolist()
+            for found in self.predictions.values()
+        ]
 
 
 def _measure(

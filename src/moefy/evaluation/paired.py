@@ -86,6 +86,25 @@ def compare_paired(
     )
 
 
+def paired_difference(
+    reference: Sequence[Sequence[float]], model: Sequence[Sequence[float]]
+) -> Interval:
+    """Return the mean difference of two models over all items, model minus reference.
+
+    Args:
+        reference: For each group (a domain of text), one value per item.
+        model: The same items of the other model.
+    """
+    generator = np.random.default_rng(0)
+    total = sum(map(len, reference))
+    differences = np.zeros(_RESAMPLES + 1)
+    # items are drawn again within their group: which domains there are is no accident
+    for group, other in zip(reference, model, strict=True):
+        first, second = _resampled_means(np.array([group, other]), generator)
+        differences += (second - first) * len(group) / total
+    return _interval(differences)
+
+
 def _resampled_means(
     scores: Float[np.ndarray, "2 items"], generator: np.random.Generator
 ) -> Float[np.ndarray, "2 draws"]:
