@@ -14,7 +14,6 @@ import numpy as np
 
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.source import resolve
-from moefy.construct.pipeline import shape_of
 from moefy.studies.bench import Bench
 from moefy.studies.methods import methods_named
 from moefy.studies.scores import key_of, read_scores, write_leaderboard, write_scores
@@ -35,8 +34,8 @@ def main(file: str, out: Path, names: list[str]) -> None:
     for fraction in (0.5, 0.75, 0.25):
         for method in methods_named(names):
             recipe = method.recipe(64, fraction, 0).for_model(1536)
-            shape = shape_of(recipe)
-            if (method.name, shape.slices, shape.running) in known:
+            split = recipe.split
+            if (method.name, split.experts, split.active) in known:
                 continue
             score = bench.score(method, recipe)
             known[key_of(score)] = score

@@ -5,6 +5,7 @@ A recipe holds every choice that changes the result. Paths and progress are not 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moefy.errors import UsageError
+from moefy.split import Split
 
 NULL: Any = object()
 """A choice of nothing, as `--set teacher=null` makes it; None is no choice."""
@@ -132,25 +134,25 @@ class ConvertRecipe(Recipe):
         return self.aim == "residual" and self.repair in ("scale", "refit")
 
     def for_model(self, intermediate_size: int) -> Self:
-        """Return the recipe with every count set, checked against the model.
-
-        Not given, `experts` is the largest multiple of 4 up to 64 that leaves experts of a multiple
-        of 8 neurons (grouped matrix products in 16-bit weights need that), `active` half of
-        `experts`, `shared` half of `active`.
+        """Return the recipe with every count set as `Split.of` does, checked against the model.
 
         Args:
             intermediate_size: the dense model's d_ff.
 
         Raises:
-            UsageError: see `check_split`.
+            UsageError: see `Split.check`.
         """
-        experts = _usual_experts(intermediate_size) if self.experts is None else self.experts
-        active = max(1, experts // 2) if self.active is None else self.active
-        shared = self.shared
-        if shared is None:
-            shared = 0 if self.partition == "sharing-inner" else active // 2
-        check_split(intermediate_size, experts, active, shared)
-        return self.model_copy(update={"experts": experts, "active": active, "shared": shared})
+        shared = 0 if self.partition == "sharing-inner" else self.shared
+        split = Split.of(intermediate_size, self.experts, self.active, shared)
+        return self.model_copy(update=asdict(split))
+
+    @property
+    def split(self) -> Split:
+        """The counts of a recipe `for_model`."""
+        assert self.experts is not None
+        assert self.active is not None
+        assert self.shared is not None
+        return Split(self.experts, self.active, self.shared)
 
 
 LLAMA_MOE: dict[str, Any] = {
@@ -205,43 +207,6 @@ class PrepareRecipe(Recipe):
         if self.domain_names is None and self.domain_key == SLIMPAJAMA_KEY:
             return SLIMPAJAMA_NAMES
         return self.domain_names
-
-
-def _usual_experts(intermediate_size: int) -> int:
-    for experts in range(64, 0, -4):
-        if intermediate_size % (8 * experts) == 0:
-            return experts
-    return max(n for n in range(1, 65) if intermediate_size % n == 0)
-
-
-def check_split(intermediate_size: int, experts: int, active: int, shared: int = 0) -> None:
-    """Refuse a split that cannot be made.
-
-    Raises:
-        UsageError: E does not divide d_ff (the nearest counts that do are named), or not
-            1 <= k <= E, or more slices are shared than run.
-    """
-    if not 1 <= active <= experts:
-        raise UsageError(
-            f"{active} active experts of {experts} is impossible: --active must be between 1 and "
-            f"--experts ({experts})"
-        )
-    if shared > active:
-        raise UsageError(
-            f"{shared} shared of {active} active experts is impossible: --shared must be between "
-            f"0 and --active ({active}); where all are shared, the result is a smaller dense model"
-        )
-    if intermediate_size % experts == 0:
-        return
-    divisors = [n for n in range(1, intermediate_size + 1) if intermediate_size % n == 0]
-    below = max(n for n in divisors if n < experts)
-    above = min((n for n in divisors if n > experts), default=None)
-    counts = f"{below} and {above}" if above else f"{below}"
-    flags = f"--experts {below}" + (f" or --experts {above}" if above else "")
-    raise UsageError(
-        f"intermediate_size {intermediate_size} cannot be split into {experts} equal experts; "
-        f"the nearest counts that can are {counts}: pass {flags}"
-    )
 
 
 def parse_weights(text: str) -> dict[str, float]:

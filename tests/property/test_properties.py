@@ -23,20 +23,20 @@ from moefy.checkpoint.reader import indexed_files
 from moefy.checkpoint.tensors import open_tensors
 from moefy.construct.partition.balanced import balanced_assignment
 from moefy.construct.partition.random import independent_random
-from moefy.construct.split import Shape
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
-from moefy.recipe import LLAMA_MOE, check_split
+from moefy.recipe import LLAMA_MOE
+from moefy.split import Split
 
 
 @given(st.integers(1, 32), st.integers(1, 32), st.integers(0, 2**32), st.integers(0, 100))
 def test_a_partition_is_a_permutation_with_equal_sizes(
     num_experts: int, size: int, seed: int, layer_idx: int
 ) -> None:
-    shape = Shape(shared=num_experts // 3, routed=num_experts - num_experts // 3, active=1)
-    found = independent_random(num_experts * size, shape, seed=seed, layer_idx=layer_idx)
-    assert found.routed.shape == (shape.routed, size)
+    split = Split(num_experts, num_experts, shared=num_experts // 3)
+    found = independent_random(num_experts * size, split, seed=seed, layer_idx=layer_idx)
+    assert found.routed.shape == (split.routed, size)
     assert sorted(found.slots.tolist()) == list(range(num_experts * size))
-    again = independent_random(num_experts * size, shape, seed=seed, layer_idx=layer_idx)
+    again = independent_random(num_experts * size, split, seed=seed, layer_idx=layer_idx)
     assert np.array_equal(found.slots, again.slots)
 
 
@@ -44,10 +44,10 @@ def test_a_partition_is_a_permutation_with_equal_sizes(
 def test_a_split_is_possible_or_refused(neurons: int, experts: int, active: int) -> None:
     possible = experts >= 1 and 1 <= active <= experts and neurons % experts == 0
     if possible:
-        check_split(neurons, experts, active)
+        Split(experts, active).check(neurons)
     else:
         with pytest.raises(UsageError):
-            check_split(neurons, experts, active)
+            Split(experts, active).check(neurons)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32))

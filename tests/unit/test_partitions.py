@@ -10,6 +10,7 @@ import torch
 
 from moefy.calibrate.importance import SegmentImportance
 from moefy.calibrate.sample import FfnSample
+from moefy.construct.ffn import Partition, Routing
 from moefy.construct.partition.alternating import alternating
 from moefy.construct.partition.carve import carve
 from moefy.construct.partition.clustering import independent_clustering
@@ -28,12 +29,12 @@ from moefy.construct.router.energy import expert_energies
 from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.ridge import RidgeSystem, log_energies
-from moefy.construct.split import Partition, Routing, Shape
 from moefy.construct.static import flap
 from moefy.errors import CorpusError
 from moefy.recipe import ConvertRecipe
+from moefy.split import Split
 
-SHAPE = Shape(shared=1, routed=3, active=1)
+SPLIT = Split(experts=4, active=2, shared=1)
 SIZE = 5
 
 
@@ -62,7 +63,7 @@ PLANTED = {frozenset(range(g, 20, 4)) for g in range(3)}
 
 @pytest.mark.parametrize("build", [coactivation, carve], ids=lambda build: build.__name__)
 def test_planted_experts_are_found(sample: FfnSample, build: Callable[..., Partition]) -> None:
-    partition = build(sample, SHAPE, seed=0, layer_idx=0)
+    partition = build(sample, SPLIT, seed=0, layer_idx=0)
     assert set(partition.shared.tolist()) == set(range(3, 20, 4))
     assert groups(partition) == PLANTED
 
@@ -75,7 +76,7 @@ def log_ridge(sample: FfnSample, ridge: float = 0.1) -> Callable[[torch.Tensor],
 def kept_energy(sample: FfnSample, partition: Partition, router: torch.Tensor) -> float:
     """What runs, shared experts included."""
     energies = expert_energies(sample, partition) * sample.token_weights[:, None]
-    chosen = Routing(router, SHAPE.active).chosen(sample.inputs) > 0
+    chosen = Routing(router, SPLIT.chosen).chosen(sample.inputs) > 0
     h = next(h for _, h in sample.chunks())[:, partition.shared]
     shared = (h.square() * sample.down[:, partition.shared].square().sum(0)).sum(1)
     return float(energies[chosen].sum() + (shared * sample.token_weights).sum())
@@ -83,8 +84,8 @@ def kept_energy(sample: FfnSample, partition: Partition, router: torch.Tensor) -
 
 def test_alternating_keeps_more_energy_than_its_start(sample: FfnSample) -> None:
     fit = log_ridge(sample)
-    start = independent_random(20, SHAPE, seed=0, layer_idx=0)
-    partition = alternating(sample, SHAPE, fit, seed=0, layer_idx=0)
+    start = independent_random(20, SPLIT, seed=0, layer_idx=0)
+    partition = alternating(sample, SPLIT, fit, seed=0, layer_idx=0)
     found, before = (
         kept_energy(sample, p, fit(expert_energies(sample, p))) for p in (partition, start)
     )
@@ -95,9 +96,9 @@ def test_alternating_keeps_more_energy_than_its_start(sample: FfnSample) -> None
 
 
 def test_alternating_does_not_depend_on_the_size_of_the_logits(sample: FfnSample) -> None:
-    fit, shape = log_ridge(sample), Shape(shared=0, routed=5, active=3)
+    fit, split = log_ridge(sample), Split(experts=5, active=3)
     plain, steep = (
-        alternating(sample, shape, lambda e, by=by: by * fit(e), seed=0, layer_idx=0).slots
+        alternating(sample, split, lambda e, by=by: by * fit(e), seed=0, layer_idx=0).slots
         for by in (1.0, 1e6)
     )
     assert plain.tolist() == steep.tolist()
@@ -118,7 +119,7 @@ def test_ascent_finds_the_experts(sample: FfnSample) -> None:
     energies = expert_energies(sample, partition)
     system = RidgeSystem(sample.inputs, sample.token_weights, ridge=1.0)
     start = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
-    found = kept_energy_ascent(start, energies, system, SHAPE.active)
+    found = kept_energy_ascent(start, energies, system, SPLIT.chosen)
     oracle = energies.max(dim=1).values * sample.token_weights
     h = next(h for _, h in sample.chunks())[:, :5]
     shared = (h.square() * sample.down[:, :5].square().sum(0)).sum(1) * sample.token_weights
@@ -154,8 +155,8 @@ def test_ascent_climbs_along_the_gradient() -> None:
 
 
 def test_clustering_finds_equal_rows(sample: FfnSample) -> None:
-    shape = Shape(shared=0, routed=4, active=1)
-    partition = independent_clustering(sample.up * 7, shape, seed=0, layer_idx=0)
+    split = Split(experts=4, active=1)
+    partition = independent_clustering(sample.up * 7, split, seed=0, layer_idx=0)
     assert groups(partition) == {frozenset(range(g, 20, 4)) for g in range(4)}
 
 
@@ -167,19 +168,19 @@ def test_sharing_by_hand() -> None:
             [9.0, 8.0, 0.0, 0.0, 0.0, 7.0, 1.5, 1.0],
         ]
     )
-    inner = sharing_inner(importance, Shape(0, 4, 1))
+    inner = sharing_inner(importance, Split(4, 1))
     assert inner.routed[:3].tolist() == [[0, 1], [0, 3], [0, 1]]
-    inter = sharing_inter(importance, Shape(1, 3, 1))
+    inter = sharing_inter(importance, Split(4, 2, 1))
     assert inter.shared.tolist() == [0, 1]  # on three lists and on two
     assert inter.routed.tolist() == [[2, 7], [3, 4], [5, 6]]
-    split = gradient_split(importance, Shape(1, 3, 1))
-    assert split.shared.tolist() == [0, 1]  # sums 27 and 16
-    assert split.routed.tolist() == [[2, 7], [3, 4], [5, 6]]
-    assert sorted(split.slots.tolist()) == list(range(8))
+    dealt = gradient_split(importance, Split(4, 2, 1))
+    assert dealt.shared.tolist() == [0, 1]  # sums 27 and 16
+    assert dealt.routed.tolist() == [[2, 7], [3, 4], [5, 6]]
+    assert sorted(dealt.slots.tolist()) == list(range(8))
 
 
 def test_ridge_solves_the_normal_equations(sample: FfnSample) -> None:
-    partition = coactivation(sample, SHAPE, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
     energies = expert_energies(sample, partition)
     z, w = sample.inputs.double().numpy(), sample.token_weights.double().numpy()
     gram = (z * w[:, None]).T @ z
@@ -190,7 +191,7 @@ def test_ridge_solves_the_normal_equations(sample: FfnSample) -> None:
 
 
 def test_energies_by_hand(sample: FfnSample) -> None:
-    partition = coactivation(sample, SHAPE, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
     z = sample.inputs[5].double()
     g = sample.gate.double() @ z
     h = g * torch.sigmoid(g) * (sample.up.double() @ z)
@@ -206,7 +207,7 @@ def test_energies_by_hand(sample: FfnSample) -> None:
 
 
 def test_prototype_routers(sample: FfnSample) -> None:
-    partition = coactivation(sample, SHAPE, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
     mean = mean_gate_router(sample.gate, partition)
     assert torch.allclose(mean[1], sum(sample.gate[j] for j in partition.routed[1]) / SIZE)
     h = torch.cat([h for _, h in sample.chunks()]).double().abs() * sample.down.norm(dim=0).double()
@@ -259,7 +260,7 @@ def test_experts_run_however_small_their_weight() -> None:
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_refit_is_least_squares_and_never_worse(sample: FfnSample, shifted: bool) -> None:
-    partition = coactivation(sample, SHAPE, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
     system = RidgeSystem(sample.inputs, sample.token_weights, ridge=0.1)
     routing = Routing(system.solve(expert_energies(sample, partition)), 1)
     sample.desired = sample.outputs() + torch.ones(16) if shifted else None

@@ -8,7 +8,8 @@ import pytest
 
 from moefy.cli.options import parse_settings
 from moefy.errors import UsageError
-from moefy.recipe import ConvertRecipe, check_split, parse_weights
+from moefy.recipe import ConvertRecipe, parse_weights
+from moefy.split import Split
 from moefy.training.recipe import TrainRecipe
 
 
@@ -98,9 +99,9 @@ def test_steps_round_up() -> None:
 
 def test_a_split_that_does_not_divide_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="pass --experts 8 or --experts 16"):
-        check_split(11008, 12, 2)
+        Split(12, 2).check(11008)
     with pytest.raises(UsageError, match=r"pass --experts 7$"):
-        check_split(7, 9, 2)
+        Split(9, 2).check(7)
 
 
 def test_weights_as_text() -> None:

@@ -13,7 +13,7 @@ from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.target_config import pruned_config, target_config
 from moefy.checkpoint.targets import native_target
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
-from moefy.recipe import check_split
+from moefy.split import Split
 
 PAPER_SPLITS = ((2, 16), (4, 16), (2, 8))
 """Active and total experts of the paper's three models."""
@@ -140,7 +140,7 @@ def split_config(
         UsageError: an impossible split.
         ArchitectureError: a family that moefy does not convert.
     """
-    check_split(config["intermediate_size"], experts, active, shared or 0)
+    Split(experts, active, shared or 0).check(config["intermediate_size"])
     dense = canonical_config(dense_family(dict(config), name), dict(config))
     if shared == active:
         return pruned_config(dense, slices=experts, kept=shared)

@@ -22,7 +22,7 @@ from moefy.checkpoint.families import (
 )
 from moefy.errors import ArchitectureError
 
-Score = Literal["softmax", "sigmoid"]
+RouterScore = Literal["softmax", "sigmoid"]
 Window = Literal["no", "in all layers", "by layer"]
 
 
@@ -74,7 +74,7 @@ class NativeTarget:
     shared_key: str = "shared_intermediate_size"
     shared_in_slices: bool = False
     shared_optional: bool = False
-    score: Score = "softmax"
+    score: RouterScore = "softmax"
     selection_bias: str | None = None
     attention_bias: Bias = "none"
     qk_norm: str | bool | None = None

@@ -25,12 +25,12 @@ from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.target_config import pruned_config, target_config
-from moefy.checkpoint.targets import NativeTarget, Score, native_target
+from moefy.checkpoint.targets import NativeTarget, RouterScore, native_target
 from moefy.checkpoint.writer import ShardWriter
+from moefy.construct.ffn import SplitFfn
 from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster
-from moefy.construct.pipeline import shape_of, split_ffn
-from moefy.construct.split import Shape, SplitFfn
+from moefy.construct.pipeline import split_ffn
 from moefy.data.domains import HUB
 from moefy.errors import ArchitectureError
 from moefy.progress import Progress, ProgressFn, silent
@@ -111,18 +111,18 @@ def convert(
     folder = resolve(source, report=report)
     dense = DenseCheckpoint(folder)
     choice = asked.for_model(dense.config["intermediate_size"])
-    shape = shape_of(choice)
-    target = _target(dense, choice, shape)
+    counts = choice.split
+    target = _target(dense, choice)
     if target is None:
-        config = pruned_config(dense.config, slices=shape.slices, kept=shape.shared)
+        config = pruned_config(dense.config, slices=counts.experts, kept=counts.shared)
     else:
         choice = choice.model_copy(update={"target": target.model_type})
         config = target_config(
             target,
             dense.config,
-            experts=shape.slices,
-            active=shape.running,
-            shared=shape.shared,
+            experts=counts.experts,
+            active=counts.active,
+            shared=counts.shared,
             dtype=dense.dtype,
         )
     windows = None
@@ -136,7 +136,7 @@ def convert(
             seed=choice.seed,
             report=report,
         )
-    tensors_per_layer = len(dense.layer_tensors) + 3 * shape.routed + 6
+    tensors_per_layer = len(dense.layer_tensors) + 3 * counts.routed + 6
     num_tensors = (dense.num_layers + 1) * tensors_per_layer
     with (
         whole_folder(out, needed_bytes=dense.total_bytes()) as partial,
@@ -167,7 +167,7 @@ def convert(
         folder=out,
         recipe=choice,
         num_layers=dense.num_layers,
-        expert_size=dense.config["intermediate_size"] // shape.slices,
+        expert_size=counts.size(dense.config["intermediate_size"]),
         written_bytes=writer.total_bytes,
     )
 
@@ -176,7 +176,7 @@ def split_layers(
     dense: DenseCheckpoint,
     recipe: ConvertRecipe,
     windows: Int[np.ndarray, "windows sequence"] | None,
-    score: Score = "softmax",
+    score: RouterScore = "softmax",
     report: ProgressFn = silent,
 ) -> Iterator[SplitFfn]:
     """Split the FFNs in the order of the layers.
@@ -203,7 +203,7 @@ def split_layers(
     replay = ModelReplay(dense)
     importance = None
     if recipe.needs_gradients:
-        clusters = shape_of(recipe).routed
+        clusters = recipe.split.routed
         segments = window_importance(replay, windows, clusters, report=report)
         importance = importance_by_cluster(segments, clusters, seed=recipe.seed)
     walk = CalibrationWalk(replay, windows, follow_dense=recipe.follows_dense)
@@ -218,19 +218,20 @@ def split_layers(
         del split
 
 
-def _target(dense: DenseCheckpoint, recipe: ConvertRecipe, shape: Shape) -> NativeTarget | None:
+def _target(dense: DenseCheckpoint, recipe: ConvertRecipe) -> NativeTarget | None:
     """Return the architecture to write; None where nothing is routed and the model stays dense.
 
     Raises:
         ArchitectureError: no target fits, or one was asked for that does not.
     """
-    if shape.active:
+    split = recipe.split
+    if split.chosen:
         return native_target(
-            dense.config, shared=shape.shared, routed=shape.routed, asked=recipe.target
+            dense.config, shared=split.shared, routed=split.routed, asked=recipe.target
         )
     if recipe.target:
         raise ArchitectureError(
-            f"all {shape.shared} active slices are shared, so the result is a smaller dense model "
+            f"all {split.shared} active slices are shared, so the result is a smaller dense model "
             f"and not {recipe.target}: leave --target out, or lower --shared"
         )
     return None

@@ -19,9 +19,7 @@ from moefy.checkpoint.targets import TARGETS, NativeTarget
 from moefy.checkpoint.tensors import TensorFile, open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.convert import PARTITION
-from moefy.construct.pipeline import shape_of
 from moefy.construct.repair.rescale import fixed_scale
-from moefy.construct.split import Shape
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
@@ -79,7 +77,7 @@ def export_dense(
                 name: stored[prefix + name].read(prefix + name)
                 for name in layer_tensors(dense_config)
             }
-            matrices = _merged(prefix, stored, target, shape_of(recipe), recipe, order)
+            matrices = _merged(prefix, stored, target, recipe, order)
             layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
             for name, tensor in stored_form(family, layer).items():
                 writer.add(prefix + name, tensor)
@@ -133,7 +131,6 @@ def _merged(
     prefix: str,
     stored: dict[str, TensorFile],
     target: NativeTarget,
-    shape: Shape,
     recipe: ConvertRecipe,
     slots: np.ndarray,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,15 +139,16 @@ def _merged(
     def read(name: str) -> Tensor:
         return stored[prefix + name].read(prefix + name)
 
+    split = recipe.split
     gates, ups, downs = [], [], []
-    if shape.shared and target.shared_gate and target.shared_up and target.shared_down:
+    if split.shared and target.shared_gate and target.shared_up and target.shared_down:
         gates.append(_half(read(target.shared_gate), target.shared_gate == target.shared_up, 0))
         ups.append(_half(read(target.shared_up), target.shared_gate == target.shared_up, 1))
         downs.append(read(target.shared_down))
-    scale = fixed_scale(recipe, shape)
-    scale *= 1.0 if target.score == "sigmoid" else shape.active
+    scale = fixed_scale(recipe, split)
+    scale *= 1.0 if target.score == "sigmoid" else split.chosen
     if "{expert}" in target.gate:
-        for expert in range(shape.routed):
+        for expert in range(split.routed):
             gates.append(read(target.gate.format(expert=expert)))
             ups.append(read(target.up.format(expert=expert)))
             downs.append(_divided(read(target.down.format(expert=expert)), scale))

@@ -11,7 +11,7 @@ from moefy.checkpoint.families import O_BIAS, attention_bias
 from moefy.checkpoint.fused import stored_form
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import NativeTarget
-from moefy.construct.split import SplitFfn
+from moefy.construct.ffn import SplitFfn
 
 NO_SINK = -1e4
 """An attention sink's logit that takes exp(-10,000) = 0 of the attention, in every dtype."""

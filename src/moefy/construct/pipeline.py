@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
-from moefy.checkpoint.targets import Score
+from moefy.checkpoint.targets import RouterScore
+from moefy.construct.ffn import Partition, Routing, SplitFfn
 from moefy.construct.partition.alternating import alternating
 from moefy.construct.partition.carve import carve
 from moefy.construct.partition.clustering import independent_clustering
@@ -24,27 +25,15 @@ from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.random import LOGIT_STD, random_router, zero_router
 from moefy.construct.router.ridge import RidgeSystem, log_energies
-from moefy.construct.split import Partition, Routing, Shape, SplitFfn
 from moefy.recipe import REGRESSIONS, ConvertRecipe
-
-
-def shape_of(recipe: ConvertRecipe) -> Shape:
-    """Return the experts of a recipe `for_model`, the shared ones apart."""
-    assert recipe.experts is not None
-    assert recipe.active is not None
-    assert recipe.shared is not None
-    return Shape(
-        shared=recipe.shared,
-        routed=recipe.experts - recipe.shared,
-        active=recipe.active - recipe.shared,
-    )
+from moefy.split import Split
 
 
 def split_ffn(
     sample: FfnSample,
     recipe: ConvertRecipe,
     layer_idx: int,
-    score: Score = "softmax",
+    score: RouterScore = "softmax",
     *,
     oracle: bool = False,
 ) -> SplitFfn:
@@ -57,73 +46,73 @@ def split_ffn(
         score: how the target's router turns logits into weights.
         oracle: choose by the true energies instead of the router (for evaluation only).
     """
-    shape = shape_of(recipe)
+    split = recipe.split
     system = None
     regresses = recipe.partition == "alternating" or recipe.router in REGRESSIONS
-    if regresses and 0 < shape.active < shape.routed:
+    if regresses and 0 < split.chosen < split.routed:
         system = RidgeSystem(sample.inputs, sample.token_weights, ridge=recipe.router_ridge)
-    partition = _partition(sample, recipe, shape, system, layer_idx)
-    router = _router(sample, recipe, shape, partition, system, layer_idx)
-    routing = Routing(router, shape.active, score)
+    partition = _partition(sample, recipe, split, system, layer_idx)
+    router = _router(sample, recipe, split, partition, system, layer_idx)
+    routing = Routing(router, split.chosen, score)
     if oracle:
-        routing = OracleRouting(routing.router, shape.active, sample=sample, partition=partition)
+        routing = OracleRouting(routing.router, split.chosen, sample=sample, partition=partition)
     return SplitFfn(
         partition=partition,
         routing=routing,
         gate=sample.gate,
         up=sample.up,
-        down=_repaired_down(sample, recipe, shape, partition, routing),
+        down=_repaired_down(sample, recipe, split, partition, routing),
     )
 
 
 def _partition(
     sample: FfnSample,
     recipe: ConvertRecipe,
-    shape: Shape,
+    split: Split,
     system: RidgeSystem | None,
     layer_idx: int,
 ) -> Partition:
     keys = {"seed": recipe.seed, "layer_idx": layer_idx}
     match recipe.partition:
         case "random":
-            return independent_random(sample.num_neurons, shape, **keys)
+            return independent_random(sample.num_neurons, split, **keys)
         case "clustering-up":
-            return independent_clustering(sample.up, shape, **keys)
+            return independent_clustering(sample.up, split, **keys)
         case "clustering-gate":
-            return independent_clustering(sample.gate, shape, **keys)
+            return independent_clustering(sample.gate, split, **keys)
         case "coactivation":
-            return coactivation(sample, shape, **keys)
+            return coactivation(sample, split, **keys)
         case "carve":
-            return carve(sample, shape, **keys)
+            return carve(sample, split, **keys)
         case "alternating":
             if system is None:  # nothing to choose between, so only which are shared matters
-                return coactivation(sample, shape, **keys)
-            return alternating(sample, shape, partial(_regression, recipe, system), **keys)
+                return coactivation(sample, split, **keys)
+            return alternating(sample, split, partial(_regression, recipe, system), **keys)
     assert sample.importance is not None
     importance = sample.importance.double().cpu().numpy()
     match recipe.partition:
         case "sharing-inner":
-            return sharing_inner(importance, shape)
+            return sharing_inner(importance, split)
         case "sharing-inter":
-            return sharing_inter(importance, shape)
+            return sharing_inter(importance, split)
         case "gradient":
-            return gradient_split(importance, shape)
+            return gradient_split(importance, split)
 
 
 def _router(
     sample: FfnSample,
     recipe: ConvertRecipe,
-    shape: Shape,
+    split: Split,
     partition: Partition,
     system: RidgeSystem | None,
     layer_idx: int,
 ) -> Float[Tensor, "experts hidden"]:
-    if shape.active in (0, shape.routed):
-        return zero_router(sample.norm_gain, shape.routed)
+    if split.chosen in (0, split.routed):
+        return zero_router(sample.norm_gain, split.routed)
     match recipe.router:
         case "random":
             return random_router(
-                sample.norm_gain, shape.routed, seed=recipe.seed, layer_idx=layer_idx
+                sample.norm_gain, split.routed, seed=recipe.seed, layer_idx=layer_idx
             )
         case "mean-gate":
             router = mean_gate_router(sample.gate, partition)
@@ -134,7 +123,7 @@ def _router(
             energies = expert_energies(sample, partition)
             router = _regression(recipe, system, energies)
             if recipe.router == "ascent":
-                router = kept_energy_ascent(router, energies, system, shape.active)
+                router = kept_energy_ascent(router, energies, system, split.chosen)
     return scaled(router, sample.norm_gain, LOGIT_STD)
 
 
@@ -146,14 +135,14 @@ def _regression(
 
 
 def _repaired_down(
-    sample: FfnSample, recipe: ConvertRecipe, shape: Shape, partition: Partition, routing: Routing
+    sample: FfnSample, recipe: ConvertRecipe, split: Split, partition: Partition, routing: Routing
 ) -> Float[Tensor, "hidden slots"]:
     if recipe.repair == "refit":
         return refit_down_proj(sample, partition, routing, ridge=recipe.refit_ridge)
     down = partition.columns(sample.down)
     if recipe.repair == "scale":
         return down * least_squares_scale(sample, partition, routing)
-    scale = fixed_scale(recipe, shape)
+    scale = fixed_scale(recipe, split)
     if scale != 1:
         if not math.log2(scale).is_integer():  # rounded once, when the layer is written
             down = down.float()

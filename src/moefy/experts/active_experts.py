@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.checkpoint.targets import TARGETS, Score
+from moefy.checkpoint.targets import TARGETS, RouterScore
 from moefy.experts.hooks import ForwardHooks
 from moefy.experts.router_trace import routers_of
 
@@ -40,7 +40,7 @@ class ActiveExperts(ForwardHooks):
     def __init__(self, model: Any, active: int) -> None:
         super().__init__()
         self._routers = routers_of(model)
-        self._score: Score = TARGETS[model.config.model_type].score
+        self._score: RouterScore = TARGETS[model.config.model_type].score
         self._saved: int = model.config.num_experts_per_tok
         self._active = active
 
@@ -86,7 +86,7 @@ def weight_factor(
     chosen: Int[Tensor, "tokens active"],
     *,
     saved: int,
-    score: Score,
+    score: RouterScore,
     bias: Float[Tensor, " experts"] | None = None,
 ) -> Float[Tensor, "tokens 1"]:
     """Return Σ_{e chosen} p_e / Σ_{f in T} p_f, T the experts with the `saved` largest p_f + b_f.

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moefy.checkpoint.targets import Score
+from moefy.checkpoint.targets import RouterScore
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def router_sums(
     weights: Float[Tensor, "layers tokens active"],
     chosen: Int[Tensor, "layers tokens active"],
     *,
-    score: Score,
+    score: RouterScore,
     mask: Bool[Tensor, " tokens"] | None = None,
     choice_probs: Float[Tensor, "layers tokens experts"] | None = None,
 ) -> RouterSums:

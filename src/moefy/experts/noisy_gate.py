@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moefy.checkpoint.targets import Score
+from moefy.checkpoint.targets import RouterScore
 from moefy.errors import ArchitectureError
 
 _LEAST_STD = 1e-2
@@ -62,7 +62,7 @@ class NoisyGate(nn.Module):
 
 
 def choose(
-    router: Any, logits: Float[Tensor, "tokens experts"], score: Score
+    router: Any, logits: Float[Tensor, "tokens experts"], score: RouterScore
 ) -> tuple[Float[Tensor, "tokens active"], Int[Tensor, "tokens active"]]:
     """Return weights and indices of the k experts that a native router chooses for given logits.
 

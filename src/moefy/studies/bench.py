@@ -15,15 +15,16 @@ from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.sample import FfnSample
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint
+from moefy.construct.ffn import SplitFfn
 from moefy.construct.partition.sharing import importance_by_cluster
-from moefy.construct.pipeline import shape_of, split_ffn
+from moefy.construct.pipeline import split_ffn
 from moefy.construct.router.energy import expert_energies
-from moefy.construct.split import Shape, SplitFfn
 from moefy.construct.static import flap
 from moefy.evaluation.compare import token_divergences, token_losses
 from moefy.hardware import peak_rss_bytes, reset_peak_rss
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
+from moefy.split import Split
 from moefy.studies.methods import Method
 from moefy.studies.scores import Score
 
@@ -111,14 +112,14 @@ class Bench:
                 imbalances.append(imbalance)
             hidden += outputs.view_as(hidden)
             report(Progress(name, layer_idx + 1, replay.num_layers))
-        shape = shape_of(recipe) if recipe else Shape(shared=0, routed=1, active=1)
+        split = recipe.split if recipe else Split(1, 1)
         losses, divergence = self._losses(hidden)
         loss = float(np.mean([value for values in losses.values() for value in values]))
         return Score(
             method=name,
-            experts=shape.slices,
-            active=shape.running,
-            shared=shape.shared,
+            experts=split.experts,
+            active=split.active,
+            shared=split.shared,
             loss=loss,
             nats_above_dense=loss - self.dense_score.loss if method else 0.0,
             domain_loss={domain: float(np.mean(values)) for domain, values in losses.items()},
@@ -135,7 +136,7 @@ class Bench:
         self, recipe: ConvertRecipe
     ) -> tuple[Float[Tensor, "layers clusters neurons"], float]:
         """Return the neurons' importance and the seconds it takes; measured once."""
-        clusters = shape_of(recipe).routed
+        clusters = recipe.split.routed
         if self._importance is None:
             started = time.perf_counter()
             segments = window_importance(self._replay, self._calibration, clusters)
@@ -172,8 +173,8 @@ class Bench:
 
 def _build(method: Method, recipe: ConvertRecipe, sample: FfnSample, layer_idx: int) -> Ffn:
     if method.flap:
-        shape = shape_of(recipe)
-        return flap(sample, sample.num_neurons * shape.shared // shape.slices)
+        split = recipe.split
+        return flap(sample, sample.num_neurons * split.shared // split.experts)
     return split_ffn(sample, recipe, layer_idx, oracle=method.oracle)
 
 

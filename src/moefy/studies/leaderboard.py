@@ -12,7 +12,6 @@ from moefy.calibrate.text import calibration_windows, self_windows
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
 from moefy.checkpoint.source import resolve
-from moefy.construct.pipeline import shape_of
 from moefy.data.domains import open_domains
 from moefy.evaluation.compare import evaluation_windows
 from moefy.progress import ProgressFn, silent
@@ -114,8 +113,8 @@ def leaderboard(
         out.mkdir(parents=True, exist_ok=True)
     bench = None
     for method, recipe in wanted:
-        shape = shape_of(recipe)
-        score = known.get((method.name, shape.slices, shape.running))
+        split = recipe.split
+        score = known.get((method.name, split.experts, split.active))
         if score is None or score.recipe != recipe.model_dump(mode="json"):
             bench = bench or Bench(dense, calibration, evaluation, seed=seed, own_text=own_text)
             score = bench.score(method, recipe, report)

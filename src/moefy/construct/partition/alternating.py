@@ -10,16 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
+from moefy.construct.ffn import Partition, Routing
 from moefy.construct.partition.balanced import balanced_assignment
 from moefy.construct.partition.random import independent_random
-from moefy.construct.split import Partition, Routing, Shape
+from moefy.split import Split
 
 ROUNDS = 8
 
 
 def alternating(
     sample: FfnSample,
-    shape: Shape,
+    split: Split,
     fit_router: Callable[[Float[Tensor, "tokens experts"]], Float[Tensor, "experts hidden"]],
     *,
     seed: int,
@@ -46,22 +47,22 @@ def alternating(
 
     Args:
         sample: of the layer.
-        shape: of the experts, with some to choose between: 0 < active < routed.
+        split: counts of experts, with some to choose between: 0 < active < routed.
         fit_router: returns a router for target energies, as the conversion will use it.
         seed: of the start.
         layer_idx: each layer has a stream of its own.
     """
-    partition = independent_random(sample.num_neurons, shape, seed=seed, layer_idx=layer_idx)
-    size = sample.num_neurons // shape.slices
-    capacity = np.array([shape.shared * size, *[size] * shape.routed])
+    partition = independent_random(sample.num_neurons, split, seed=seed, layer_idx=layer_idx)
+    size = sample.num_neurons // split.experts
+    capacity = np.array([split.shared * size, *[size] * split.routed])
     energies = list(_energies(sample)) if sample.fits_in_memory else None
     cluster = _labels(partition)
     for _ in range(ROUNDS):
-        member = torch.from_numpy(np.eye(shape.routed + 1, dtype=np.float32)[cluster][:, 1:])
+        member = torch.from_numpy(np.eye(split.routed + 1, dtype=np.float32)[cluster][:, 1:])
         member = member.to(sample.down.device)
         by_expert = [energy @ member for _, energy in energies or _energies(sample)]
-        routing = Routing(fit_router(torch.cat(by_expert)), shape.active)
-        value = sample.down.new_zeros(shape.routed + 1, sample.num_neurons)
+        routing = Routing(fit_router(torch.cat(by_expert)), split.chosen)
+        value = sample.down.new_zeros(split.routed + 1, sample.num_neurons)
         for tokens, energy in energies or _energies(sample):
             chosen = routing.chosen(sample.inputs[tokens])
             runs = torch.cat([torch.ones_like(chosen[:, :1]), chosen], dim=1)
@@ -71,7 +72,7 @@ def alternating(
         cluster = new
         if moved < 1 / 500:
             break
-    return Partition.of_clusters(cluster, shape)
+    return Partition.of_clusters(cluster, split)
 
 
 def _energies(sample: FfnSample) -> Iterator[tuple[slice, Float[Tensor, "chunk neurons"]]]:

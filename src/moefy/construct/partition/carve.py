@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from moefy.calibrate.sample import FfnSample
+from moefy.construct.ffn import Partition
 from moefy.construct.partition.coactivation import cluster_rest, highest
-from moefy.construct.split import Partition, Shape
+from moefy.split import Split
 
 ACTIVE_PER_TOKEN = 10
 """K_a: a neuron is active on a token if its |h| is among that token's ten largest."""
 
 
-def carve(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) -> Partition:
+def carve(sample: FfnSample, split: Split, *, seed: int, layer_idx: int) -> Partition:
     """Carve experts out of a dense FFN by binary activation columns.
 
     a_tj = 1 if |h_tj| is among the ten largest of token t, else 0. The neurons with the highest
@@ -24,7 +25,7 @@ def carve(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) -> Part
 
     Args:
         sample: of the layer.
-        shape: of the experts.
+        split: counts of experts.
         seed: of the clustering's start.
         layer_idx: each layer has a stream of its own.
     """
@@ -33,5 +34,5 @@ def carve(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) -> Part
         largest = activations.abs().topk(min(ACTIVE_PER_TOKEN, sample.num_neurons), dim=1).indices
         active = torch.zeros_like(activations).scatter_(1, largest, 1.0)
         gram += active.T @ active
-    shared = highest(gram.diagonal(), shape.shared * (sample.num_neurons // shape.slices))
-    return cluster_rest(gram, shared, shape, seed=seed, layer_idx=layer_idx)
+    shared = highest(gram.diagonal(), split.shared * (sample.num_neurons // split.experts))
+    return cluster_rest(gram, shared, split, seed=seed, layer_idx=layer_idx)

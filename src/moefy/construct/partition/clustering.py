@@ -6,13 +6,14 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from moefy.construct.ffn import Partition
 from moefy.construct.partition.kmeans import balanced_kernel_kmeans
 from moefy.construct.seeds import stream
-from moefy.construct.split import Partition, Shape
+from moefy.split import Split
 
 
 def independent_clustering(
-    rows: Float[Tensor, "neurons hidden"], shape: Shape, *, seed: int, layer_idx: int
+    rows: Float[Tensor, "neurons hidden"], split: Split, *, seed: int, layer_idx: int
 ) -> Partition:
     """Cluster the L2-normalised rows of `up_proj` (or `gate_proj`) by balanced k-means.
 
@@ -23,12 +24,12 @@ def independent_clustering(
 
     Args:
         rows: of the weight matrix, one per neuron.
-        shape: of the experts.
+        split: counts of experts.
         seed: of the start.
         layer_idx: each layer has a stream of its own.
     """
     unit = rows.double() / rows.double().norm(dim=1, keepdim=True).clamp_min(1e-12)
     label = balanced_kernel_kmeans(
-        (unit @ unit.T).cpu().numpy(), shape.slices, stream(seed, "partition", layer_idx)
+        (unit @ unit.T).cpu().numpy(), split.experts, stream(seed, "partition", layer_idx)
     )
-    return Partition.of_clusters(np.maximum(label - shape.shared + 1, 0), shape)
+    return Partition.of_clusters(np.maximum(label - split.shared + 1, 0), split)

@@ -7,12 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
+from moefy.construct.ffn import Partition
 from moefy.construct.partition.kmeans import balanced_kernel_kmeans
 from moefy.construct.seeds import stream
-from moefy.construct.split import Partition, Shape
+from moefy.split import Split
 
 
-def coactivation(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) -> Partition:
+def coactivation(sample: FfnSample, split: Split, *, seed: int, layer_idx: int) -> Partition:
     """Shared = highest energy; the rest clustered by co-activation of their contributions.
 
     A neuron contributes c_tj = |h_tj|·‖w_j‖ to the output at token t, w_j its column of
@@ -26,7 +27,7 @@ def coactivation(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) 
 
     Args:
         sample: of the layer.
-        shape: of the experts.
+        split: counts of experts.
         seed: of the clustering's start.
         layer_idx: each layer has a stream of its own.
     """
@@ -35,9 +36,9 @@ def coactivation(sample: FfnSample, shape: Shape, *, seed: int, layer_idx: int) 
     for tokens, activations in sample.chunks():
         contribution = activations.abs() * column_norms
         gram += (contribution * sample.token_weights[tokens, None]).T @ contribution
-    size = sample.num_neurons // shape.slices
-    shared = highest(gram.diagonal(), shape.shared * size)
-    return cluster_rest(gram, shared, shape, seed=seed, layer_idx=layer_idx)
+    size = sample.num_neurons // split.experts
+    shared = highest(gram.diagonal(), split.shared * size)
+    return cluster_rest(gram, shared, split, seed=seed, layer_idx=layer_idx)
 
 
 def highest(score: Float[Tensor, " neurons"], count: int) -> Int[np.ndarray, " count"]:
@@ -48,7 +49,7 @@ def highest(score: Float[Tensor, " neurons"], count: int) -> Int[np.ndarray, " c
 def cluster_rest(
     gram: Float[Tensor, "neurons neurons"],
     shared: Int[np.ndarray, " shared"],
-    shape: Shape,
+    split: Split,
     *,
     seed: int,
     layer_idx: int,
@@ -59,9 +60,9 @@ def cluster_rest(
     scale = kernel.diagonal().clamp_min(1e-30).rsqrt()
     label = balanced_kernel_kmeans(
         (kernel * scale[:, None] * scale).cpu().numpy(),
-        shape.routed,
+        split.routed,
         stream(seed, "partition", layer_idx),
     )
     cluster = np.zeros(len(gram), dtype=np.int64)
     cluster[rest] = label + 1
-    return Partition.of_clusters(cluster, shape)
+    return Partition.of_clusters(cluster, split)

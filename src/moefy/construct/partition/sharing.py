@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.importance import SegmentImportance, check_segments
+from moefy.construct.ffn import Partition
 from moefy.construct.partition.kmeans import balanced_kernel_kmeans
 from moefy.construct.seeds import stream
-from moefy.construct.split import Partition, Shape
+from moefy.split import Split
 
 
 def importance_by_cluster(
@@ -41,7 +42,7 @@ def importance_by_cluster(
     )
 
 
-def sharing_inner(importance: Float[np.ndarray, "experts neurons"], shape: Shape) -> Partition:
+def sharing_inner(importance: Float[np.ndarray, "experts neurons"], split: Split) -> Partition:
     """Give each expert the neurons that matter most to its cluster of text.
 
     Expert i holds the d_ff/E neurons with the largest v_i. Experts may overlap, and neurons that no
@@ -51,13 +52,13 @@ def sharing_inner(importance: Float[np.ndarray, "experts neurons"], shape: Shape
 
     Args:
         importance: v, one row per cluster of text (see `calibrate.importance`).
-        shape: of the experts; no shared ones.
+        split: counts of experts; no shared ones.
     """
-    size = importance.shape[1] // shape.slices
+    size = importance.shape[1] // split.experts
     return Partition(np.zeros(0, dtype=np.int64), _top(importance, size))
 
 
-def sharing_inter(importance: Float[np.ndarray, "experts neurons"], shape: Shape) -> Partition:
+def sharing_inter(importance: Float[np.ndarray, "experts neurons"], split: Split) -> Partition:
     """Put the neurons that most experts list into the shared block, and let experts take the rest.
 
     The lists are those of Sharing-Inner. The shared block holds the neurons on most lists (ties:
@@ -68,19 +69,19 @@ def sharing_inter(importance: Float[np.ndarray, "experts neurons"], shape: Shape
 
     Args:
         importance: v, one row per cluster of text.
-        shape: of the experts.
+        split: counts of experts.
     """
     num_neurons = importance.shape[1]
-    size = num_neurons // shape.slices
+    size = num_neurons // split.experts
     listed = np.bincount(_top(importance, size).ravel(), minlength=num_neurons)
     order = np.lexsort((-importance.sum(axis=0), -listed))
-    shared = np.sort(order[: shape.shared * size])
+    shared = np.sort(order[: split.shared * size])
     rest = importance.copy()
     rest[:, shared] = -np.inf
     return Partition(shared, _top(rest, size))
 
 
-def gradient_split(importance: Float[np.ndarray, "experts neurons"], shape: Shape) -> Partition:
+def gradient_split(importance: Float[np.ndarray, "experts neurons"], split: Split) -> Partition:
     """Deal the neurons out greedily by importance, without overlap.
 
     Shared neurons are those with the largest summed importance. The others go, in the order of
@@ -91,19 +92,19 @@ def gradient_split(importance: Float[np.ndarray, "experts neurons"], shape: Shap
 
     Args:
         importance: v, one row per cluster of text.
-        shape: of the experts.
+        split: counts of experts.
     """
     experts, num_neurons = importance.shape
-    size = num_neurons // shape.slices
+    size = num_neurons // split.experts
     cluster = np.full(num_neurons, -1)
-    cluster[np.argsort(-importance.sum(axis=0), kind="stable")[: shape.shared * size]] = 0
+    cluster[np.argsort(-importance.sum(axis=0), kind="stable")[: split.shared * size]] = 0
     room = np.full(experts, size)
     for flat in np.argsort(-importance, axis=None, kind="stable"):
         expert, neuron = divmod(int(flat), num_neurons)
         if cluster[neuron] < 0 and room[expert]:
             cluster[neuron] = expert + 1
             room[expert] -= 1
-    return Partition.of_clusters(cluster, shape)
+    return Partition.of_clusters(cluster, split)
 
 
 def _top(

@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
+from moefy.construct.ffn import Partition, Routing, masked_chunks
 from moefy.construct.solve import RidgeFactor
-from moefy.construct.split import Partition, Routing, masked_chunks
 
 _BLOCK_SLOTS = 256
 

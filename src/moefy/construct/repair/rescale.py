@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from moefy.construct.split import Shape
 from moefy.recipe import ConvertRecipe
+from moefy.split import Split
 
 
-def paper_rescale(shape: Shape) -> float:
+def paper_rescale(split: Split) -> float:
     """Return the weight with which a chosen expert enters on average.
 
     LLaMA-MoE (arXiv 2406.16554), section 3.2: y = s·Σ_i G_i(x)·E_i(x) with s = E/k and Σ G_i = 1
@@ -17,15 +17,15 @@ def paper_rescale(shape: Shape) -> float:
     Deviation: with shared experts, which the paper has not, E and k count the routed ones; where
     all that runs is shared, nothing is scaled.
     """
-    return shape.routed / shape.active**2 if shape.active else 1.0
+    return split.routed / split.chosen**2 if split.chosen else 1.0
 
 
-def fixed_scale(recipe: ConvertRecipe, shape: Shape) -> float:
+def fixed_scale(recipe: ConvertRecipe, split: Split) -> float:
     """Return the weight with which a chosen expert enters where nothing was fitted.
 
     `none` is 1, as in the dense sum; `unscaled` is 1/k, what LLaMA-MoE (arXiv 2406.16554) is
     without its rescaling: the k chosen experts' weights sum to 1; `paper` is `paper_rescale`.
     """
     if recipe.repair == "paper":
-        return paper_rescale(shape)
-    return 1 / shape.active if recipe.repair == "unscaled" and shape.active else 1.0
+        return paper_rescale(split)
+    return 1 / split.chosen if recipe.repair == "unscaled" and split.chosen else 1.0

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
-from moefy.construct.split import Partition
+from moefy.construct.ffn import Partition
 
 
 def expert_energies(sample: FfnSample, partition: Partition) -> Float[Tensor, "tokens experts"]:

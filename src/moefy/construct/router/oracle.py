@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample, swiglu
+from moefy.construct.ffn import Partition, Routing
 from moefy.construct.router.energy import energy_members
-from moefy.construct.split import Partition, Routing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
-from moefy.construct.split import Partition
+from moefy.construct.ffn import Partition
 
 
 def mean_gate_router(

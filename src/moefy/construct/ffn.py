@@ -11,32 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
-from moefy.checkpoint.targets import Score
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How many experts a layer gets.
-
-    Attributes:
-        shared: slices of d_ff that always run, together one shared expert.
-        routed: experts to choose from.
-        active: routed experts that run for a token.
-    """
-
-    shared: int
-    routed: int
-    active: int
-
-    @property
-    def slices(self) -> int:
-        """Equal slices that d_ff is cut into."""
-        return self.shared + self.routed
-
-    @property
-    def running(self) -> int:
-        """Slices that run for a token."""
-        return self.shared + self.active
+from moefy.checkpoint.targets import RouterScore
+from moefy.split import Split
 
 
 @dataclass(frozen=True)
@@ -52,11 +28,11 @@ class Partition:
     routed: Int[np.ndarray, "experts size"]
 
     @classmethod
-    def of_clusters(cls, cluster: Int[np.ndarray, " neurons"], shape: Shape) -> Partition:
+    def of_clusters(cls, cluster: Int[np.ndarray, " neurons"], split: Split) -> Partition:
         """Read a partition from labels: 0 is shared, e + 1 is routed expert e."""
         order = np.argsort(cluster, kind="stable")
         num_shared = int((cluster == 0).sum())
-        return cls(order[:num_shared], order[num_shared:].reshape(shape.routed, -1))
+        return cls(order[:num_shared], order[num_shared:].reshape(split.routed, -1))
 
     @property
     def slots(self) -> Int[np.ndarray, " slots"]:
@@ -93,7 +69,7 @@ class Routing:
 
     router: Float[Tensor, "experts hidden"]
     active: int
-    score: Score = "softmax"
+    score: RouterScore = "softmax"
 
     def weights(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
         """Return the weights of the experts with the k largest logits, and 0 for those that rest.
