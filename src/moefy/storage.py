@@ -250,6 +250,27 @@ def whole_folder(out: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def cached_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill; on success it becomes `folder` of a cache, unless another was faster.
+
+    Raises:
+        StorageError: the disk is full, or the place cannot be written.
+    """
+    with storage_errors(folder):
+        partial = folder.with_name(f".{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            sync_files(partial)
+            # Two processes may fill the same cache: both write the same, and the first one wins.
+            if not folder.exists():
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def replace_file(path: Path, content: str) -> None:
     """Write a text file so that readers see the old content or the new one.
 
@@ -318,6 +339,8 @@ def storage_errors(out: Path) -> Iterator[None]:
             raise StorageError(
                 f"{error.filename or out} cannot be written: {error.strerror}"
             ) from error
+        if error.errno in {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}:
+            raise OutputError(f"{out} cannot be written: {error.strerror}") from error
         raise
     except Exception as error:
         # safetensors and torch report operating system errors as text only

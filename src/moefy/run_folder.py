@@ -1,0 +1,471 @@
+"""The folder that a command writes: one owner, one marker, one atomic end.
+
+OUT/.moefy.json     marker: kind, state, identity, own files
+.OUT.lock           held by the process that writes OUT; names it to others
+.OUT.next           work of a command that cannot go on, or that will replace a finished OUT
+.OUT.old            the replaced OUT, while the two swap places
+.OUT.trash          an unfinished run that is being removed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ValidationError
+
+from moefy.errors import OutputError, StorageError
+from moefy.storage import changed_settings, replace_file, storage_errors, sync, sync_files
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there two processes are not kept apart
+    fcntl = None
+
+MARKER = ".moefy.json"
+State = Literal["unfinished", "finished"]
+
+
+class Marker(BaseModel):
+    """What `OUT/.moefy.json` says of a folder.
+
+    Attributes:
+        kind: what the folder holds.
+        state: whether it is finished.
+        identity: what must be the same for an unfinished run to go on.
+        files: names in the folder that moefy wrote, or of an unfinished run may write.
+    """
+
+    kind: str
+    state: State
+    identity: dict[str, Any]
+    files: list[str]
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """Return a folder's marker, None where there is none.
+
+    Raises:
+        OutputError: the marker is damaged.
+    """
+    file = folder / MARKER
+    try:
+        return Marker.model_validate_json(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise OutputError(
+            f"{file} is damaged ({where or 'JSON'}: {first['msg']}): move {folder} away, or choose "
+            "another folder"
+        ) from error
+
+
+class Lock:
+    """An exclusive lock on an output, held by a file beside it until `release` or the process ends.
+
+    Attributes:
+        was_left: the process that held it before was killed.
+
+    Raises:
+        OutputError: another process holds it.
+        StorageError: the place cannot be written.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._file = out, out.with_name(f".{out.name}.lock")
+        # Folders above OUT that are made for the lock go away again if nothing is written.
+        self._made = [parent for parent in out.parents if not parent.exists()]
+        with storage_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+                self._take(out)
+                # The holder before us may have removed the file between our two calls.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(self._file.stat(), os.fstat(self._handle)):
+                        break
+                os.close(self._handle)
+            self.was_left = bool(os.read(self._handle, 1))
+            os.truncate(self._handle, 0)
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+            os.pwrite(self._handle, json.dumps(holder).encode(), 0)
+
+    def _take(self, out: Path) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._handle, 300, 0).decode(errors="replace")
+            os.close(self._handle)
+            raise OutputError(
+                f"another process is writing {out} ({holder}): wait until it ends, or choose "
+                "another folder"
+            ) from None
+        except OSError:
+            return  # a network file system without locks
+
+    def release(self) -> None:
+        """Give the lock back and remove its file."""
+        self._file.unlink(missing_ok=True)
+        os.close(self._handle)
+        if not self._out.exists():
+            for parent in self._made:
+                with suppress(OSError):  # somebody else put files there
+                    parent.rmdir()
+
+
+class RunFolder:
+    """The output folder of one command: who may write it, what it is, and how it appears.
+
+    Only one process at a time holds OUT (a lock beside it). A marker, `OUT/.moefy.json`, says what
+    the folder is, which files are moefy's, and with which identity the run was begun. A command
+    that cannot go on (`resumes=False`) works in the hidden folder `.NAME.next` beside OUT; one that
+    can works in OUT itself, or in `.NAME.next` while a finished OUT waits to be replaced.
+
+    A kill at any moment leaves the old state, or one from which the same command goes on.
+
+    Args:
+        out: the folder.
+        kind: what it will hold, in a word that messages use ("model", "corpus").
+        overwrite: a finished folder of the same kind may be replaced, an unfinished one begun anew.
+        sources: paths that are read; none of them may be OUT or lie in it.
+        resumes: the same command goes on with what a killed one left.
+        reopens: a finished folder of the same identity may be worked on again.
+        own: names of what the command writes in `work` besides `scratch`, `*` for any characters; a
+            folder counts with its files. A file of another name is the user's and is never deleted.
+            Empty: every file in the folder is the command's.
+        scratch: names of folders and files that are removed when the run is finished.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        kind: str,
+        *,
+        overwrite: bool = False,
+        sources: Iterable[str | Path] = (),
+        resumes: bool = False,
+        reopens: bool = False,
+        own: Collection[str] = (),
+        scratch: Collection[str] = (),
+    ) -> None:
+        self.out = Path(out).expanduser()
+        self.was_finished = False
+        self._kind, self._overwrite = kind, overwrite
+        self._resumes, self._reopens = resumes, reopens
+        self._sources = [Path(source).expanduser() for source in sources]
+        self._own, self._scratch = tuple(own), tuple(scratch)
+        self._next, self._old, self._trash = (
+            self.out.parent / f".{self.out.name}.{suffix}" for suffix in ("next", "old", "trash")
+        )
+        self.work = self.out if resumes else self._next
+
+    def __enter__(self) -> Self:
+        """Take the folder; `begin` must follow.
+
+        Raises:
+            OutputError: another process holds it, or it must not be written.
+            StorageError: the place cannot be written.
+        """
+        with storage_errors(self.out):
+            check_place(self.out, self._sources)
+        self._lock = Lock(self.out)
+        try:
+            with storage_errors(self.out):
+                self._recover()
+                self._check_contents()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the folder go; what a one-shot command did not finish vanishes."""
+        marker = read_marker(self._next)
+        if marker is not None and marker.state == "unfinished" and not self._resumes:
+            shutil.rmtree(self._next, ignore_errors=True)
+        self._lock.release()
+
+    def begin(self, identity: Mapping[str, Any]) -> bool:
+        """Say whether `work` holds an unfinished run of this identity; else make it empty.
+
+        Args:
+            identity: what must be the same for a run to go on, as JSON keeps it.
+
+        Raises:
+            OutputError: the folder holds a run of another identity.
+            StorageError: the place cannot be written.
+        """
+        identity = json.loads(json.dumps(identity))
+        with storage_errors(self.out):
+            # A killed call may have finished: its lock file is still there, and so is the marker.
+            for folder in (self._next, self.out):
+                marker = read_marker(folder)
+                if marker is None or marker.identity != identity or marker.state != "finished":
+                    continue
+                if self._reopens and folder == self.out:
+                    self._mark(folder, "unfinished", identity)
+                    return True
+                if folder == self._next or self._lock.was_left:
+                    self.was_finished, self.work = True, folder
+                    self.finish()
+                    return True
+            marker = read_marker(self.out)
+            if marker and marker.state == "finished" and self.work == self.out:
+                raise self._other_settings(marker, identity)
+            if marker and marker.state == "finished" and not self._overwrite:
+                raise self._in_the_way(marker)
+            marker = read_marker(self.work) if self._resumes else None
+            if marker is not None and not (self._overwrite and self.work == self.out):
+                if marker.identity == identity:
+                    return True
+                if self.work == self.out:
+                    raise self._other_settings(marker, identity)
+            self._clear(self.work)
+            self._mark(self.work, "unfinished", identity)
+        return False
+
+    def require_bytes(self, needed_bytes: int) -> None:
+        """Refuse work that the disk cannot hold.
+
+        Raises:
+            StorageError: fewer bytes are free.
+        """
+        free_bytes = shutil.disk_usage(self.out.parent).free
+        if needed_bytes > free_bytes:
+            raise StorageError(
+                f"{self.out} needs {needed_bytes / 1e9:.2f} GB and the disk has "
+                f"{free_bytes / 1e9:.2f} GB free: free some space or choose a folder on another "
+                "disk"
+            )
+
+    def publish(self, folder: Path) -> None:
+        """Move the files of a folder in `work` into `work`, config.json last.
+
+        The marker lists them first, so that a kill in between leaves no file that nobody owns.
+        """
+        with storage_errors(self.out):
+            files = sorted(folder.iterdir(), key=lambda file: file.name == "config.json")
+            self._own = (*self._own, *(file.name for file in files))
+            marker = read_marker(self.work)
+            self._mark(self.work, "unfinished", marker.identity if marker else {})
+            sync_files(folder)
+            for file in files:
+                file.replace(self.work / file.name)
+            folder.rmdir()
+
+    def finish(self) -> None:
+        """Make the folder final: list its files, remove the scratch, put it in OUT's place.
+
+        Raises:
+            OutputError: somebody else wrote into OUT in the meantime; both are kept.
+            StorageError: the place cannot be written.
+        """
+        with storage_errors(self.out):
+            marker = read_marker(self.work)
+            if not self.was_finished:
+                sync_files(self.work)
+                self._mark(self.work, "finished", marker.identity if marker else {})
+            # The marker is the commit point: a kill below this line leaves a finished run.
+            for name in self._scratch:
+                path = self.work / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            if self.work != self.out:
+                self._swap()
+
+    def _swap(self) -> None:
+        if self.out.is_dir() and any(self.out.iterdir()):
+            self.out.rename(self._old)
+            if not self._overwrite or self._foreign(self._old):
+                self._old.rename(self.out)
+                raise OutputError(
+                    f"{self.out} was written by somebody else in the meantime: it is kept, and the "
+                    f"finished {self._kind} lies in {self._next}"
+                )
+        self._next.rename(self.out)
+        shutil.rmtree(self._old, ignore_errors=True)
+        sync(self.out.parent)
+        self.work = self.out
+
+    def _recover(self) -> None:
+        """Put right what a killed call left beside OUT and in it."""
+        for marker in (folder / f".{MARKER}.partial-*" for folder in (self.out, self._next)):
+            for file in marker.parent.glob(marker.name):
+                file.unlink(missing_ok=True)
+        shutil.rmtree(self._trash, ignore_errors=True)
+        if self._old.is_dir():
+            found = read_marker(self._next)
+            if not self.out.exists() and found is not None and found.state == "finished":
+                self._next.rename(self.out)
+            elif not self.out.exists():
+                self._old.rename(self.out)
+            shutil.rmtree(self._old, ignore_errors=True)
+        for folder in (self.out, self._next):
+            if read_marker(folder) is not None:
+                for file in folder.rglob(".*.partial-*"):
+                    file.unlink(missing_ok=True)
+
+    def _check_contents(self) -> None:
+        """Refuse a folder that is in the way, as far as that can be told without an identity."""
+        if not (self.out.is_dir() and any(self.out.iterdir())):
+            return
+        marker = read_marker(self.out)
+        if not self._overwrite:
+            undecided = marker is not None and (
+                self._reopens
+                or (marker.state == "finished" and self._lock.was_left)
+                or (marker.state == "unfinished" and self._resumes)
+            )
+            if not undecided or (marker is not None and marker.kind != self._kind):
+                raise self._in_the_way(marker)
+            return
+        if marker is None or marker.kind != self._kind:
+            what = f"a {marker.kind}" if marker else f"files but no {self._kind} of moefy's"
+            raise OutputError(
+                f"{self.out} holds {what}, so --overwrite will not delete it: choose another "
+                "folder or empty it yourself"
+            )
+        if foreign := self._foreign(self.out):
+            raise OutputError(
+                f"{self.out} holds {foreign} beside a {self._kind}, and --overwrite would delete "
+                "it: move it away, or choose another folder"
+            )
+        if marker.state == "finished" and not self._reopens:
+            self.work = self._next
+
+    def _in_the_way(self, marker: Marker | None) -> OutputError:
+        what = f"holds a {marker.state} {marker.kind}" if marker else "exists"
+        return OutputError(
+            f"{self.out} {what} and is not empty: choose another folder or pass --overwrite"
+        )
+
+    def _other_settings(self, marker: Marker, identity: Mapping[str, Any]) -> OutputError:
+        an = "an" if marker.state == "unfinished" else "a"
+        return OutputError(
+            f"{self.out} holds {an} {marker.state} {self._kind} with other settings "
+            f"({'; '.join(changed_settings(marker.identity, identity))}): give the same ones to "
+            "continue it, or --overwrite to start again"
+        )
+
+    def _foreign(self, folder: Path) -> str | None:
+        """Return a file in the folder that its marker does not list."""
+        marker = read_marker(folder)
+        owned = set(marker.files) if marker else set()
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder).as_posix()
+            if file.is_dir() and not file.is_symlink():
+                continue
+            parents = {parent.as_posix() for parent in Path(name).parents}
+            if name != MARKER and not _is_one_of({name, *parents}, owned):
+                return name
+        return None
+
+    def _clear(self, folder: Path) -> None:
+        """Remove an unfinished run, refusing where something else lies in its folder."""
+        if folder.is_dir():
+            if foreign := self._foreign(folder):
+                raise OutputError(
+                    f"{folder} holds {foreign}, which is not moefy's and would be deleted: move it "
+                    "away, or choose another folder"
+                )
+            # A kill while the files are removed must not leave a folder without its marker.
+            folder.rename(self._trash)
+            shutil.rmtree(self._trash)
+        folder.mkdir(parents=True)
+
+    def _mark(self, folder: Path, state: State, identity: Mapping[str, Any]) -> None:
+        files = [*(self._own or ("*",)), *self._scratch]
+        if state == "finished":
+            found = (file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
+            files = [
+                name.as_posix()
+                for name in sorted(found)
+                if _is_one_of({p.as_posix() for p in (name, *name.parents)}, self._own or ("*",))
+                and name.parts[0] not in {MARKER, *self._scratch}
+            ] + [*self._scratch]
+        marker = Marker(kind=self._kind, state=state, identity=dict(identity), files=files)
+        replace_file(folder / MARKER, marker.model_dump_json(indent=1) + "\n")
+
+
+def _is_one_of(names: Collection[str], owned: Collection[str]) -> bool:
+    """Say whether one of the names is owned, by itself or by a pattern."""
+    patterns = [name for name in owned if "*" in name]
+    return any(
+        name in owned or any(fnmatchcase(name, pattern) for pattern in patterns) for name in names
+    )
+
+
+def check_place(out: Path, sources: Iterable[Path] = ()) -> None:
+    """Refuse a path that cannot become a folder of ours.
+
+    Raises:
+        OutputError: it is a file, a link, a mount point or has no name, lies below a file, or is
+            (or contains) one of the sources.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
+    if out.name in {"", ".."} or os.path.ismount(out):
+        raise OutputError(
+            f"{out} cannot be replaced as a whole, which is how outputs appear: name a folder in it"
+        )
+    above = next(parent for parent in out.parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f"{above} is a file, so {out} cannot lie in it: choose another folder")
+    resolved = out.resolve()
+    for source in sources:
+        if source.exists() and resolved in (source.resolve(), *source.resolve().parents):
+            raise OutputError(
+                f"the output {out} would replace its own source {source}: choose another folder"
+            )
+
+
+@contextmanager
+def whole_file(
+    out: Path, *, overwrite: bool = False, sources: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """Give a path to write a file at; on success it becomes `out`, on any error it vanishes.
+
+    Raises:
+        OutputError: `out` exists and `overwrite` is not set, is a folder or a source, or another
+            process writes it.
+        StorageError: the disk is full, or the place cannot be written.
+    """
+    if out.is_dir() or (out.exists() and not overwrite):
+        what = "is a folder" if out.is_dir() else "exists"
+        raise OutputError(
+            f"{out} {what}: choose another file" + " or pass --overwrite" * (not out.is_dir())
+        )
+    if any(source.exists() and out.resolve() == source.resolve() for source in sources):
+        raise OutputError(f"the output {out} would replace its own source: choose another file")
+    check_place(out.parent / f".{out.name}.next")
+    lock = Lock(out)
+    partial = out.with_name(f".{out.name}.next")
+    try:
+        with storage_errors(out):
+            yield partial
+            sync(partial)
+            partial.replace(out)
+            sync(out.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+        lock.release()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
