@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moefy.errors import UsageError
 from moefy.split import Split
 
-NULL: Any = object()
-"""A choice of nothing, as `--set teacher=null` makes it; None is no choice."""
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -25,29 +23,28 @@ class Recipe(BaseModel):
     """Base of all recipes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    renamed: ClassVar[dict[str, str]] = {}
+    """Keys of earlier versions, and what they are called now."""
 
     @classmethod
-    def build(cls, file: str | Path | None = None, /, **choices: Any) -> Self:
-        """Make a recipe from a YAML file and from choices that override it.
+    def build(cls, recipe: Self | str | Path | None = None, /, **settings: Any) -> Self:
+        """Make a recipe from another one or a YAML file, and from settings that override it.
 
         Args:
-            file: a YAML file of this recipe's keys, or None for the defaults.
-            **choices: single keys, `a.b` for key b of a; None means "not given", `NULL` null.
+            recipe: a recipe of this class, a YAML file of its keys, or None for the defaults.
+            **settings: single keys; `a.b` is key b of a.
 
         Raises:
             UsageError: the file cannot be read, or a key or value is not allowed.
         """
-        values: dict[str, Any] = {}
-        if file is not None:
-            try:
-                values = yaml.safe_load(Path(file).read_text()) or {}
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise UsageError(f"recipe {file} cannot be read: {error}") from error
-            if not isinstance(values, dict):
-                raise UsageError(f"recipe {file} must be a mapping of keys to values")
-        for key, value in choices.items():
-            if value is not None:
-                _set(values, key, value)
+        if isinstance(recipe, Recipe):
+            if not isinstance(recipe, cls):
+                raise UsageError(f"recipe is a {type(recipe).__name__}: give a {cls.__name__}")
+            if not settings:
+                return recipe
+        values = recipe.model_dump() if isinstance(recipe, Recipe) else _read(recipe)
+        for key, value in settings.items():
+            _set(values, key, value)
         try:
             return cls(**values)
         except ValidationError as error:
@@ -58,8 +55,42 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+Partition = Literal[
+    "random",
+    "clustering-up",
+    "clustering-gate",
+    "coactivation",
+    "sharing-inner",
+    "sharing-inter",
+    "gradient",
+    "carve",
+    "alternating",
+]
+Router = Literal["random", "mean-gate", "representative", "ridge", "ridge-log", "ascent"]
+Repair = Literal["none", "unscaled", "paper", "scale", "refit"]
+Target = Literal[
+    "mixtral", "granitemoeshared", "granitemoe", "qwen3_moe", "glm4_moe", "granitemoe_swa"
+]
 REGRESSIONS = ("ridge", "ridge-log", "ascent")
 """Routers that are fitted to the experts' energies on calibration tokens."""
+
+
+class ConvertSettings(TypedDict, total=False):
+    """The keys of `ConvertRecipe`, as keywords of a function."""
+
+    experts: int | None
+    active: int | None
+    shared: int | None
+    partition: Partition
+    router: Router
+    router_ridge: float
+    repair: Repair
+    refit_ridge: float
+    aim: Literal["ffn", "residual"]
+    target: Target | None
+    calibration_tokens: int
+    calibration_length: int
+    seed: int
 
 
 class ConvertRecipe(Recipe):
@@ -72,35 +103,13 @@ class ConvertRecipe(Recipe):
     experts: int | None = None
     active: int | None = None
     shared: Annotated[int, Field(ge=0)] | None = None
-    partition: Literal[
-        "random",
-        "clustering-up",
-        "clustering-gate",
-        "coactivation",
-        "sharing-inner",
-        "sharing-inter",
-        "gradient",
-        "carve",
-        "alternating",
-    ] = "alternating"
-    router: Literal["random", "mean-gate", "representative", "ridge", "ridge-log", "ascent"] = (
-        "ascent"
-    )
+    partition: Partition = "alternating"
+    router: Router = "ascent"
     router_ridge: Annotated[float, Field(gt=0)] = 1.0
-    repair: Literal["none", "unscaled", "paper", "scale", "refit"] = "refit"
+    repair: Repair = "refit"
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
     aim: Literal["ffn", "residual"] = "residual"
-    target: (
-        Literal[
-            "mixtral",
-            "granitemoeshared",
-            "granitemoe",
-            "qwen3_moe",
-            "glm4_moe",
-            "granitemoe_swa",
-        ]
-        | None
-    ) = None
+    target: Target | None = None
     calibration_tokens: Positive = 28_672
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
@@ -177,6 +186,18 @@ SLIMPAJAMA_NAMES = {
 """SlimPajama's domains, as its lines name them, and the paper's names for them."""
 
 
+class PrepareSettings(TypedDict, total=False):
+    """The keys of `PrepareRecipe`, as keywords of a function."""
+
+    filter: Literal["none", "gopher"]
+    filter_domains: list[str] | None
+    text_key: str
+    domain_key: str | None
+    domain_names: dict[str, str] | None
+    skip_broken: bool
+    shard_tokens: int
+
+
 class PrepareRecipe(Recipe):
     """How text becomes token shards.
 
@@ -229,17 +250,32 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def _read(file: str | Path | None) -> dict[str, Any]:
+    """Read a YAML file of keys; no file has none."""
+    if file is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"recipe {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"recipe {file} must be a mapping of keys to values")
+    return values
+
+
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *outer, last = key.split(".")
     for part in outer:
         inner = values.get(part) or {}
         if isinstance(inner, str):  # as in `balance: switch`
             inner = {"kind": inner}
+        elif isinstance(inner, Recipe):
+            inner = inner.model_dump()
         if not isinstance(inner, dict):
             raise UsageError(f"{part} is {inner!r} and has no keys: {key} cannot be set")
         values[part] = dict(inner)
         values = values[part]
-    values[last] = None if value is NULL else value
+    values[last] = value
 
 
 def _recipe_at(recipe: type[Recipe], path: tuple[int | str, ...]) -> type[Recipe]:
@@ -267,8 +303,13 @@ def _explain(recipe: type[Recipe], error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            allowed = ", ".join(_recipe_at(recipe, item["loc"][:-1]).model_fields)
-            lines.append(f"unknown key {where!r}; allowed: {allowed}")
+            *_, last = item["loc"]
+            owner = _recipe_at(recipe, item["loc"][:-1])
+            if name := owner.renamed.get(str(last)):
+                lines.append(f"{where} is now called {where.removesuffix(str(last))}{name}")
+            else:
+                allowed = ", ".join(owner.model_fields)
+                lines.append(f"unknown key {where!r}; allowed: {allowed}")
         elif where:
             lines.append(f"{where} = {item['input']!r}: {item['msg'].lower()}")
         else:

@@ -34,9 +34,9 @@ from moefy.experts.router_trace import RouterTrace, routers_of
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 from moefy.training.adapters import add_adapters, merged
+from moefy.training.recipe import TuneRecipe
 from moefy.training.state import read_log
 from moefy.training.tune import heldout_loss
-from moefy.training.tune_recipe import TuneRecipe
 
 SHORT: dict[str, Any] = {
     "sequence_length": 256,

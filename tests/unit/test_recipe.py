@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
 from moefy.cli.options import parse_settings
 from moefy.errors import UsageError
-from moefy.recipe import ConvertRecipe, parse_weights
+from moefy.recipe import (
+    ConvertRecipe,
+    ConvertSettings,
+    PrepareRecipe,
+    PrepareSettings,
+    Recipe,
+    parse_weights,
+)
 from moefy.split import Split
-from moefy.training.recipe import TrainRecipe
+from moefy.studies.recipe import StudyRecipe, StudySettings
+from moefy.training.recipe import (
+    ImportanceLoadBalance,
+    TrainRecipe,
+    TrainSettings,
+    TuneRecipe,
+    TuneSettings,
+)
+
+STAND_INS = {str, dict[str, Any]}
+PARTS = ("lora", "balance", "distillation", "parallel")
+"""A part of a recipe may be given by its name or as a mapping, too."""
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -66,6 +86,60 @@ def test_a_key_of_what_a_name_chose(tmp_path: Path) -> None:
     assert (found.teacher, found.lora, found.seed) == (None, None, 3)
     with pytest.raises(UsageError, match="tokens"):
         TrainRecipe.build(**parse_settings(["tokens=null"]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keywords"),
+    [
+        (ConvertRecipe, ConvertSettings),
+        (PrepareRecipe, PrepareSettings),
+        (TrainRecipe, TrainSettings),
+        (TuneRecipe, TuneSettings),
+        (StudyRecipe, StudySettings),
+    ],
+)
+def test_keywords_are_the_recipes_keys(recipe: type[Recipe], keywords: type) -> None:
+    """An editor and mypy read the keywords; what they allow is what the recipe takes."""
+    hints = get_type_hints(recipe)
+    allowed = get_type_hints(keywords)
+    assert list(allowed) == list(recipe.model_fields)
+    for key in allowed:
+        extra = alternatives(allowed[key]) - alternatives(hints[key])
+        assert alternatives(hints[key]) <= alternatives(allowed[key]), key
+        assert not extra or (extra <= STAND_INS and key in PARTS), key
+
+
+def alternatives(type_: Any) -> set[Any]:
+    return set(get_args(type_)) if get_origin(type_) in (Union, UnionType) else {type_}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "old", "new"),
+    [
+        (TrainRecipe, "sequences_per_step", "global_batch_size"),
+        (TrainRecipe, "sequences_per_pass", "micro_batch_size"),
+        (TrainRecipe, "router_rate_fraction", "router_lr_scale"),
+        (TrainRecipe, "final_learning_rate_fraction", "min_lr_ratio"),
+        (TrainRecipe, "clip_grad_norm", "max_grad_norm"),
+        (TrainRecipe, "distillation.weight", "distillation.alpha"),
+        (TuneRecipe, "sequences_per_step", "global_batch_size"),
+        (TuneRecipe, "clip_grad_norm", "max_grad_norm"),
+    ],
+)
+def test_an_old_key_is_refused_with_its_new_name(recipe: type[Recipe], old: str, new: str) -> None:
+    with pytest.raises(UsageError, match=f"^{old} is now called {new}$"):
+        recipe.build(**{old: 1})
+    assert recipe.build(**{new: 1.0, "teacher": "dense"} if "." in new else {new: 1})
+
+
+def test_a_recipe_is_made_from_another() -> None:
+    recipe = TrainRecipe(tokens=9999, balance=ImportanceLoadBalance(noise=1.0))
+    assert TrainRecipe.build(recipe) is recipe
+    changed = TrainRecipe.build(recipe, **{"seed": 3, "balance.coefficient": 0.5})
+    assert changed.balance == ImportanceLoadBalance(noise=1.0, coefficient=0.5)
+    assert (changed.tokens, changed.seed) == (9999, 3)
+    with pytest.raises(UsageError, match="recipe is a ConvertRecipe: give a TrainRecipe"):
+        TrainRecipe.build(ConvertRecipe())
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "{", "\tx: 1"])

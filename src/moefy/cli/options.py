@@ -49,16 +49,13 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """Return what `--set KEY=VALUE` says, by key."""
     import yaml
 
-    from moefy.recipe import NULL
-
     choices = {}
     for setting in settings or []:
         key, separator, value = setting.partition("=")
         if not separator:
             raise UsageError(f"--set {setting}: write KEY=VALUE")
         try:
-            found = yaml.safe_load(value)
+            choices[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {setting}: {value!r} is not valid YAML") from error
-        choices[key] = NULL if found is None else found
     return choices

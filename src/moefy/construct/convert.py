@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from moefy.construct.pipeline import split_ffn
 from moefy.data.domains import HUB
 from moefy.errors import ArchitectureError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import ConvertRecipe
+from moefy.recipe import ConvertRecipe, ConvertSettings
 from moefy.storage import check_output, whole_folder
 
 PARTITION = "partition.npy"
@@ -76,10 +76,10 @@ def convert(
     out: str | Path,
     *,
     data: str | Path = "demo",
-    recipe: str | Path | None = None,
+    recipe: ConvertRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
-    **choices: Any,
+    **settings: Unpack[ConvertSettings],
 ) -> Conversion:
     """Split every FFN of a dense model into experts and write a native MoE checkpoint.
 
@@ -95,18 +95,18 @@ def convert(
         out: folder to write; it appears whole or not at all.
         data: calibration text for the methods that need it: a folder of `<domain>.jsonl(.gz)`
             files, `demo`, or `self` (the dense model samples it); held-out documents are left out.
-        recipe: a YAML file with `ConvertRecipe` keys.
+        recipe: a `ConvertRecipe` or a YAML file with its keys.
         overwrite: replace an existing model in `out`.
         report: told about progress.
-        **choices: single `ConvertRecipe` keys (`experts=16, active=4, repair="paper", seed=0`);
-            they override the file.
+        **settings: single `ConvertRecipe` keys (`experts=16, active=4, repair="paper", seed=0`);
+            they override the recipe.
 
     Raises:
         UsageError: the recipe, the source or the output is not usable; nothing was written.
         StorageError: the disk is full; nothing was left behind.
     """
     out = Path(out).expanduser()
-    asked = ConvertRecipe.build(recipe, **choices)
+    asked = ConvertRecipe.build(recipe, **settings)
     check_output(out, overwrite=overwrite, sources=(Path(source).expanduser(),))
     folder = resolve(source, report=report)
     dense = DenseCheckpoint(folder)

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from moefy.data.shards import RECORD, is_prepared
 from moefy.data.tokenise import FILTERED
 from moefy.errors import CorpusError, OutputError
 from moefy.progress import ProgressFn, silent
-from moefy.recipe import PrepareRecipe
+from moefy.recipe import PrepareRecipe, PrepareSettings
 from moefy.storage import check_output, put_in_place, replace_file, run_folder, storage_errors
 
 _WHOLE = "{} is a whole corpus already: use it, choose another folder, or pass --overwrite"
@@ -60,10 +60,10 @@ def prepare(
     *,
     tokenizer: str | Path,
     workers: int | None = None,
-    recipe: str | Path | None = None,
+    recipe: PrepareRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
-    **choices: Any,
+    **settings: Unpack[PrepareSettings],
 ) -> Prepared:
     """Tokenise a corpus into memory-mapped shards by domain.
 
@@ -81,11 +81,11 @@ def prepare(
         out: the folder to write.
         tokenizer: a model, as `convert` takes it; of a hub's only the tokenizer is fetched.
         workers: processes; None for one per core.
-        recipe: a YAML file with `PrepareRecipe` keys.
+        recipe: a `PrepareRecipe` or a YAML file with its keys.
         overwrite: replace a corpus in `out` when the new one is complete; until then it lies beside
             it, in `.NAME.next`, where the same call goes on. An unfinished one is begun again.
         report: told about progress.
-        **choices: single `PrepareRecipe` keys; they override the file.
+        **settings: single `PrepareRecipe` keys; they override the recipe.
 
     Raises:
         UsageError: recipe, text, tokenizer or output are not usable; what was done is kept.
@@ -94,7 +94,7 @@ def prepare(
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
-    choice = PrepareRecipe.build(recipe, **choices)
+    choice = PrepareRecipe.build(recipe, **settings)
     folder = run_folder(out, overwrite=overwrite, is_whole=is_prepared)
     is_beside = folder != out
     if overwrite or not _is_unfinished(out):
@@ -124,9 +124,9 @@ def prepare_part(
     *,
     tokenizer: str | Path,
     workers: int = 1,
-    recipe: str | Path | None = None,
+    recipe: PrepareRecipe | str | Path | None = None,
     report: ProgressFn = silent,
-    **choices: Any,
+    **settings: Unpack[PrepareSettings],
 ) -> int:
     """Do one of the parts of a corpus, for a cluster that does all; `gather` puts them together.
 
@@ -142,12 +142,12 @@ def prepare_part(
         workers: processes of this part.
         recipe: see `prepare`.
         report: told about progress.
-        **choices: single `PrepareRecipe` keys.
+        **settings: single `PrepareRecipe` keys.
 
     Raises:
         UsageError, MoefyError, StorageError: see `prepare`.
     """
-    choice = PrepareRecipe.build(recipe, **choices)
+    choice = PrepareRecipe.build(recipe, **settings)
     folder = Path(out).expanduser()
     if is_prepared(folder):
         raise OutputError(_WHOLE.format(out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,27 @@ from moefy.recipe import Positive, Recipe
 Settings = dict[str, Any]
 _FREE = {"seeds", "first_seed", "grid", "prompt_tokens", "new_tokens", "rounds"}
 """Where the results may differ and stand in one folder."""
+
+
+class StudySettings(TypedDict, total=False):
+    """The keys of `StudyRecipe`, as keywords of a function."""
+
+    tokens: int
+    seeds: int
+    first_seed: int
+    sequence_length: int
+    windows: int
+    evaluations: int
+    experts: int
+    active: int
+    grid: tuple[int, ...]
+    train_sizes: bool
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    convert: Settings
+    train: Settings
+    tune: Settings
 
 
 class StudyRecipe(Recipe):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import BUILTIN, resolve
@@ -20,7 +20,7 @@ from moefy.storage import changed_settings, refuse_file, replace_file, storage_e
 from moefy.studies.ablations import ABLATIONS, Ablation, Arm, ablations_named
 from moefy.studies.carry import Place, carry, remove_models, remove_run
 from moefy.studies.grid import SPEED, Split, split_named
-from moefy.studies.recipe import StudyRecipe
+from moefy.studies.recipe import StudyRecipe, StudySettings
 from moefy.studies.report import write_page, write_tables
 from moefy.studies.runs import (
     RUNS,
@@ -84,9 +84,9 @@ def study(
     smoke: bool = False,
     keep: bool = False,
     report_only: bool = False,
-    recipe: str | Path | None = None,
+    recipe: StudyRecipe | str | Path | None = None,
     report: ProgressFn = silent,
-    **choices: Any,
+    **settings: Unpack[StudySettings],
 ) -> Study:
     """Run ablations, each ending in a table, a figure and a paragraph of conclusion.
 
@@ -105,9 +105,9 @@ def study(
         smoke: a toy model, toy text and toy sizes instead, to see that everything runs.
         keep: keep the models; later calls for the same folder keep them too.
         report_only: run nothing; write the report of the runs that are there.
-        recipe: a YAML file with `StudyRecipe` keys.
+        recipe: a `StudyRecipe` or a YAML file with its keys.
         report: told about progress.
-        **choices: single `StudyRecipe` keys; they override the file.
+        **settings: single `StudyRecipe` keys; they override the recipe.
 
     Raises:
         UsageError: an ablation, model, text or setting is not usable, or there are no runs to
@@ -119,9 +119,9 @@ def study(
     out = Path(out).expanduser()
     wanted = ablations_named(only)
     if smoke:
-        choice = StudyRecipe.build(recipe, **SMOKE | choices)
+        choice = StudyRecipe.build(recipe, **{**SMOKE, **settings})
     else:
-        choice = StudyRecipe.build(recipe, **choices)
+        choice = StudyRecipe.build(recipe, **settings)
     _check_place(out)
     if smoke:
         toys = out / "toys"

@@ -17,8 +17,7 @@ from moefy.storage import read_records, write_records
 from moefy.studies.ablations import Arm
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.follow import is_dynamic
-from moefy.training.recipe import TrainRecipe
-from moefy.training.tune_recipe import TuneRecipe
+from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 RUNS = "runs.jsonl"
 OWN = "dense"

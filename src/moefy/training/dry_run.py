@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from moefy.training.models import prepare_student
 from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
 from moefy.training.processes import Workers
-from moefy.training.recipe import TrainRecipe
+from moefy.training.recipe import TrainRecipe, TrainSettings
 from moefy.training.throughput import flops_per_trained_token
 
 _OPTIMIZER_BYTES = 16  # of a weight that learns: itself, its gradient, Adam's two moments
@@ -63,7 +63,11 @@ class DryRun:
 
 
 def dry_run(
-    model: str | Path, *, processes: int, recipe: str | Path | None = None, **choices: Any
+    model: str | Path,
+    *,
+    processes: int,
+    recipe: TrainRecipe | str | Path | None = None,
+    **settings: Unpack[TrainSettings],
 ) -> DryRun:
     """Check a recipe against a model and a number of processes, and count what the run would take.
 
@@ -75,12 +79,12 @@ def dry_run(
             also split: `llama-2-7b:4/16`.
         processes: that torchrun would start.
         recipe: a YAML file with `TrainRecipe` keys.
-        **choices: single keys; they override the file.
+        **settings: single `TrainRecipe` keys; they override the recipe.
 
     Raises:
         UsageError: the recipe cannot run like this.
     """
-    choice = TrainRecipe.build(recipe, **choices)
+    choice = TrainRecipe.build(recipe, **settings)
     config = _config_of(model)
     shard, num_data = check_processes(choice.parallel, processes)
     check_batch(choice, num_data)

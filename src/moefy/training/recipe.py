@@ -1,8 +1,8 @@
-"""The recipe of continual pre-training: every choice that changes what a run does."""
+"""The recipes of continual pre-training and instruction tuning."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,15 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Part = Literal["embeddings", "attention", "norms", "experts", "shared-experts", "routers"]
 Tracker = Literal["tensorboard", "wandb"]
+Precision = Literal["auto", "float32", "bfloat16"]
+MixtureUpdate = Literal["llama-moe", "sheared-llama"]
+ExpertsImplementation = Literal["lean", "grouped_mm", "batched_mm", "eager"]
+_RENAMED = {
+    "sequences_per_step": "global_batch_size",
+    "sequences_per_pass": "micro_batch_size",
+    "clip_grad_norm": "max_grad_norm",
+    "router_rate_fraction": "router_lr_scale",
+}
 
 
 class NoBalance(Recipe):
@@ -60,6 +69,8 @@ class Distillation(Recipe):
     what did best on text that is not the teacher's own (docs/objective.md).
     """
 
+    renamed: ClassVar[dict[str, str]] = {"weight": "alpha"}
+
     alpha: Fraction = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
     layers: Literal["none", "residual", "ffn"] = "none"
@@ -101,6 +112,45 @@ class Parallel(Recipe):
     cpu_offload: bool = False
 
 
+class TrainSettings(TypedDict, total=False):
+    """The keys of `TrainRecipe`, as keywords of a function; a mapping stands for a part's keys."""
+
+    tokens: int
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    mixture: str | dict[str, float]
+    normalise_weights: bool
+    mixture_update: MixtureUpdate
+    mixture_interval_steps: int | None
+    reference_losses: str
+    learning_rate: float
+    warmup_fraction: float
+    min_lr_ratio: float
+    adam_betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    router_lr_scale: float
+    router_warmup_fraction: float
+    frozen: tuple[Part, ...]
+    lora: Lora | dict[str, Any] | None
+    balance: Balance | str | dict[str, Any]
+    z_loss: float
+    teacher: str | None
+    distillation: Distillation | dict[str, Any]
+    precision: Precision
+    parallel: Parallel | dict[str, Any]
+    gradient_checkpointing: bool
+    compile: bool
+    experts_implementation: ExpertsImplementation
+    checkpoint_every_steps: int
+    checkpoints_kept: int
+    evaluate_every_steps: int
+    heldout_sequences: int
+    trackers: tuple[Tracker, ...]
+    seed: int
+
+
 class TrainRecipe(Recipe):
     """Continual pre-training.
 
@@ -117,6 +167,8 @@ class TrainRecipe(Recipe):
     once.
     """
 
+    renamed: ClassVar[dict[str, str]] = _RENAMED | {"final_learning_rate_fraction": "min_lr_ratio"}
+
     tokens: Positive = 65_536
     sequence_length: Annotated[int, Field(ge=2)] = 512
     global_batch_size: Positive = 1
@@ -124,7 +176,7 @@ class TrainRecipe(Recipe):
 
     mixture: str | dict[str, float] = "Uniform"
     normalise_weights: bool = False
-    mixture_update: Literal["llama-moe", "sheared-llama"] = "llama-moe"
+    mixture_update: MixtureUpdate = "llama-moe"
     mixture_interval_steps: Positive | None = None
     reference_losses: str = "dense"
 
@@ -144,11 +196,11 @@ class TrainRecipe(Recipe):
     teacher: str | None = None
     distillation: Distillation = Distillation()
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     parallel: Parallel = Parallel()
     gradient_checkpointing: bool = False
     compile: bool = False
-    experts_implementation: Literal["lean", "grouped_mm", "batched_mm", "eager"] = "lean"
+    experts_implementation: ExpertsImplementation = "lean"
 
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
     checkpoints_kept: Positive = 2
@@ -210,3 +262,77 @@ class TrainRecipe(Recipe):
             "experts_implementation", "checkpoint_every_steps", "checkpoints_kept", "trackers",
         }  # fmt: skip
         return self.model_dump(mode="json", exclude=free)
+
+
+class TuneSettings(TypedDict, total=False):
+    """The keys of `TuneRecipe`, as keywords of a function."""
+
+    epochs: int
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    packing: bool
+    learning_rate: float
+    warmup_fraction: float
+    weight_decay: float
+    max_grad_norm: float
+    router: Literal["frozen", "balanced"]
+    router_lr_scale: float
+    balance_coefficient: float
+    lora_rank: int
+    lora_alpha: float | None
+    chat_template: str | None
+    heldout_conversations: int
+    gradient_checkpointing: bool
+    precision: Precision
+    checkpoint_every_steps: int
+    seed: int
+
+
+class TuneRecipe(Recipe):
+    """Instruction tuning on conversations.
+
+    The defaults are those of LLaMA-MoE (arXiv 2406.16554): two epochs, 2e-5 with a cosine to zero,
+    3% warm-up, 2,048 tokens, 128 conversations a step, frozen routers. Adam's rates, no weight
+    decay and a clip of 1 are the usual ones of this step, not the paper's word.
+
+    A sequence is a conversation, or with `packing` as many as fit; none is seen by another.
+    `balanced` routers learn at `router_lr_scale` of the rate (see `TrainRecipe`), with the
+    Switch loss. `lora_rank` 0 trains the weights themselves; `lora_alpha` None is twice the rank.
+    """
+
+    renamed: ClassVar[dict[str, str]] = _RENAMED
+
+    epochs: Positive = 2
+    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    global_batch_size: Positive = 128
+    micro_batch_size: Positive = 1
+    packing: bool = False
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    warmup_fraction: Share = 0.03
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    router: Literal["frozen", "balanced"] = "frozen"
+    router_lr_scale: NonNegative = 0.01
+    balance_coefficient: NonNegative = 1e-2
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    chat_template: str | None = None
+    heldout_conversations: Annotated[int, Field(ge=0)] = 100
+    gradient_checkpointing: bool = False
+    precision: Precision = "auto"
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 25
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> TuneRecipe:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.lora_rank and self.router == "balanced":
+            raise ValueError(
+                "balanced routers learn, and with --lora-rank only the adapters do: leave one out"
+            )
+        return self

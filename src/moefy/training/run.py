@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
@@ -31,7 +31,7 @@ from moefy.training.models import load_student, load_teacher, merge_adapters
 from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
 from moefy.training.processes import Workers, join_workers
-from moefy.training.recipe import TrainRecipe
+from moefy.training.recipe import TrainRecipe, TrainSettings
 from moefy.training.state import LOG, RunState, Saved, read_log, remove_state
 from moefy.training.step import train_step
 from moefy.training.throughput import flops_per_trained_token, peak
@@ -64,10 +64,10 @@ def train(
     out: str | Path,
     *,
     data: str | Path = "demo",
-    recipe: str | Path | None = None,
+    recipe: TrainRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
-    **choices: Any,
+    **settings: Unpack[TrainSettings],
 ) -> Training:
     """Continue pre-training on a mixture of domains and write the trained model.
 
@@ -84,12 +84,12 @@ def train(
         model: a converted (or dense) model folder, or any source `convert` takes.
         out: the run's folder.
         data: a folder that `prepare` wrote, a folder of `<domain>.jsonl(.gz)` files, or `demo`.
-        recipe: a YAML file with `TrainRecipe` keys.
+        recipe: a `TrainRecipe` or a YAML file with its keys.
         overwrite: replace what is in `out`: a model when the new one is complete; until then the
             run lies beside it, in `.NAME.next`, where the same call goes on. An unfinished run is
             begun again.
         report: told about progress, in the first process.
-        **choices: single `TrainRecipe` keys; they override the file.
+        **settings: single `TrainRecipe` keys; they override the recipe.
 
     Raises:
         UsageError: recipe, model, text or output are not usable, or the processes are not those
@@ -98,7 +98,7 @@ def train(
         StorageError: the disk is full; the last checkpoint is kept.
     """
     out = Path(out).expanduser()
-    choice = TrainRecipe.build(recipe, **choices)
+    choice = TrainRecipe.build(recipe, **settings)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
     check_reference(choice)
     check_trackers(choice)
@@ -110,7 +110,7 @@ def train(
     is_fresh = workers.of_first((overwrite and not is_beside) or not _is_unfinished(folder))
     if is_fresh or is_beside:
         read = (model, data, recipe, choice.teacher, choice.reference_losses)
-        sources = tuple(Path(path).expanduser() for path in read if path)
+        sources = tuple(Path(path).expanduser() for path in read if isinstance(path, str | Path))
         check_output(out, overwrite=overwrite, sources=sources)
     source = _resolved(model, workers, report)
     check_model(read_config(source), choice, str(source))

@@ -22,7 +22,7 @@ from moefy.experts.router_trace import RouterTrace
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
 from moefy.training.optimizer import parameter_groups
-from moefy.training.tune_recipe import TuneRecipe
+from moefy.training.recipe import TuneRecipe
 
 _LEARNED = "learned.pt"
 

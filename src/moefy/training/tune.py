@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -36,8 +36,8 @@ from moefy.storage import (
 )
 from moefy.training.checks import check_context
 from moefy.training.models import freeze_sinks
+from moefy.training.recipe import TuneRecipe, TuneSettings
 from moefy.training.state import FOLDER, LOG, read_log
-from moefy.training.tune_recipe import TuneRecipe
 from moefy.training.tuned_folder import finish_folder
 from moefy.training.write import versions, was_written, write_model
 
@@ -84,10 +84,10 @@ def tune(
     out: str | Path,
     *,
     data: str | Path,
-    recipe: str | Path | None = None,
+    recipe: TuneRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
-    **choices: Any,
+    **settings: Unpack[TuneSettings],
 ) -> Tuning:
     """Fine-tune a model on conversations and write it in the form it had.
 
@@ -102,12 +102,12 @@ def tune(
         model: a converted (or dense) model folder, or any source `convert` takes.
         out: the run's folder.
         data: conversations; see `tuning.conversations.read_conversations`.
-        recipe: a YAML file with `TuneRecipe` keys.
+        recipe: a `TuneRecipe` or a YAML file with its keys.
         overwrite: replace what is in `out`: a model when the new one is complete; until then the
             run lies beside it, in `.NAME.next`, where the same call goes on. An unfinished run is
             begun again.
         report: told about progress.
-        **choices: single `TuneRecipe` keys; they override the file.
+        **settings: single `TuneRecipe` keys; they override the recipe.
 
     Raises:
         UsageError: recipe, model, conversations or output are not usable, or trl is missing.
@@ -115,7 +115,7 @@ def tune(
         StorageError: the disk is full; the last checkpoint is kept.
     """
     out = Path(out).expanduser()
-    choice = TuneRecipe.build(recipe, **choices)
+    choice = TuneRecipe.build(recipe, **settings)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
     folder = run_folder(out, overwrite=overwrite)
     is_beside = folder != out
