@@ -36,7 +36,7 @@ from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import resolve
 from moefy.data.domains import Split, documents_of, open_domains
 from moefy.data.packing import pack
-from moefy.evaluation.output_loss import LogitsInput, next_labels, output_loss
+from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import switch_loss
 from moefy.experts.router_trace import RouterTrace, routers_of
 from moefy.hardware import device
@@ -269,7 +269,7 @@ def _objective(
     method: Method, student: Any, teacher: Any, tokens: torch.Tensor, options: argparse.Namespace
 ) -> torch.Tensor:
     """Return one pass's loss: tokens, balance at 1e-2 in every method, layers where asked."""
-    labels = next_labels(tokens)
+    labels = tokens[:, 1:]
     with _autocast(options), RouterTrace(student) as trace:
         if not method.teacher_share and not method.match:
             out = output_loss(LogitsInput.of(student, tokens).predicting(), labels)
@@ -310,7 +310,7 @@ class _Measure:
         with _autocast(self._options):
             for windows, parent in zip(self._batches, self._parents, strict=True):
                 student = LogitsInput.of(model, windows).predicting()
-                out = output_loss(student, next_labels(windows), teacher=parent)
+                out = output_loss(student, windows[:, 1:], teacher=parent)
                 assert out.divergence is not None
                 losses.append(out.cross_entropy.mean(-1))
                 divergences.append(out.divergence.mean(-1))

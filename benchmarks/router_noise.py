@@ -18,7 +18,7 @@ import torch
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
-from moefy.evaluation.output_loss import LogitsInput, next_labels, output_loss
+from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import importance_and_load_loss, switch_loss
 from moefy.experts.noisy_gate import NoisyGate
 from moefy.experts.router_trace import RouterTrace, routers_of
@@ -46,7 +46,7 @@ def main(moe: Path, data: str) -> None:
         torch.manual_seed(0)
         gate = NoisyGate(routers_of(model), scale=scale) if scale else None
         with RouterTrace(model, noise=gate) as trace:
-            out = output_loss(LogitsInput.of(model, tokens).predicting(), next_labels(tokens))
+            out = output_loss(LogitsInput.of(model, tokens).predicting(), tokens[:, 1:])
             sums = trace.sums()
         assert sums is not None
         # 1 is even use; E / k is an expert that every token chooses

@@ -23,9 +23,9 @@ from moefy.cli import app
 from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
-from moefy.evaluation import compare
-from moefy.evaluation.compare import token_divergences
-from moefy.evaluation.recall import Recall
+from moefy.evaluation import compared
+from moefy.evaluation.heldout import window_means
+from moefy.evaluation.output_loss import LogitsInput
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -82,26 +82,41 @@ def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_pa
     assert half.kl_to_reference == pytest.approx(expected, rel=1e-3, abs=float32_rounding)
 
 
-def test_divergence_by_hand() -> None:
-    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    assert token_divergences(p, q).item() == pytest.approx(expected, abs=1e-6)
+def test_means_by_hand() -> None:
+    """Two positions, two tokens; the logits are the hidden states themselves."""
+    reference = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
+    model = torch.tensor([[[0.25, 0.75], [0.6, 0.4]]]).log()
+    ids, matrix = torch.tensor([[0, 1]]), torch.eye(2)
+    with torch.no_grad():
+        found = window_means(LogitsInput(model, matrix), ids, LogitsInput(reference, matrix))
+        alone = window_means(LogitsInput(model, matrix), ids)
+    assert found.loss.item() == alone.loss.item() == pytest.approx(-math.log(0.75))
+    first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    second = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
+    assert found.divergence.item() == pytest.approx((first + second) / 2, abs=1e-6)
+    assert found.agreement.item() == 0.5
+    assert alone.divergence is alone.agreement is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_is_recalled_without_its_layers(tmp_path: Path, family: str) -> None:
+def test_means_are_those_of_all_logits(tmp_path: Path, family: str) -> None:
+    """In float64, with what a family multiplies its logits by; no position is left out."""
     scales = {"logits_scaling": 2.0, "embedding_multiplier": 3.0} if family == "granite" else {}
-    network = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path, family, **scales))
-    passes = torch.arange(24).view(3, 1, 8)
-    layers = weakref.ref(network.base_model)
-    with torch.inference_mode():
-        recall = Recall(network)
-        expected = [network(ids).logits[0] for ids in passes]
-        recall.forget_layers()
-        gc.collect()
-        assert layers() is None
-        for i, logits in enumerate(expected):
-            assert torch.equal(recall.logits(i), logits)
+    write_tiny_model(tmp_path, family, initializer_range=0.2, **scales)
+    dense, other = (AutoModelForCausalLM.from_pretrained(tmp_path).double() for _ in "ab")
+    other.model.layers[0].mlp.down_proj.weight.data *= 0.5
+    ids = torch.arange(24).view(3, 8)
+    with torch.no_grad():
+        reference = LogitsInput.of(dense, ids)
+        found = window_means(LogitsInput.of(other, ids), ids, reference)
+        log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (dense, other))
+    losses = -log_q[:, :-1].gather(-1, ids[:, 1:, None]).mean((1, 2))
+    assert found.loss.tolist() == pytest.approx(losses.tolist(), rel=1e-12)
+    divergences = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    assert found.divergence.tolist() == pytest.approx(divergences.tolist(), rel=1e-9)
+    assert found.agreement.tolist() == pytest.approx(
+        (log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).tolist()
+    )
 
 
 def test_one_model_at_a_time_is_in_memory(
@@ -118,7 +133,7 @@ def test_one_model_at_a_time_is_in_memory(
         most = max(most, sum(body() is not None for body in bodies))
         return network
 
-    monkeypatch.setattr(compare, "load_model", load)
+    monkeypatch.setattr(compared, "load_model", load)
     models = [make_llama(name) for name in "abcd"]
     moefy.evaluate(models, data=corpus, windows=1, sequence_length=16)
     assert (len(bodies), most) == (4, 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefy.errors import ArchitectureError
-from moefy.evaluation.output_loss import IGNORED, LogitsInput, OutputLoss, next_labels, output_loss
+from moefy.evaluation.output_loss import IGNORED, LogitsInput, OutputLoss, output_loss
 
 SIZES = [(7, 5, 11), (96, 24, 300)]  # tokens, hidden, vocabulary
 SETTINGS = [(0.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1.0, 2.0), (0.3, 3.0)]  # share, temperature
@@ -186,13 +186,24 @@ def test_autocast_is_near_float32() -> None:
         assert (mine - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_padding_neither_predicts_nor_is_predicted() -> None:
-    tokens = torch.tensor([[5, 6, 7, 8]])
-    assert next_labels(tokens).tolist() == [[6, 7, 8]]
-    right = torch.tensor([[True, True, False, False]])
-    assert next_labels(tokens, right).tolist() == [[6, IGNORED, IGNORED]]
-    left = torch.tensor([[False, True, True, True]])
-    assert next_labels(tokens, left).tolist() == [[IGNORED, 7, 8]]
+def test_agreement_is_that_of_the_likeliest_tokens() -> None:
+    """Only without gradients; it does not depend on the temperature."""
+    data = made(SIZES[1])
+    hidden, weight, labels, teacher_hidden, teacher_weight = (part.detach() for part in data)
+    ours = (hidden @ weight.T).argmax(-1) == (teacher_hidden @ teacher_weight.T).argmax(-1)
+    # two of three teachers' states are the student's: they agree there
+    mixed = torch.where(torch.arange(96)[:, None] % 3 > 0, hidden, -hidden)
+    same = (hidden @ weight.T).argmax(-1) == (mixed @ weight.T).argmax(-1)
+    assert 60 <= same.sum() < 96
+    with torch.no_grad():
+        found = chunked(*data, 0.5, 2.0).agreement
+        found_mixed = chunked(hidden, weight, labels, mixed, weight, 0.0, 1.0).agreement
+    counted = labels != IGNORED
+    assert found is not None
+    assert found_mixed is not None
+    assert torch.equal(found, ours & counted)
+    assert torch.equal(found_mixed, same & counted)
+    assert chunked(*data, 0.5, 2.0).agreement is None
 
 
 def test_another_vocabulary_is_refused() -> None:

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from moefy.checkpoint.cost import Cost, cost
-from moefy.checkpoint.load import load_model, load_tokenizer
-from moefy.data.domains import Domain, Split, documents_of, open_domains
-from moefy.data.packing import pack
-from moefy.errors import CorpusError
-from moefy.evaluation.candidates import candidates_of
+from moefy.checkpoint.load import load_tokenizer
+from moefy.data.domains import Split, open_domains
+from moefy.evaluation.compared import ComparedModel, compared_models
+from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
+from moefy.evaluation.output_loss import LogitsInput
 from moefy.evaluation.paired import Interval, paired_difference
-from moefy.evaluation.recall import Recall
-from moefy.hardware import device, synchronise
+from moefy.evaluation.timing import decode, prefill
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
 
-_DECODE_TOKENS = 24
-_DECODE_ROUNDS = 3
+_DECODE_PROMPT, _DECODE_TOKENS, _DECODE_ROUNDS = 32, 24, 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Result:
         top1_agreement: share of positions where the likeliest token is the reference's; None
             without a reference.
         cost: parameters and FLOPs.
-        prefill_tokens_per_s: median over the evaluation windows.
+        prefill_tokens_per_s: median over the evaluation windows, without the output matrix.
         decode_tokens_per_s: median of greedy generation, batch 1; None if not measured.
     """
 
@@ -81,59 +74,6 @@ class Comparison:
         return asdict(self)
 
 
-def token_losses(
-    logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]
-) -> Float[Tensor, " predicted"]:
-    """Return −log p of every token but the first, in nats."""
-    return F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
-
-
-def token_divergences(
-    reference: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
-) -> Float[Tensor, " tokens"]:
-    """Return KL(p ‖ q) = Σ p·(log p − log q) for every position, in nats.
-
-    Args:
-        reference: logits of p.
-        logits: logits of q.
-    """
-    log_p, log_q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-
-@dataclass
-class Predictions:
-    """What a model predicted, by token.
-
-    Attributes:
-        losses: −log p of the next token, nats.
-        divergences: KL(reference ‖ model), nats; empty without a reference.
-        agreements: whether the likeliest token is the reference's; empty without a reference.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
-    agreements: list[bool] = field(default_factory=list)
-
-    def add(
-        self,
-        ids: Int[Tensor, " tokens"],
-        logits: Float[Tensor, "tokens vocab"],
-        expected: Float[Tensor, "tokens vocab"] | None,
-    ) -> None:
-        """Add a window.
-
-        Args:
-            ids: its tokens.
-            logits: of the model.
-            expected: of the reference.
-        """
-        self.losses += token_losses(logits, ids).tolist()
-        if expected is not None:
-            self.divergences += token_divergences(expected, logits).tolist()
-            self.agreements += (expected.argmax(-1) == logits.argmax(-1)).tolist()
-
-
 @torch.inference_mode()
 def evaluate(
     models: str | Path | Sequence[str | Path],
@@ -149,8 +89,8 @@ def evaluate(
     """Measure models on the same windows of held-out text, in one run.
 
     One model at a time is in memory, in float32; of the first dense model, the reference of the
-    KL, the last hidden states and the output matrix stay. The speeds are those of that moment:
-    `measure_speed` lets the models take turns.
+    KL, the last hidden states and the output matrix stay. The models are measured one after
+    another: `measure_speed` lets them take turns.
 
     Args:
         models: model folders, or anything `convert` takes as a source.
@@ -159,183 +99,87 @@ def evaluate(
         windows: per domain; fewer where a domain has less text.
         sequence_length: tokens per window.
         decode: measure generation too.
-        names: to show instead of `models`.
+        names: shown instead of `models`.
         report: told about progress.
 
     Raises:
         UsageError: a model or the text is not usable, or the models' vocabularies differ.
     """
-    candidates = candidates_of(models, names, report)
-    shown = [candidate.name for candidate in candidates]
-    folders = [candidate.folder for candidate in candidates]
-    costs = [cost(candidate.config, context=sequence_length) for candidate in candidates]
+    compared = compared_models(models, names, report)
+    costs = [cost(model.config, context=sequence_length) for model in compared]
     text = evaluation_windows(
         open_domains(data, report=report),
         split,
-        load_tokenizer(folders[0]),
+        load_tokenizer(compared[0].folder),
         windows=windows,
         sequence_length=sequence_length,
         report=report,
     )
-    reference = next((i for i, c in enumerate(costs) if c.experts == 0), None)
-    recall: Recall | None = None
-    measured: dict[int, _Measured] = {}
-    for i in sorted(range(len(folders)), key=lambda i: i != reference):
-        report(Progress("load", len(measured), len(folders), shown[i]))
-        network = load_model(folders[i], dtype=torch.float32).to(device())
-        speed = _decode_speed(network, next(iter(text.values()))[0]) if decode else None
-        watched = Recall(network) if i == reference else None
-        measured[i] = _measure(network, text, recall, speed, report)
-        if watched is not None:
-            watched.forget_layers()
-            recall = watched
-        del network
-    report(Progress("load", len(folders), len(folders)))
-
-    results = []
-    for i, name in enumerate(shown):
-        found = measured[i]
-        kl, top1, excess = None, None, None
-        if reference is not None:
-            if i != reference:
-                excess = paired_difference(
-                    measured[reference].window_losses(sequence_length - 1),
-                    found.window_losses(sequence_length - 1),
-                )
-            kl = statistics.fmean(found.all_of("divergences") or [0.0])
-            top1 = statistics.fmean(found.all_of("agreements") or [True])
-        results.append(
-            Result(
-                name=name,
-                perplexity=perplexity(found.all_of("losses")),
-                domain_perplexity={
-                    domain: perplexity(each.losses) for domain, each in found.predictions.items()
-                },
-                excess_loss=excess,
-                kl_to_reference=kl,
-                top1_agreement=top1,
-                cost=costs[i],
-                prefill_tokens_per_s=sequence_length / statistics.median(found.seconds),
-                decode_tokens_per_s=found.decode_tokens_per_s,
-            )
-        )
-    tokens = sum(map(len, text.values())) * (sequence_length - 1)
-    label = None if reference is None else shown[reference]
-    return Comparison(label, tokens, sequence_length, results)
+    found: dict[int, Result] = {}
+    reference: _Reference | None = None
+    # dense models first: the others are compared with the first of them
+    for i in sorted(range(len(compared)), key=lambda i: costs[i].experts > 0):
+        found[i], itself = _measure(compared[i], costs[i], text, reference, decode, report)
+        if reference is None and costs[i].experts == 0:
+            reference = itself
+            found[i] = replace(found[i], kl_to_reference=0.0, top1_agreement=1.0)
+    return Comparison(
+        reference=reference.name if reference else None,
+        tokens=sum(map(len, text.values())) * (sequence_length - 1),
+        sequence_length=sequence_length,
+        results=[found[i] for i in range(len(compared))],
+    )
 
 
-def perplexity(losses: Sequence[float]) -> float:
-    """Return exp of the mean loss, infinite where that is too large for a float.
+class _Reference(NamedTuple):
+    """The dense model on every window: what is needed of it once its layers are gone."""
 
-    Args:
-        losses: −log p of tokens, nats.
-    """
-    mean = statistics.fmean(losses)
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-def evaluation_windows(
-    domains: Sequence[Domain],
-    split: Split,
-    tokenizer: Any,
-    *,
-    windows: int,
-    sequence_length: int,
-    report: ProgressFn = silent,
-) -> dict[str, Int[np.ndarray, "windows sequence"]]:
-    """Return evaluation windows by domain.
-
-    Args:
-        domains: of the corpus.
-        split: whose documents to read.
-        tokenizer: of the models.
-        windows: per domain; fewer where a domain has less text.
-        sequence_length: tokens per window.
-        report: told about progress.
-
-    Raises:
-        CorpusError: a domain is shorter than one window.
-    """
-    text = {}
-    for done, domain in enumerate(domains):
-        report(Progress("tokenise", done, len(domains), domain.name))
-        packed = pack(
-            documents_of(domain, split),
-            tokenizer,
-            sequence_length=sequence_length,
-            max_windows=windows,
-        )
-        if not len(packed):
-            raise CorpusError(
-                f"the {split} documents of the domain {domain.name!r} are shorter than one window "
-                f"of {sequence_length} tokens: add text, lower --sequence-length, or pass "
-                "--split all"
-            )
-        text[domain.name] = packed
-    report(Progress("tokenise", len(domains), len(domains)))
-    return text
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What one model predicted by domain, and times of the windows."""
-
-    predictions: dict[str, Predictions]
-    seconds: list[float]
-    decode_tokens_per_s: float | None
-
-    def all_of(self, kind: Literal["losses", "divergences", "agreements"]) -> list[Any]:
-        """Return the numbers of all domains, one after the other."""
-        return [each for found in self.predictions.values() for each in getattr(found, kind)]
-
-    def window_losses(self, tokens: int) -> list[list[float]]:
-        """Return each domain's mean losses of its windows, which predict so many tokens each."""
-        return [
-            np.reshape(found.losses, (-1, tokens)).mean(-1).tolist()
-            for found in self.predictions.values()
-        ]
+    name: str
+    states: list[LogitsInput]
+    losses: list[list[float]]  # by domain and window
 
 
 def _measure(
-    network: Any,
-    text: dict[str, Int[np.ndarray, "windows sequence"]],
-    recall: Recall | None,
-    decode_tokens_per_s: float | None,
+    model: ComparedModel,
+    counted: Cost,
+    text: Windows,
+    reference: _Reference | None,
+    decode: bool,
     report: ProgressFn,
-) -> _Measured:
-    measured = _Measured({domain: Predictions() for domain in text}, [], decode_tokens_per_s)
-    total, done = sum(map(len, text.values())), 0
-    for domain, rows in text.items():
-        for row in rows:
-            ids = torch.from_numpy(row).to(device())
-            logits, elapsed_s = _forward(network, ids)
-            measured.seconds.append(elapsed_s)
-            expected = recall.logits(done) if recall else None
-            measured.predictions[domain].add(ids, logits, expected)
-            done += 1
-            report(Progress("evaluate", done, total, domain))
-    return measured
+) -> tuple[Result, _Reference]:
+    """Return a model's row, and the model as a reference for others."""
+    network = model.load(report)
+    decode_tokens_per_s = _decode_tokens_per_s(network, text) if decode else None
+    quality, speeds, states = Quality(), [], []
+    total = sum(map(len, text.values()))
+    dense_states = reference.states if reference else None
+    for done, each in enumerate(passes(network, text, dense_states), start=1):
+        quality.add(each.domain, each.means)
+        speeds.append(each.state.hidden.shape[1] / each.elapsed_s)
+        if reference is None and counted.experts == 0:
+            states.append(each.state)
+        report(Progress("evaluate", done, total, each.domain))
+    losses = list(quality.losses.values())
+    row = Result(
+        name=model.name,
+        perplexity=perplexity(quality.loss),
+        domain_perplexity={name: perplexity(loss) for name, loss in quality.domain_loss.items()},
+        excess_loss=paired_difference(reference.losses, losses) if reference else None,
+        kl_to_reference=quality.kl_to_reference,
+        top1_agreement=quality.top1_agreement,
+        cost=counted,
+        prefill_tokens_per_s=statistics.median(speeds),
+        decode_tokens_per_s=decode_tokens_per_s,
+    )
+    return row, _Reference(model.name, states, losses)
 
 
-def _forward(network: Any, ids: Tensor) -> tuple[Tensor, float]:
-    synchronise()
-    started = time.perf_counter()
-    logits = network(ids[None], use_cache=False).logits[0]
-    synchronise()
-    return logits, time.perf_counter() - started
-
-
-def _decode_speed(network: Any, window: Int[np.ndarray, " sequence"]) -> float:
+def _decode_tokens_per_s(network: Any, text: Windows) -> float:
     """Time greedy generation; the prompt's pass is not counted."""
-    prompt = torch.from_numpy(window[:32])[None].to(device())
-    speeds = []
+    window = next(iter(text.values()))[0]
+    prompt = torch.from_numpy(window[:_DECODE_PROMPT])[None].to(device())
+    seconds = []
     for _ in range(_DECODE_ROUNDS):
-        out = network(prompt, use_cache=True)
-        synchronise()
-        started = time.perf_counter()
-        for _ in range(_DECODE_TOKENS):
-            token = out.logits[:, -1:].argmax(-1)
-            out = network(token, past_key_values=out.past_key_values, use_cache=True)
-        synchronise()
-        speeds.append(_DECODE_TOKENS / (time.perf_counter() - started))
-    return statistics.median(speeds)
+        cache, token, _ = prefill(network, prompt)
+        seconds.append(decode(network, cache, token, _DECODE_TOKENS))
+    return _DECODE_TOKENS / statistics.median(seconds)

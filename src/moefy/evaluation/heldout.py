@@ -1,24 +1,73 @@
-"""Losses on text that is not trained on, by domain."""
+"""Loss on held-out windows of text by domain, and the distance from a dense model's predictions.
+
+`evaluate`, `measure_routing`, `train` and the studies all take their means from `window_means`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moefy.evaluation.output_loss import LogitsInput, next_labels, output_loss
-from moefy.hardware import device, products_in
+from moefy.data.domains import Domain, Split, documents_of
+from moefy.data.packing import pack
+from moefy.errors import CorpusError
+from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
+from moefy.hardware import device, products_in, synchronise
+from moefy.progress import Progress, ProgressFn, silent
+
+Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]
+"""Token ids by domain."""
+
+
+class WindowMeans(NamedTuple):
+    """Means over the tokens of each window, in float64.
+
+    Attributes:
+        loss: −log p of the next token, nats.
+        divergence: KL(reference ‖ model) over all positions, nats; None without a reference.
+        agreement: share of positions where both find the same token the likeliest; None without a
+            reference.
+    """
+
+    loss: Float[Tensor, " windows"]
+    divergence: Float[Tensor, " windows"] | None
+    agreement: Float[Tensor, " windows"] | None
+
+
+def window_means(
+    model: LogitsInput, ids: Int[Tensor, "windows sequence"], reference: LogitsInput | None = None
+) -> WindowMeans:
+    """Return the means over each window; the logits are formed a chunk of tokens at a time.
+
+    Args:
+        model: last hidden states and output matrix.
+        ids: the windows' tokens.
+        reference: those of the dense model on the same windows.
+    """
+    # the last position has nothing to predict, but its distribution is compared like the others
+    labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED if reference is None else 0)
+    out = output_loss(model, labels, teacher=reference)
+    loss = out.cross_entropy[:, :-1].double().mean(1)
+    if out.divergence is None or out.agreement is None:
+        return WindowMeans(loss, None, None)
+    return WindowMeans(loss, out.divergence.double().mean(1), out.agreement.double().mean(1))
 
 
 @torch.no_grad()
 def heldout_losses(
     network: Any,
-    windows: Mapping[str, Int[np.ndarray, "_windows sequence"]],
+    windows: Windows,
     *,
     precision: str,
     micro_batch_size: int = 1,
@@ -43,17 +92,15 @@ def heldout_losses(
     names = list(windows)
     tokens = np.concatenate([windows[name] for name in names])
     domain_idxs = np.repeat(np.arange(len(names)), [len(windows[name]) for name in names])
-    at_once = micro_batch_size
-    width = num_data * at_once
     sums = torch.zeros(len(names), dtype=torch.float64)
     was_training = network.training
     network.eval()
-    for first in range(data_idx * at_once, _up(len(tokens), width), width):
-        idxs = np.arange(first, first + at_once)
+    for first in range(0, len(tokens), num_data * micro_batch_size):
+        idxs = first + data_idx * micro_batch_size + np.arange(micro_batch_size)
         ids = torch.from_numpy(tokens[idxs % len(tokens)]).to(device())
         with products_in(precision, ids.device):
-            out = output_loss(LogitsInput.of(network, ids).predicting(), next_labels(ids))
-        for idx, loss in zip(idxs.tolist(), out.cross_entropy.double().mean(1).cpu(), strict=True):
+            losses = window_means(LogitsInput.of(network, ids), ids).loss.cpu()
+        for idx, loss in zip(idxs.tolist(), losses, strict=True):
             if idx < len(tokens):
                 sums[domain_idxs[idx]] += loss
     network.train(was_training)
@@ -61,9 +108,130 @@ def heldout_losses(
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the last weights would stay gathered
     sums = total(sums.to(device())).cpu()
-    counts = [len(windows[name]) for name in names]
-    return {name: float(sums[i]) / counts[i] for i, name in enumerate(names)}
+    return {name: float(sums[i]) / len(windows[name]) for i, name in enumerate(names)}
 
 
-def _up(count: int, width: int) -> int:
-    return -(-count // width) * width
+class Pass(NamedTuple):
+    """One window's pass through a model.
+
+    Attributes:
+        domain: of the window.
+        state: what the logits are made of.
+        means: over the window's tokens.
+        elapsed_s: up to the last hidden states.
+    """
+
+    domain: str
+    state: LogitsInput
+    means: WindowMeans
+    elapsed_s: float
+
+
+def passes(
+    network: Any, windows: Windows, reference: Sequence[LogitsInput] | None = None
+) -> Iterator[Pass]:
+    """Put one window after the other through a model.
+
+    Args:
+        network: any model of `checkpoint.load`.
+        windows: token ids by domain.
+        reference: the dense model's states on the same windows, in the same order.
+    """
+    rows = ((domain, row) for domain, several in windows.items() for row in several)
+    for idx, (domain, row) in enumerate(rows):
+        ids = torch.from_numpy(row)[None].to(device())
+        synchronise()
+        started = time.perf_counter()
+        state = LogitsInput.of(network, ids)
+        synchronise()
+        elapsed_s = time.perf_counter() - started
+        means = window_means(state, ids, reference[idx] if reference else None)
+        yield Pass(domain, state, means, elapsed_s)
+
+
+@dataclass
+class Quality:
+    """What a model predicted on all windows, which have the same length: a mean of window means.
+
+    Attributes:
+        losses: of the windows by domain, nats per token.
+        divergences, agreements: of the windows, all domains; empty without a reference.
+    """
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    divergences: list[float] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
+
+    def add(self, domain: str, means: WindowMeans) -> None:
+        """Add windows of a domain."""
+        self.losses.setdefault(domain, []).extend(means.loss.tolist())
+        if means.divergence is not None and means.agreement is not None:
+            self.divergences += means.divergence.tolist()
+            self.agreements += means.agreement.tolist()
+
+    @property
+    def loss(self) -> float:
+        """Mean over the tokens of all domains, nats."""
+        return statistics.fmean(loss for losses in self.losses.values() for loss in losses)
+
+    @property
+    def domain_loss(self) -> dict[str, float]:
+        """Mean over the tokens of each domain, nats."""
+        return {domain: statistics.fmean(losses) for domain, losses in self.losses.items()}
+
+    @property
+    def kl_to_reference(self) -> float | None:
+        """Mean over tokens of KL(reference ‖ model), nats; None without a reference."""
+        return statistics.fmean(self.divergences) if self.divergences else None
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of positions with the reference's likeliest token; None without a reference."""
+        return statistics.fmean(self.agreements) if self.agreements else None
+
+
+def perplexity(loss: float) -> float:
+    """Return exp of a mean loss in nats, infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def evaluation_windows(
+    domains: Sequence[Domain],
+    split: Split,
+    tokenizer: Any,
+    *,
+    windows: int,
+    sequence_length: int,
+    report: ProgressFn = silent,
+) -> dict[str, Int[np.ndarray, "windows sequence"]]:
+    """Return token ids by domain.
+
+    Args:
+        domains: of the corpus.
+        split: whose documents to read.
+        tokenizer: of the models.
+        windows: per domain; fewer where a domain has less text.
+        sequence_length: tokens per window.
+        report: told about progress.
+
+    Raises:
+        CorpusError: a domain is shorter than one window.
+    """
+    text = {}
+    for done, domain in enumerate(domains):
+        report(Progress("tokenise", done, len(domains), domain.name))
+        packed = pack(
+            documents_of(domain, split),
+            tokenizer,
+            sequence_length=sequence_length,
+            max_windows=windows,
+        )
+        if not len(packed):
+            raise CorpusError(
+                f"the {split} documents of the domain {domain.name!r} are shorter than one window "
+                f"of {sequence_length} tokens: add text, lower --sequence-length, or pass "
+                "--split all"
+            )
+        text[domain.name] = packed
+    report(Progress("tokenise", len(domains), len(domains)))
+    return text

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,19 +85,6 @@ def _passed_over(head: Any) -> Iterator[None]:
             head.forward = before
 
 
-def next_labels(
-    tokens: Int[Tensor, "batch sequence"], mask: Bool[Tensor, "batch sequence"] | None = None
-) -> Int[Tensor, "batch sequence-1"]:
-    """Return what each token but the last should predict: the next one.
-
-    Args:
-        tokens: ids.
-        mask: False for padding, which neither predicts nor is predicted; None if there is none.
-    """
-    labels = tokens[:, 1:]
-    return labels if mask is None else labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
-
-
 @dataclass(frozen=True)
 class OutputLoss:
     """What `output_loss` returns.
@@ -107,11 +94,14 @@ class OutputLoss:
         cross_entropy: of every token, nats, without gradients; 0 where the label is IGNORED.
         divergence: KL(teacher‖student) of every token at the temperature, nats, without gradients
             and without the factor temperature²; None without a teacher.
+        agreement: whether teacher and student find the same token the likeliest; None without a
+            teacher, and where gradients are computed.
     """
 
     loss: Float[Tensor, ""]
     cross_entropy: Float[Tensor, "*tokens"]
     divergence: Float[Tensor, "*tokens"] | None
+    agreement: Bool[Tensor, "*tokens"] | None = None
 
 
 def output_loss(
@@ -153,26 +143,26 @@ def output_loss(
         check_vocabularies(len(student.weight), len(teacher.weight))
     assert teacher is not None or teacher_share == 0, "a teacher's share needs a teacher"
     counted = labels != IGNORED
-    settings = _Settings(
-        share=teacher_share,
-        temperature=temperature,
-        divisor=max(1.0, float(counted.sum() if num_tokens is None else num_tokens)),
-        chunk_tokens=max(1, chunk_bytes // (4 * len(student.weight))),
-        with_gradient=torch.is_grad_enabled(),
-    )
-    loss, cross_entropy, divergence = _ChunkedLoss.apply(
+    divisor = max(1.0, float(counted.sum() if num_tokens is None else num_tokens))
+    with_gradient = torch.is_grad_enabled()  # inside of an autograd.Function it never is
+    # [tokens that count, hidden]: ignored ones cost nothing
+    loss, cross_entropy, divergence, agreement = _ChunkedLoss.apply(
         student.hidden[counted],
         student.weight,
         labels[counted],
         teacher.hidden[counted] if teacher else None,
         teacher.weight if teacher else None,
-        settings,
+        _Settings(teacher_share, temperature, divisor, chunk_bytes, with_gradient),
     )
-    by_token = torch.zeros(labels.shape, dtype=loss.dtype, device=loss.device)
+
+    def placed(values: Tensor) -> Tensor:
+        return torch.zeros_like(labels, dtype=values.dtype).masked_scatter(counted, values)
+
     return OutputLoss(
         loss,
-        by_token.masked_scatter(counted, cross_entropy),
-        by_token.masked_scatter(counted, divergence) if teacher else None,
+        placed(cross_entropy),
+        placed(divergence) if teacher else None,
+        placed(agreement) if teacher and not with_gradient else None,
     )
 
 
@@ -189,13 +179,12 @@ def check_vocabularies(student: int, teacher: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     share: float
     temperature: float
     divisor: float
-    chunk_tokens: int
-    with_gradient: bool  # autograd.Function does not know: it runs without gradients itself
+    chunk_bytes: int
+    with_gradient: bool
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -210,28 +199,33 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        # products may be in bfloat16; a sum over the vocabulary in it would lose the loss's digits
         wide = torch.promote_types(dtype, torch.float32)
         matrix = weight.to(dtype)
         teacher_matrix = None if teacher_weight is None else teacher_weight.to(dtype)
         cross_entropy = hidden.new_zeros(len(hidden), dtype=wide)
         divergence = torch.zeros_like(cross_entropy)
+        agreement = torch.zeros_like(labels, dtype=torch.bool)
         needs_hidden, needs_weight = (
             needed and settings.with_gradient for needed in ctx.needs_input_grad[:2]
         )
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        chunk_tokens = max(1, settings.chunk_bytes // (4 * len(weight)))
         with torch.autocast(kind, enabled=False):
-            for start in range(0, len(hidden), settings.chunk_tokens):
-                rows = slice(start, start + settings.chunk_tokens)
+            for start in range(0, len(hidden), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
                 inputs = hidden[rows].to(dtype)
-                logits = F.linear(inputs, matrix).to(wide)
+                logits = F.linear(inputs, matrix).to(wide)  # [chunk, vocab]
                 teacher_logits = None
                 if teacher_hidden is not None and teacher_matrix is not None:
                     teacher_logits = F.linear(teacher_hidden[rows].to(dtype), teacher_matrix)
                     teacher_logits = teacher_logits.to(wide)
+                    if not settings.with_gradient:  # training has no use for it
+                        agreement[rows] = logits.argmax(-1) == teacher_logits.argmax(-1)
                 cross_entropy[rows], divergence[rows], grad = _losses_and_gradient(
                     logits,
                     labels[rows],
@@ -247,16 +241,17 @@ class _ChunkedLoss(torch.autograd.Function):
                     hidden_grad[rows] = grad @ matrix
                 if weight_grad is not None and dtype == wide:
                     weight_grad.addmm_(grad.T, inputs)
-                elif weight_grad is not None:
+                elif weight_grad is not None:  # addmm_ does not mix dtypes
                     weight_grad += grad.T @ inputs
+        # kept here and not by save_for_backward: backward must be free to scale them in place
         ctx.gradients = (
             hidden_grad,
             None if weight_grad is None else weight_grad.to(weight.dtype),
         )
-        ctx.mark_non_differentiable(cross_entropy, divergence)
+        ctx.mark_non_differentiable(cross_entropy, divergence, agreement)
         by_token = (1 - settings.share) * cross_entropy
         by_token += settings.share * settings.temperature**2 * divergence
-        return by_token.sum() / settings.divisor, cross_entropy, divergence
+        return by_token.sum() / settings.divisor, cross_entropy, divergence, agreement
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -281,6 +276,7 @@ def _losses_and_gradient(
 
     Works in the buffers that it is given.
     """
+    # [chunk, 1]; every op below that ends in _ overwrites the logits: they are the largest tensors
     label_column = labels[:, None]
     log_sum = logits.logsumexp(-1, keepdim=True)
     cross_entropy = (log_sum - logits.gather(-1, label_column))[:, 0]
@@ -291,7 +287,7 @@ def _losses_and_gradient(
         grad.scatter_add_(-1, label_column, torch.full_like(log_sum, -1.0))
         return cross_entropy, 0.0, grad
 
-    hot_grad = None
+    hot_grad = None  # of the cross-entropy, whose temperature is 1
     if with_gradient and temperature != 1 and share != 1:
         hot_grad = (logits - log_sum).exp_().mul_(1 - share)
     if temperature != 1:

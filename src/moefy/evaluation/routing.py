@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from moefy.checkpoint.cost import cost, ffn_shape
-from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.checkpoint.load import load_tokenizer
 from moefy.data.domains import Split, open_domains
 from moefy.errors import UsageError
-from moefy.evaluation.candidates import Candidate, candidates_of
-from moefy.evaluation.compare import Predictions, evaluation_windows, perplexity
-from moefy.evaluation.router_watch import Watched, remember, watch
+from moefy.evaluation.compared import ComparedModel, compared_models
+from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
+from moefy.evaluation.output_loss import LogitsInput
 from moefy.evaluation.routing_stats import (
     coactivation,
     dead_experts,
@@ -26,7 +26,8 @@ from moefy.evaluation.routing_stats import (
     load_shares,
     relative_entropy,
 )
-from moefy.hardware import device
+from moefy.experts.active_experts import ActiveExperts
+from moefy.experts.router_trace import RouterTrace
 from moefy.progress import Progress, ProgressFn, silent
 
 
@@ -53,7 +54,7 @@ class KQuality:
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingStats:
     """What one model's routers chose, with as many experts as the model was saved with.
 
     A *choice* is one expert chosen for one token: a token makes `active` of them in every layer.
@@ -107,13 +108,14 @@ class RoutingResult:
     reference_loss: float | None
     tokens: dict[str, int]
     sequence_length: int
-    models: list[Routing]
+    models: list[RoutingStats]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
 
 
+@torch.inference_mode()
 def measure_routing(
     models: str | Path | Sequence[str | Path],
     *,
@@ -149,42 +151,46 @@ def measure_routing(
         UsageError: no model has experts, a k is out of range, a model or the text is not usable, or
             the models' vocabularies differ.
     """
-    candidates = candidates_of(models, names, report)
-    routed = [each for each in candidates if ffn_shape(each.config).experts]
-    dense = next((each for each in candidates if each not in routed), None)
+    compared = compared_models(models, names, report)
+    routed = [each for each in compared if ffn_shape(each.config).experts]
+    dense = next((each for each in compared if each not in routed), None)
     if not routed:
         raise UsageError(
-            f"{', '.join(each.name for each in candidates)}: no model has experts to choose from; "
+            f"{', '.join(each.name for each in compared)}: no model has experts to choose from; "
             "name one that `moefy convert` wrote"
         )
     tried = [_numbers_to_try(each, active) for each in routed]
     text = evaluation_windows(
         open_domains(data, report=report),
         split,
-        load_tokenizer(candidates[0].folder),
+        load_tokenizer(compared[0].folder),
         windows=windows,
         sequence_length=sequence_length,
         report=report,
     )
-    with torch.inference_mode():
-        recall, reference_loss = None, None
-        if dense:
-            recall, predictions = remember(_load(dense, report), text, report, dense.name)
-            reference_loss = statistics.fmean(predictions.losses)
-        found = [
-            _routing(each, watch(_load(each, report), ks, text, recall, report, each.name))
-            for each, ks in zip(routed, tried, strict=True)
-        ]
+    states: list[LogitsInput] | None = None
+    reference_loss = None
+    if dense:
+        states, quality = [], Quality()
+        network = dense.load(report)
+        for done, each in enumerate(passes(network, text), start=1):
+            quality.add(each.domain, each.means)
+            states.append(each.state)
+            report(Progress(dense.name, done, sum(map(len, text.values()))))
+        reference_loss = quality.loss
+        del network
     return RoutingResult(
         reference=dense.name if dense else None,
         reference_loss=reference_loss,
         tokens={domain: rows.size for domain, rows in text.items()},
         sequence_length=sequence_length,
-        models=found,
+        models=[
+            _watch(model, ks, text, states, report) for model, ks in zip(routed, tried, strict=True)
+        ],
     )
 
 
-def _numbers_to_try(model: Candidate, active: Sequence[int] | None) -> list[int]:
+def _numbers_to_try(model: ComparedModel, active: Sequence[int] | None) -> list[int]:
     """Return every k to measure, ascending, the saved one among them."""
     shape = ffn_shape(model.config)
     if active is None:
@@ -198,22 +204,59 @@ def _numbers_to_try(model: Candidate, active: Sequence[int] | None) -> list[int]
     return sorted({*active, shape.active})
 
 
-def _load(model: Candidate, report: ProgressFn) -> Any:
-    report(Progress("load", 0, 1, model.name))
-    network = load_model(model.folder, dtype=torch.float32).to(device())
-    report(Progress("load", 1, 1, model.name))
-    return network
+def _watch(
+    model: ComparedModel,
+    ks: Sequence[int],
+    text: Windows,
+    reference: list[LogitsInput] | None,
+    report: ProgressFn,
+) -> RoutingStats:
+    """Run a MoE model with every k, and look at the routers where k is the saved one."""
+    network = model.load(report)
+    trace = RouterTrace(network)
+    windows: dict[str, list[Any]] = {domain: [] for domain in text}
+    pairs: Any = 0
+    quality = {k: Quality() for k in ks}
+    total, done = len(ks) * sum(map(len, text.values())), 0
+    for k in ks:
+        with ActiveExperts(network, k), trace:
+            for each in passes(network, text, reference):
+                if k == network.config.num_experts_per_tok:
+                    runs = trace.runs().float()  # [layers, tokens, experts]
+                    # token counts are whole numbers below 2**24: exact in float32
+                    together = (runs.mT @ runs).double().cpu().numpy()
+                    # on the diagonal, how many tokens chose an expert
+                    windows[each.domain].append(np.diagonal(together, axis1=-2, axis2=-1).copy())
+                    pairs += together
+                trace.clear()
+                quality[k].add(each.domain, each.means)
+                done += 1
+                report(Progress(model.name, done, total, f"{k} active"))
+    by_domain = [np.stack(each) for each in windows.values()]
+    return _stats(model, dict(zip(text, by_domain, strict=True)), pairs, quality)
 
 
-def _routing(model: Candidate, watched: Watched) -> Routing:
+def _stats(
+    model: ComparedModel,
+    windows: dict[str, Float[np.ndarray, "_windows layers experts"]],
+    pairs: Float[np.ndarray, "layers experts experts"],
+    quality: dict[int, Quality],
+) -> RoutingStats:
+    """Turn counts into what is shown.
+
+    Args:
+        model: whose counts they are.
+        windows: by domain, how often each expert was chosen in each window.
+        pairs: tokens that chose both experts, over all windows.
+        quality: by k.
+    """
     shape = ffn_shape(model.config)
-    windows = watched.choices
     by_domain = {domain: each.sum(0) for domain, each in windows.items()}
     loads = {domain: load_shares(choices) for domain, choices in by_domain.items()}
     choices = np.sum(list(by_domain.values()), axis=0)
     load = load_shares(choices)
     noise = expected_divergence(list(windows.values()))
-    return Routing(
+    return RoutingStats(
         name=model.name,
         experts=shape.experts,
         active=shape.active,
@@ -222,19 +265,18 @@ def _routing(model: Candidate, watched: Watched) -> Routing:
         entropy=relative_entropy(load).tolist(),
         dead=dead_experts(choices),
         max_over_mean=(load.max(-1) * shape.experts).tolist(),
-        coactivation=coactivation(watched.pairs).round(4).tolist(),
+        coactivation=coactivation(pairs).round(4).tolist(),
         domain_distance=divergence(np.stack(list(loads.values()))).tolist(),
         domain_noise=None if noise is None else noise.tolist(),
-        quality=[_quality(model, k, found) for k, found in watched.predictions.items()],
-    )
-
-
-def _quality(model: Candidate, k: int, found: Predictions) -> KQuality:
-    return KQuality(
-        k=k,
-        loss=statistics.fmean(found.losses),
-        perplexity=perplexity(found.losses),
-        kl_to_reference=statistics.fmean(found.divergences) if found.divergences else None,
-        top1_agreement=statistics.fmean(found.agreements) if found.agreements else None,
-        active_params=cost({**model.config, "num_experts_per_tok": k}).active_params,
+        quality=[
+            KQuality(
+                k=k,
+                loss=found.loss,
+                perplexity=perplexity(found.loss),
+                kl_to_reference=found.kl_to_reference,
+                top1_agreement=found.top1_agreement,
+                active_params=cost({**model.config, "num_experts_per_tok": k}).active_params,
+            )
+            for k, found in quality.items()
+        ],
     )

@@ -77,10 +77,10 @@ def _one_round(
     ids = random_prompt(config["vocab_size"], batch, setting.prompt_tokens)
     prefilled = seconds.setdefault((i, "prefill", batch), {})
     names = _kept(prefilled) or _implementations(config, ids.numel(), setting.dtype)
-    _race(network, names, prefilled, lambda: _prefill(network, ids)[2])
+    _race(network, names, prefilled, lambda: prefill(network, ids)[2])
 
     _use(network, _kept(prefilled)[0])
-    cache, token, _ = _prefill(network, ids)
+    cache, token, _ = prefill(network, ids)
     decoded = seconds.setdefault((i, "decode", batch), {})
     names = _kept(decoded) or _implementations(config, batch, setting.dtype)
     count = setting.new_tokens
@@ -88,7 +88,7 @@ def _one_round(
         network,
         names,
         decoded,
-        lambda: _decode(network, copy.deepcopy(cache), token, count) / count,
+        lambda: decode(network, copy.deepcopy(cache), token, count) / count,
     )
 
 
@@ -104,7 +104,7 @@ def _race(
     for name in names:
         try:
             _use(network, name)
-            _decode(network, *_prefill(network, short)[:2], 1)  # the first run of a name is slow
+            decode(network, *prefill(network, short)[:2], 1)  # the first run of a name is slow
             elapsed_s = timed()
         except Exception as error:  # what the implementations raise has no common type
             failure = error
@@ -151,7 +151,7 @@ def random_prompt(vocab_size: int, batch: int, tokens: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _prefill(network: Any, ids: Tensor) -> tuple[Any, Tensor, float]:
+def prefill(network: Any, ids: Tensor) -> tuple[Any, Tensor, float]:
     """Return the cache, the next tokens and the seconds."""
     synchronise()
     started = time.perf_counter()
@@ -162,7 +162,7 @@ def _prefill(network: Any, ids: Tensor) -> tuple[Any, Tensor, float]:
 
 
 @torch.inference_mode()
-def _decode(network: Any, cache: Any, token: Tensor, count: int) -> float:
+def decode(network: Any, cache: Any, token: Tensor, count: int) -> float:
     """Decode greedily and return the seconds."""
     synchronise()
     started = time.perf_counter()
@@ -213,16 +213,16 @@ def small_operations(
     network = random_model(narrow(config), setting.dtype)
     _use(network, implementation)
     ids = random_prompt(256, batch, setting.prompt_tokens)
-    cache, token, _ = _prefill(network, ids)
+    cache, token, _ = prefill(network, ids)
     passes, elapsed = max(4, setting.new_tokens // 4), []
     for _ in range(3):
         if phase == "prefill":
-            elapsed.append(_prefill(network, ids)[2])
+            elapsed.append(prefill(network, ids)[2])
         else:
-            elapsed.append(_decode(network, copy.deepcopy(cache), token, passes) / passes)
+            elapsed.append(decode(network, copy.deepcopy(cache), token, passes) / passes)
     with _Counter() as counter:
         if phase == "prefill":
-            _prefill(network, ids)
+            prefill(network, ids)
         else:
-            _decode(network, cache, token, 1)
+            decode(network, cache, token, 1)
     return counter.operations, min(elapsed)

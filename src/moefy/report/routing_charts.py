@@ -21,7 +21,7 @@ from moefy.report.routing_tables import k_rows
 from moefy.report.tables import Rows
 
 if TYPE_CHECKING:
-    from moefy.evaluation.routing import Routing, RoutingResult
+    from moefy.evaluation.routing import RoutingResult, RoutingStats
 
 
 def routing_charts(result: RoutingResult) -> list[Chart]:
@@ -45,11 +45,11 @@ def routing_charts(result: RoutingResult) -> list[Chart]:
     return charts
 
 
-def _load_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
+def _load_rows(model: RoutingStats, tokens: Mapping[str, int]) -> Rows:
     return load_rows(overall_load(model, tokens))
 
 
-def _domain_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
+def _domain_rows(model: RoutingStats, tokens: Mapping[str, int]) -> Rows:
     rows = [["layer", "domain", "expert", "load"]]
     for layer_idx in shown_layers(model):
         for domain in tokens:
@@ -61,7 +61,7 @@ def _domain_rows(model: Routing, tokens: Mapping[str, int]) -> Rows:
     return rows
 
 
-def _coactivation_rows(model: Routing, _: Mapping[str, int]) -> Rows:
+def _coactivation_rows(model: RoutingStats, _: Mapping[str, int]) -> Rows:
     rows = [["layer", "e", "f", "share of e's tokens that chose f"]]
     for layer_idx in shown_layers(model):
         entries = matrix_rows(np.array(model.coactivation[layer_idx]))

@@ -13,10 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from moefy.report.figures import load_heatmap
 
 if TYPE_CHECKING:
-    from moefy.evaluation.routing import Routing, RoutingResult
+    from moefy.evaluation.routing import RoutingResult, RoutingStats
 
 
-def expert_load(model: Routing, tokens: Mapping[str, int]) -> Figure:
+def expert_load(model: RoutingStats, tokens: Mapping[str, int]) -> Figure:
     """Draw how often each expert is chosen, per layer, over all tokens.
 
     Args:
@@ -28,7 +28,9 @@ def expert_load(model: Routing, tokens: Mapping[str, int]) -> Figure:
     return figure
 
 
-def overall_load(model: Routing, tokens: Mapping[str, int]) -> Float[np.ndarray, "layers experts"]:
+def overall_load(
+    model: RoutingStats, tokens: Mapping[str, int]
+) -> Float[np.ndarray, "layers experts"]:
     """Return each expert's share of its layer's choices over all tokens.
 
     Args:
@@ -39,7 +41,7 @@ def overall_load(model: Routing, tokens: Mapping[str, int]) -> Float[np.ndarray,
     return np.average(loads, axis=0, weights=list(tokens.values()))
 
 
-def domain_loads(model: Routing, _: Mapping[str, int]) -> Figure:
+def domain_loads(model: RoutingStats, _: Mapping[str, int]) -> Figure:
     """Draw how each domain uses the experts of the first, a middle and the last layer.
 
     Rows that look alike say that the routers do not tell the domains apart.
@@ -60,7 +62,7 @@ def domain_loads(model: Routing, _: Mapping[str, int]) -> Figure:
     return figure
 
 
-def coactivation_maps(model: Routing, _: Mapping[str, int]) -> Figure:
+def coactivation_maps(model: RoutingStats, _: Mapping[str, int]) -> Figure:
     """Draw which experts are chosen together, in the first, a middle and the last layer.
 
     The diagonal, where every share is 1, is left out.
@@ -110,7 +112,7 @@ def quality_curve(result: RoutingResult) -> Figure:
     return figure
 
 
-def shown_layers(model: Routing) -> list[int]:
+def shown_layers(model: RoutingStats) -> list[int]:
     """Return the first, a middle and the last layer."""
     last = len(model.entropy) - 1
     return sorted({0, last // 2, last})

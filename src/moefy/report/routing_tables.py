@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moefy.report.tables import Rows, millions, number
 
 if TYPE_CHECKING:
-    from moefy.evaluation.routing import Routing, RoutingResult
+    from moefy.evaluation.routing import RoutingResult, RoutingStats
 
 
 def k_rows(result: RoutingResult) -> Rows:
@@ -48,7 +48,7 @@ def routing_rows(result: RoutingResult) -> Rows:
     return rows
 
 
-def _row(model: Routing, label: str, layers: range | list[int]) -> list[str]:
+def _row(model: RoutingStats, label: str, layers: range | list[int]) -> list[str]:
     dead = fmean(len(model.dead[idx]) for idx in layers)
     noise = model.domain_noise
     return [

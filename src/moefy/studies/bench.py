@@ -20,7 +20,8 @@ from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import split_ffn
 from moefy.construct.router.energy import expert_energies
 from moefy.construct.static import flap
-from moefy.evaluation.compare import token_divergences, token_losses
+from moefy.evaluation.heldout import Quality, window_means
+from moefy.evaluation.output_loss import LogitsInput
 from moefy.hardware import peak_rss_bytes, reset_peak_rss
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
@@ -58,7 +59,7 @@ class Bench:
         self._calibration = calibration
         self._domains = [name for name, rows in evaluation.items() for _ in rows]
         self._ids = torch.from_numpy(np.concatenate(list(evaluation.values())))
-        self._reference: Tensor | None = None
+        self._reference: LogitsInput | None = None
         self._importance: tuple[SegmentImportance, float] | None = None
         self._sampled: tuple[Int[np.ndarray, "_windows sequence"], float] | None = None
         self.dense_score = self._score("dense", None, None, silent)
@@ -113,17 +114,16 @@ class Bench:
             hidden += outputs.view_as(hidden)
             report(Progress(name, layer_idx + 1, replay.num_layers))
         split = recipe.split if recipe else Split(1, 1)
-        losses, divergence = self._losses(hidden)
-        loss = float(np.mean([value for values in losses.values() for value in values]))
+        quality = self._quality(hidden)
         return Score(
             method=name,
             experts=split.experts,
             active=split.active,
             shared=split.shared,
-            loss=loss,
-            nats_above_dense=loss - self.dense_score.loss if method else 0.0,
-            domain_loss={domain: float(np.mean(values)) for domain, values in losses.items()},
-            kl_to_dense=divergence,
+            loss=quality.loss,
+            nats_above_dense=quality.loss - self.dense_score.loss if method else 0.0,
+            domain_loss=quality.domain_loss,
+            kl_to_dense=quality.kl_to_reference or 0.0,
             ffn_error=errors,
             router_gap_closed=float(np.mean(gaps)) if gaps else None,
             load_imbalance=float(np.mean(imbalances)) if imbalances else None,
@@ -153,22 +153,16 @@ class Bench:
             self._sampled = windows, time.perf_counter() - started
         return self._sampled
 
-    def _losses(
-        self, hidden: Float[Tensor, "windows sequence hidden"]
-    ) -> tuple[dict[str, list[float]], float]:
-        """Return the losses by domain and the mean divergence from the dense model."""
-        if self._reference is None:
-            self._reference = hidden
-        losses: dict[str, list[float]] = {}
-        divergences = []
-        for domain, ids, ours, dense in zip(
-            self._domains, self._ids.to(hidden.device), hidden, self._reference, strict=True
-        ):
-            logits = self._head.logits(ours)
-            losses.setdefault(domain, []).extend(token_losses(logits, ids).tolist())
-            divergence = token_divergences(self._head.logits(dense), logits)
-            divergences.append(float(divergence.mean()))
-        return losses, float(np.mean(divergences))
+    def _quality(self, hidden: Float[Tensor, "windows sequence hidden"]) -> Quality:
+        """Return the losses and the divergence from the dense model, which is measured first."""
+        states = LogitsInput(self._head.states(hidden), self._head.matrix)
+        self._reference = self._reference or states
+        quality = Quality()
+        for window, domain in enumerate(self._domains):
+            one = slice(window, window + 1)
+            model, dense = (LogitsInput(s.hidden[one], s.weight) for s in (states, self._reference))
+            quality.add(domain, window_means(model, self._ids[one].to(hidden.device), dense))
+        return quality
 
 
 def _build(method: Method, recipe: ConvertRecipe, sample: FfnSample, layer_idx: int) -> Ffn:

@@ -21,8 +21,7 @@ from moefy.checkpoint.reader import read_config, side_files
 from moefy.construct.convert import convert
 from moefy.data.domains import open_domains
 from moefy.errors import CorpusError
-from moefy.evaluation.compare import evaluation_windows
-from moefy.evaluation.heldout import heldout_losses
+from moefy.evaluation.heldout import evaluation_windows, heldout_losses
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import whole_folder

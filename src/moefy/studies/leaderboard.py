@@ -13,7 +13,7 @@ from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
 from moefy.checkpoint.source import resolve
 from moefy.data.domains import open_domains
-from moefy.evaluation.compare import evaluation_windows
+from moefy.evaluation.heldout import evaluation_windows
 from moefy.progress import ProgressFn, silent
 from moefy.storage import refuse_file, storage_errors
 from moefy.studies.bench import Bench

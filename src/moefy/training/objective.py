@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.evaluation.output_loss import LogitsInput, check_vocabularies, next_labels, output_loss
+from moefy.evaluation.output_loss import LogitsInput, check_vocabularies, output_loss
 from moefy.experts.balance import (
     RouterSums,
     importance_and_load_loss,
@@ -153,7 +153,7 @@ class _Step:
                 parent = LogitsInput.of(self._teacher, tokens).predicting()
         out = output_loss(
             LogitsInput.of(self._student, tokens).predicting(),
-            next_labels(tokens),
+            tokens[:, 1:],
             teacher=parent,
             teacher_share=distillation.alpha if parent is not None else 0.0,
             temperature=distillation.temperature,

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.load import load_tokenizer
+import torch
+
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import check_known
 from moefy.errors import MoefyError, UsageError
-from moefy.progress import ProgressFn, silent
+from moefy.hardware import device
+from moefy.progress import Progress, ProgressFn, silent
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model to measure.
+class ComparedModel:
+    """One of several models with the same tokenizer.
 
     Attributes:
-        name: to show.
+        name: shown in tables.
         folder: where it lies.
         config: its config.json.
     """
@@ -30,17 +33,24 @@ class Candidate:
     folder: Path
     config: dict[str, Any]
 
+    def load(self, report: ProgressFn) -> Any:
+        """Return the model in float32 on the device."""
+        report(Progress("load", 0, 1, self.name))
+        network = load_model(self.folder, dtype=torch.float32).to(device())
+        report(Progress("load", 1, 1, self.name))
+        return network
 
-def candidates_of(
+
+def compared_models(
     models: str | Path | Sequence[str | Path],
     names: Sequence[str] | None = None,
     report: ProgressFn = silent,
-) -> list[Candidate]:
+) -> list[ComparedModel]:
     """Find models that read the same tokens.
 
     Args:
         models: model folders, or anything `convert` takes as a source.
-        names: to show instead of `models`.
+        names: shown instead of `models`.
         report: told about progress.
 
     Raises:
@@ -62,28 +72,30 @@ def candidates_of(
             "models with the same tokenizer can be compared"
         )
     _check_tokenizers(folders)
-    return [Candidate(*each) for each in zip(shown, folders, configs, strict=True)]
+    return [ComparedModel(*each) for each in zip(shown, folders, configs, strict=True)]
 
 
 def _check_tokenizers(folders: Sequence[Path]) -> None:
     """Refuse vocabularies of the same size and other tokens; a folder may have no tokenizer."""
-    first = folders[0]
-    others = [folder for folder in folders if not _have_one_file(first, folder)]
-    vocabulary = _vocabulary(first) if others else {}
+    first = folders[0] / "tokenizer.json"
+    # a converted model has a copy of its parent's file: nothing has to be parsed then
+    others = [
+        folder
+        for folder in folders[1:]
+        if not (
+            first.is_file()
+            and (folder / first.name).is_file()
+            and filecmp.cmp(first, folder / first.name, shallow=False)
+        )
+    ]
+    vocabulary = _vocabulary(folders[0]) if others else {}
     for folder in others:
         other = _vocabulary(folder)
         if vocabulary and other and vocabulary != other:
             raise UsageError(
-                f"{first} and {folder} have different tokens: only models with the same "
+                f"{folders[0]} and {folder} have different tokens: only models with the same "
                 "tokenizer can be compared"
             )
-
-
-def _have_one_file(one: Path, other: Path) -> bool:
-    files = one / "tokenizer.json", other / "tokenizer.json"
-    return one == other or (
-        all(file.is_file() for file in files) and filecmp.cmp(files[0], files[1], shallow=False)
-    )
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
