@@ -4,12 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
+# One thread for each of two processes: the tests' models are too small to gain from more.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test check fmt clean
+.PHONY: help setup demo test test-slow check fmt clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -23,13 +25,17 @@ setup: $(READY)  ## create .venv with the pinned versions
 demo: $(READY)  ## the main job on a real model: convert, train, compare (minutes; see README)
 	$(BIN)/moefy demo --overwrite $(ARGS)
 
-test: check  ## lint, types and all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: check  ## lint, types, layers and the tests of minutes
+	$(PYTEST) -m "not slow" $(ARGS)
 
-check: $(READY)  ## lint and types only
+test-slow: $(READY)  ## the tests that take longer: real models, kills at every moment
+	$(PYTEST) -m slow $(ARGS)
+
+check: $(READY)  ## lint, types and layers only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 fmt: $(READY)  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
