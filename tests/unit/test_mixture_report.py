@@ -11,8 +11,8 @@ import pytest
 
 from moefy.data.mixture import Mixture, WeightUpdate
 from moefy.data.strategies import llama_moe_update
-from moefy.report.figures import mixture_weights
-from moefy.report.tables import mixture_rows, write_csv
+from moefy.report.tables import write_csv
+from moefy.report.training_charts import mixture_rows, mixture_weights
 
 
 @pytest.fixture

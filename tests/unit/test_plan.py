@@ -13,8 +13,9 @@ import moefy
 from moefy.checkpoint.cost import cost
 from moefy.checkpoint.inspect import SHAPES, split_config
 from moefy.errors import UsageError
-from moefy.report.tables import plan_rows, write_csv
+from moefy.report.tables import write_csv
 from moefy.studies.grid import GridPoint, front, grid_csv_rows, read_grid
+from moefy.studies.tables import plan_rows
 
 DENSE = 134_515_008
 

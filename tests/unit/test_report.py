@@ -6,13 +6,14 @@ import re
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moefy.checkpoint.card import model_card, with_results
 from moefy.evaluation.benchmarks import LLAMA_MOE
 from moefy.report.chart import Chart
 from moefy.report.published import PUBLISHED
-from moefy.report.training_charts import training_charts
+from moefy.report.training_charts import running_mean, training_charts
 from moefy.report.write import short_names
 
 CONVERTED: dict[str, Any] = {
@@ -94,20 +95,30 @@ def test_training_charts_show_what_their_tables_say(log: list[dict[str, Any]]) -
         "expert-load-2",
     ]
     assert loss.rows[1:] == [
-        ["one", "1", "100", "b", "4.0"],
-        ["one", "2", "200", "a", "3.0"],
-        ["one", "3", "300", "b", "2.0"],
-        ["two", "1", "100", "b", "4.0"],
-        ["two", "2", "200", "a", "3.0"],
-        ["dense, held out", "", "", "a", "2.0"],
+        ["one", "2", "200", "a", "3.0", "3"],
+        ["one", "1", "100", "b", "4.0", "4"],
+        ["one", "3", "300", "b", "2.0", "2"],
+        ["two", "2", "200", "a", "3.0", "3"],
+        ["two", "1", "100", "b", "4.0", "4"],
+        ["dense, held out", "", "", "a", "2.0", ""],
     ]
     panels = {axes.get_title(): axes for axes in loss.figure.axes}
     assert set(panels) == {"a", "b"}
-    one, two = (line for line in panels["b"].get_lines())
-    assert [float(y) for y in one.get_ydata()] == [4.0, 2.0]
-    assert [float(y) for y in two.get_ydata()] == [4.0]
+    raw, smooth, *two = (line for line in panels["b"].get_lines())
+    assert [float(y) for y in raw.get_ydata()] == [4.0, 2.0]
+    assert [float(y) for y in smooth.get_ydata()] == [4.0, 2.0]
+    assert [[float(y) for y in line.get_ydata()] for line in two] == [[4.0], [4.0]]
     assert load.rows[1:] == [["0", "0", "1.5"], ["0", "1", "0.5"], ["1", "0", "1"], ["1", "1", "1"]]
     assert [chart.name for chart in training_charts({"one": log}, {})] == ["loss", "expert-load"]
+
+
+def test_the_running_mean_keeps_the_course_and_loses_the_noise() -> None:
+    course = np.linspace(5, 2, 320)
+    noise = np.random.default_rng(0).normal(0, 0.5, 320)
+    means = np.array(running_mean((course + noise).tolist()))
+    assert np.abs(means - course).max() < 0.4
+    assert np.diff(means).std() < 0.05 * np.diff(noise).std()
+    assert running_mean([4.0, 2.0]) == [4.0, 2.0]  # too few to smooth
 
 
 def test_the_ids_of_two_figures_are_different(log: list[dict[str, Any]]) -> None:
@@ -123,4 +134,5 @@ def test_the_ids_of_two_figures_are_different(log: list[dict[str, Any]]) -> None
         assert used
         assert {one or other for one, other in used} <= own
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", first)
-    assert chart.svg() == chart.svg()
+    again = [training_charts({"one": log}, {})[0].svg() for _ in range(2)]
+    assert again[0] == again[1]

@@ -145,8 +145,8 @@ def leaderboard(
         fractions = [float(part) for part in active.split(",")]
     except ValueError:
         raise UsageError(f"--active {active!r}: write shares, as in 0.75,0.5") from None
-    from moefy.report.tables import leaderboard_rows
     from moefy.studies.leaderboard import leaderboard as run
+    from moefy.studies.tables import leaderboard_rows
 
     with bars() as report:
         scores = run(

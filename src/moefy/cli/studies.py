@@ -97,8 +97,8 @@ def plan(
 
     Example: `moefy plan smollm2-135m --active-params 100M`
     """
-    from moefy.report.tables import plan_rows
     from moefy.studies.plan import plan as run
+    from moefy.studies.tables import plan_rows
 
     done = run(
         model,

@@ -10,10 +10,13 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moefy.report.tables import Rows, write_csv
 
+WIDTH = 4.6
+"""Inches; at this width the letters of a figure can be read on a phone of 390 pixels."""
 _REFERENCES = re.compile(r'(\bid="|\bhref="#|url\(#)')
 
 
@@ -22,10 +25,10 @@ class Chart:
     """A figure of a report.
 
     Attributes:
-        name: of its files, without ending.
-        figure: drawn.
-        rows: header and rows of what it shows.
-        caption: how to read it.
+        name: Name of its files, without ending.
+        figure: The drawing.
+        rows: Header and rows of what it shows.
+        caption: How to read it.
     """
 
     name: str
@@ -33,37 +36,57 @@ class Chart:
     rows: Rows
     caption: str
 
-    def write(self, folder: Path) -> None:
-        """Write NAME.png and NAME.csv."""
-        self.write_picture(folder)
-        write_csv(folder / f"{self.name}.csv", self.rows)
-
-    def write_picture(self, folder: Path) -> None:
-        """Write NAME.png alone."""
-        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+    def write(self, folder: Path) -> list[str]:
+        """Write NAME.png and NAME.csv, and return these names."""
+        files = [f"{self.name}.png", f"{self.name}.csv"]
+        self.figure.savefig(folder / files[0], dpi=150)
+        write_csv(folder / files[1], self.rows)
+        return files
 
     def svg(self) -> str:
-        """Return an SVG element whose ids are no other figure's, so that a page can hold several.
-
-        The same figure gives the same bytes.
-        """
+        """Return an SVG element; the same numbers give the same bytes."""
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with mpl.rc_context({"svg.hashsalt": "moefy"}):
             self.figure.savefig(text, format="svg", metadata=nothing)
         element = text.getvalue()[text.getvalue().index("<svg") :]
+        # Matplotlib numbers the ids of every figure alike; a page holds several figures.
         return _REFERENCES.sub(rf"\g<1>{self.name}-", element)
 
 
-def load_rows(shares: Float[np.ndarray, "layers experts"]) -> Rows:
-    """Return what `figures.load_heatmap` shows: a row for each expert, 1 is even use.
+def plain_figure(height: float = 3.6) -> tuple[Figure, Axes]:
+    """Return a figure of the common width with one plot."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Put the legend under the plot, in as many columns as its labels allow."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(map(len, labels), default=1)
+    columns = max(1, min(len(labels), 44 // (longest + 5)))
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=columns)
+
+
+def load_chart(name: str, shares: Float[np.ndarray, "layers experts"], caption: str) -> Chart:
+    """Draw how often each routed expert is chosen, by layer.
 
     Args:
-        shares: each layer's sum to 1.
+        name: Name of the chart.
+        shares: Share of a layer's choices that each expert gets; every row sums to 1.
+        caption: Caption of the chart, before the words that explain the colours.
     """
-    return [["layer", "expert", "load"], *matrix_rows(shares * shares.shape[1])]
-
-
-def matrix_rows(matrix: Float[np.ndarray, "rows columns"]) -> Rows:
-    """Return a row for each entry of a matrix: its two indices and its value."""
-    return [[str(i), str(j), f"{matrix[i, j]:.5g}"] for i, j in np.ndindex(matrix.shape)]
+    load = shares * shares.shape[1]
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    # The scale is the same in all figures, so that two models can be compared by eye.
+    image = axes.imshow(load, aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower")
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.locator_params(integer=True, min_n_ticks=1)
+    figure.colorbar(image, ax=axes, label="load (1 = even)")
+    rows = [["layer", "expert", "load"]]
+    rows += [[str(i), str(j), f"{load[i, j]:.5g}"] for i, j in np.ndindex(load.shape)]
+    how = "1 is even use, yellow is 3 times as much or more."
+    return Chart(name, figure, rows, f"{caption}; {how}")

@@ -6,10 +6,10 @@ from math import exp
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from moefy.report.tables import Rows, millions, number
+from moefy.report.tables import Columns, Rows, millions, number, shown, table
 
 if TYPE_CHECKING:
-    from moefy.evaluation.routing import RoutingResult, RoutingStats
+    from moefy.evaluation.routing import KQuality, RoutingResult, RoutingStats
 
 
 def k_rows(result: RoutingResult) -> Rows:
@@ -17,46 +17,53 @@ def k_rows(result: RoutingResult) -> Rows:
 
     The first row is the dense model's, if there is one.
     """
-    rows = [["model", "chosen", "loss", "perplexity", "KL to dense", "top-1 as dense", "active"]]
+
+    def chosen(model: RoutingStats, k: int) -> str:
+        return f"{k} of {model.experts}" + (", as saved" if k == model.active else "")
+
+    columns: Columns[tuple[RoutingStats, KQuality]] = [
+        ("model", lambda at: at[0].name),
+        ("chosen", lambda at: chosen(at[0], at[1].k)),
+        ("loss", lambda at: f"{at[1].loss:.3f}"),
+        ("perplexity", lambda at: number(at[1].perplexity)),
+        ("KL to dense", lambda at: shown(at[1].kl_to_reference, ".3f")),
+        ("top-1 as dense", lambda at: shown(at[1].top1_agreement, ".1%")),
+        ("active", lambda at: millions(at[1].active_params)),
+    ]
+    rows = table(((model, at) for model in result.models for at in model.quality), columns)
     if result.reference is not None and result.reference_loss is not None:
         loss = result.reference_loss
-        rows.append([result.reference, "dense", f"{loss:.3f}", number(exp(loss)), "–", "–", "–"])
-    for model in result.models:
-        for at in model.quality:
-            kl, agreement = at.kl_to_reference, at.top1_agreement
-            mark = ", as saved" if at.k == model.active else ""
-            rows.append(
-                [
-                    model.name,
-                    f"{at.k} of {model.experts}{mark}",
-                    f"{at.loss:.3f}",
-                    number(at.perplexity),
-                    "–" if kl is None else f"{kl:.3f}",
-                    "–" if agreement is None else f"{agreement:.1%}",
-                    millions(at.active_params),
-                ]
-            )
+        dense = [result.reference, "dense", f"{loss:.3f}", number(exp(loss)), "–", "–", "–"]
+        rows.insert(1, dense)
     return rows
 
 
-def routing_rows(result: RoutingResult) -> Rows:
+def routing_rows(result: RoutingResult, *, means_only: bool = False) -> Rows:
     """Return header and rows of the load, a layer of a model a row, below them the model's mean."""
-    rows = [["model", "layer", "entropy", "dead", "max/mean", "domains (bits)", "by chance (bits)"]]
-    for model in result.models:
-        rows += [_row(model, str(idx), [idx]) for idx in range(len(model.entropy))]
-        rows.append(_row(model, "mean", range(len(model.entropy))))
-    return rows
 
+    def mean(values: list[float], layers: list[int]) -> float:
+        return fmean(values[idx] for idx in layers)
 
-def _row(model: RoutingStats, label: str, layers: range | list[int]) -> list[str]:
-    dead = fmean(len(model.dead[idx]) for idx in layers)
-    noise = model.domain_noise
-    return [
-        model.name,
-        label,
-        f"{fmean(model.entropy[idx] for idx in layers):.3f}",
-        f"{dead:g}" if dead.is_integer() else f"{dead:.1f}",
-        f"{fmean(model.max_over_mean[idx] for idx in layers):.2f}",
-        f"{fmean(model.domain_distance[idx] for idx in layers):.4f}",
-        "–" if noise is None else f"{fmean(noise[idx] for idx in layers):.4f}",
+    def dead(model: RoutingStats, layers: list[int]) -> str:
+        count = fmean(len(model.dead[idx]) for idx in layers)
+        return f"{count:g}" if count.is_integer() else f"{count:.1f}"
+
+    def noise(model: RoutingStats, layers: list[int]) -> str:
+        return "–" if model.domain_noise is None else f"{mean(model.domain_noise, layers):.4f}"
+
+    columns: Columns[tuple[RoutingStats, str, list[int]]] = [
+        ("model", lambda row: row[0].name),
+        ("layer", lambda row: row[1]),
+        ("entropy", lambda row: f"{mean(row[0].entropy, row[2]):.3f}"),
+        ("dead", lambda row: dead(row[0], row[2])),
+        ("max/mean", lambda row: f"{mean(row[0].max_over_mean, row[2]):.2f}"),
+        ("domains (bits)", lambda row: f"{mean(row[0].domain_distance, row[2]):.4f}"),
+        ("by chance (bits)", lambda row: noise(row[0], row[2])),
     ]
+    items = []
+    for model in result.models:
+        layers = list(range(len(model.entropy)))
+        if not means_only:
+            items += [(model, str(idx), [idx]) for idx in layers]
+        items.append((model, "mean", layers))
+    return table(items, columns)

@@ -145,7 +145,7 @@ def _routing(routing: RoutingResult) -> list[Section]:
         )
         + f"<details><summary>Every layer</summary>{html_table([header, *rows])}</details>"
     )
-    *charts, other = routing_charts(routing)
+    other, *charts = routing_charts(routing)
     return [
         Section("routing", "Routing", body, charts),
         Section("k", "Other numbers of experts", html_table(k_rows(routing)), [other]),

@@ -1,72 +1,70 @@
-"""Results as tables: one list of columns for the terminal, Markdown and HTML."""
+"""Results as rows of text, which the terminal, Markdown, CSV files and HTML all show."""
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from moefy.checkpoint.inspect import Inspection
-    from moefy.evaluation.compare import Comparison
-    from moefy.evaluation.speed import SpeedComparison
-    from moefy.studies.plan import Plan
-    from moefy.studies.scores import Score
+    from moefy.evaluation.compare import Comparison, Result
+    from moefy.evaluation.paired import Interval
+    from moefy.evaluation.speed import Speed, SpeedComparison
     from moefy.training.dry_run import DryRun
 
 Rows = list[list[str]]
+"""The header first; a row of one cell is a heading for the rows below it."""
+Item = TypeVar("Item")
+Columns = list[tuple[str, Callable[[Item], str]]]
+"""Each column's header, and how an item is shown in it."""
+
+
+def table(items: Iterable[Item], columns: Columns[Item]) -> Rows:
+    """Return header and rows, an item a row."""
+    header = [name for name, _ in columns]
+    return [header, *([cell(item) for _, cell in columns] for item in items)]
 
 
 def comparison_rows(comparison: Comparison) -> Rows:
-    """Return header and rows of a comparison, every cell as text."""
-    domains = list(comparison.results[0].domain_perplexity)
-    header = ["model", "perplexity", *domains, "KL to dense", "top-1", "params", "active"]
-    header += ["GFLOP/token", "prefill tok/s", "decode tok/s"]
-    rows = [header]
-    for result in comparison.results:
-        counted = result.cost
-        kl, top1 = result.kl_to_reference, result.top1_agreement
-        decode = result.decode_tokens_per_s
-        rows.append(
-            [
-                result.name,
-                number(result.perplexity),
-                *(number(result.domain_perplexity[domain]) for domain in domains),
-                "–" if kl is None else f"{kl:.3f}",
-                "–" if top1 is None else f"{top1:.1%}",
-                millions(counted.total_params),
-                millions(counted.active_params),
-                f"{counted.flops_per_token / 1e9:.3f}",
-                f"{result.prefill_tokens_per_s:.0f}",
-                "–" if decode is None else f"{decode:.1f}",
-            ]
-        )
-    return rows
+    """Return header and rows of a comparison, a model a row."""
+    domains: Columns[Result] = [
+        # the default argument binds this turn's domain
+        (domain, lambda r, domain=domain: number(r.domain_perplexity[domain]))  # type: ignore[misc]
+        for domain in comparison.results[0].domain_perplexity
+    ]
+    columns: Columns[Result] = [
+        ("model", lambda r: r.name),
+        ("perplexity", lambda r: number(r.perplexity)),
+        *domains,
+        ("KL to dense", lambda r: shown(r.kl_to_reference, ".3f")),
+        ("top-1", lambda r: shown(r.top1_agreement, ".1%")),
+        ("params", lambda r: millions(r.cost.total_params)),
+        ("active", lambda r: millions(r.cost.active_params)),
+        ("GFLOP/token", lambda r: f"{r.cost.flops_per_token / 1e9:.3f}"),
+        ("prefill tok/s", lambda r: f"{r.prefill_tokens_per_s:.0f}"),
+        ("decode tok/s", lambda r: shown(r.decode_tokens_per_s, ".1f")),
+    ]
+    return table(comparison.results, columns)
 
 
 def speed_rows(comparison: SpeedComparison) -> Rows:
     """Return header and rows of measured speeds."""
-    header = ["phase", "batch", "model", "tok/s", "of the active size", "experts by"]
-    rows = [[*header, "GB/s", "GFLOP/s", "operations", "bound by"]]
-    for speed in comparison.speeds:
-        share = speed.of_active_size
-        rows.append(
-            [
-                speed.phase,
-                str(speed.batch),
-                speed.model,
-                number(speed.tokens_per_s),
-                "–" if share is None else f"{share:.0%}",
-                speed.implementation or "–",
-                f"{speed.bytes_per_s / 1e9:.1f}",
-                f"{speed.flops_per_s / 1e9:.0f}",
-                "–" if speed.operations is None else f"{speed.operations:,}",
-                f"{speed.bound_by} {speed.limits[speed.bound_by]:.0%}",
-            ]
-        )
-    return rows
+    columns: Columns[Speed] = [
+        ("phase", lambda s: s.phase),
+        ("batch", lambda s: str(s.batch)),
+        ("model", lambda s: s.model),
+        ("tok/s", lambda s: number(s.tokens_per_s)),
+        ("vs. dense (same active size)", lambda s: shown(s.of_active_size, ".0%")),
+        ("experts by", lambda s: s.implementation or "–"),
+        ("GB/s", lambda s: f"{s.bytes_per_s / 1e9:.1f}"),
+        ("GFLOP/s", lambda s: f"{s.flops_per_s / 1e9:.0f}"),
+        ("operations", lambda s: shown(s.operations, ",")),
+        ("bound by", lambda s: f"{s.bound_by} {s.limits[s.bound_by]:.0%}"),
+    ]
+    return table(comparison.speeds, columns)
 
 
 def speed_title(comparison: SpeedComparison) -> str:
@@ -82,116 +80,37 @@ def speed_title(comparison: SpeedComparison) -> str:
 
 def inspection_rows(inspection: Inspection) -> Rows:
     """Return header and rows of an inspection: each split beside the dense model."""
-    rows = [["split", "total", "active", "GFLOP/token", "of dense"]]
-    baseline = inspection.costs.get("dense")
-    for label, counted in inspection.costs.items():
-        share = f"{counted.flops_per_token / baseline.flops_per_token:.0%}" if baseline else "–"
-        rows.append(
-            [
-                label,
-                millions(counted.total_params),
-                millions(counted.active_params),
-                f"{counted.flops_per_token / 1e9:.3f}",
-                share,
-            ]
-        )
-    return rows
-
-
-_BRIEF = ("method", "active", "shared", "nats above dense", "KL to dense", "router gap closed")
-
-
-def leaderboard_rows(scores: Sequence[Score], *, brief: bool = False) -> Rows:
-    """Return header and rows of a leaderboard, the best of each active share first.
-
-    Args:
-        scores: one per row.
-        brief: only the columns that fit a terminal.
-    """
-    domains = list(scores[0].domain_loss)
-    header = ["method", "active", "shared", "loss", "nats above dense", *domains, "KL to dense"]
-    header += ["FFN error", "router gap closed", "load max/mean", "construct s", "peak GiB"]
-    rows = [header]
-    for score in sorted(scores, key=lambda score: (-score.active / score.experts, score.loss)):
-        error = sum(score.ffn_error) / len(score.ffn_error)
-        peak = score.peak_rss_bytes
-        rows.append(
-            [
-                score.method,
-                f"{score.active}/{score.experts}",
-                str(score.shared),
-                f"{score.loss:.3f}",
-                f"{score.nats_above_dense:.3f}",
-                *(f"{score.domain_loss[domain]:.3f}" for domain in domains),
-                f"{score.kl_to_dense:.3f}",
-                f"{error:.3f}",
-                "–" if score.router_gap_closed is None else f"{score.router_gap_closed:.0%}",
-                "–" if score.load_imbalance is None else f"{score.load_imbalance:.1f}",
-                f"{score.construct_s:.0f}",
-                "–" if peak is None else f"{peak / 2**30:.1f}",
-            ]
-        )
-    if brief:
-        kept = [rows[0].index(name) for name in _BRIEF]
-        rows = [[row[place] for place in kept] for row in rows]
-    return rows
-
-
-def mixture_rows(log: list[dict[str, Any]]) -> Rows:
-    """Return header and rows of a mixture's history: one row for each domain and change.
-
-    Args:
-        log: as for `figures.mixture_weights`. The losses of the weights that a run starts with are
-            empty.
-    """
-    rows = [["step", "tokens", "domain", "weight", "loss", "reference"]]
-    tokens_per_step = log[0]["tokens"] // log[0]["step"]
-    for update in (line["mixture"] for line in log if "mixture" in line):
-        step = update["step"]
-        for domain, weight in update["weights"].items():
-            losses = (update[key].get(domain, "") for key in ("losses", "reference"))
-            cells = (step, step * tokens_per_step, domain, weight, *losses)
-            rows.append([str(cell) for cell in cells])
-    return rows
-
-
-def write_csv(path: Path, rows: Rows) -> None:
-    """Write rows as a CSV file."""
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    costs = inspection.costs
+    dense = costs["dense"].flops_per_token if "dense" in costs else None
+    columns: Columns[str] = [
+        ("split", str),
+        ("total", lambda split: millions(costs[split].total_params)),
+        ("active", lambda split: millions(costs[split].active_params)),
+        ("GFLOP/token", lambda split: f"{costs[split].flops_per_token / 1e9:.3f}"),
+        ("of dense", lambda split: f"{costs[split].flops_per_token / dense:.0%}" if dense else "–"),
+    ]
+    return table(costs, columns)
 
 
 def corpus_rows(record: dict[str, Any]) -> Rows:
     """Return header and rows of a prepared corpus's record, a domain a row."""
-    rows = [["domain", "documents", "tokens", "held-out documents", "held-out tokens"]]
-    rows[0] += ["characters/token", "filtered", "broken"]
-    for domain, found in record["domains"].items():
+
+    def characters_per_token(found: Mapping[str, int]) -> str:
         tokens = found["tokens"] + found["heldout_tokens"]
         characters = found["characters"] + found["heldout_characters"]
-        rows.append(
-            [
-                domain,
-                f"{found['documents']:,}",
-                f"{found['tokens']:,}",
-                f"{found['heldout_documents']:,}",
-                f"{found['heldout_tokens']:,}",
-                f"{characters / tokens:.2f}" if tokens else "–",
-                f"{found['filtered']:,}",
-                f"{found['broken_lines']:,}",
-            ]
-        )
-    return rows
+        return f"{characters / tokens:.2f}" if tokens else "–"
 
-
-def markdown(rows: Rows) -> str:
-    """Return rows as a Markdown table, numbers to the right."""
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
-
-
-def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:
-    """Return header and rows of records that all have the same keys."""
-    return [list(records[0]), *(list(record.values()) for record in records)]
+    columns: Columns[tuple[str, Mapping[str, int]]] = [
+        ("domain", lambda domain: domain[0]),
+        ("documents", lambda domain: f"{domain[1]['documents']:,}"),
+        ("tokens", lambda domain: f"{domain[1]['tokens']:,}"),
+        ("held-out documents", lambda domain: f"{domain[1]['heldout_documents']:,}"),
+        ("held-out tokens", lambda domain: f"{domain[1]['heldout_tokens']:,}"),
+        ("characters/token", lambda domain: characters_per_token(domain[1])),
+        ("filtered", lambda domain: f"{domain[1]['filtered']:,}"),
+        ("broken", lambda domain: f"{domain[1]['broken_lines']:,}"),
+    ]
+    return table(record["domains"].items(), columns)
 
 
 def dry_run_rows(found: DryRun) -> Rows:
@@ -213,26 +132,21 @@ def dry_run_rows(found: DryRun) -> Rows:
     ]
 
 
-def plan_rows(plan: Plan) -> Rows:
-    """Return header and rows of a plan: its candidates, the recommended one marked."""
-    rows = [["split", "shared", "active", "of dense", "nats above dense", "prefill", "decode"]]
-    rows[0] += ["asked for"]
-    for candidate in plan.candidates:
-        point, mark = candidate.point, "yes" if candidate.fits else ""
-        rows.append(
-            [
-                point.split.name,
-                str(point.shared),
-                millions(candidate.cost.active_params),
-                f"{candidate.cost.active_params / plan.dense.total_params:.0%}",
-                f"{point.nats_above_dense:.3f}"
-                + (f" ± {point.half_width:.3f}" if point.half_width else ""),
-                f"× {point.prefill_of_dense:.2f}",
-                f"× {point.decode_of_dense:.2f}",
-                "recommended" if candidate is plan.recommended else mark,
-            ]
-        )
-    return rows
+def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:
+    """Return header and rows of records that all have the same keys."""
+    return [list(records[0]), *(list(record.values()) for record in records)]
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Write rows as a CSV file."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def markdown(rows: Rows) -> str:
+    """Return rows as a Markdown table, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
 
 
 def publish_table(rows: Rows, file: Path, page: Path) -> None:
@@ -245,7 +159,7 @@ def replace_table(page: Path, mark: str, rows: Rows) -> None:
     """Put a table between `<!-- mark -->` and `<!-- /mark -->` on a Markdown page.
 
     Raises:
-        ValueError: the page has no such marks.
+        ValueError: The page does not have such marks exactly once.
     """
     block = f"<!-- {mark} -->\n{markdown(rows)}<!-- /{mark} -->"
     pattern = f"<!-- {mark} -->\n.*?<!-- /{mark} -->"
@@ -253,6 +167,25 @@ def replace_table(page: Path, mark: str, rows: Rows) -> None:
     if count != 1:
         raise ValueError(f"{page} has {count} places for the table {mark!r}")
     page.write_text(text)
+
+
+def shown(value: float | None, form: str) -> str:
+    """Return a number in a format, – where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def with_error(value: float | None, error: float | None, form: str = ".3f") -> str:
+    """Return a number with its standard error, – where there is none."""
+    return shown(value, form) + ("" if error is None else f" ± {error:{form}}")
+
+
+def with_interval(interval: Interval | None, form: str, *, scale: float = 1) -> str:
+    """Return a value with its 95 % interval, – where there is none."""
+    if interval is None:
+        return "–"
+    ends = (interval.value, interval.low, interval.high)
+    value, low, high = (format(scale * end, form) for end in ends)
+    return f"{value} [{low}, {high}]"
 
 
 def number(value: float) -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from moefy.studies.grid import GridPoint
     from moefy.studies.outcome import ArmOutcome
+    from moefy.studies.scores import Score
 
 Curve = Sequence[tuple[int, float]]
 
@@ -93,4 +94,28 @@ def pareto_figure(points: Sequence[GridPoint]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="nats above dense")
     panels[0].legend(frameon=False)
+    return figure
+
+
+def leaderboard_figure(scores: Sequence[Score]) -> Figure:
+    """Draw nats above dense over the active share of the FFN, one line per method.
+
+    The legend's order is that at the smallest share; rows in which everything runs are left out.
+    """
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for score in scores:
+        if score.active < score.experts:
+            point = score.active / score.experts, score.nats_above_dense
+            lines.setdefault(score.method, []).append(point)
+    for place, name in enumerate(sorted(lines, key=lambda name: -min(lines[name])[1])):
+        share, nats = zip(*sorted(lines[name]), strict=True)
+        style, marker = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"))[place // 10 % 4]
+        axes.plot(share, nats, style, marker=marker, markersize=4, label=name)
+    axes.set(xlabel="share of the FFN that runs per token", ylabel="nats above dense")
+    axes.set_yscale("log")
+    axes.set_yticks([0.1, 0.3, 1, 3, 10], labels=["0.1", "0.3", "1", "3", "10"])
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
     return figure

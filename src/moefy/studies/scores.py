@@ -53,8 +53,9 @@ class Score:
 
 def write_leaderboard(out: Path, scores: list[Score]) -> None:
     """Write `leaderboard.csv`, `leaderboard.md` and `leaderboard.png`."""
-    from moefy.report.figures import leaderboard_figure
-    from moefy.report.tables import leaderboard_rows, markdown
+    from moefy.report.tables import markdown
+    from moefy.studies.figures import leaderboard_figure
+    from moefy.studies.tables import leaderboard_rows
 
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "leaderboard.md", markdown(leaderboard_rows(scores)))

@@ -234,16 +234,10 @@ def _finish(
     if workers.is_first:
         remove_state(folder)
         put_in_place(folder, out)
-        _draw(lines, out)
+        from moefy.report.training_charts import draw_training
+
+        draw_training(out)
     return Training(out, choice, first_step, lines[0]["loss"], lines[-1]["loss"], elapsed_s)
-
-
-def _draw(log: list[dict[str, Any]], out: Path) -> None:
-    from moefy.report.training_charts import training_charts
-
-    for chart in training_charts({out.name: log}, kept_reference(out)):
-        with storage_errors(out):
-            chart.write_picture(out)
 
 
 def _note(line: dict[str, Any]) -> str:
