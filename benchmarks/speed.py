@@ -52,10 +52,9 @@ def implementation_rows(found: SpeedComparison) -> Rows:
 
 
 def machine_rows(found: SpeedComparison) -> Rows:
-    machine = found.machine
     header = ["device", "threads", "type", "reads GB/s", "multiplies GFLOP/s"]
-    rates = [f"{machine.bytes_per_s / 1e9:.1f}", f"{machine.flops_per_s / 1e9:.0f}"]
-    return [header, [machine.device, str(machine.threads), machine.dtype, *rates]]
+    rates = [f"{found.bytes_per_s / 1e9:.1f}", f"{found.flops_per_s / 1e9:.0f}"]
+    return [header, [found.device, str(found.threads), found.dtype, *rates]]
 
 
 def publish(name: str, rows: Rows) -> None:

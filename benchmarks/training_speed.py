@@ -21,7 +21,8 @@ import torch
 import moefy
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.checkpoint.source import resolve
-from moefy.evaluation.contenders import dense_of_active_size, random_model
+from moefy.evaluation.speed import dense_of_active_size
+from moefy.evaluation.timing import random_model
 from moefy.recipe import LLAMA_MOE
 from moefy.report.tables import publish_table
 from moefy.training.state import read_log

@@ -13,7 +13,8 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,3 +130,35 @@ def freed_memory_kept() -> Iterator[None]:
         for setting, value in _USUAL.items():
             libc.mallopt(setting, value)
         libc.malloc_trim(0)
+
+
+def read_rate() -> float:
+    """Return the bytes per second that are read from memory.
+
+    The faster of a sum and a matrix-vector product over 256 MiB, the best of five each.
+    """
+    import torch
+
+    table = torch.ones(8192, 8192, device=device())
+    vector = torch.ones(8192, device=table.device)
+    return 4 * table.numel() / min(_best_s(table.sum), _best_s(lambda: table @ vector))
+
+
+def multiply_rate(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of large square matrices, the best of five."""
+    import torch
+
+    width = 8192 if device().type == "cuda" else 1024
+    left, right = (torch.ones(width, width, dtype=dtype, device=device()) for _ in range(2))
+    return 2 * width**3 / _best_s(lambda: left @ right)
+
+
+def _best_s(operation: Callable[[], object]) -> float:
+    elapsed = []
+    for _ in range(5):
+        synchronise()
+        started = time.perf_counter()
+        operation()
+        synchronise()
+        elapsed.append(time.perf_counter() - started)
+    return min(elapsed)

@@ -1,4 +1,4 @@
-"""Speed in llama.cpp, through the package xllamacpp, in a process of its own."""
+"""Models timed in llama.cpp, in turn, through the package xllamacpp in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import torch
 from moefy.checkpoint.gguf import export_gguf
 from moefy.checkpoint.load import load_tokenizer
 from moefy.errors import CheckpointError, UsageError
-from moefy.evaluation.contenders import Contender, random_model
-from moefy.evaluation.timing import PHASES, Seconds, Setting, random_prompt
+from moefy.evaluation.timing import PHASES, Contender, Seconds, Setting, random_prompt
 from moefy.progress import Progress, ProgressFn
 
-GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+GGUF_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # llama.cpp writes to stderr from C, and the memory of a model comes back when the process ends
 _RUN = """
@@ -52,8 +51,17 @@ def check_installed() -> None:
 def in_llama_cpp(
     contenders: list[Contender], setting: Setting, tokenizer: Path, report: ProgressFn
 ) -> Seconds:
-    """Export every model to a temporary GGUF file and measure there, in turn."""
-    dtype = GGUF_DTYPES[str(setting.dtype).removeprefix("torch.")]
+    """Export every model to a temporary GGUF file and time it there.
+
+    Args:
+        contenders: models; those with random weights get the tokenizer.
+        setting: with one sequence at once.
+        tokenizer: folder of the tokenizer.
+        report: told about progress.
+
+    Raises:
+        CheckpointError: llama.cpp cannot run a file; its last words are in the message.
+    """
     seconds: Seconds = {}
     with tempfile.TemporaryDirectory(prefix="moefy-speed-") as work_folder:
         files = []
@@ -61,22 +69,15 @@ def in_llama_cpp(
             folder = contender.folder
             if folder is None:
                 folder = Path(work_folder) / f"model-{i}"
-                random_model(contender.config, setting.dtype).cpu().save_pretrained(folder)
+                contender.load(setting.dtype).cpu().save_pretrained(folder)
                 load_tokenizer(tokenizer).save_pretrained(folder)
             file = Path(work_folder) / f"{i}.gguf"
-            files.append(export_gguf(folder, file, dtype=dtype, report=report))
+            files.append(export_gguf(folder, file, dtype=GGUF_DTYPES[setting.dtype], report=report))
         done, total = 0, setting.rounds * len(contenders)
         for _ in range(setting.rounds):
             for i, contender in enumerate(contenders):
                 report(Progress("measure speed", done, total, contender.name))
-                ids = random_prompt(contender.config["vocab_size"], 1, setting.prompt_tokens)
-                found = _seconds(
-                    files[i],
-                    ids[0].tolist(),
-                    new_tokens=setting.new_tokens,
-                    threads=torch.get_num_threads(),
-                    float32=setting.dtype == torch.float32,
-                )
+                found = _seconds(files[i], contender.config["vocab_size"], setting)
                 for phase, elapsed_s in zip(PHASES, found, strict=True):
                     seconds.setdefault((i, phase, 1), {}).setdefault(None, []).append(elapsed_s)
                 done += 1
@@ -84,29 +85,17 @@ def in_llama_cpp(
     return seconds
 
 
-def _seconds(
-    file: Path, ids: list[int], *, new_tokens: int, threads: int, float32: bool
-) -> tuple[float, float]:
-    """Return the seconds of the prompt's pass and of one decoded token.
-
-    Args:
-        file: a GGUF file.
-        ids: the prompt.
-        new_tokens: to decode.
-        threads: of the CPU.
-        float32: keep the cache in float32, as transformers does; otherwise in float16.
-
-    Raises:
-        CheckpointError: llama.cpp cannot run the file; its last words are in the message.
-    """
-    context = (len(ids) + new_tokens + 256) // 256 * 256
+def _seconds(file: Path, vocab_size: int, setting: Setting) -> tuple[float, float]:
+    """Return the seconds of the prompt's pass and of one decoded token."""
     ask = {
         "file": str(file),
-        "ids": ids,
-        "count": new_tokens,
-        "context": context,
-        "threads": threads,
-        "float32": float32,
+        "ids": random_prompt(vocab_size, 1, setting.prompt_tokens)[0].tolist(),
+        "count": setting.new_tokens,
+        # llama.cpp pads the context to whole blocks of 256
+        "context": (setting.prompt_tokens + setting.new_tokens + 256) // 256 * 256,
+        "threads": torch.get_num_threads(),
+        # the cache as in transformers; llama.cpp's own choice is float16
+        "float32": setting.dtype == torch.float32,
     }
     done = subprocess.run(
         [sys.executable, "-c", _RUN],

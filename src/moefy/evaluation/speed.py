@@ -11,22 +11,28 @@ from typing import Any
 
 import torch
 
+from moefy.checkpoint.cost import cost, ffn_shape, has_qk_norm
+from moefy.checkpoint.families import FAMILIES, canonical_config
+from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.errors import UsageError
-from moefy.evaluation.contenders import Contender, contenders_of
 from moefy.evaluation.llama_cpp import GGUF_DTYPES, check_installed, in_llama_cpp
-from moefy.evaluation.roofline import Machine, Work, bound, measure_machine, work
-from moefy.evaluation.timing import (
-    PHASES,
-    Phase,
-    Seconds,
-    Setting,
-    in_transformers,
-    small_operations,
-)
-from moefy.progress import Progress, ProgressFn, silent
+from moefy.evaluation.timing import PHASES, Contender, Phase, Seconds, Setting, in_transformers
+from moefy.hardware import device, multiply_rate, read_rate
+from moefy.progress import ProgressFn, silent
 
 RUNTIMES = ("transformers", "llama.cpp")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in GGUF_DTYPES}
+_SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,9 @@ class Speed:
         of_active_size: that over the dense model's of the same active size; None without one.
         implementation: of the experts, the fastest; None for a dense model or another runtime.
         tried: tokens_per_s by implementation.
-        pass_bytes, pass_flops: what one forward pass must read and compute; see `roofline.work`.
-        bytes_per_s, flops_per_s: what it achieved.
-        operations: that one forward pass hands to torch; None in another runtime.
-        limits: by limit, its time over the measured time; see `roofline.Bound`.
-        bound_by: the largest of them.
+        limits: share of the measured time that reading the weights alone would take ("memory"),
+            and multiplying alone ("arithmetic").
+        bound_by: the larger of them.
     """
 
     model: str
@@ -55,11 +59,6 @@ class Speed:
     of_active_size: float | None
     implementation: str | None
     tried: dict[str, float]
-    pass_bytes: int
-    pass_flops: int
-    bytes_per_s: float
-    flops_per_s: float
-    operations: int | None
     limits: dict[str, float]
     bound_by: str
 
@@ -70,13 +69,21 @@ class SpeedComparison:
 
     Attributes:
         runtime: "transformers" or "llama.cpp".
-        machine: what the machine was measured to do.
+        device: "cpu", or the accelerator's name.
+        threads: of the CPU.
+        dtype: of weights and computation.
+        bytes_per_s: read from memory, measured.
+        flops_per_s: of a large matrix product, measured.
         prompt_tokens, new_tokens: of each sequence.
         speeds: by phase, then batch, then model.
     """
 
     runtime: str
-    machine: Machine
+    device: str
+    threads: int
+    dtype: str
+    bytes_per_s: float
+    flops_per_s: float
     prompt_tokens: int
     new_tokens: int
     speeds: list[Speed]
@@ -116,16 +123,20 @@ def measure_speed(
         dtype: "float32" or "bfloat16", of weights and computation.
         threads: of the CPU; None for torch's own choice.
         runtime: "transformers", on the accelerator if there is one, or "llama.cpp", on the CPU.
-        names: to show instead of `models`.
+        names: shown instead of `models`.
         report: told about progress.
 
     Raises:
         UsageError: a model or a number is not usable, or the runtime is not installed.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
+    if not given:
+        raise UsageError("name at least one model")
     if batches is None:
         batches = (1,) if runtime == "llama.cpp" else (1, 8)
-    _check(given, batches, prompt_tokens, new_tokens, rounds, dtype, threads, runtime)
+    counts = {"--batch": min(batches, default=0), "--rounds": rounds}
+    counts |= {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens}
+    _check(counts | {"--threads": threads or 1}, dtype, runtime, batches)
     folders = [resolve(model, report=report) for model in given]
     contenders = contenders_of(folders, list(names) if names else [str(model) for model in given])
     for contender in contenders:
@@ -135,41 +146,32 @@ def measure_speed(
                 f"{contender.name} has room for {room} tokens, not for {prompt_tokens} of prompt "
                 f"and {new_tokens} new ones: lower --prompt-tokens or --new-tokens"
             )
-    setting = Setting(tuple(batches), prompt_tokens, new_tokens, rounds, getattr(torch, dtype))
+    setting = Setting(tuple(batches), prompt_tokens, new_tokens, rounds, _DTYPES[dtype])
     with _threads(threads):
-        machine = measure_machine(setting.dtype)
+        rates = {"memory": read_rate(), "arithmetic": multiply_rate(setting.dtype)}
         if runtime == "llama.cpp":
             seconds = in_llama_cpp(contenders, setting, folders[0], report)
         else:
             seconds = in_transformers(contenders, setting, report)
-        speeds = _speeds(contenders, setting, seconds, machine, runtime, report)
-    return SpeedComparison(runtime, machine, prompt_tokens, new_tokens, speeds)
+        return SpeedComparison(
+            runtime=runtime,
+            device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+            dtype=dtype,
+            bytes_per_s=rates["memory"],
+            flops_per_s=rates["arithmetic"],
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            speeds=_speeds(contenders, setting, seconds, rates),
+        )
 
 
-def _check(
-    given: list[str | Path],
-    batches: Sequence[int],
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-    dtype: str,
-    threads: int | None,
-    runtime: str,
-) -> None:
-    if not given:
-        raise UsageError("name at least one model")
-    counts = {
-        "--batch": min(batches, default=0),
-        "--prompt-tokens": prompt_tokens,
-        "--new-tokens": new_tokens,
-        "--rounds": rounds,
-        "--threads": 1 if threads is None else threads,
-    }
+def _check(counts: Mapping[str, int], dtype: str, runtime: str, batches: Sequence[int]) -> None:
     for option, count in counts.items():
         if count < 1:
             raise UsageError(f"{option} {count}: at least 1 is needed")
-    if dtype not in GGUF_DTYPES:
-        raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(GGUF_DTYPES)}")
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
     if runtime not in RUNTIMES:
         raise UsageError(f"--runtime {runtime!r}: allowed are {' and '.join(RUNTIMES)}")
     if runtime == "llama.cpp":
@@ -188,67 +190,122 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def contenders_of(folders: list[Path], names: list[str]) -> list[Contender]:
+    """Return the models, and before the first of every active size a dense model of that size.
+
+    Raises:
+        ArchitectureError: a model that `cost` cannot count.
+    """
+    configs = [read_config(folder) for folder in folders]
+    dense = [config for config in configs if not ffn_shape(config).experts]
+    sizes = {ffn_shape(config).running for config in configs if ffn_shape(config).experts}
+    found: list[Contender] = []
+    places: dict[int, int] = {}
+    for name, folder, config in zip(names, folders, configs, strict=True):
+        shape = ffn_shape(config)
+        if shape.experts and shape.running not in places:
+            size = f", {shape.running} neurons" if len(sizes) > 1 else ""
+            places[shape.running] = len(found)
+            made = dense_of_active_size(config, dense)
+            found.append(Contender(f"dense (same active size{size})", made, None, len(found)))
+        same_size = places[shape.running] if shape.experts else None
+        found.append(Contender(name, config, folder, same_size))
+    if len(places) == 1:  # then the dense model is compared with it too
+        (place,) = places.values()
+        found = [Contender(c.name, c.config, c.folder, place) for c in found]
+    return found
+
+
+def dense_of_active_size(
+    config: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the config of a dense model with as many neurons as run per token.
+
+    Args:
+        config: of a converted model.
+        dense: configs of dense models; the first of the same shape gives the family.
+    """
+    neurons = ffn_shape(config).running
+    alike = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for candidate in dense:
+        if all(candidate[key] == config[key] for key in alike):
+            return {**candidate, "intermediate_size": neurons}
+    made = {key: config[key] for key in _SHAPE if config.get(key) is not None}
+    made["model_type"] = "qwen3" if has_qk_norm(config) else "llama"
+    made["architectures"] = [f"{made['model_type'].capitalize()}ForCausalLM"]
+    made["attention_bias"] = bool(config.get("attention_bias"))
+    return {**made, "intermediate_size": neurons}
+
+
 def _speeds(
     contenders: list[Contender],
     setting: Setting,
     seconds: Seconds,
-    machine: Machine,
-    runtime: str,
-    report: ProgressFn,
+    rates: Mapping[str, float],
 ) -> list[Speed]:
-    """Turn seconds into rows; the small operations of each winner are measured on the way."""
     best = {
         key: min((statistics.median(values), name or "") for name, values in measured.items())
         for key, measured in seconds.items()
     }
     rows = []
-    order = sorted(best, key=lambda key: (PHASES.index(key[1]), key[2], key[0]))
-    for done, key in enumerate(order):
-        report(Progress("find what bounds it", done, len(best)))
+    for key in sorted(best, key=lambda key: (PHASES.index(key[1]), key[2], key[0])):
         i, phase, batch = key
         contender, (elapsed_s, name) = contenders[i], best[key]
-        per_pass = batch * (setting.prompt_tokens if phase == "prefill" else 1)
-        todo = _work(contender.config, phase, batch, setting)
-        operations, small_s = None, None
-        if runtime == "transformers":
-            operations, small_s = small_operations(
-                contender.config, phase, batch, setting, name or None
-            )
-        found = bound(elapsed_s, todo, machine, small_s)
+        new, cached = setting.prompt_tokens, 0
+        if phase == "decode":  # the mean over the decoded tokens
+            new, cached = 1, setting.prompt_tokens + setting.new_tokens // 2
+        weights, flops = least_work(
+            contender.config, batch=batch, new_tokens=new, cached_tokens=cached
+        )
+        limits = {
+            "memory": weights * setting.dtype.itemsize / rates["memory"] / elapsed_s,
+            "arithmetic": flops / rates["arithmetic"] / elapsed_s,
+        }
         same = contender.same_size
         rows.append(
             Speed(
                 model=contender.name,
                 phase=phase,
                 batch=batch,
-                tokens_per_s=per_pass / elapsed_s,
+                tokens_per_s=batch * new / elapsed_s,
                 of_active_size=None if same is None else best[same, phase, batch][0] / elapsed_s,
                 implementation=name or None,
                 tried={
-                    tried: per_pass / statistics.median(values)
+                    tried: batch * new / statistics.median(values)
                     for tried, values in seconds[key].items()
                     if tried is not None
                 },
-                pass_bytes=todo.num_bytes,
-                pass_flops=todo.flops,
-                bytes_per_s=todo.num_bytes / elapsed_s,
-                flops_per_s=todo.flops / elapsed_s,
-                operations=operations,
-                limits=found.shares,
-                bound_by=found.by,
+                limits=limits,
+                bound_by=max(limits, key=lambda limit: limits[limit]),
             )
         )
-    report(Progress("find what bounds it", len(best), len(best)))
     return rows
 
 
-def _work(config: Mapping[str, Any], phase: Phase, batch: int, setting: Setting) -> Work:
-    prompt = setting.prompt_tokens
-    prefill = phase == "prefill"
-    return work(
-        config,
-        batch=batch,
-        new_tokens=prompt if prefill else 1,
-        cached_tokens=0 if prefill else prompt + setting.new_tokens // 2,
-        itemsize=setting.dtype.itemsize,
-    )
+def least_work(
+    config: Mapping[str, Any], *, batch: int, new_tokens: int, cached_tokens: int
+) -> tuple[int, int]:
+    """Return how many weights one forward pass must read, and its FLOPs.
+
+    Args:
+        config: config.json of a model that `cost` counts.
+        batch: sequences.
+        new_tokens: of each sequence, computed in this pass.
+        cached_tokens: of each sequence, from earlier passes.
+    """
+    # a query meets all cached keys and, on average, half of the new ones: `cost` halves the context
+    counted, ffn = cost(config, context=2 * cached_tokens + new_tokens), ffn_shape(config)
+    if config["model_type"] in FAMILIES:
+        config = canonical_config(FAMILIES[config["model_type"]], config)
+    table = config["vocab_size"] * config["hidden_size"]
+    weights = counted.active_params
+    if not config.get("tie_word_embeddings", False):
+        weights -= table  # of the input table only rows are read
+    if ffn.experts:
+        # each expert that some token chooses is read once; here with even routing
+        chosen = ffn.experts * (1 - (1 - ffn.active / ffn.experts) ** (batch * new_tokens))
+        per_expert = 3 * config["hidden_size"] * ffn.size
+        weights += round(config["num_hidden_layers"] * per_expert * (chosen - ffn.active))
+    # only the last position's logits are computed
+    flops = new_tokens * counted.flops_per_token - 2 * table * (new_tokens - 1)
+    return weights, batch * flops

@@ -7,15 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefy.checkpoint.cost import cost, ffn_shape
 from moefy.checkpoint.load import load_model
-from moefy.evaluation.contenders import Contender, narrow, random_model
 from moefy.experts.views import register
 from moefy.hardware import available_bytes, device, synchronise
 from moefy.progress import Progress, ProgressFn
@@ -26,6 +26,29 @@ _SLOWER = 1.25
 """An implementation this many times slower than the best is not measured again."""
 _COPIED_BYTES = 2**30
 """batched_mm copies the weights of every token's experts: not tried where that is more."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model whose speed is measured.
+
+    Attributes:
+        name: shown in tables.
+        config: its config.json.
+        folder: where it lies; None for random weights.
+        same_size: index of the dense model of its active size among the contenders, if any.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    folder: Path | None
+    same_size: int | None
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """Return the model on the device."""
+        if self.folder is None:
+            return random_model(self.config, dtype)
+        return load_model(self.folder, dtype=dtype).to(device())
 
 
 @dataclass(frozen=True)
@@ -47,19 +70,26 @@ class Setting:
 
 
 _Key = tuple[int, Phase, int]  # contender, phase, batch
-Seconds = dict[_Key, dict[str | None, list[float]]]  # of one pass, by implementation
+Seconds = dict[_Key, dict[str | None, list[float]]]
+"""Seconds of one forward pass, one value per round, by implementation of the experts."""
 
 
 def in_transformers(contenders: list[Contender], setting: Setting, report: ProgressFn) -> Seconds:
-    """Return the seconds of one forward pass of everything, one value per round."""
+    """Time everything; the models take turns, so that a busy machine slows all of them down."""
     seconds: Seconds = {}
-    network = _networks(contenders, setting.dtype)
+    params = sum(cost(contender.config).total_params for contender in contenders)
+    keep_all = 2 * params * setting.dtype.itemsize <= available_bytes()
+    loaded: dict[int, Any] = {}
     done, total = 0, setting.rounds * len(contenders)
     for _ in range(setting.rounds):
         for i, contender in enumerate(contenders):
             report(Progress("measure speed", done, total, contender.name))
+            if i not in loaded:
+                if not keep_all:
+                    loaded.clear()
+                loaded[i] = contender.load(setting.dtype)
             for batch in setting.batches:
-                _one_round(network(i), i, contender.config, batch, setting, seconds)
+                _one_round(loaded[i], i, contender.config, batch, setting, seconds)
             done += 1
     report(Progress("measure speed", done, total))
     return seconds
@@ -84,6 +114,7 @@ def _one_round(
     decoded = seconds.setdefault((i, "decode", batch), {})
     names = _kept(decoded) or _implementations(config, batch, setting.dtype)
     count = setting.new_tokens
+    # decoding appends to the cache: each implementation gets its own
     _race(
         network,
         names,
@@ -140,19 +171,27 @@ def _implementations(
 
 
 def _use(network: Any, implementation: str | None) -> None:
-    if implementation is not None:
+    if implementation is not None:  # a dense model has none
         network.set_experts_implementation(implementation)
 
 
-def random_prompt(vocab_size: int, batch: int, tokens: int) -> Tensor:
-    """Return token ids [batch, tokens], always the same."""
+def random_prompt(vocab_size: int, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
+    """Return token ids, always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocab_size, (batch, tokens), generator=generator).to(device())
 
 
+def random_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return a model with transformers' initial weights, in evaluation mode, on the device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoConfig.for_model(**config)
+    return AutoModelForCausalLM.from_config(made, dtype=dtype).eval().to(device())
+
+
 @torch.inference_mode()
-def prefill(network: Any, ids: Tensor) -> tuple[Any, Tensor, float]:
-    """Return the cache, the next tokens and the seconds."""
+def prefill(network: Any, ids: Int[Tensor, "batch tokens"]) -> tuple[Any, Tensor, float]:
+    """Return the cache, the next tokens [batch, 1] and the seconds."""
     synchronise()
     started = time.perf_counter()
     out = network(ids, use_cache=True, logits_to_keep=1)
@@ -162,7 +201,7 @@ def prefill(network: Any, ids: Tensor) -> tuple[Any, Tensor, float]:
 
 
 @torch.inference_mode()
-def decode(network: Any, cache: Any, token: Tensor, count: int) -> float:
+def decode(network: Any, cache: Any, token: Int[Tensor, "batch 1"], count: int) -> float:
     """Decode greedily and return the seconds."""
     synchronise()
     started = time.perf_counter()
@@ -170,59 +209,3 @@ def decode(network: Any, cache: Any, token: Tensor, count: int) -> float:
         token = network(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     synchronise()
     return time.perf_counter() - started
-
-
-def _networks(contenders: list[Contender], dtype: torch.dtype) -> Callable[[int], Any]:
-    """Return what gives the i-th model: all stay if half of the memory holds them, else one."""
-    params = sum(cost(contender.config).total_params for contender in contenders)
-    keep_all = 2 * params * dtype.itemsize <= available_bytes()
-    kept: dict[int, Any] = {}
-
-    def network(i: int) -> Any:
-        if i not in kept:
-            if not keep_all:
-                kept.clear()
-            contender = contenders[i]
-            if contender.folder is None:
-                kept[i] = random_model(contender.config, dtype)
-            else:
-                kept[i] = load_model(contender.folder, dtype=dtype).to(device())
-        return kept[i]
-
-    return network
-
-
-class _Counter(TorchDispatchMode):
-    """Counts the operations that torch is asked for."""
-
-    operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        return func(*args, **(kwargs or {}))
-
-
-def small_operations(
-    config: Mapping[str, Any],
-    phase: Phase,
-    batch: int,
-    setting: Setting,
-    implementation: str | None,
-) -> tuple[int, float]:
-    """Return the number of operations of a pass and its seconds on narrow matrices."""
-    network = random_model(narrow(config), setting.dtype)
-    _use(network, implementation)
-    ids = random_prompt(256, batch, setting.prompt_tokens)
-    cache, token, _ = prefill(network, ids)
-    passes, elapsed = max(4, setting.new_tokens // 4), []
-    for _ in range(3):
-        if phase == "prefill":
-            elapsed.append(prefill(network, ids)[2])
-        else:
-            elapsed.append(decode(network, copy.deepcopy(cache), token, passes) / passes)
-    with _Counter() as counter:
-        if phase == "prefill":
-            prefill(network, ids)
-        else:
-            decode(network, cache, token, 1)
-    return counter.operations, min(elapsed)

@@ -59,9 +59,6 @@ def speed_rows(comparison: SpeedComparison) -> Rows:
         ("tok/s", lambda s: number(s.tokens_per_s)),
         ("vs. dense (same active size)", lambda s: shown(s.of_active_size, ".0%")),
         ("experts by", lambda s: s.implementation or "–"),
-        ("GB/s", lambda s: f"{s.bytes_per_s / 1e9:.1f}"),
-        ("GFLOP/s", lambda s: f"{s.flops_per_s / 1e9:.0f}"),
-        ("operations", lambda s: shown(s.operations, ",")),
         ("bound by", lambda s: f"{s.bound_by} {s.limits[s.bound_by]:.0%}"),
     ]
     return table(comparison.speeds, columns)
@@ -69,12 +66,13 @@ def speed_rows(comparison: SpeedComparison) -> Rows:
 
 def speed_title(comparison: SpeedComparison) -> str:
     """Say what was measured, and on what."""
-    machine = comparison.machine
-    place = f"{machine.threads} CPU threads" if machine.device == "cpu" else machine.device
+    done, place = comparison, comparison.device
+    if place == "cpu":
+        place = f"{done.threads} CPU threads"
     return (
-        f"{comparison.runtime}, {machine.dtype}, {comparison.prompt_tokens} tokens of prompt and "
-        f"{comparison.new_tokens} decoded; {place}: {machine.bytes_per_s / 1e9:.1f} GB/s, "
-        f"{machine.flops_per_s / 1e9:.0f} GFLOP/s"
+        f"{done.runtime}, {done.dtype}, {done.prompt_tokens} tokens of prompt and "
+        f"{done.new_tokens} decoded; {place}: {done.bytes_per_s / 1e9:.1f} GB/s, "
+        f"{done.flops_per_s / 1e9:.0f} GFLOP/s"
     )
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.inspect import split_config
-from moefy.evaluation.contenders import Contender
-from moefy.evaluation.timing import Setting, in_transformers
+from moefy.evaluation.timing import Contender, Setting, in_transformers
 from moefy.hardware import device
 from moefy.progress import ProgressFn, silent
 from moefy.studies.grid import Speeds, Split

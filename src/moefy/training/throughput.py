@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.cost import cost
-from moefy.evaluation.roofline import multiply_rate
-from moefy.hardware import device
+from moefy.hardware import device, multiply_rate
 
 _PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest name that fits
     "B200": 2250.0,
