@@ -43,10 +43,13 @@ def main() -> None:
     found = []
     for name, source in (("old", arguments.old), ("new", arguments.new)):
         work = arguments.work / name
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        make_inputs(work)
-        found.append(measure(work, source.resolve(), arguments.quick))
+        kept = work / f"{'quick' if arguments.quick else 'whole'}.json"
+        if name == "new" or not kept.is_file():  # the old tree does not change
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            make_inputs(work)
+            kept.write_text(json.dumps(measure(work, source.resolve(), arguments.quick)))
+        found.append(json.loads(kept.read_text()))
     differing = 0
     for key in found[0]:
         old, new = found[0][key], found[1].get(key)
