@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py WORK    # about 15 minutes on two quiet cores; conversions are kept
 
-Writes docs/runtimes/transformers.csv (`moefy eval --speed`, for half of every FFN in three splits),
+Writes docs/runtimes/transformers.csv (`moefy bench`, for half of every FFN in three splits),
 experts.csv (the same, every expert implementation that was tried), machine.csv, and their tables in
 docs/runtimes.md. A random split is as fast as any other.
 """

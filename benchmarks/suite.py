@@ -124,7 +124,7 @@ def publish(
     limit += "" if result.dtype == "float32" else f" --dtype {result.dtype}"
     folders = " ".join([DENSE, *(words[2] for words in made.values())])
     lines = [*(f"moefy {shlex.join(words)}" for words in made.values())]
-    lines.append(f"moefy eval --suite llama-moe --no-hub{limit} {folders}")
+    lines.append(f"moefy suite --no-hub{limit} {folders}")
     lines.append(f"moefy eval --data {data} --windows {_WINDOWS} --no-decode {folders}")
     notes = "".join(f"- {note}\n" for note in suite_notes(result))
     (ROOT / "docs" / "results.md").write_text(

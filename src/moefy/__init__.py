@@ -9,79 +9,71 @@ transformers: each verb brings what it needs when it is first used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from moefy.checkpoint.gguf import export_gguf
-    from moefy.checkpoint.inspect import inspect
-    from moefy.construct.convert import convert
-    from moefy.construct.merge import export_dense
-    from moefy.data.prepare import prepare
-    from moefy.errors import MoefyError
-    from moefy.evaluation.chat import chat
-    from moefy.evaluation.compare import evaluate
-    from moefy.evaluation.judge import judge
-    from moefy.evaluation.routing import measure_routing
-    from moefy.evaluation.speed import measure_speed
-    from moefy.evaluation.suite import evaluate_suite
-    from moefy.report.write import write_report
-    from moefy.studies.leaderboard import leaderboard
-    from moefy.studies.plan import plan
-    from moefy.studies.run import study
-    from moefy.training.run import train
-    from moefy.training.tune import tune
+if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the table
+    from moefy.checkpoint.gguf import export_gguf as export_gguf
+    from moefy.checkpoint.inspect import inspect as inspect
+    from moefy.construct.convert import convert as convert
+    from moefy.construct.merge import export_dense as export_dense
+    from moefy.data.prepare import prepare as prepare
+    from moefy.errors import MoefyError as MoefyError
+    from moefy.evaluation.chat import chat as chat
+    from moefy.evaluation.compare import evaluate as evaluate
+    from moefy.evaluation.judge import judge as judge
+    from moefy.evaluation.routing import RoutingResult
+    from moefy.evaluation.routing import measure_routing as measure_routing
+    from moefy.evaluation.speed import measure_speed as measure_speed
+    from moefy.evaluation.suite import evaluate_suite as evaluate_suite
+    from moefy.report.write import write_report as write_report
+    from moefy.studies.leaderboard import leaderboard as leaderboard
+    from moefy.studies.plan import plan as plan
+    from moefy.studies.run import study as study
+    from moefy.training.dry_run import dry_run as dry_run
+    from moefy.training.run import train as train
+    from moefy.training.tune import tune as tune
+
+    bench, suite = measure_speed, evaluate_suite
+    routing: Callable[..., RoutingResult]
 
 __version__ = "0.1.0"
-__all__ = [
-    "MoefyError",
-    "chat",
-    "convert",
-    "evaluate",
-    "evaluate_suite",
-    "export_dense",
-    "export_gguf",
-    "inspect",
-    "judge",
-    "leaderboard",
-    "measure_routing",
-    "measure_speed",
-    "plan",
-    "prepare",
-    "study",
-    "train",
-    "tune",
-    "write_report",
-]
 
 _HOME = {
-    "MoefyError": "moefy.errors",
-    "chat": "moefy.evaluation.chat",
-    "convert": "moefy.construct.convert",
-    "evaluate": "moefy.evaluation.compare",
-    "evaluate_suite": "moefy.evaluation.suite",
-    "export_dense": "moefy.construct.merge",
-    "export_gguf": "moefy.checkpoint.gguf",
-    "inspect": "moefy.checkpoint.inspect",
-    "judge": "moefy.evaluation.judge",
-    "leaderboard": "moefy.studies.leaderboard",
-    "measure_routing": "moefy.evaluation.routing",
-    "measure_speed": "moefy.evaluation.speed",
-    "plan": "moefy.studies.plan",
-    "prepare": "moefy.data.prepare",
-    "study": "moefy.studies.run",
-    "train": "moefy.training.run",
-    "tune": "moefy.training.tune",
-    "write_report": "moefy.report.write",
+    "MoefyError": "errors.MoefyError",
+    "bench": "evaluation.speed.measure_speed",
+    "chat": "evaluation.chat.chat",
+    "convert": "construct.convert.convert",
+    "dry_run": "training.dry_run.dry_run",
+    "evaluate": "evaluation.compare.evaluate",
+    "evaluate_suite": "evaluation.suite.evaluate_suite",
+    "export_dense": "construct.merge.export_dense",
+    "export_gguf": "checkpoint.gguf.export_gguf",
+    "inspect": "checkpoint.inspect.inspect",
+    "judge": "evaluation.judge.judge",
+    "leaderboard": "studies.leaderboard.leaderboard",
+    "measure_routing": "evaluation.routing.measure_routing",
+    "measure_speed": "evaluation.speed.measure_speed",
+    "plan": "studies.plan.plan",
+    "prepare": "data.prepare.prepare",
+    "routing": "evaluation.routing.measure_routing",
+    "study": "studies.run.study",
+    "suite": "evaluation.suite.evaluate_suite",
+    "train": "training.run.train",
+    "tune": "training.tune.tune",
+    "write_report": "report.write.write_report",
 }
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         import_module("moefy.hardware").ask_for_huge_pages()
-        return getattr(import_module(_HOME[name]), name)
+        module, _, attribute = _HOME[name].rpartition(".")
+        return getattr(import_module(f"moefy.{module}"), attribute)
     raise AttributeError(f"module 'moefy' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return [*__all__, "__version__"]

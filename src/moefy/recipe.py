@@ -15,7 +15,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moefy.errors import UsageError
 from moefy.split import Split
 
+
+def option(text: str, *, unset: str = "", **bounds: Any) -> Any:
+    """Make a key an option of its command: the metadata of an annotation.
+
+    Args:
+        text: what the key is, for `--help`; a `Literal`'s values and the default are added to it.
+        unset: what the default None stands for.
+        **bounds: of the value, as pydantic's `Field` takes them.
+    """
+    return Field(description=text, json_schema_extra={"unset": unset}, **bounds)
+
+
 Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Seed = Annotated[int, option("Seed of every random choice", ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -100,19 +114,30 @@ class ConvertRecipe(Recipe):
     of two slices, and 2 of 14 routed ones. What is None depends on the model: see `for_model`.
     """
 
-    experts: int | None = None
-    active: int | None = None
-    shared: Annotated[int, Field(ge=0)] | None = None
-    partition: Partition = "alternating"
-    router: Router = "ascent"
+    experts: Annotated[
+        int | None, option("Number of slices that every FFN is cut into, E", unset="64")
+    ] = None
+    active: Annotated[
+        int | None, option("Number of slices that run for a token, k", unset="half of --experts")
+    ] = None
+    shared: Annotated[
+        int | None,
+        option("Number of active slices that run for every token", unset="half of --active", ge=0),
+    ] = None
+    partition: Annotated[Partition, option("How neurons are assigned to slices")] = "alternating"
+    router: Annotated[Router, option("How the router's weights are made")] = "ascent"
     router_ridge: Annotated[float, Field(gt=0)] = 1.0
-    repair: Repair = "refit"
+    repair: Annotated[
+        Repair, option("How the sum of the experts is corrected (unscaled: 1/k, paper: E/k²)")
+    ] = "refit"
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
     aim: Literal["ffn", "residual"] = "residual"
-    target: Target | None = None
+    target: Annotated[
+        Target | None, option("Architecture to write", unset="the first that is exact")
+    ] = None
     calibration_tokens: Positive = 28_672
     calibration_length: Annotated[int, Field(ge=2)] = 512
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _inner_has_no_shared(self) -> Self:
@@ -206,12 +231,22 @@ class PrepareRecipe(Recipe):
     SlimPajama's own map with SlimPajama's key.
     """
 
-    filter: Literal["none", "gopher"] = "none"
+    filter: Annotated[
+        Literal["none", "gopher"], option("Rules by which documents are left out")
+    ] = "none"
     filter_domains: list[str] | None = None
     text_key: str = "text"
-    domain_key: str | None = None
+    domain_key: Annotated[
+        str | None,
+        option(
+            "Key of a line that names its domain, such as SlimPajama's meta.redpajama_set_name",
+            unset="the file's name is the domain",
+        ),
+    ] = None
     domain_names: dict[str, str] | None = None
-    skip_broken: bool = False
+    skip_broken: Annotated[
+        bool, option("Skip broken lines and count them, instead of stopping")
+    ] = False
     shard_tokens: Positive = 1 << 28
 
     @model_validator(mode="after")

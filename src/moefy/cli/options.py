@@ -1,54 +1,121 @@
-"""Options that several commands have, and how their values are read."""
+"""Options of commands: those that recipes define, and those that several commands share."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+import yaml
 
 from moefy.errors import UsageError
+from moefy.recipe import Recipe
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model in OUT.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe setting, as in a.b=1."),
-]
-Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, hf:DATASET or 'demo'.")]
+Model = Annotated[str, typer.Argument(help="Model folder.")]
 Models = Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")]
-SplitName = Annotated[str, typer.Option(help="heldout, train or all.")]
-Windows = Annotated[int, typer.Option(min=1, help="Per domain.")]
-SequenceLength = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
-Limit = Annotated[int | None, typer.Option(help="Items of each benchmark. [all]")]
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder to write; the same command resumes it.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, hf:DATASET or 'demo'.")]
+SplitName = Annotated[
+    Literal["heldout", "train", "all"], typer.Option(help="Documents to measure on.")
+]
+Dtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
+Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of lm_eval, as in sciq,piqa.")]
+Limit = Annotated[int | None, typer.Option(help="Items of each benchmark. [default: all]")]
 Hub = Annotated[
-    bool | None, typer.Option("--hub/--no-hub", help="Benchmarks from the hub. [if it answers]")
+    bool | None,
+    typer.Option("--hub/--no-hub", help="Read benchmarks from the hub. [default: if it answers]"),
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")]
+
+_FILE = Annotated[Path | None, typer.Option("--recipe", help="YAML file with any of the settings.")]
+_SET = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe, as in a.b=1."),
 ]
 
 
-def given(**choices: Any) -> dict[str, Any]:
-    """Return the choices that were made: those that are not None."""
-    return {key: value for key, value in choices.items() if value is not None}
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the parameters of a command that are recipes into options.
+
+    `recipe: TrainRecipe` becomes one option for each key that `moefy.recipe.option` marks, and
+    `--recipe FILE` and `--set KEY=VALUE` for all keys. `Annotated[dict[str, Any], TrainRecipe(),
+    "tokens", "seed"]` becomes these two options, and the command gets a mapping of their values;
+    the recipe in it holds the defaults.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    options: list[inspect.Parameter] = []
+    sources: dict[str, tuple[Recipe | type[Recipe], tuple[str, ...]]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        source, *keys = get_args(hint)[1:] if get_origin(hint) is Annotated else (hint,)
+        if isinstance(source, Recipe):
+            options += _options_of(source, keys)
+        elif isinstance(source, type) and issubclass(source, Recipe):
+            keys = [key for key, field in source.model_fields.items() if field.json_schema_extra]
+            options += _options_of(source(), keys)
+            options += [_keyword("recipe", _FILE, None), _keyword("settings", _SET, None)]
+        else:
+            options.append(_keyword(parameter.name, hint, parameter.default))
+            continue
+        sources[parameter.name] = (source, tuple(keys))
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for name, (source, keys) in sources.items():
+            given = {key: values.pop(key) for key in keys}
+            chosen = {key: value for key, value in given.items() if value is not None}
+            if isinstance(source, Recipe):
+                recipe = source.build(source, **chosen)
+                values[name] = {key: getattr(recipe, key) for key in keys}
+            else:
+                settings = parse_settings(values.pop("settings")) | chosen
+                values[name] = source.build(values.pop("recipe"), **settings)
+        command(**values)
+
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
 
 
-def counts(option: str, text: str) -> list[int]:
-    """Return the whole numbers that an option lists."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} {text!r}: write whole numbers, as in 1,8") from None
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    # keyword-only, so that an option may stand before an argument without default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
-def listed(texts: list[str] | None) -> list[str]:
-    """Return the names that an option lists: separated by commas, given again, or both."""
-    return [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
+def _options_of(recipe: Recipe, keys: list[str]) -> Iterator[inspect.Parameter]:
+    """Make options of some keys: text, type, choices and default are the recipe's."""
+    for key in keys:
+        field = type(recipe).model_fields[key]
+        kind: Any = field.annotation
+        text, marked = field.description, field.json_schema_extra
+        assert isinstance(marked, dict)
+        flag = f"--{key.replace('_', '-')}"
+        if kind is bool:
+            yield _keyword(key, Annotated[bool | None, typer.Option(flag, help=f"{text}.")], None)
+            continue
+        if get_origin(kind) in (Union, UnionType):  # such as `int | None`: None is "not given"
+            kind = get_args(kind)[0]
+        if get_origin(kind) is Literal:
+            *names, last = get_args(kind)
+            kind, text = str, f"{text}: {', '.join(names)} or {last}"
+        default = getattr(recipe, key)
+        text = f"{text}. [default: {marked['unset'] if default is None else default}]"
+        # click gets a string: the recipe reads it, so that there is one check and one message
+        option = typer.Option(flag, metavar=f"<{kind.__name__}>", help=text)
+        yield _keyword(key, Annotated[str | None, option], None)
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """Return what `--set KEY=VALUE` says, by key."""
-    import yaml
-
     choices = {}
     for setting in settings or []:
         key, separator, value = setting.partition("=")
@@ -59,3 +126,16 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UsageError(f"--set {setting}: {value!r} is not valid YAML") from error
     return choices
+
+
+def counts(option: str, text: str | None) -> list[int] | None:
+    """Return the whole numbers that an option lists; None where it was not given."""
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: write whole numbers, as in 1,8") from None
+
+
+def listed(texts: list[str] | None) -> list[str]:
+    """Return the names that an option lists: separated by commas, given again, or both."""
+    return [part.strip() for text in texts or () for part in text.split(",") if part.strip()]

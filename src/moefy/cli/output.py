@@ -6,18 +6,44 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.table import Table
 
 from moefy.progress import Progress, ProgressFn
+
+Result = TypeVar("Result")
+
+
+def call(verb: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Call a verb of `moefy` and show its progress."""
+    with bars() as report:
+        return verb(*arguments, report=report, **options)
+
+
+def show(record: Any, *tables: tuple[list[list[str]], str], as_json: bool, text: str = "") -> None:
+    """Print a result: as JSON for programs, or as tables and a text for people."""
+    if as_json:
+        print(json.dumps(record, indent=2, default=str))
+        return
+    for rows, title in tables:
+        _print_table(rows, title)
+    if text:
+        print(text)
+
+
+def warn(*lines: str) -> None:
+    """Print lines on standard error, so that JSON stays JSON."""
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 @contextmanager
 def bars() -> Iterator[ProgressFn]:
-    """Draw one bar per stage on a terminal, print a line now and then into a log.
+    """Draw one bar per stage on a terminal, and print a line now and then into a log.
 
     Both go to standard error, so that output stays clean.
     """
@@ -30,21 +56,16 @@ def bars() -> Iterator[ProgressFn]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     tasks: dict[str, Any] = {}
-    with Bars(
-        *columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console
-    ) as bars:
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note)
+    with Bars(*columns, console=console) as shown:
 
         def report(progress: Progress) -> None:
             if progress.stage not in tasks:
-                tasks[progress.stage] = bars.add_task(progress.stage, note="")
-            bars.update(
-                tasks[progress.stage],
-                total=progress.total,
-                completed=progress.done,
-                note=progress.note,
-            )
+                tasks[progress.stage] = shown.add_task(progress.stage, note="")
+            task = tasks[progress.stage]
+            shown.update(task, total=progress.total, completed=progress.done, note=progress.note)
 
         yield report
 
@@ -56,12 +77,11 @@ def log_lines(every_s: float = 10.0) -> ProgressFn:
     def report(progress: Progress) -> None:
         nonlocal last_s
         finished = progress.done >= progress.total
-        now_s = time.monotonic()
-        if finished or now_s - last_s >= every_s:
+        if finished or time.monotonic() - last_s >= every_s:
             note = f"  {progress.note}" if progress.note else ""
             count = f"{progress.done:,}/{progress.total:,}"
             print(f"{progress.stage} {count}{note}", file=sys.stderr, flush=True)
-            last_s = now_s
+            last_s = time.monotonic()
 
     return report
 
@@ -75,21 +95,14 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    print(json.dumps(value, indent=2, default=str))
-
-
-def print_table(rows: list[list[str]], title: str) -> None:
-    """Print header and rows, wide enough to be read in a log too."""
-    from rich.table import Table
-
+def _print_table(rows: list[list[str]], title: str) -> None:
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left")
     for row in rows[1:]:
         table.add_row(*row)
     console = Console()
+    # a log has no width of its own, and 80 columns would break the numbers
     if console.width < 100 and not console.is_terminal:
         console = Console(width=160)
     console.print(table)

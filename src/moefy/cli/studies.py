@@ -2,94 +2,115 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+import moefy
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, RecipeFile, Set, given, listed, parse_settings
-from moefy.cli.output import bars, print_json, print_table
+from moefy.cli.options import Data, Json, RunFolder, listed, recipe_options
+from moefy.cli.output import call, show, warn
 from moefy.errors import UsageError
+from moefy.recipe import ConvertRecipe
+from moefy.studies import tables
+from moefy.studies.recipe import StudyRecipe
 
 
 @app.command()
+@recipe_options
 def study(
-    out: Annotated[Path, typer.Argument(help="The study's folder; the same command resumes it.")],
+    out: RunFolder,
+    *,
     model: Annotated[str, typer.Option(help="Dense model, as for convert.")] = "smollm2-135m",
     data: Data = "demo",
     sft: Annotated[
-        str | None, typer.Option(help="Conversations, as for tune. [nothing is tuned]")
+        str | None,
+        typer.Option(help="Conversations, as for tune. [default: nothing is tuned]"),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="rescaling, construction, sampling, scratch, size, tuning. [all]"),
+        typer.Option(
+            help="Ablations: rescaling, construction, sampling, scratch, size, tuning. "
+            "[default: all]"
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="That every arm trains on. [32768]")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Of every arm. [3]")] = None,
+    recipe: StudyRecipe,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="All of it on a toy model, in minutes.")
+        bool, typer.Option("--smoke", help="Run all of it on a toy model, in minutes.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models.")] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Run nothing; report what is there.")
+        bool, typer.Option("--report-only", help="Run nothing; report the runs that are there.")
     ] = False,
-    recipe: RecipeFile = None,
-    settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Run the paper's ablations: tables, figures and conclusions.
 
     Example: `moefy study out/study --only rescaling,construction --tokens 65536`
     """
-    choices = parse_settings(settings) | given(tokens=tokens, seeds=seeds)
-    from moefy.studies.run import study as run
+    how = {"only": listed(only), "smoke": smoke, "keep": keep, "report_only": report_only}
+    # the settings and not the recipe: `smoke` has defaults of its own for all others
+    chosen = recipe.model_dump(exclude_unset=True)
+    done = call(moefy.study, out, model=model, data=data, sft=sft, **how, **chosen)
+    warn(*(f"not run: {what}: {why}" for what, why in done.skipped.items()))
+    record = {
+        "folder": str(done.folder),
+        "runs": [vars(run) for run in done.runs],
+        "measured": done.measured,
+        "skipped": done.skipped,
+        "conclusions": done.conclusions,
+    }
+    text = "".join(f"{name}: {said}\n\n" for name, said in done.conclusions.items())
+    text += f"{done.folder / 'study.md'}: {len(done.runs)} runs, {done.measured} of them new"
+    show(record, as_json=as_json, text=text)
 
-    with bars() as report:
-        done = run(
-            out,
-            model=model,
-            data=data,
-            sft=sft,
-            only=listed(only),
-            smoke=smoke,
-            keep=keep,
-            report_only=report_only,
-            recipe=recipe,
-            report=report,
-            **choices,
-        )
-    if as_json:
-        print_json(
-            {
-                "folder": str(done.folder),
-                "runs": [vars(run) for run in done.runs],
-                "measured": done.measured,
-                "skipped": done.skipped,
-                "conclusions": done.conclusions,
-            }
-        )
-        return
-    for what, why in done.skipped.items():
-        print(f"not run: {what}: {why}", file=sys.stderr)
-    for name, text in done.conclusions.items():
-        print(f"{name}: {text}\n")
-    print(f"{done.folder / 'study.md'}: {len(done.runs)} runs, {done.measured} of them new")
+
+@app.command()
+@recipe_options
+def leaderboard(
+    source: Annotated[str, typer.Argument(help="Dense model, as for convert.")],
+    out: RunFolder,
+    *,
+    data: Data = "demo",
+    split: Annotated[dict[str, Any], ConvertRecipe(experts=64), "experts", "seed"],
+    shares: Annotated[str, typer.Option(help="Shares of the FFN.")] = "0.75,0.5,0.25",
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Names, or parts of names. [default: all]")
+    ] = None,
+    windows: Annotated[dict[str, Any], StudyRecipe(), "windows", "sequence_length"],
+    as_json: Json = False,
+) -> None:
+    """Compare ways to build experts on the same tokens.
+
+    Example: `moefy leaderboard smollm2-135m out/leaderboard --shares 0.5 --methods refit,FLAP`
+    """
+    fractions = [float(part) for part in shares.split(",")]
+    which = {"fractions": fractions, "methods": listed(methods), **split, **windows}
+    scores = call(moefy.leaderboard, source, out, data=data, **which)
+    show(
+        [vars(score) for score in scores],
+        (tables.leaderboard_rows(scores, brief=True), f"{source}, {split['experts']} experts"),
+        as_json=as_json,
+        text=f"Table, CSV and figure: {out}",
+    )
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Dense model folder, config.json, or llama-2-7b.")],
     active_params: Annotated[
-        str | None, typer.Option(help="That may run for a token, as in 80M or 3.5B.")
+        str | None, typer.Option(help="Parameters that may run for a token, as in 80M or 3.5B.")
     ] = None,
     speedup: Annotated[
-        float | None, typer.Option(min=0, help="Over the dense model, as in 1.5.")
+        float | None, typer.Option(min=0, help="Speed relative to the dense model, as in 1.5.")
     ] = None,
-    phase: Annotated[str, typer.Option(help="Whose speed: decode or prefill.")] = "decode",
+    phase: Annotated[
+        Literal["decode", "prefill"], typer.Option(help="The phase whose speed --speedup means.")
+    ] = "decode",
     study: Annotated[
-        Path | None, typer.Option(help="Folder of your own `moefy study`. [measured on SmolLM2]")
+        Path | None,
+        typer.Option(help="Folder of your own `moefy study`. [default: measured on SmolLM2]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -97,32 +118,24 @@ def plan(
 
     Example: `moefy plan smollm2-135m --active-params 100M`
     """
-    from moefy.studies.plan import plan as run
-    from moefy.studies.tables import plan_rows
-
-    done = run(
-        model,
-        active_params=_count(active_params) if active_params else None,
-        speedup=speedup,
-        phase=phase,
-        study=study,
+    most = _count(active_params) if active_params else None
+    done = moefy.plan(model, active_params=most, speedup=speedup, phase=phase, study=study)
+    warn(*(f"left out: {name}: {why}" for name, why in done.left_out.items()))
+    show(
+        done.to_dict(),
+        (tables.plan_rows(done), f"{model}: splits that were measured, best first"),
+        as_json=as_json,
+        text=f"{done.basis}\nWhat next: {done.command}",
     )
-    if as_json:
-        print_json(done.to_dict())
-        return
-    print_table(plan_rows(done), f"{model}: splits that were measured, best first")
-    for name, why in done.left_out.items():
-        print(f"left out: {name}: {why}", file=sys.stderr)
-    print(f"{done.basis}\nWhat next: {done.command}")
 
 
 def _count(text: str) -> int:
     """Read a count such as 80M."""
-    factors = {"K": 1e3, "M": 1e6, "B": 1e9}
-    number, factor = text.strip().upper(), 1.0
-    if number and number[-1] in factors:
-        number, factor = number[:-1], factors[number[-1]]
+    number, unit = text.strip().upper(), 1.0
+    if number.endswith(("K", "M", "B")):
+        unit = {"K": 1e3, "M": 1e6, "B": 1e9}[number[-1]]
+        number = number[:-1]
     try:
-        return int(float(number) * factor)
+        return int(float(number) * unit)
     except (ValueError, OverflowError):
         raise UsageError(f"--active-params {text!r}: write a number, as in 80M or 3.5B") from None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypedDict
 
 from pydantic import Field, model_validator
 
-from moefy.recipe import Positive, Recipe
+from moefy.recipe import Positive, Recipe, option
 
 Settings = dict[str, Any]
 _FREE = {"seeds", "first_seed", "grid", "prompt_tokens", "new_tokens", "rounds"}
@@ -48,19 +48,19 @@ class StudyRecipe(Recipe):
     the study's own model. Speed is measured on `prompt_tokens` and `new_tokens`, in `rounds`.
     """
 
-    tokens: Positive = 32_768
-    seeds: Positive = 3
+    tokens: Annotated[int, option("Number of tokens that every arm trains on", ge=1)] = 32_768
+    seeds: Annotated[int, option("Number of seeds of every arm", ge=1)] = 3
     first_seed: Annotated[int, Field(ge=0)] = 0
-    sequence_length: Annotated[int, Field(ge=2)] = 512
-    windows: Positive = 8
+    sequence_length: Annotated[int, option("Tokens per held-out window", ge=2)] = 512
+    windows: Annotated[int, option("Number of held-out windows per domain", ge=1)] = 8
     evaluations: Positive = 8
     experts: Positive = 16
     active: Annotated[int, Field(ge=2)] = 4
     grid: tuple[Positive, ...] = (8, 16, 32, 64)
     train_sizes: bool = False
-    prompt_tokens: Positive = 128
-    new_tokens: Positive = 32
-    rounds: Positive = 3
+    prompt_tokens: Annotated[int, option("Prompt tokens of a speed measurement", ge=1)] = 128
+    new_tokens: Annotated[int, option("Generated tokens of a speed measurement", ge=1)] = 32
+    rounds: Annotated[int, option("Number of speed measurements", ge=1)] = 3
     convert: Settings = Field(default_factory=dict)
     train: Settings = Field(default_factory=dict)
     tune: Settings = Field(default_factory=dict)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from moefy.recipe import Fraction, Positive, Recipe
+from moefy.recipe import (
+    Fraction,
+    NonNegative,
+    Positive,
+    Recipe,
+    Seed,
+    option,
+    parse_weights,
+)
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
 Part = Literal["embeddings", "attention", "norms", "experts", "shared-experts", "routers"]
 Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -169,18 +176,21 @@ class TrainRecipe(Recipe):
 
     renamed: ClassVar[dict[str, str]] = _RENAMED | {"final_learning_rate_fraction": "min_lr_ratio"}
 
-    tokens: Positive = 65_536
-    sequence_length: Annotated[int, Field(ge=2)] = 512
+    tokens: Annotated[int, option("Number of training tokens", ge=1)] = 65_536
+    sequence_length: Annotated[int, option("Tokens per sequence", ge=2)] = 512
     global_batch_size: Positive = 1
     micro_batch_size: Positive = 1
 
-    mixture: str | dict[str, float] = "Uniform"
+    mixture: Annotated[
+        str | dict[str, float],
+        option("Shares of the domains: a strategy's name or wikipedia=0.7,book=0.3"),
+    ] = "Uniform"
     normalise_weights: bool = False
     mixture_update: MixtureUpdate = "llama-moe"
     mixture_interval_steps: Positive | None = None
     reference_losses: str = "dense"
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
     warmup_fraction: Fraction = 0.1
     min_lr_ratio: Fraction = 0.1
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -193,7 +203,9 @@ class TrainRecipe(Recipe):
 
     balance: Balance = SwitchBalance()
     z_loss: NonNegative = 0.0
-    teacher: str | None = None
+    teacher: Annotated[
+        str | None, option("Dense model to distil from", unset="next-token loss alone")
+    ] = None
     distillation: Distillation = Distillation()
 
     precision: Precision = "auto"
@@ -207,7 +219,12 @@ class TrainRecipe(Recipe):
     evaluate_every_steps: Annotated[int, Field(ge=0)] = 0
     heldout_sequences: Positive = 8
     trackers: tuple[Tracker, ...] = ()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    @field_validator("mixture", mode="before")
+    @classmethod
+    def _weights_of_text(cls, mixture: Any) -> Any:
+        return parse_weights(mixture) if isinstance(mixture, str) and "=" in mixture else mixture
 
     @model_validator(mode="before")
     @classmethod
@@ -303,26 +320,31 @@ class TuneRecipe(Recipe):
 
     renamed: ClassVar[dict[str, str]] = _RENAMED
 
-    epochs: Positive = 2
-    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    epochs: Annotated[int, option("Number of passes over the conversations", ge=1)] = 2
+    sequence_length: Annotated[int, option("Tokens of the longest sequence", ge=2)] = 2048
     global_batch_size: Positive = 128
     micro_batch_size: Positive = 1
-    packing: bool = False
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    packing: Annotated[bool, option("Put several conversations into a sequence")] = False
+    learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 2e-5
     warmup_fraction: Share = 0.03
     weight_decay: NonNegative = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    router: Literal["frozen", "balanced"] = "frozen"
+    router: Annotated[
+        Literal["frozen", "balanced"], option("Whether routers stay or learn, kept balanced")
+    ] = "frozen"
     router_lr_scale: NonNegative = 0.01
     balance_coefficient: NonNegative = 1e-2
-    lora_rank: Annotated[int, Field(ge=0)] = 0
+    lora_rank: Annotated[int, option("Rank of LoRA adapters; 0 trains all weights", ge=0)] = 0
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
-    chat_template: str | None = None
+    chat_template: Annotated[
+        str | None,
+        option("chatml or a Jinja file", unset="the model's own, else chatml"),
+    ] = None
     heldout_conversations: Annotated[int, Field(ge=0)] = 100
     gradient_checkpointing: bool = False
     precision: Precision = "auto"
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 25
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _choices_fit(self) -> TuneRecipe:

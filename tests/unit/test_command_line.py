@@ -1,0 +1,141 @@
+"""Commands have the options that recipes define, and name what took the place of old spellings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moefy.cli import app, main
+from moefy.cli.options import recipe_options
+from moefy.errors import UsageError
+from moefy.recipe import ConvertRecipe, PrepareRecipe, Recipe
+from moefy.studies.recipe import StudyRecipe
+from moefy.training.recipe import TrainRecipe, TuneRecipe
+
+RECIPES: dict[str, Recipe] = {
+    "convert": ConvertRecipe(),
+    "prepare": PrepareRecipe(),
+    "train": TrainRecipe(),
+    "tune": TuneRecipe(),
+    "study": StudyRecipe(),
+}
+COMMANDS = [
+    "bench", "chat", "convert", "demo", "eval", "export dense", "export gguf", "inspect", "judge",
+    "plan", "prepare", "report", "routing", "study", "suite", "train", "tune",
+]  # fmt: skip
+
+
+def help_of(command: str, width: int = 200) -> str:
+    done = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": str(width)})
+    assert done.exit_code == 0
+    return done.output
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_help_lists_the_recipes_options(command: str) -> None:
+    """Each with its text and its default; all other keys are reached by --set."""
+    recipe, text = RECIPES[command], " ".join(help_of(command, 400).split())
+    options = {key: field for key, field in type(recipe).model_fields.items() if field.description}
+    assert len(options) >= 3
+    for key, field in options.items():
+        assert f"--{key.replace('_', '-')} " in text
+        assert str(field.description) in text
+        default = getattr(recipe, key)
+        if not isinstance(default, bool):
+            unset = field.json_schema_extra["unset"]  # type: ignore[index]
+            assert f"[default: {unset if default is None else default}]" in text
+    assert "--recipe " in text
+    assert "--set " in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_fits_the_terminal(command: str) -> None:
+    text = help_of(command, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"Example: moefy {command}" in " ".join(text.split())
+    assert "…" not in text.replace("1,2,4,…,E", ""), "a text was cut off"
+
+
+def test_every_command_is_listed() -> None:
+    groups = {group.name: group.typer_instance for group in app.registered_groups}
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    for name, group in groups.items():
+        names += [f"{name} {command.name}" for command in group.registered_commands]
+    assert set(names) - {"leaderboard"} == set(COMMANDS)
+
+
+def built(*words: str) -> Any:
+    """Return what a command of one recipe and one pair of options gets from a command line."""
+    got: list[Any] = []
+    toy = typer.Typer()
+
+    @toy.command()
+    @recipe_options
+    def command(
+        *,
+        recipe: TrainRecipe,
+        counts: Annotated[dict[str, Any], ConvertRecipe(experts=8), "experts", "shared"],
+    ) -> None:
+        got.extend([recipe, counts])
+
+    done = CliRunner().invoke(toy, words)
+    if isinstance(done.exception, UsageError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return got
+
+
+def test_options_override_set_and_set_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("tokens: 1000\nseed: 1\nteacher: dense\n")
+    words = ["--recipe", str(file), "--set", "seed=2", "--set", "tokens=2000", "--tokens", "3000"]
+    recipe, counts = built(*words, "--mixture", "a=1,b=3", "--shared", "2")
+    assert (recipe.tokens, recipe.seed, recipe.teacher) == (3000, 2, "dense")
+    assert recipe.mixture == {"a": 1.0, "b": 3.0}
+    assert counts == {"experts": 8, "shared": 2}
+    recipe, _ = built("--recipe", str(file), "--set", "teacher=null", "--set", "z_loss=1e-3")
+    assert (recipe.teacher, recipe.z_loss) == (None, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "many"], "tokens = 'many': input should be a valid integer"),
+        (["--learning-rate", "0"], "greater than 0"),
+        (["--shared", "-1"], "shared = '-1'"),
+        (["--mixture", "a=x"], "write NAME=NUMBER"),
+        (["--set", "clip_grad_norm=1"], "clip_grad_norm is now called max_grad_norm"),
+    ],
+)
+def test_the_recipe_checks_an_option(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        built(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (["eval", "--speed", "a"], "moefy bench"),
+        (["eval", "a", "b", "--routing"], "moefy routing"),
+        (["--debug", "eval", "--suite=llama-moe", "a"], "moefy suite"),
+        (["eval", "--tasks", "sciq", "a"], "moefy suite --tasks"),
+        (["convert", "a", "b", "--rescale", "paper"], "moefy convert --repair"),
+    ],
+)
+def test_an_old_spelling_names_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    new: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moefy", *words])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is now {new}: see " in line
