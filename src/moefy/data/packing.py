@@ -1,4 +1,4 @@
-"""Documents to token windows, packed across boundaries as in the paper."""
+"""Documents to token ids, and ids to windows, packed across documents as in the paper."""
 
 from __future__ import annotations
 
@@ -8,9 +8,41 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from tokenizers import Tokenizer
+
+from moefy.errors import CorpusError
 
 _DOCUMENTS_AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 1 << 20
+
+
+def encode_documents(backend: Tokenizer, eos: int | None, documents: list[str]) -> list[int]:
+    """Return the ids of documents, one after another, each with the end-of-text token behind it.
+
+    Special tokens that stand in a text are read as text: no document can end itself.
+    """
+    # transformers sets these before each call of its own, so nothing has to be put back
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    end = [] if eos is None else [eos]
+    ids: list[int] = []
+    for encoding in backend.encode_batch_fast(documents, add_special_tokens=False):
+        ids += encoding.ids
+        ids += end
+    return ids
+
+
+def backend_of(tokenizer: Any, name: str) -> Tokenizer:
+    """Return the tokenizers library's part of a transformers tokenizer.
+
+    Raises:
+        CorpusError: it is a slow tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CorpusError(f"the tokenizer of {name} is no fast one: save it with a tokenizer.json")
+    return backend
 
 
 def pack(
@@ -18,42 +50,34 @@ def pack(
 ) -> Int[np.ndarray, "windows sequence"]:
     """Tokenise documents, join them with the end-of-text token, and cut windows.
 
-    Reads only as many documents as the windows need.
-
     Args:
-        documents: texts.
-        tokenizer: a transformers tokenizer; its special tokens in the text are read as text.
+        documents: texts; only as many are read as the windows need.
+        tokenizer: a fast transformers tokenizer.
         sequence_length: tokens per window.
         max_windows: stop after so many.
 
     Returns:
         Token ids as int64; fewer windows than asked for when the documents run out, possibly none.
+
+    Raises:
+        CorpusError: it is a slow tokenizer.
     """
-    separator = tokenizer.eos_token_id
-    separators = [] if separator is None else [separator]
-    windows: list[list[int]] = []
-    pending: list[int] = []
-    while len(windows) < max_windows:
-        batch = _batch(documents)
-        if not batch:
-            break
-        tokenised = tokenizer(
-            batch, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-        for ids in tokenised["input_ids"]:
-            pending += [*ids, *separators]
-        cut = len(pending) // sequence_length * sequence_length
-        windows += [
-            pending[start : start + sequence_length] for start in range(0, cut, sequence_length)
-        ]
-        pending = pending[cut:]
-    return np.array(windows[:max_windows], dtype=np.int64).reshape(-1, sequence_length)
+    backend = backend_of(tokenizer, tokenizer.name_or_path)
+    ids: list[int] = []
+    while len(ids) < max_windows * sequence_length and (batch := _batch(documents)):
+        ids += encode_documents(backend, tokenizer.eos_token_id, batch)
+    num_windows = min(len(ids) // sequence_length, max_windows)
+    flat = np.array(ids[: num_windows * sequence_length], dtype=np.int64)
+    return flat.reshape(num_windows, sequence_length)
 
 
 def _batch(documents: Iterator[str]) -> list[str]:
+    """Take the next documents, few where they are long: all their encodings are in memory."""
     batch: list[str] = []
+    num_characters = 0
     for document in islice(documents, _DOCUMENTS_AT_ONCE):
         batch.append(document)
-        if sum(map(len, batch)) > _CHARACTERS_AT_ONCE:
+        num_characters += len(document)
+        if num_characters > _CHARACTERS_AT_ONCE:
             break
     return batch

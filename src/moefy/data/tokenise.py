@@ -1,19 +1,24 @@
-"""One batch of JSON lines to token ids: what a worker process does. Imports no torch."""
+"""Lines of a corpus to token ids by domain: what a worker process of `prepare` does.
+
+Nothing here imports torch, so that a worker starts in a moment.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from moefy.data.domains import is_held_out
-from moefy.data.jsonl import field, record_of
+from moefy.data.packing import encode_documents
 from moefy.data.quality import gopher
+from moefy.data.records import field, record_of
 from moefy.errors import CorpusError
 from moefy.recipe import PrepareRecipe
 
@@ -23,36 +28,19 @@ _EXAMPLES = 5
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is the same for every batch.
+class Lines:
+    """Some lines of one source.
 
     Attributes:
-        tokenizer: its tokenizer.json.
-        eos: id of the token that ends a document.
-        dtype: of the ids on disk, little-endian.
-        recipe: every choice.
+        label, domain: see `records.Source`.
+        first_line: number of the first line, from 1.
+        content: the lines; none at a source's end.
+        after: source and batch to go on with once this one is done.
+        read_bytes: bytes of all sources, as they lie on disk, up to here.
+        finished: the source's record, at its end.
     """
 
-    tokenizer: str
-    eos: int
-    dtype: str
-    recipe: PrepareRecipe
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Whole lines of one input.
-
-    Attributes:
-        name, domain: of the input.
-        first_line: its number, from 1.
-        content: the lines; none at an input's end.
-        after: input and batch to go on with once this one is done.
-        read_bytes: of all inputs, as they lie on disk, up to here.
-        finished: the input's record, at its end.
-    """
-
-    name: str
+    label: str
     domain: str | None
     first_line: int
     content: bytes
@@ -63,11 +51,10 @@ class Batch:
 
 @dataclass
 class Tokenised:
-    """What came of a batch.
+    """What came of some lines.
 
     Attributes:
-        ids: by (domain, split), the documents' ids in the order of the lines, each with the end
-            token, as they go to disk.
+        ids: by (domain, side), the documents' ids in the order of the lines, as they go to disk.
         counts: by domain; "" holds lines whose domain cannot be known.
         broken: the first messages on lines that were skipped.
     """
@@ -77,43 +64,44 @@ class Tokenised:
     broken: list[str]
 
 
+@dataclass(frozen=True)
 class Tokeniser:
-    """Turns batches into token ids; one lives in each worker.
+    """Turns lines into token ids; each worker process has a copy.
 
-    Special tokens that stand in a text are read as text: no document can end itself.
-
-    Raises:
-        UsageError: the filter's package is missing.
+    Attributes:
+        backend: the tokenizer.
+        eos: id of the token that ends a document.
+        dtype: numpy name of the ids' type on disk.
+        recipe: choices of the run.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._tokenizer = Tokenizer.from_str(job.tokenizer)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        self._broken_rule = gopher() if job.recipe.filter == "gopher" else None
+    backend: Tokenizer
+    eos: int
+    dtype: str
+    recipe: PrepareRecipe
 
-    def __call__(self, batch: Batch) -> Tokenised:
+    @cached_property
+    def _broken_rule(self) -> Callable[[str], str | None] | None:
+        return gopher() if self.recipe.filter == "gopher" else None
+
+    def __call__(self, lines: Lines) -> Tokenised:
         """Parse, filter, split and tokenise.
 
         Raises:
-            CorpusError: a broken line, unless the recipe skips these.
+            CorpusError: a line is broken, unless the recipe skips these.
         """
         texts: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         done = Tokenised({}, defaultdict(Counter), [])
-        for number, line in enumerate(batch.content.split(b"\n"), start=batch.first_line):
+        for number, line in enumerate(lines.content.split(b"\n"), start=lines.first_line):
             if not line.strip():
                 continue
-            domain = batch.domain
+            where, domain = f"{lines.label} {number}", lines.domain
             try:
-                record, text = record_of(
-                    line, f"{batch.name}, line {number}", text_key=self._job.recipe.text_key
-                )
+                record, text = record_of(line, where, self.recipe.text_key)
                 if domain is None:
-                    domain = self._domain(record, f"{batch.name}, line {number}")
+                    domain = self._domain(record, where)
             except CorpusError as error:
-                if not self._job.recipe.skip_broken:
+                if not self.recipe.skip_broken:
                     raise CorpusError(
                         f"{error}; pass --skip-broken to go on without such lines, or mend it and "
                         "start again with --overwrite"
@@ -127,34 +115,23 @@ class Tokeniser:
                 done.counts[domain][FILTERED + rule] += 1
             else:
                 texts[domain, "heldout" if is_held_out(text) else "train"].append(text)
-        for (domain, split), documents in texts.items():
-            ids = self._ids(documents)
-            done.ids[domain, split] = ids.tobytes()
-            prefix = "" if split == "train" else "heldout_"
-            done.counts[domain].update(
-                {
-                    f"{prefix}documents": len(documents),
-                    f"{prefix}characters": sum(map(len, documents)),
-                    f"{prefix}tokens": len(ids),
-                }
-            )
+        for (domain, side), documents in texts.items():
+            ids = encode_documents(self.backend, self.eos, documents)
+            done.ids[domain, side] = np.array(ids, dtype=self.dtype).tobytes()
+            prefix = "" if side == "train" else "heldout_"
+            done.counts[domain][f"{prefix}documents"] += len(documents)
+            done.counts[domain][f"{prefix}characters"] += sum(map(len, documents))
+            done.counts[domain][f"{prefix}tokens"] += len(ids)
         return done
 
-    def _ids(self, documents: list[str]) -> Integer[np.ndarray, " tokens"]:
-        ids: list[int] = []
-        for encoding in self._tokenizer.encode_batch_fast(documents, add_special_tokens=False):
-            ids += encoding.ids
-            ids.append(self._job.eos)
-        return np.fromiter(ids, np.dtype(self._job.dtype), len(ids))
-
     def _filtered(self, domain: str, text: str) -> str | None:
-        domains = self._job.recipe.filter_domains
+        domains = self.recipe.filter_domains
         if self._broken_rule is None or (domains is not None and domain not in domains):
             return None
         return self._broken_rule(text)
 
     def _domain(self, record: dict[str, Any], where: str) -> str:
-        key, names = self._job.recipe.domain_key or "", self._job.recipe.allowed_names
+        key, names = self.recipe.domain_key or "", self.recipe.allowed_names
         try:
             found = field(record, key)
         except (KeyError, TypeError):
@@ -163,6 +140,7 @@ class Tokeniser:
             if not isinstance(found, str) or found not in names:
                 raise CorpusError(f"{where}: {key!r} is {found!r}; allowed are {', '.join(names)}")
             return names[found]
+        # a domain becomes a folder of the corpus: nothing that leads out of it may be one
         if not (isinstance(found, str) and _PLAIN_NAME.fullmatch(found)):
             raise CorpusError(
                 f"{where}: {key!r} is {found!r}, which cannot name a folder: give names with "

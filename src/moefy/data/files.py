@@ -1,0 +1,242 @@
+"""One file of text as a stream of JSON lines, whatever its form and compression.
+
+The libraries that read the forms are given file objects, so memory is bounded by the longest record
+and not by the file, nor by what a compressed file may expand to.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from moefy.errors import CorpusError
+
+FORMS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+READABLE = ".jsonl, .json, .csv, .txt (also .gz or .zst) or .parquet"
+_BLOCK_BYTES = 1 << 18
+_LONGEST_BYTES = 1 << 27
+_NOT_TEXT = {
+    b"\x1f\x8b": "compressed by gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard: let its name end in .zst",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
+}
+_BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
+
+
+class Meter:
+    """Counts and hashes what was read of a file, as it lies on disk."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def add(self, block: bytes | memoryview) -> None:
+        """Count a block."""
+        self.num_bytes += len(block)
+        self.sha256.update(block)
+
+
+def form_of(file: Path) -> str:
+    """Return the form that a file's name stands for, one of FORMS, or nothing."""
+    *_, form, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
+    if last in (".gz", ".zst"):
+        return form if form in FORMS and form != ".parquet" else ""
+    return last if last in FORMS else ""
+
+
+def read_file(file: Path, keys: list[str], meter: Meter) -> Iterator[bytes]:
+    """Iterate over a file's records as JSON lines.
+
+    Args:
+        file: a file in one of FORMS.
+        keys: keys of the text and of the domain, which a table must have as columns; none: all.
+        meter: counts what is read.
+
+    Raises:
+        CorpusError: the file cannot be read, is damaged, or has a record of more than 128 MiB.
+    """
+    form = form_of(file)
+    with _opened(file, meter) as content:
+        if form == ".parquet":
+            for _ in iter(lambda: content.read(_BLOCK_BYTES), b""):
+                pass  # the library reads from the end, so the file is hashed before
+            yield from encode_table(_parquet(file), str(file), keys)
+        elif form == ".csv":
+            csv.field_size_limit(_LONGEST_BYTES)
+            rows = csv.DictReader(io.TextIOWrapper(content, "utf-8-sig", newline=""))
+            yield from encode_table(rows, str(file), keys)
+        elif form == ".txt":
+            for text in _paragraphs(file, content):
+                yield encode({"text": text})
+        elif form == ".json" and content.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from map(encode, _elements(file, io.TextIOWrapper(content, "utf-8-sig")))
+        else:  # a .json file may hold a record a line too, as C4's do
+            yield from _lines(file, content)
+
+
+def read_lines(file: Path) -> Iterator[bytes]:
+    """Iterate over the lines of a file, decompressed.
+
+    Raises:
+        CorpusError: see `read_file`.
+    """
+    with _opened(file, Meter()) as content:
+        yield from _lines(file, content)
+
+
+def encode(row: Any) -> bytes:
+    """Return a row as a JSON line."""
+    return json.dumps(row, default=str).encode() + b"\n"
+
+
+def encode_table(rows: Iterable[dict[str, Any]], name: str, keys: list[str]) -> Iterator[bytes]:
+    """Iterate over the rows of a table as JSON lines of the columns that are wanted.
+
+    Raises:
+        CorpusError: the table has no such column.
+    """
+    columns = sorted({key.partition(".")[0] for key in keys})
+    for row in rows:
+        if missing := [column for column in columns if column not in row]:
+            raise CorpusError(
+                f"{name} has no column {missing[0]!r}, only {', '.join(sorted(map(str, row)))}: "
+                "name the text with --set text_key=COLUMN, the domain with --domain-key COLUMN"
+            )
+        kept = {column: row[column] for column in columns} if columns else row
+        if keys and kept.get(keys[0], "") is None:  # how a table says that there is no text
+            kept[keys[0]] = ""
+        yield encode(kept)
+
+
+@contextmanager
+def _opened(file: Path, meter: Meter) -> Iterator[io.BufferedReader]:
+    """Give a file's content, decompressed; say what is wrong with a file that is not readable."""
+    try:
+        with io.BufferedReader(_Metered(file, meter), _BLOCK_BYTES) as raw:
+            content = io.BufferedReader(_decompressed(file, raw), _BLOCK_BYTES)
+            start = content.peek()
+            for magic, what in _NOT_TEXT.items():
+                if start.startswith(magic):
+                    raise CorpusError(f"{file} is {what}")
+            yield content
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(
+            f"{file} is a damaged compressed file ({error}): fetch it again"
+        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise CorpusError(f"{file} cannot be read: {reason}") from error
+    except (ValueError, csv.Error) as error:  # what libraries say of a file in another form
+        reason = str(error).partition("\n")[0]
+        raise CorpusError(
+            f"{file} cannot be read as {form_of(file)[1:]} in UTF-8 ({reason})"
+        ) from error
+
+
+class _Metered(io.FileIO):
+    """A file on disk whose blocks are counted when they are read."""
+
+    def __init__(self, file: Path, meter: Meter) -> None:
+        super().__init__(file)
+        self._meter = meter
+
+    def readinto(self, target: Any) -> int:
+        count = super().readinto(target) or 0
+        self._meter.add(memoryview(target)[:count])
+        return count
+
+
+def _decompressed(file: Path, raw: io.BufferedReader) -> io.RawIOBase:
+    if file.suffix.lower() == ".gz":
+        return cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))
+    if file.suffix.lower() != ".zst":
+        return cast(io.RawIOBase, raw)
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        raise CorpusError(
+            f"{file} needs the backports.zstd package: pip install 'moefy[zst]', or decompress it"
+        ) from None
+
+    class Frames(zstd.ZstdFile):  # its own error is none that can be named where it is missing
+        def read(self, size: int | None = -1) -> bytes:
+            try:
+                return super().read(size)
+            except zstd.ZstdError as error:
+                raise EOFError(error) from error
+
+    return cast(io.RawIOBase, Frames(raw))
+
+
+def _lines(file: Path, content: io.BufferedReader) -> Iterator[bytes]:
+    while line := content.readline(_LONGEST_BYTES):
+        if len(line) == _LONGEST_BYTES:
+            raise CorpusError(
+                f"{file} has no line end in {_LONGEST_BYTES >> 20} MiB: write one record a line, "
+                "and cut longer documents"
+            )
+        yield line
+
+
+def _paragraphs(file: Path, content: io.BufferedReader) -> Iterator[str]:
+    """Iterate over what blank lines separate: a whole book could not be held out in part."""
+    found: list[str] = []
+    for line in _lines(file, content):
+        if text := line.decode().rstrip():
+            found.append(text)
+        elif found:
+            yield "\n".join(found)
+            found = []
+    if found:
+        yield "\n".join(found)
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise CorpusError(
+            f"{file} needs the pyarrow package: pip install 'moefy[datasets]'"
+        ) from None
+    for batch in ParquetFile(file).iter_batches(batch_size=64):
+        yield from batch.to_pylist()
+
+
+def _elements(file: Path, text: io.TextIOWrapper) -> Iterator[Any]:
+    """Iterate over the elements of a JSON array in the memory of the largest."""
+    decoder = json.JSONDecoder()
+    content = text.read(_BLOCK_BYTES)
+    start, number = content.index("[") + 1, 1
+    while True:
+        start = _BETWEEN_ELEMENTS.match(content, start).end()  # type: ignore[union-attr]
+        if content.startswith("]", start):
+            return
+        try:
+            element, start = decoder.raw_decode(content, start)
+        except (ValueError, RecursionError) as error:
+            # broken, or not read to its end: doubling keeps the work linear in the file's size
+            content, start = content[start:], 0
+            more = text.read(max(_BLOCK_BYTES, len(content)))
+            if not more or len(content) > _LONGEST_BYTES:
+                raise CorpusError(
+                    f"{file}, record {number}: no JSON, or the array ends early ({error})"
+                ) from error
+            content += more
+        else:
+            yield element
+            number += 1

@@ -1,0 +1,218 @@
+"""Where text comes from: files, folders of files, Hugging Face datasets, and the demo text.
+
+Every command finds, names and numbers records by this file's rules. A source is read as a stream of
+JSON lines, whatever it is, so that all of them take one way through the code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moefy.data import demo_text
+from moefy.data.files import FORMS, READABLE, Meter, encode, encode_table, form_of, read_file
+from moefy.errors import CorpusError
+from moefy.progress import ProgressFn, silent
+from moefy.recipe import SLIMPAJAMA_KEY
+
+DEMO = "demo"
+HUB = "hf:"
+_UNITS = {".jsonl": "line", ".json": "record", ".txt": "paragraph"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one stream that is read as if it were a file.
+
+    Attributes:
+        name: path inside the corpus, or the stream's name.
+        label: begins the place of a record in messages, as in "data/web.jsonl, line".
+        domain: domain of all its records; None where each record says.
+        num_bytes: size on disk; 0 for a stream.
+        read: returns the JSON lines and feeds the meter.
+    """
+
+    name: str
+    label: str
+    domain: str | None
+    num_bytes: int
+    read: Callable[[Meter], Iterator[bytes]]
+
+    def records(self) -> Iterator[tuple[str, bytes]]:
+        """Iterate over the lines that are not blank, each with its place for messages."""
+        for number, line in enumerate(self.read(Meter()), start=1):
+            if line.strip():
+                yield f"{self.label} {number}", line
+
+
+def find_sources(
+    data: str | Path,
+    *,
+    text_key: str | None = "text",
+    domain_key: str | None = None,
+    report: ProgressFn = silent,
+) -> list[Source]:
+    """Return the sources of a corpus, sorted by domain and path.
+
+    Args:
+        data: a file; a folder that holds, for each domain, a file `<domain>.jsonl` or a folder
+            `<domain>/` with any number of files; `hf:NAME[:CONFIG]`, the training split of a
+            Hugging Face dataset; or `demo`. Hidden files are never read, and a folder is read in
+            the first form of FORMS that it holds.
+        text_key: key of the text; dots lead into objects. None: whole records are wanted
+            (conversations), and files may lie in any layout.
+        domain_key: key of the domain; files may then lie in any layout.
+        report: told about downloads.
+
+    Raises:
+        CorpusError: there is no such corpus, or nothing in it.
+        AssetError: the demo text cannot be fetched.
+    """
+    keys = [key for key in (text_key, domain_key) if key]
+    if str(data) == DEMO:
+        if domain_key or not text_key:
+            raise CorpusError(f"{DEMO} is text with its own domains: leave --domain-key out")
+        texts = sorted(demo_text.sources(report=report).items())
+        return [_stream(f"{DEMO}:{name}", name, partial(_rows_of, read)) for name, read in texts]
+    if str(data).startswith(HUB):
+        name, _, config = str(data).removeprefix(HUB).partition(":")
+        rows = partial(_dataset_rows, name, config or None, keys)
+        return [_stream(str(data), None if domain_key else Path(name).name, rows)]
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise CorpusError(
+            f"{path} does not exist; the text is a file ({READABLE}), a folder of <domain>.jsonl "
+            f"files or of <domain>/ folders with files, {HUB}DATASET, or {DEMO}"
+        )
+    files = _files(path, FORMS if text_key else FORMS[:-1])
+    found: list[tuple[str | None, Path]] = [(None, file) for file in files]
+    if text_key and not domain_key:
+        _refuse_one_stream(files[0])
+        found = _by_domain(path, files)
+    folder = path.parent if path.is_file() else path
+    return [
+        Source(
+            file.relative_to(folder).as_posix(),
+            f"{file}, {_UNITS.get(form_of(file), 'row')}",
+            domain,
+            file.stat().st_size,
+            partial(read_file, file, keys),
+        )
+        for domain, file in found
+    ]
+
+
+def record_of(line: bytes, where: str, text_key: str = "text") -> tuple[dict[str, Any], str]:
+    """Return a line's object and the text in it.
+
+    Raises:
+        CorpusError: the line is no JSON object with valid Unicode text at the key; the message
+            begins with `where`.
+    """
+    try:
+        record = json.loads(line)
+        text = field(record, text_key)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CorpusError(
+            f"{where}: not a JSON object with a {text_key!r} ({repr(error)[:200]})"
+        ) from error
+    if not isinstance(text, str):
+        raise CorpusError(f"{where}: {text_key!r} is not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise CorpusError(f"{where}: {text_key!r} is no valid Unicode ({error.reason})") from error
+    return record, text
+
+
+def field(record: Any, key: str) -> Any:
+    """Return the value of a key; dots lead into objects.
+
+    Raises:
+        KeyError, TypeError: there is none.
+    """
+    for part in key.split("."):
+        record = record[part]
+    return record
+
+
+def _files(path: Path, forms: tuple[str, ...]) -> list[Path]:
+    if path.is_file():
+        if form_of(path) not in forms:
+            raise CorpusError(f"{path} is in no form that is read here: name a {READABLE} file")
+        return [path]
+    by_form: defaultdict[str, list[Path]] = defaultdict(list)
+    for file in sorted(path.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if not is_hidden and file.is_file():
+            by_form[form_of(file)].append(file)
+    # one form a folder: a readme.txt or a statistics.json beside the corpus is no text of it
+    found = next((by_form[form] for form in forms if form in by_form), None)
+    if not found:
+        raise CorpusError(f"{path} holds no {READABLE} file, neither by itself nor in folders")
+    return found
+
+
+def _by_domain(path: Path, files: list[Path]) -> list[tuple[str | None, Path]]:
+    """Name each file's domain: its stem, or the folder of the corpus that it lies in."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        is_alone = file == path or file.parent == path
+        stem = file.name[: file.name.lower().rindex(form_of(file))]
+        name = stem if is_alone else file.relative_to(path).parts[0]
+        others = found.setdefault(name, [])
+        if others and (is_alone or others[0].parent == path):
+            raise CorpusError(
+                f"{others[0]} and {file} are both the domain {name!r}: remove one, or put both "
+                f"into a folder {name}/"
+            )
+        others.append(file)
+    return [(name, file) for name in sorted(found) for file in found[name]]
+
+
+def _refuse_one_stream(file: Path) -> None:
+    """Refuse SlimPajama as published when it is about to be read as domains by file or folder."""
+    try:
+        field(json.loads(next(read_file(file, [], Meter()), b"")), SLIMPAJAMA_KEY)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return
+    raise CorpusError(
+        f"{file} is one stream of all domains, as SlimPajama is published: pass --domain-key "
+        f"{SLIMPAJAMA_KEY}"
+    )
+
+
+def _stream(name: str, domain: str | None, lines: Callable[[], Iterable[bytes]]) -> Source:
+    def read(meter: Meter) -> Iterator[bytes]:
+        for line in lines():
+            meter.add(line)
+            yield line
+
+    return Source(name, f"{name}, row", domain, 0, read)
+
+
+def _rows_of(read: Callable[[], Iterator[str]]) -> Iterator[bytes]:
+    return (encode({"text": text}) for text in read())
+
+
+def _dataset_rows(name: str, config: str | None, keys: list[str]) -> Iterator[bytes]:
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(
+            f"{HUB}{name} needs the datasets package: pip install 'moefy[datasets]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        yield from encode_table(rows, f"the dataset {name!r}", keys)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CorpusError(
+            f"the dataset {name!r} cannot be read ({first_line}): name a dataset of the hub that "
+            f"can be reached, as in {HUB}allenai/c4:en, or a local folder of one"
+        ) from error
