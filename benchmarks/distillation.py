@@ -34,7 +34,7 @@ import moefy
 from moefy.calibrate.text import SELF, self_windows
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import resolve
-from moefy.data.domains import Split, documents_of, open_domains
+from moefy.data.domains import Side, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import switch_loss
@@ -189,7 +189,7 @@ def _windows(
         tokenizer = load_tokenizer(dense)
         domains = open_domains(options.data)
 
-        def drawn(split: Split, seed: int) -> Int[np.ndarray, "windows sequence"]:
+        def drawn(split: Side, seed: int) -> Int[np.ndarray, "windows sequence"]:
             count = -(-wanted[split] // len(domains))
             picked = []
             for domain in domains:

@@ -13,7 +13,7 @@ import torch
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import BUILTIN, resolve
 from moefy.construct.convert import convert
-from moefy.data.domains import DEMO
+from moefy.data.records import DEMO
 from moefy.errors import OutputError
 from moefy.evaluation.compare import Comparison, evaluate
 from moefy.hardware import peak_rss_bytes

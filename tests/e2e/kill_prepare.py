@@ -13,7 +13,6 @@ import sys
 
 import moefy
 import moefy.data.part
-from moefy.data import jsonl
 
 WATCHED = ("open", "os.", "shutil.")
 
@@ -36,7 +35,7 @@ def child(data: str, out: str, tokenizer: str, last: int) -> None:
 if __name__ == "__main__":
     moefy.prepare  # noqa: B018 - imports it
     moefy.data.part._COMMIT_EVERY_S = 0.0
-    jsonl._BLOCK_BYTES, jsonl._BATCH_BYTES = 1000, 2000
+    moefy.data.part._BATCH_BYTES = 2000
     for line in sys.stdin:
         data, out, tokenizer, last = line.split("\t")
         if (pid := os.fork()) == 0:

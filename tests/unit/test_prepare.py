@@ -21,7 +21,7 @@ from tests.conftest import byte_tokenizer
 
 import moefy
 from moefy.cli import main
-from moefy.data import jsonl
+from moefy.data import files, part
 from moefy.data.domains import documents_of, is_held_out, open_domains
 from moefy.data.packing import pack
 from moefy.data.prepare import gather, prepare_part
@@ -29,6 +29,7 @@ from moefy.data.shards import TokenShards, is_prepared
 from moefy.errors import CorpusError, MoefyError, OutputError, StorageError, UsageError
 from moefy.progress import Progress
 from moefy.recipe import SLIMPAJAMA_KEY, SLIMPAJAMA_NAMES
+from moefy.run_folder import MARKER
 
 ROOT = Path(__file__).parents[2]
 PROSE = "It was the best of times, and it was the worst of times. "
@@ -79,7 +80,8 @@ def texts(shards: TokenShards, domain: str) -> set[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (file for file in folder.rglob("*") if file.is_file())
+    """Return every file but the marker, whose identity has the name of the data."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
@@ -114,8 +116,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(
     corpus: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = run(corpus, "one", workers=1)
-    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(jsonl, "_BATCH_BYTES", 3000)
+    monkeypatch.setattr(part, "_BATCH_BYTES", 3000)
     many = run(corpus, "many", workers=3)
     assert contents(one.folder) == contents(many.folder)
     for shard in one.record["domains"]["ab"]["shards"]:
@@ -227,8 +228,7 @@ def test_broken_lines_are_named_or_counted(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 10)
-    monkeypatch.setattr(jsonl, "_BATCH_BYTES", 1)  # so that each line is a batch of its own
+    monkeypatch.setattr(part, "_BATCH_BYTES", 1)  # so that each line is a batch of its own
     line, message = BROKEN[kind]
     good = rows("good")
     file = write(tmp_path / "data/book.jsonl", [good[0], line, *good[1:]])
@@ -263,11 +263,12 @@ def test_files_that_are_no_text(
         run(data, "cut")
     (data / "b.jsonl.gz").write_bytes(whole + bytes(512))  # padded, which is allowed
     assert len(texts(run(data, "padded"), "b")) == 5000
-    monkeypatch.setattr(jsonl, "_LONGEST_LINE_BYTES", 1000)
+    monkeypatch.setattr(files, "_LONGEST_BYTES", 1000)
     write(data / "b.jsonl.gz", [b"x" * 2000])
     with pytest.raises(CorpusError, match="no line end in"):
         run(data, "long")
-    for nothing in (tmp_path / "nothing", tmp_path / "tokenizer"):
+    (tmp_path / "empty").mkdir()
+    for nothing in (tmp_path / "nothing", tmp_path / "empty"):
         with pytest.raises(CorpusError, match=r"does not exist|holds no \.jsonl"):
             run(nothing, "none")
     write(tmp_path / "blank/a.jsonl", [{"text": ""}])
@@ -338,7 +339,7 @@ def test_an_output_in_the_way(
     corpus: Path, tmp_path: Path, run: Callable[..., TokenShards]
 ) -> None:
     run(corpus)
-    with pytest.raises(OutputError, match=r"whole corpus already.*--overwrite"):
+    with pytest.raises(OutputError, match=r"holds a finished corpus.*--overwrite"):
         run(corpus)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
@@ -362,7 +363,7 @@ def test_an_output_in_the_way(
         run(tmp_path / "data", "stopped")
     with pytest.raises(OutputError, match=r"other settings \(recipe: was .*gopher"):
         run(tmp_path / "data", "stopped", filter="gopher")
-    (tmp_path / "stopped/part-00000-of-00001/journal.json").write_text("{")
+    (tmp_path / "stopped/journal.json").write_text("{")
     with pytest.raises(OutputError, match="damaged"):
         run(tmp_path / "data", "stopped")
     run(tmp_path / "data", "stopped", overwrite=True, skip_broken=True)
@@ -371,8 +372,7 @@ def test_an_output_in_the_way(
 def test_a_killed_worker_and_a_full_disk_lose_nothing(
     corpus: Path, tmp_path: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(jsonl, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(part, "_BATCH_BYTES", 1000)
     whole = contents(run(corpus, "whole").folder)
     notes = []
 
@@ -398,25 +398,25 @@ def test_a_killed_worker_and_a_full_disk_lose_nothing(
 
 
 def test_reading_stays_only_a_little_ahead(tokenizer: Path) -> None:
-    from moefy.data.tokenise import Batch, Job
-    from moefy.data.workers import Workers
+    from moefy.data.pool import TokeniserPool
+    from moefy.data.tokenise import Lines, Tokeniser
     from moefy.recipe import PrepareRecipe
 
     read = 0
 
-    def endless() -> Iterator[Batch]:
+    def endless() -> Iterator[Lines]:
         nonlocal read
         while True:
             read += 1
-            yield Batch("a", "a", 1, b'{"text": "a"}\n', (0, read), read)
+            yield Lines("a, line", "a", 1, b'{"text": "a"}\n', (0, read), read)
 
-    backend = byte_tokenizer().backend_tokenizer.to_str()
-    workers = Workers(2, Job(backend, 256, "<u2", PrepareRecipe()))
-    results = workers.tokenise(endless())
+    backend = byte_tokenizer().backend_tokenizer
+    pool = TokeniserPool(2, Tokeniser(backend, 256, "<u2", PrepareRecipe()))
+    results = pool.tokenise(endless())
     for number in range(1, 50):
         assert next(results)[0].after == (0, number)
     assert read < 70
-    workers.close()
+    pool.close()
 
 
 def test_gophers_rules(tmp_path: Path, run: Callable[..., TokenShards]) -> None:

@@ -31,7 +31,7 @@ from moefy.construct.ffn import SplitFfn
 from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import split_ffn
-from moefy.data.domains import HUB
+from moefy.data.records import HUB
 from moefy.errors import ArchitectureError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, ConvertSettings

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from moefy.errors import CorpusError
 
@@ -158,11 +158,11 @@ class _Metered(io.FileIO):
         return count
 
 
-def _decompressed(file: Path, raw: io.BufferedReader) -> io.RawIOBase:
+def _decompressed(file: Path, raw: Any) -> Any:
     if file.suffix.lower() == ".gz":
-        return cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))
+        return gzip.GzipFile(fileobj=raw)
     if file.suffix.lower() != ".zst":
-        return cast(io.RawIOBase, raw)
+        return raw
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -180,7 +180,7 @@ def _decompressed(file: Path, raw: io.BufferedReader) -> io.RawIOBase:
             except zstd.ZstdError as error:
                 raise EOFError(error) from error
 
-    return cast(io.RawIOBase, Frames(raw))
+    return Frames(raw)
 
 
 def _lines(file: Path, content: io.BufferedReader) -> Iterator[bytes]:

@@ -104,7 +104,8 @@ def _work() -> None:
             try:
                 reply = tokenise(lines)
             except Exception as error:
-                error.add_note(traceback.format_exc())  # the traceback itself cannot be sent
+                if not isinstance(error, MoefyError):  # our bug; a traceback cannot be sent
+                    error.add_note(traceback.format_exc())
                 reply = error
             _send(reply, replies)
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):

@@ -1,33 +1,31 @@
-"""Raw text to token shards by domain: `moefy prepare`.
+"""Raw text to token shards by domain: `moefy prepare`, on one machine or in the tasks of a cluster.
 
-A run is cut into parts (one, unless a cluster runs it), each in a folder of its own in the output.
-Once all are whole, their shards are renamed into place and moefy.json is written.
+The tasks of a cluster run at once, so each has a folder and a lock of its own, in OUT.parts beside
+OUT; a part is itself a whole corpus. OUT appears when `gather` moves their shards into it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-
-from moefy.data.domains import DEMO, HUB
-from moefy.data.part import Journal, Part, part_folder, read_journal
-from moefy.data.shards import RECORD, is_prepared
-from moefy.data.tokenise import FILTERED
+from moefy.data.part import NOTHING_LEFT, Part
+from moefy.data.records import DEMO, HUB
+from moefy.data.shards import JOURNAL, RECORD, is_prepared, read_record
 from moefy.errors import CorpusError, OutputError
 from moefy.progress import ProgressFn, silent
 from moefy.recipe import PrepareRecipe, PrepareSettings
-from moefy.storage import check_output, put_in_place, replace_file, run_folder, storage_errors
+from moefy.run_folder import RunFolder, read_marker
+from moefy.storage import replace_file, storage_errors
 
-_WHOLE = "{} is a whole corpus already: use it, choose another folder, or pass --overwrite"
+_MAX_EXAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,14 @@ def prepare(
     by the largest document, not by the corpus.
 
     Args:
-        data: a folder of `<domain>.jsonl(.gz, .zst)` files or of `<domain>/` folders of such
-            files, `hf:NAME[:CONFIG]`, or `demo`; with the recipe's `domain_key` any folder of
-            such files, or one.
+        data: a file, a folder of `<domain>.jsonl` files or of `<domain>/` folders, a dataset as
+            `hf:NAME[:CONFIG]`, or `demo` (see `data.records.find_sources`).
         out: the folder to write.
         tokenizer: a model, as `convert` takes it; of a hub's only the tokenizer is fetched.
         workers: processes; None for one per core.
         recipe: a `PrepareRecipe` or a YAML file with its keys.
         overwrite: replace a corpus in `out` when the new one is complete; until then it lies beside
-            it, in `.NAME.next`, where the same call goes on. An unfinished one is begun again.
+            it, where the same call goes on. An unfinished one is begun again.
         report: told about progress.
         **settings: single `PrepareRecipe` keys; they override the recipe.
 
@@ -93,27 +90,14 @@ def prepare(
         StorageError: the disk is full; what was done is kept.
     """
     started = time.perf_counter()
-    out = Path(out).expanduser()
     choice = PrepareRecipe.build(recipe, **settings)
-    folder = run_folder(out, overwrite=overwrite, is_whole=is_prepared)
-    is_beside = folder != out
-    if overwrite or not _is_unfinished(out):
-        if is_prepared(out) and not overwrite:
-            raise OutputError(_WHOLE.format(out))
-        sources = [Path(tokenizer).expanduser()]
-        if not str(data).startswith(HUB) and str(data) != DEMO:
-            sources.append(Path(data).expanduser())
-        check_output(
-            out, overwrite=overwrite, sources=tuple(sources), what="corpus", is_one=_is_corpus
-        )
-    part = Part(data, folder, choice, tokenizer, rank=0, num_parts=1, report=report)
-    if overwrite and not (is_beside and part.is_begun()):
-        shutil.rmtree(folder, ignore_errors=True)
+    is_stream = str(data) == DEMO or str(data).startswith(HUB)
+    sources = (tokenizer,) if is_stream else (tokenizer, data)
     workers = workers or _usable_cores()
-    tokens = part.run(workers)
-    record = gather(folder)
-    put_in_place(folder, out)
-    return Prepared(out, record, tokens, workers, time.perf_counter() - started)
+    with _corpus_folder(out, overwrite=overwrite, sources=sources) as run:
+        part = Part(data, choice, tokenizer, report=report)
+        tokens, record = _write(part, run, workers)
+    return Prepared(run.out, record, tokens, workers, time.perf_counter() - started)
 
 
 def prepare_part(
@@ -148,11 +132,15 @@ def prepare_part(
         UsageError, MoefyError, StorageError: see `prepare`.
     """
     choice = PrepareRecipe.build(recipe, **settings)
-    folder = Path(out).expanduser()
-    if is_prepared(folder):
-        raise OutputError(_WHOLE.format(out))
-    part = Part(data, folder, choice, tokenizer, rank=rank, num_parts=num_parts, report=report)
-    return part.run(workers)
+    if is_prepared(out):
+        raise OutputError(f"{out} is a whole corpus already: use it, or choose another folder")
+    part = Part(data, choice, tokenizer, rank=rank, num_parts=num_parts, report=report)
+    folder = _parts_of(out) / f"part-{rank:05d}-of-{num_parts:05d}"
+    marker = read_marker(folder)
+    if marker and marker.state == "finished" and marker.identity == part.identity:
+        return 0  # a cluster starts all tasks again when one has failed
+    with _corpus_folder(folder) as run:
+        return _write(part, run, workers)[0]
 
 
 def gather(out: str | Path) -> dict[str, Any]:
@@ -161,128 +149,110 @@ def gather(out: str | Path) -> dict[str, Any]:
     A call that was stopped may be made again.
 
     Raises:
-        CorpusError: a part is missing or unfinished, parts are of different runs, or there was no
-            text in any.
+        CorpusError: a part is missing or unfinished, or parts are of different runs.
+        OutputError: `out` is in the way.
         StorageError: the place cannot be written.
     """
-    out = Path(out).expanduser()
-    parts = _finished_parts(out)
-    itemsize = np.dtype(parts[0][1].identity["dtype"]).itemsize
-    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    with storage_errors(out):
-        for folder, journal in parts:
-            for shard in journal.shards or ():
-                domain, split = shard["domain"], shard["split"]
-                index = sum(other["split"] == split for other in shards[domain])
-                name = f"{domain}/{split}-{index:05d}.bin"
-                (out / domain).mkdir(exist_ok=True)
-                if (folder / shard["file"]).exists():  # else a call before this one moved it
-                    (folder / shard["file"]).replace(out / name)
-                shards[domain].append(
-                    {
-                        "file": name,
-                        "split": split,
-                        "tokens": shard["bytes"] // itemsize,
-                        "sha256": shard["sha256"],
-                    }
-                )
-        record = _record(parts, shards)
-        replace_file(out / RECORD, json.dumps(record, indent=2) + "\n")
-        for folder, _ in parts:
-            shutil.rmtree(folder)
+    parts_folder = _parts_of(out)
+    records = {folder: read_record(folder) for folder in _finished_parts(parts_folder)}
+    record, moves = _joined(records)
+    if not moves:
+        raise CorpusError(NOTHING_LEFT)
+    joined = json.dumps(list(records.values())).encode()
+    with _corpus_folder(out) as run, storage_errors(run.out):
+        run.begin({"parts": hashlib.sha256(joined).hexdigest()})
+        shutil.copyfile(next(iter(records)) / "recipe.yaml", run.work / "recipe.yaml")
+        for source, name in moves:
+            (run.work / name).parent.mkdir(exist_ok=True)
+            if source.exists():  # else a call before this one moved it
+                source.replace(run.work / name)
+        replace_file(run.work / RECORD, json.dumps(record, indent=2) + "\n")
+        run.finish()
+    shutil.rmtree(parts_folder)
     return record
 
 
-def _finished_parts(out: Path) -> list[tuple[Path, Journal]]:
-    folders = sorted(out.glob("part-*-of-*"))
-    if not folders:
-        raise CorpusError(f"{out} holds no parts of a corpus: run moefy prepare")
-    num_parts = int(folders[0].name.rpartition("-")[2])
-    parts, missing = [], []
-    for rank in range(num_parts):
-        folder = part_folder(out, rank, num_parts)
-        journal = read_journal(folder)
-        if journal is None or journal.shards is None:
-            missing.append(str(rank))
-        else:
-            parts.append((folder, journal))
-    if missing or len(folders) != num_parts:
+def _corpus_folder(
+    out: str | Path, *, overwrite: bool = False, sources: tuple[str | Path, ...] = ()
+) -> RunFolder:
+    return RunFolder(
+        out,
+        "corpus",
+        overwrite=overwrite,
+        sources=sources,
+        resumes=True,
+        own=(RECORD, "recipe.yaml", "*/train-*.bin", "*/heldout-*.bin"),
+        scratch=(JOURNAL,),
+    )
+
+
+def _write(part: Part, run: RunFolder, workers: int) -> tuple[int, dict[str, Any]]:
+    run.begin(part.identity)
+    if run.was_finished:
+        return 0, read_record(run.work)
+    done = part.write(run.work, workers)
+    run.finish()
+    return done
+
+
+def _parts_of(out: str | Path) -> Path:
+    out = Path(out).expanduser()
+    return out.with_name(f"{out.name}.parts")
+
+
+def _finished_parts(folder: Path) -> list[Path]:
+    """Return the folders of the parts, in order, if all are there and of one run."""
+    found = sorted(folder.glob("part-*-of-*"))
+    if not found:
+        raise CorpusError(f"{folder} holds no parts of a corpus: run prepare_part")
+    num_parts = int(found[0].name.rpartition("-")[2])
+    folders = [folder / f"part-{rank:05d}-of-{num_parts:05d}" for rank in range(num_parts)]
+    markers = [read_marker(part) for part in folders]
+    missing = [str(i) for i, m in enumerate(markers) if m is None or m.state != "finished"]
+    if missing or found != folders:
         raise CorpusError(
-            f"{out}: {len(missing)} of {num_parts} parts are not finished "
+            f"{folder}: {len(missing)} of {num_parts} parts are not finished "
             f"({', '.join(missing[:10])}), or there are parts of another run: run these again"
         )
-    wanted = parts[0][1].identity | {"files": None}
-    for folder, journal in parts:
-        if journal.identity | {"files": None} != wanted:
+    identities = [marker.identity | {"files": None} for marker in markers if marker]
+    for part, identity in zip(folders, identities, strict=True):
+        if identity != identities[0]:
             raise CorpusError(
-                f"{folder} was prepared with other settings than {parts[0][0]}: delete it and run "
-                "it again"
+                f"{part} was prepared with other settings than {folders[0]}: delete it and run it "
+                "again"
             )
-    return parts
+    return folders
 
 
-def _record(
-    parts: list[tuple[Path, Journal]], shards: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for _, journal in parts:
-        for domain, count in journal.counts.items():
-            counts[domain].update(count)
-    if not any(shards.values()):
-        raise CorpusError("no document is left: all texts are empty, broken or filtered")
-    first = parts[0][1]
-    return {
-        "moefy": version("moefy"),
-        "stage": "prepare",
-        "versions": {name: version(name) for name in ("tokenizers", "transformers", "numpy")},
-        "tokenizer": first.identity["tokenizer"],
-        "dtype": first.identity["dtype"],
-        "recipe": first.recipe,
-        "domains": {
-            domain: _domain_record(counts[domain]) | {"shards": shards[domain]}
-            for domain in sorted(counts)
-            if domain
-        },
-        "broken_lines": sum(count["broken_lines"] for count in counts.values()),
-        "broken_examples": [text for _, journal in parts for text in journal.broken][:20],
-        "inputs": {
-            "data": first.identity["data"],
-            "files": [file for _, journal in parts for file in journal.inputs],
-        },
-    }
+def _joined(parts: dict[Path, dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[Path, str]]]:
+    """Return the record of all parts as one corpus, and where each shard moves to."""
+    whole: dict[str, Any] = {}
+    moves = []
+    num_shards: Counter[str] = Counter()
+    for folder, part in parts.items():
+        for domain, found in part["domains"].items():
+            for shard in found["shards"]:
+                stream = f"{domain}/{shard['split']}"
+                name = f"{stream}-{num_shards[stream]:05d}.bin"
+                num_shards[stream] += 1
+                moves.append((folder / shard["file"], name))
+                shard["file"] = name
+        whole = _added(whole, part)
+    whole["broken_examples"] = whole["broken_examples"][:_MAX_EXAMPLES]
+    whole["domains"] = dict(sorted(whole["domains"].items()))
+    return whole, moves
 
 
-def _domain_record(count: Counter[str]) -> dict[str, Any]:
-    rules = {
-        name.removeprefix(FILTERED): number
-        for name, number in sorted(count.items())
-        if name.startswith(FILTERED)
-    }
-    keys = ("documents", "characters", "tokens")
-    return {
-        **{
-            f"{prefix}{key}": count[f"{prefix}{key}"] for prefix in ("", "heldout_") for key in keys
-        },
-        "empty": count["empty"],
-        "broken_lines": count["broken_lines"],
-        "filtered": sum(rules.values()),
-        "filtered_by": rules,
-    }
+def _added(one: Any, other: Any, key: str = "") -> Any:
+    """Add two records: counts are summed, lists are joined, and the rest is the first's."""
+    if key in ("tokenizer", "recipe", "versions") or isinstance(one, str):
+        return one
+    if isinstance(one, dict):
+        return one | {k: _added(one[k], v, k) if k in one else v for k, v in other.items()}
+    return one + other
 
 
 def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _is_unfinished(out: Path) -> bool:
-    return _has_parts(out) and not is_prepared(out)
-
-
-def _has_parts(out: Path) -> bool:
-    return any(out.glob("part-*-of-*"))
-
-
-def _is_corpus(out: Path) -> bool:
-    return is_prepared(out) or _has_parts(out)

@@ -31,14 +31,16 @@ class Source:
 
     Attributes:
         name: path inside the corpus, or the stream's name.
-        label: begins the place of a record in messages, as in "data/web.jsonl, line".
+        path: what a person finds it by.
+        unit: word for one of its records: "line", "row".
         domain: domain of all its records; None where each record says.
         num_bytes: size on disk; 0 for a stream.
         read: returns the JSON lines and feeds the meter.
     """
 
     name: str
-    label: str
+    path: str
+    unit: str
     domain: str | None
     num_bytes: int
     read: Callable[[Meter], Iterator[bytes]]
@@ -47,7 +49,7 @@ class Source:
         """Iterate over the lines that are not blank, each with its place for messages."""
         for number, line in enumerate(self.read(Meter()), start=1):
             if line.strip():
-                yield f"{self.label} {number}", line
+                yield f"{self.path}, {self.unit} {number}", line
 
 
 def find_sources(
@@ -98,7 +100,8 @@ def find_sources(
     return [
         Source(
             file.relative_to(folder).as_posix(),
-            f"{file}, {_UNITS.get(form_of(file), 'row')}",
+            str(file),
+            _UNITS.get(form_of(file), "row"),
             domain,
             file.stat().st_size,
             partial(read_file, file, keys),
@@ -193,7 +196,7 @@ def _stream(name: str, domain: str | None, lines: Callable[[], Iterable[bytes]])
             meter.add(line)
             yield line
 
-    return Source(name, f"{name}, row", domain, 0, read)
+    return Source(name, name, "row", domain, 0, read)
 
 
 def _rows_of(read: Callable[[], Iterator[str]]) -> Iterator[bytes]:

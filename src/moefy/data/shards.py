@@ -18,20 +18,20 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, Integer
 
+from moefy.data.packing import backend_of
 from moefy.errors import CorpusError
 
 RECORD = "moefy.json"
-SPLITS = ("train", "heldout")
-StoredSplit = Literal["train", "heldout"]
+JOURNAL = "journal.json"
+StoredSide = Literal["train", "heldout"]
+_SIDES = ("train", "heldout")
 
 
 class TokenShards:
     """A folder that `moefy prepare` wrote.
 
-    Args:
-        folder: of the corpus.
-
     Attributes:
+        folder: the corpus.
         domains: names, sorted.
         record: what moefy.json says.
 
@@ -41,67 +41,64 @@ class TokenShards:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        self.record = _record(self.folder)
+        self.record = read_record(self.folder)
         self.domains = sorted(self.record["domains"])
         self._dtype = np.dtype(self.record["dtype"]).newbyteorder("<")
         self._files: dict[tuple[str, str], list[Path]] = {}
         self._starts: dict[tuple[str, str], list[int]] = {}
         self._maps: dict[Path, Integer[np.ndarray, " tokens"]] = {}
         for domain, found in self.record["domains"].items():
-            for split in SPLITS:
-                shards = [shard for shard in found["shards"] if shard["split"] == split]
-                self._files[domain, split] = [self._checked(shard) for shard in shards]
+            for side in _SIDES:
+                shards = [shard for shard in found["shards"] if shard["split"] == side]
+                self._files[domain, side] = [self._checked(shard) for shard in shards]
                 counts = (shard["tokens"] for shard in shards)
-                self._starts[domain, split] = list(accumulate(counts, initial=0))
+                self._starts[domain, side] = list(accumulate(counts, initial=0))
 
-    def num_tokens(self, domain: str, split: StoredSplit = "train") -> int:
+    def num_tokens(self, domain: str, side: StoredSide = "train") -> int:
         """Return the number of token ids, end tokens included.
 
         Raises:
-            CorpusError: no such domain or split.
+            CorpusError: no such domain or side.
         """
-        return self._stream(domain, split)[-1]
+        return self._stream(domain, side)[-1]
 
-    def num_sequences(self, domain: str, length: int, split: StoredSplit = "train") -> int:
+    def num_sequences(self, domain: str, length: int, side: StoredSide = "train") -> int:
         """Return how many whole sequences of `length` tokens there are.
 
         Raises:
-            CorpusError: no such domain or split.
+            CorpusError: no such domain or side.
         """
-        return self.num_tokens(domain, split) // length
+        return self.num_tokens(domain, side) // length
 
     def sequence(
-        self, domain: str, idx: int, length: int, split: StoredSplit = "train"
+        self, domain: str, idx: int, length: int, side: StoredSide = "train"
     ) -> Int[np.ndarray, " length"]:
         """Return tokens idx × length to (idx + 1) × length of a domain, as int64.
 
-        Nothing but this window is copied. The same arguments give the same tokens, whatever was
-        read before.
-
         Raises:
-            CorpusError: no such domain or split.
+            CorpusError: no such domain or side.
             IndexError: `idx` is not below `num_sequences`.
         """
-        starts = self._stream(domain, split)
+        starts = self._stream(domain, side)
         count = starts[-1] // length
         if not 0 <= idx < count:
             raise IndexError(f"sequence {idx} of {domain!r}: there are {count} of {length} tokens")
         window = np.empty(length, np.int64)
         first, filled = idx * length, 0
-        shard = int(np.searchsorted(starts, first, side="right")) - 1
-        while filled < length:
-            begin = first + filled - starts[shard]
-            ids = self._map(self._files[domain, split][shard])[begin : begin + length - filled]
+        shard_idx = int(np.searchsorted(starts, first, side="right")) - 1
+        while filled < length:  # a window may cross from shard to shard
+            file = self._files[domain, side][shard_idx]
+            if file not in self._maps:
+                self._maps[file] = np.memmap(file, self._dtype, mode="r")
+            begin = first + filled - starts[shard_idx]
+            ids = self._maps[file][begin : begin + length - filled]
             window[filled : filled + len(ids)] = ids
             filled += len(ids)
-            shard += 1
+            shard_idx += 1
         return window
 
     def require_tokenizer(self, model: str | Path) -> None:
         """Check that a model reads these ids: its tokenizer must be the one that wrote them.
-
-        Args:
-            model: a model folder.
 
         Raises:
             CorpusError: it is another tokenizer.
@@ -118,13 +115,13 @@ class TokenShards:
                 f"the text again with --tokenizer {model}"
             )
 
-    def _stream(self, domain: str, split: str) -> list[int]:
-        if (domain, split) not in self._starts:
+    def _stream(self, domain: str, side: str) -> list[int]:
+        if (domain, side) not in self._starts:
             raise CorpusError(
-                f"{self.folder} has no {split!r} of {domain!r}: there are {', '.join(SPLITS)} of "
+                f"{self.folder} has no {side!r} of {domain!r}: there are {', '.join(_SIDES)} of "
                 f"{', '.join(self.domains)}"
             )
-        return self._starts[domain, split]
+        return self._starts[domain, side]
 
     def _checked(self, shard: dict[str, Any]) -> Path:
         file = self.folder / shard["file"]
@@ -138,11 +135,6 @@ class TokenShards:
             )
         return file
 
-    def _map(self, file: Path) -> Integer[np.ndarray, " tokens"]:
-        if file not in self._maps:
-            self._maps[file] = np.memmap(file, self._dtype, mode="r")
-        return self._maps[file]
-
 
 def is_prepared(folder: str | Path) -> bool:
     """Say whether a folder holds a whole prepared corpus."""
@@ -153,11 +145,24 @@ def is_prepared(folder: str | Path) -> bool:
         return False
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what the moefy.json of a prepared corpus says.
+
+    Raises:
+        CorpusError: the folder is no whole prepared corpus.
+    """
+    if is_prepared(folder):
+        return json.loads((folder / RECORD).read_text())
+    if (folder / JOURNAL).exists():
+        raise CorpusError(
+            f"{folder} is an unfinished corpus: run its moefy prepare command again, it goes on "
+            "where it stopped"
+        )
+    raise CorpusError(f"{folder} is no prepared corpus: write one with moefy prepare DATA {folder}")
+
+
 def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
     """Return a tokenizer's record: two with the same one give the same ids.
-
-    The hash is over the tokenizer as the library writes it to tokenizer.json, not over files: a
-    chat template or another layout of the same file changes no id.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -166,14 +171,13 @@ def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
     Raises:
         CorpusError: it is a slow tokenizer, or has no end-of-text token.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise CorpusError(f"the tokenizer of {name} is no fast one: save it with a tokenizer.json")
+    backend = backend_of(tokenizer, name)
     if tokenizer.eos_token_id is None:
         raise CorpusError(
             f"the tokenizer of {name} has no end-of-text token, with which every "
             "prepared document ends: name one as eos_token in its tokenizer_config.json"
         )
+    # hashed as the library writes it, not as files: a chat template or a layout changes no id
     backend.no_truncation()
     backend.no_padding()
     return {
@@ -187,14 +191,3 @@ def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
 def _brief(tokenizer: dict[str, Any]) -> str:
     size, eos = tokenizer["vocab_size"], tokenizer["eos"]
     return f"{size:,} tokens, end {eos}, SHA-256 {tokenizer['sha256'][:12]}…"
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    if is_prepared(folder):
-        return json.loads((folder / RECORD).read_text())
-    if any(folder.glob("part-*-of-*")):
-        raise CorpusError(
-            f"{folder} is an unfinished corpus: run its moefy prepare command again, it goes on "
-            "where it stopped"
-        )
-    raise CorpusError(f"{folder} is no prepared corpus: write one with moefy prepare DATA {folder}")

@@ -12,7 +12,7 @@ import torch
 
 from moefy.checkpoint.cost import Cost, cost
 from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import Split, open_domains
+from moefy.data.domains import Side, open_domains
 from moefy.evaluation.compared import ComparedModel, compared_models
 from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
 from moefy.evaluation.output_loss import LogitsInput
@@ -79,7 +79,7 @@ def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
     data: str | Path = "demo",
-    split: Split = "heldout",
+    split: Side = "heldout",
     windows: int = 8,
     sequence_length: int = 512,
     decode: bool = True,

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moefy.data.domains import Domain, Split, documents_of
+from moefy.data.domains import Domain, Side, documents_of
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
 from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
@@ -197,7 +197,7 @@ def perplexity(loss: float) -> float:
 
 def evaluation_windows(
     domains: Sequence[Domain],
-    split: Split,
+    split: Side,
     tokenizer: Any,
     *,
     windows: int,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy import assets
-from moefy.data.jsonl import lines
+from moefy.data.files import read_lines
 from moefy.errors import CorpusError
 from moefy.progress import ProgressFn, silent
 
@@ -71,7 +71,7 @@ def read_questions(file: str | Path) -> list[Question]:
     """
     path = Path(file).expanduser()
     questions: dict[int, Question] = {}
-    for number, line in enumerate(lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from moefy.checkpoint.cost import cost, ffn_shape
 from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import Split, open_domains
+from moefy.data.domains import Side, open_domains
 from moefy.errors import UsageError
 from moefy.evaluation.compared import ComparedModel, compared_models
 from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
@@ -120,7 +120,7 @@ def measure_routing(
     models: str | Path | Sequence[str | Path],
     *,
     data: str | Path = "demo",
-    split: Split = "heldout",
+    split: Side = "heldout",
     windows: int = 8,
     sequence_length: int = 512,
     active: Sequence[int] | None = None,

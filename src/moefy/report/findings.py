@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moefy.data.domains import Split
+from moefy.data.domains import Side
 from moefy.errors import CheckpointError
 from moefy.evaluation.compare import Comparison
 from moefy.evaluation.routing import RoutingResult
@@ -21,7 +21,7 @@ from moefy.evaluation.suite import SuiteResult
 from moefy.hardware import device
 from moefy.training.state import LOG, read_log
 
-SPLIT_NAMES: dict[Split, str] = {"heldout": "held-out", "train": "training", "all": "all"}
+SPLIT_NAMES: dict[Side, str] = {"heldout": "held-out", "train": "training", "all": "all"}
 """What a split's documents are called."""
 
 
@@ -62,7 +62,7 @@ class Findings:
     routing: RoutingResult | None
     models: list[ReportedModel]
     data: str
-    split: Split
+    split: Side
     command: str
     date: str
     machine: dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
-from moefy.data.domains import Split
+from moefy.data.domains import Side
 from moefy.errors import UsageError
 from moefy.evaluation.compare import evaluate
 from moefy.evaluation.routing import measure_routing
@@ -71,7 +71,7 @@ def write_report(
     hub: bool | None = None,
     dtype: str = "float32",
     data: str | Path = "demo",
-    split: Split = "heldout",
+    split: Side = "heldout",
     windows: int = _WINDOWS,
     sequence_length: int = _LENGTH,
     routing: bool = True,
