@@ -6,14 +6,16 @@ conversion.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGUFReader, GGUFValueType
 from torch import Tensor
 
-from moefy.checkpoint.gguf_header import GgufHeader, read_header
 from moefy.errors import ArchitectureError, CheckpointError
 
 _ATTENTION = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
@@ -33,6 +35,61 @@ In GGUF, Mistral's is llama.
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's rotary embedding, as one factor per frequency."""
+
+_MOST_VALUES = 1 << 23
+"""Values in a header, each string of a list counted twice; the largest vocabularies need 2 million."""
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says it holds.
+
+    Attributes:
+        fields: values by key; an array is represented by its length.
+        shapes: shapes of the tensors by name, rows first as torch has them.
+    """
+
+    fields: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+class _CheckedReader(GGUFReader):
+    """gguf's reader, which by itself follows a damaged count for as long as the count says."""
+
+    _num_values = 0
+
+    def _get(
+        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+    ) -> np.ndarray:
+        found = super()._get(offset, dtype, count, override_order)
+        self._num_values += 1
+        # a slice behind the end of the file is short in numpy, and no error
+        if len(found) < count or self._num_values > _MOST_VALUES:
+            raise ValueError(f"{count} values at byte {offset} of {len(self.data)}")
+        return found
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read a header and check that the file holds what it says; no tensor is read.
+
+    Raises:
+        CheckpointError: the file is no GGUF, or it is truncated or damaged.
+    """
+    try:
+        with np.errstate(over="raise"):
+            reader = _CheckedReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its bytes are in the order of another machine")
+        fields = {
+            key: len(field.data) if field.types[0] == GGUFValueType.ARRAY else field.contents()
+            for key, field in reader.fields.items()
+        }
+    except Exception as error:  # the reader fails with whatever the damage leads to
+        raise CheckpointError(
+            f"{path} is no readable GGUF file ({error}): it is truncated or damaged, fetch it again"
+        ) from error
+    shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in reader.tensors}
+    return GgufHeader(fields, shapes)
 
 
 def check_gguf(path: Path) -> tuple[int, bool]:

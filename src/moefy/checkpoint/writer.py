@@ -6,16 +6,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from moefy.checkpoint.reader import INDEX, SINGLE
-from moefy.checkpoint.stream import BLOCK_BYTES, FileStream, WriteThread
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_BYTES_PER_TENSOR = 192
+_PAGE_BYTES = 4096
 _METADATA = {"__metadata__": {"format": "pt"}}
 
 
@@ -38,10 +38,10 @@ class ShardWriter:
         self._folder = folder
         self._shard_bytes = shard_bytes
         head_bytes = 1024 + _HEADER_BYTES_PER_TENSOR * max_tensors
-        self._head_bytes = -(-head_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        # the data begins at a page, so that readers can map a tensor without a copy
+        self._head_bytes = -(-head_bytes // _PAGE_BYTES) * _PAGE_BYTES
         self._header_bytes = self._head_bytes - 8  # its length stands before it
-        self._thread = WriteThread()
-        self._file: FileStream | None = None
+        self._file: BinaryIO | None = None
         self._header: dict[str, Any] = dict(_METADATA)
         self._header_used = len(_json(_METADATA))
         self._filled_bytes = 0
@@ -58,9 +58,8 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._thread.close()
         if self._file is not None:  # an error before `finish`
-            self._file.abandon()
+            self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -82,12 +81,12 @@ class ShardWriter:
             self._close()
             entry["data_offsets"] = [0, size]
         if self._file is None:
-            path = self._part(len(self._shards) + 1)
-            self._file = FileStream(path, self._head_bytes, self._thread)
+            self._file = self._part(len(self._shards) + 1).open("xb")
+            self._file.seek(self._head_bytes)
         self._header[name] = entry
         self._header_used += room
-        if size:
-            self._file.write(tensor.contiguous().flatten())
+        # numpy has no bfloat16, so the bytes are handed over
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         self._filled_bytes += size
         self.total_bytes += size
 
@@ -113,7 +112,9 @@ class ShardWriter:
         if self._file is None:
             return
         header = _json(self._header).ljust(self._header_bytes)
-        self._file.close(self._header_bytes.to_bytes(8, "little") + header)
+        self._file.seek(0)
+        self._file.write(self._header_bytes.to_bytes(8, "little") + header)
+        self._file.close()
         self._shards.append([name for name in self._header if name not in _METADATA])
         self._file, self._header, self._filled_bytes = None, dict(_METADATA), 0
         self._header_used = len(_json(_METADATA))
