@@ -19,6 +19,7 @@ from moefy.checkpoint.target_config import target_config
 from moefy.checkpoint.targets import MIXTRAL
 from moefy.errors import ArchitectureError, UsageError
 from moefy.recipe import LLAMA_MOE
+from moefy.split import Split
 
 
 def test_llama_2_7b_counts_are_the_papers() -> None:
@@ -35,7 +36,7 @@ def test_llama_2_7b_counts_are_the_papers() -> None:
 def test_total_parameters_are_those_of_the_real_architecture(name: str, experts: int) -> None:
     config = SHAPES[name]
     if experts:
-        config = target_config(MIXTRAL, config, experts=experts, active=2, dtype="float32")
+        config = target_config(MIXTRAL, config, Split(experts, 2), dtype="float32")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     assert cost(config).total_params == sum(p.numel() for p in model.parameters())

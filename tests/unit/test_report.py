@@ -44,9 +44,10 @@ def test_the_card_of_a_trained_model_has_every_step() -> None:
     card = model_card(TRAINED, {"model_type": "granitemoeshared"})
     assert "# dense, converted and trained by moefy" in card
     assert "16 slices, of which 8 run per token: 4 always, 4 by the router's choice" in card
-    converted = card.index("`moefy convert dense OUT --recipe recipe.yaml`")
-    trained = card.index("`moefy train MODEL OUT --data demo --recipe recipe.yaml`")
-    assert converted < card.index("seed: 3") < card.index("`aa`") < trained
+    counts = "--set experts=16 --set active=8 --set shared=4 --set seed=3"
+    converted = card.index(f"\nmoefy convert dense OUT {counts}\n")
+    trained = card.index("\nmoefy train MODEL OUT --data demo --recipe recipe.yaml\n")
+    assert converted < card.index("`aa`") < trained
     assert trained < card.index("```yaml\ntokens: 2048\n```") < card.index("`bb`")
     assert "cc" not in card
 
@@ -60,7 +61,9 @@ def test_the_card_of_a_trained_dense_model() -> None:
 def test_results_in_a_card_are_replaced() -> None:
     card = model_card(CONVERTED, {"model_type": "mixtral"})
     first = with_results(card, "first \\1")
-    assert first == f"{card}\n<!-- results -->\nfirst \\1\n<!-- /results -->\n"
+    assert "not measured yet" in card
+    assert "not measured yet" not in first
+    assert first.count("<!-- results -->\nfirst \\1\n<!-- /results -->\n") == 1
     assert with_results(first, "second") == first.replace("first \\1", "second")
     moved = f"{first}\nWritten by hand.\n"
     assert with_results(moved, "second").endswith("Written by hand.\n")

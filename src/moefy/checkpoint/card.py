@@ -10,32 +10,60 @@ from typing import Any
 
 import yaml
 
+from moefy.recipe import ConvertRecipe
+
 _NOT_CHOSEN = {"train": ("source", "parent", "data", "text"), "tune": ("source", "data", "tokens")}
+_DONE = {"convert": "converted", "train": "trained", "tune": "tuned"}
 _MARKS = "<!-- results -->", "<!-- /results -->"
 _BETWEEN = re.compile(rf"{_MARKS[0]}.*?{_MARKS[1]}\n?", re.DOTALL)
+_UNMEASURED = (
+    "## Results\n\nThis model was not measured yet. `moefy report OUT DENSE THIS` measures it and "
+    "writes the table here."
+)
+_LIMITS = """## Limits
+
+- The model is not the dense model: the conversion changes what it computes. Compare the two before
+  use (`moefy eval DENSE THIS`).
+- Fewer active parameters are not a promise of speed, which depends on the runtime, the number of
+  experts and their size.
+- Knowledge, biases and unsafe answers of the dense model remain, and so does its license.
+"""
 
 
-def model_card(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Return README.md: what the model is, how to load it, how it was made.
+def model_card(
+    record: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dense: Mapping[str, str] | None = None,
+) -> str:
+    """Return README.md: what the model is, how to load it, how it was made, its results and limits.
 
     Args:
-        record: what moefy.json says.
+        record: the content of moefy.json.
         config: the model's config.json.
+        dense: `source.origin` of the dense model, where the record has no conversion.
     """
     steps = steps_of(record)
-    is_split = steps[0]["stage"] == "convert"
-    tags = {
+    first, is_split = steps[0], steps[0]["stage"] == "convert"
+    source = first["source"] if is_split else dense or {}
+    base = source.get("base_model") or source.get("name")
+    front = {
+        "base_model": base,
+        **{key: source.get(key) for key in ("license", "license_name", "license_link")},
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moe", "moefy"] if is_split else ["moefy"],
     }
-    front = yaml.safe_dump(tags, sort_keys=False)
+    known = {key: value for key, value in front.items() if value is not None}
+    name = base.rpartition("/")[2] if base else f"A {config['model_type']} model"
     done = " and ".join(dict.fromkeys(_DONE[step["stage"]] for step in steps))
-    what = _split(steps[0], config) if is_split else _PLAIN.format(config["model_type"], done)
-    name = steps[0]["source"]["name"] if is_split else f"A {config['model_type']} model"
+    what = f"A `{config['model_type']}` model"
+    if is_split:
+        what += f" made from the dense `{base}`: {_slices(first['recipe'])}."
+    else:
+        what += f", {done} by moefy."
     made = "\n".join(map(_how, steps))
-    return f"""---
-{front}---
+    card = f"""---
+{yaml.safe_dump(known, sort_keys=False)}---
 
 # {name}, {done} by moefy
 
@@ -50,7 +78,9 @@ tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 
 ## How it was made
 
-{made}"""
+{made}
+{_LIMITS}"""
+    return with_results(card, _UNMEASURED)
 
 
 def recipe_of(step: Mapping[str, Any]) -> str:
@@ -63,18 +93,27 @@ def recipe_of(step: Mapping[str, Any]) -> str:
 
 
 def command_of(step: Mapping[str, Any]) -> str:
-    """Return the command that does one step again, its recipe in recipe.yaml."""
+    """Return the command that does one step again.
+
+    That of a conversion is complete; training and tuning have their recipe in recipe.yaml.
+    """
     if step["stage"] == "convert":
         words = ["convert", step["source"]["name"], "OUT"]
-        data = step.get("calibration", {}).get("data")
+        if found := step.get("calibration"):
+            words += ["--data", found["data"]]
+        usual = ConvertRecipe.model_fields
+        for key, value in step["recipe"].items():
+            if value is not None and not (key in usual and usual[key].default == value):
+                words += ["--set", f"{key}={value}"]
     else:
-        words, data = [step["stage"], "MODEL", "OUT"], step["run"]["data"]
-    words += ["--data", data] if data else []
-    return shlex.join(["moefy", *words, "--recipe", "recipe.yaml"])
+        words = [step["stage"], "MODEL", "OUT"]
+        words += ["--data", step["run"]["data"]] if step["run"]["data"] else []
+        words += ["--recipe", "recipe.yaml"]
+    return shlex.join(["moefy", *words])
 
 
 def steps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the records of all steps, the first first."""
+    """Return the records of all steps in the order in which they were done."""
     steps = [record]
     while steps[0].get("from"):
         steps.insert(0, steps[0]["from"])
@@ -89,48 +128,35 @@ def with_results(card: str, results: str) -> str:
         results: Markdown.
     """
     block = f"{_MARKS[0]}\n{results.strip()}\n{_MARKS[1]}\n"
+    # a function, because a replacement text would have its backslashes read
     text, count = _BETWEEN.subn(lambda _: block, card, count=1)
     return text if count else f"{card.rstrip()}\n\n{block}"
 
 
-_DONE = {"convert": "converted", "train": "trained", "tune": "tuned"}
-_PLAIN = "A `{}` model, {} from the files whose hashes stand below; their licence applies."
-
-
-def _split(first: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    recipe, name = first["recipe"], first["source"]["name"]
+def _slices(recipe: Mapping[str, Any]) -> str:
     routed = recipe["active"] - recipe["shared"]
-    slices = (
+    if not routed:
+        return f"every FFN keeps {recipe['shared']} of {recipe['experts']} slices"
+    return (
         f"every FFN is cut into {recipe['experts']} slices, of which {recipe['active']} run per "
         f"token: {recipe['shared']} always, {routed} by the router's choice"
-        if routed
-        else f"every FFN keeps {recipe['shared']} of {recipe['experts']} slices"
-    )
-    return (
-        f"A `{config['model_type']}` model made from the dense `{name}`: {slices}. It is not the "
-        "dense\nmodel: measure it before use (`moefy eval DENSE THIS`). The dense model's licence "
-        "applies."
     )
 
 
 def _how(step: Mapping[str, Any]) -> str:
-    """Return what one step did: versions, recipe, data, hashes of what it was made from."""
+    """Return what one step did: command, versions, data, hashes of what it was made from."""
     versions = ", ".join(f"{name} {number}" for name, number in step["versions"].items())
-    whole = f"""`{command_of(step)}` (moefy {step["moefy"]}, {versions}) with this recipe:
-
-```yaml
-{recipe_of(step)}```
-"""
+    text = f"```bash\n{command_of(step)}\n```\n\nwith moefy {step['moefy']} ({versions})"
     if step["stage"] != "convert":
-        return f"{whole}\n{_hashes(step['run']['source'])}"
+        text += f" and this recipe.yaml:\n\n```yaml\n{recipe_of(step)}```\n"
+        files = step["run"]["source"]
+    else:
+        text += ".\n"
+        files = step["source"]["sha256"]
     if found := step.get("calibration"):
-        whole += (
+        text += (
             f"\nCalibrated on {found['tokens']:,} tokens of `{found['data']}` "
             f"(SHA-256 of the token ids: `{found['sha256']}`).\n"
         )
-    return f"{whole}\n{_hashes(step['source']['sha256'])}"
-
-
-def _hashes(files: Mapping[str, str]) -> str:
     lines = "".join(f"- `{name}`: `{digest}`\n" for name, digest in files.items())
-    return f"SHA-256 of the source's files:\n\n{lines}"
+    return f"{text}\nSHA-256 of the source's files:\n\n{lines}"

@@ -12,9 +12,9 @@ from typing import Any
 from moefy.checkpoint.families import FAMILIES, canonical_config, rope_parameters, sliding_window
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import check_known
-from moefy.errors import ArchitectureError, CheckpointError, OutputError, UsageError
+from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import storage_errors
+from moefy.run_folder import whole_file
 
 _READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -56,31 +56,23 @@ def export_gguf(
     model_type = config.get("model_type")
     check_known(model_type, folder)
     _check_expressible(config, folder)
-    if out.is_dir() or (out.exists() and not overwrite):
-        what = "is a folder" if out.is_dir() else "exists: choose another file or pass --overwrite"
-        raise OutputError(f"{out} {what}")
     root = _converter()
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     report(Progress("export gguf", 0, 1))
-    with storage_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", dtype]
-            done = subprocess.run(
-                [sys.executable, "-m", "moefy.checkpoint.llama_cpp_convert", *arguments],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    with whole_file(out, overwrite=overwrite, sources=[folder]) as partial:
+        arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", dtype]
+        done = subprocess.run(
+            [sys.executable, "-m", "moefy.checkpoint.llama_cpp_convert", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            # the converter would ask the hub about the tokenizer
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if done.returncode or not partial.is_file():
+            words = [line for line in done.stderr.splitlines() if line.strip()]
+            raise CheckpointError(
+                f"llama.cpp's converter refused {folder}: {words[-1] if words else 'no reason'}"
             )
-            if done.returncode or not partial.is_file():
-                words = [line for line in done.stderr.splitlines() if line.strip()]
-                raise CheckpointError(
-                    f"llama.cpp's converter refused {folder}: {words[-1] if words else 'no reason'}"
-                )
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
     report(Progress("export gguf", 1, 1))
     return out
 

@@ -7,7 +7,6 @@ conversion.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's rotary embedding, as one factor per frequency."""
 
 _MOST_VALUES = 1 << 23
-"""Values in a header, each string of a list counted twice; the largest vocabularies need 2 million."""
+"""Values in a header, a string counted twice; the largest vocabularies need two million."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class GgufHeader:
     shapes: dict[str, tuple[int, ...]]
 
 
-class _CheckedReader(GGUFReader):
+class _CheckedReader(GGUFReader):  # type: ignore[misc]
     """gguf's reader, which by itself follows a damaged count for as long as the count says."""
 
     _num_values = 0
@@ -92,11 +91,11 @@ def read_header(path: Path) -> GgufHeader:
     return GgufHeader(fields, shapes)
 
 
-def check_gguf(path: Path) -> tuple[int, bool]:
+def check_gguf(path: Path) -> bool:
     """Check a GGUF file before anything is built from it.
 
     Returns:
-        Its size in float32, in bytes, and whether it has `ROPE_FACTORS`.
+        Whether it has `ROPE_FACTORS`.
 
     Raises:
         CheckpointError: the file is truncated or damaged.
@@ -112,7 +111,7 @@ def check_gguf(path: Path) -> tuple[int, bool]:
     sizes = _sizes(path, header, architecture)
     _check_settings(path, header, architecture, sizes)
     _check_tensors(path, header, architecture, sizes)
-    return 4 * sum(map(prod, header.shapes.values())), ROPE_FACTORS in header.shapes
+    return ROPE_FACTORS in header.shapes
 
 
 def _sizes(path: Path, header: GgufHeader, architecture: str) -> dict[str, int]:

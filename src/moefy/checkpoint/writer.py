@@ -6,16 +6,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moefy.checkpoint.reader import INDEX, SINGLE
+from moefy.checkpoint.stream import BLOCK_BYTES, FileStream
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_BYTES_PER_TENSOR = 192
-_PAGE_BYTES = 4096
 _METADATA = {"__metadata__": {"format": "pt"}}
 
 
@@ -38,10 +38,9 @@ class ShardWriter:
         self._folder = folder
         self._shard_bytes = shard_bytes
         head_bytes = 1024 + _HEADER_BYTES_PER_TENSOR * max_tensors
-        # the data begins at a page, so that readers can map a tensor without a copy
-        self._head_bytes = -(-head_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        self._head_bytes = -(-head_bytes // BLOCK_BYTES) * BLOCK_BYTES
         self._header_bytes = self._head_bytes - 8  # its length stands before it
-        self._file: BinaryIO | None = None
+        self._file: FileStream | None = None
         self._header: dict[str, Any] = dict(_METADATA)
         self._header_used = len(_json(_METADATA))
         self._filled_bytes = 0
@@ -59,7 +58,7 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:  # an error before `finish`
-            self._file.close()
+            self._file.abandon()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -81,12 +80,11 @@ class ShardWriter:
             self._close()
             entry["data_offsets"] = [0, size]
         if self._file is None:
-            self._file = self._part(len(self._shards) + 1).open("xb")
-            self._file.seek(self._head_bytes)
+            self._file = FileStream(self._part(len(self._shards) + 1), self._head_bytes)
         self._header[name] = entry
         self._header_used += room
-        # numpy has no bfloat16, so the bytes are handed over
-        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        if size:
+            self._file.write(tensor.contiguous().flatten())
         self._filled_bytes += size
         self.total_bytes += size
 
@@ -112,9 +110,7 @@ class ShardWriter:
         if self._file is None:
             return
         header = _json(self._header).ljust(self._header_bytes)
-        self._file.seek(0)
-        self._file.write(self._header_bytes.to_bytes(8, "little") + header)
-        self._file.close()
+        self._file.close(self._header_bytes.to_bytes(8, "little") + header)
         self._shards.append([name for name in self._header if name not in _METADATA])
         self._file, self._header, self._filled_bytes = None, dict(_METADATA), 0
         self._header_used = len(_json(_METADATA))

@@ -22,10 +22,11 @@ from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.card import model_card
-from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files
-from moefy.checkpoint.source import resolve
+from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files, weight_files
+from moefy.checkpoint.source import is_hub_name, origin, resolve
 from moefy.checkpoint.target_config import pruned_config, target_config
 from moefy.checkpoint.targets import NativeTarget, RouterScore, native_target
+from moefy.checkpoint.tensors import open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.ffn import SplitFfn
 from moefy.construct.native import native_layer
@@ -35,7 +36,9 @@ from moefy.data.records import HUB
 from moefy.errors import ArchitectureError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, ConvertSettings
-from moefy.storage import check_output, whole_folder
+from moefy.run_folder import RunFolder
+from moefy.split import Split
+from moefy.storage import storage_errors
 
 PARTITION = "partition.npy"
 """Which neuron of the dense model fills each slot, [layers, slots]; see `construct.merge`."""
@@ -83,12 +86,10 @@ def convert(
 ) -> Conversion:
     """Split every FFN of a dense model into experts and write a native MoE checkpoint.
 
-    Where all active slices are shared there is nothing to route: a dense model with a smaller FFN
-    is written.
-
     The output loads with plain `AutoModelForCausalLM.from_pretrained(out)`, in the weights'
-    original dtype. The same seed gives the same bytes, for weight-only methods whatever the number
-    of threads; calibrated methods promise that for the same machine and number of threads.
+    original dtype. Where all active slices are shared there is nothing to route: a dense model with
+    a smaller FFN is written. The same seed gives the same bytes, for weight-only methods whatever
+    the number of threads; calibrated methods promise that for the same machine and threads.
 
     Args:
         source: a model folder, a `.gguf` file, `smollm2-135m`, or a hub name.
@@ -105,71 +106,100 @@ def convert(
         UsageError: the recipe, the source or the output is not usable; nothing was written.
         StorageError: the disk is full; nothing was left behind.
     """
-    out = Path(out).expanduser()
     asked = ConvertRecipe.build(recipe, **settings)
-    check_output(out, overwrite=overwrite, sources=(Path(source).expanduser(),))
-    folder = resolve(source, report=report)
-    dense = DenseCheckpoint(folder)
-    choice = asked.for_model(dense.config["intermediate_size"])
-    counts = choice.split
-    target = _target(dense, choice)
+    with RunFolder(out, "model", overwrite=overwrite, sources=[source]) as run:
+        dense = DenseCheckpoint(resolve(source, report=report))
+        choice, target = _for_model(asked, dense)
+        windows = None
+        if choice.calibrated:
+            windows = calibration_windows(
+                data,
+                dense.folder,
+                tokens=choice.calibration_tokens,
+                sequence_length=choice.calibration_length,
+                needed_tokens=dense.config["intermediate_size"],
+                seed=choice.seed,
+                report=report,
+            )
+        record = _record(source, dense, choice, data, windows)
+        identity = {"source": str(source), "data": str(data), "recipe": record["recipe"]}
+        if not run.begin(identity):
+            run.require_bytes(dense.total_bytes())
+            score = target.score if target else "softmax"
+            layers = split_layers(dense, choice, windows, score, report)
+            with storage_errors(run.out):
+                _write(run.work, dense, choice.split, target, layers, record, report)
+        run.finish()
+    files = (open_tensors(run.out / name) for name in weight_files(run.out))
+    return Conversion(
+        folder=run.out,
+        recipe=choice,
+        num_layers=dense.num_layers,
+        expert_size=choice.split.size(dense.config["intermediate_size"]),
+        written_bytes=sum(file.num_bytes for file in files),
+    )
+
+
+def _for_model(
+    asked: ConvertRecipe, dense: DenseCheckpoint
+) -> tuple[ConvertRecipe, NativeTarget | None]:
+    """Return the recipe with every choice made, and the architecture to write.
+
+    The architecture is None where nothing is routed and the model stays dense.
+
+    Raises:
+        UsageError: the model does not allow the split.
+        ArchitectureError: no target fits, or one was asked for that does not.
+    """
+    recipe = asked.for_model(dense.config["intermediate_size"])
+    split = recipe.split
+    if split.chosen:
+        target = native_target(dense.config, split, asked=recipe.target)
+        return recipe.model_copy(update={"target": target.model_type}), target
+    if recipe.target:
+        raise ArchitectureError(
+            f"all {split.shared} active slices are shared, so the result is a smaller dense model "
+            f"and not {recipe.target}: leave --target out, or lower --shared"
+        )
+    return recipe, None
+
+
+def _write(
+    folder: Path,
+    dense: DenseCheckpoint,
+    split: Split,
+    target: NativeTarget | None,
+    layers: Iterator[SplitFfn],
+    record: dict[str, Any],
+    report: ProgressFn,
+) -> None:
+    """Write the converted model, a layer at a time; the source is hashed meanwhile."""
     if target is None:
-        config = pruned_config(dense.config, slices=counts.experts, kept=counts.shared)
+        config = pruned_config(dense.config, split)
     else:
-        choice = choice.model_copy(update={"target": target.model_type})
-        config = target_config(
-            target,
-            dense.config,
-            experts=counts.experts,
-            active=counts.active,
-            shared=counts.shared,
-            dtype=dense.dtype,
-        )
-    windows = None
-    if choice.calibrated:
-        windows = calibration_windows(
-            data,
-            folder,
-            tokens=choice.calibration_tokens,
-            sequence_length=choice.calibration_length,
-            needed_tokens=dense.config["intermediate_size"],
-            seed=choice.seed,
-            report=report,
-        )
-    tensors_per_layer = len(dense.layer_tensors) + 3 * counts.routed + 6
-    num_tensors = (dense.num_layers + 1) * tensors_per_layer
-    with (
-        whole_folder(out, needed_bytes=dense.total_bytes()) as partial,
-        ShardWriter(partial, max_tensors=num_tensors) as writer,
-        ThreadPoolExecutor(1) as beside,
-    ):
+        config = target_config(target, dense.config, split, dtype=dense.dtype)
+    tensors_per_layer = len(dense.layer_tensors) + 3 * split.routed + 6
+    max_tensors = (dense.num_layers + 1) * tensors_per_layer
+    with ShardWriter(folder, max_tensors=max_tensors) as writer, ThreadPoolExecutor(1) as beside:
         hashes = beside.submit(fingerprint, dense.folder)
-        for file in side_files(folder):
-            shutil.copyfile(file, partial / file.name)
+        for file in side_files(dense.folder):
+            shutil.copyfile(file, folder / file.name)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
         if dense.tied and not config["tie_word_embeddings"]:
             writer.add("lm_head.weight", dense["model.embed_tokens.weight"])
-        score = target.score if target else "softmax"
         slots = []
-        for layer_idx, split in enumerate(split_layers(dense, choice, windows, score, report)):
-            for name, tensor in native_layer(dense, layer_idx, split, target):
+        for layer_idx, ffn in enumerate(layers):
+            for name, tensor in native_layer(dense, layer_idx, ffn, target):
                 writer.add(name, tensor)
-            slots.append(split.partition.slots)
-            del split
+            slots.append(ffn.partition.slots)
+            del ffn  # before the next layer is made, so that only one is in memory
             report(Progress("convert", layer_idx + 1, dense.num_layers))
-        np.save(partial / PARTITION, np.array(slots, dtype=np.int32))
-        record = _provenance(source, dense, choice, data, windows, hashes.result())
-        (partial / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
-        (partial / "README.md").write_text(model_card(record, config))
+        np.save(folder / PARTITION, np.array(slots, dtype=np.int32))
+        record["source"]["sha256"] = hashes.result()
+        (folder / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(record, config))
         writer.finish(config)
-    return Conversion(
-        folder=out,
-        recipe=choice,
-        num_layers=dense.num_layers,
-        expert_size=counts.size(dense.config["intermediate_size"]),
-        written_bytes=writer.total_bytes,
-    )
 
 
 def split_layers(
@@ -218,44 +248,25 @@ def split_layers(
         del split
 
 
-def _target(dense: DenseCheckpoint, recipe: ConvertRecipe) -> NativeTarget | None:
-    """Return the architecture to write; None where nothing is routed and the model stays dense.
-
-    Raises:
-        ArchitectureError: no target fits, or one was asked for that does not.
-    """
-    split = recipe.split
-    if split.chosen:
-        return native_target(
-            dense.config, shared=split.shared, routed=split.routed, asked=recipe.target
-        )
-    if recipe.target:
-        raise ArchitectureError(
-            f"all {split.shared} active slices are shared, so the result is a smaller dense model "
-            f"and not {recipe.target}: leave --target out, or lower --shared"
-        )
-    return None
-
-
-def _provenance(
+def _record(
     source: str | Path,
     dense: DenseCheckpoint,
     recipe: ConvertRecipe,
     data: str | Path,
     windows: Int[np.ndarray, "windows sequence"] | None,
-    hashes: dict[str, str],
 ) -> dict[str, Any]:
-    """Return moefy.json: the recipe, the versions and the inputs' hashes. No times, no paths.
+    """Return moefy.json: the recipe, the versions and the inputs' hashes.
 
-    Without those, the same conversion gives the same bytes on any machine.
+    It has no times and no paths, so that the same conversion gives the same bytes on any machine.
     """
     record: dict[str, Any] = {
         "moefy": version("moefy"),
         "stage": "convert",
         "recipe": recipe.model_dump(mode="json"),
         "source": {
-            "name": Path(source).name,
-            "sha256": hashes,
+            "name": str(source) if is_hub_name(source) else Path(source).name,
+            **origin(source, dense.folder),
+            "sha256": {},  # known when all files have been read
             "config": dense.config,
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},

@@ -23,7 +23,8 @@ from moefy.construct.repair.rescale import fixed_scale
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
-from moefy.storage import check_output, whole_folder
+from moefy.run_folder import RunFolder
+from moefy.storage import storage_errors
 
 
 def export_dense(
@@ -48,7 +49,7 @@ def export_dense(
             fitted or trained, or its experts overlap.
         CheckpointError: the folder was not written by `convert`, or is damaged.
     """
-    folder, out = Path(model).expanduser(), Path(out).expanduser()
+    folder = Path(model).expanduser()
     config = read_config(folder)
     target = TARGETS.get(config.get("model_type", ""))
     if target is None:
@@ -57,17 +58,31 @@ def export_dense(
         )
     recipe, dense_config = _record(folder)
     slots = _slots(folder, dense_config)
-    check_output(out, overwrite=overwrite, sources=(folder,))
-    files = [open_tensors(folder / name) for name in weight_files(folder)]
-    stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
+    with RunFolder(out, "model", overwrite=overwrite, sources=[folder]) as run:
+        files = [open_tensors(folder / name) for name in weight_files(folder)]
+        stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
+        if not run.begin({"export": str(model)}):
+            run.require_bytes(sum(file.num_bytes for file in files))
+            with storage_errors(run.out):
+                _write(run.work, folder, stored, target, recipe, dense_config, slots, report)
+        run.finish()
+    return run.out
+
+
+def _write(
+    out: Path,
+    folder: Path,
+    stored: dict[str, TensorFile],
+    target: NativeTarget,
+    recipe: ConvertRecipe,
+    dense_config: dict[str, Any],
+    slots: np.ndarray,
+    report: ProgressFn,
+) -> None:
     family, tied = FAMILIES[dense_config["model_type"]], dense_config["tie_word_embeddings"]
-    num_tensors = 16 * (len(slots) + 1)
-    with (
-        whole_folder(out) as partial,
-        ShardWriter(partial, max_tensors=num_tensors) as writer,
-    ):
+    with ShardWriter(out, max_tensors=16 * (len(slots) + 1)) as writer:
         for file in side_files(folder):
-            shutil.copyfile(file, partial / file.name)
+            shutil.copyfile(file, out / file.name)
         for name in family.model_tensors:
             if name in stored and not (tied and name == "lm_head.weight"):
                 writer.add(name, stored[name].read(name))
@@ -83,7 +98,6 @@ def export_dense(
                 writer.add(prefix + name, tensor)
             report(Progress("export dense", layer_idx + 1, len(slots)))
         writer.finish({**dense_config, "architectures": [family.architecture]})
-    return out
 
 
 def _record(folder: Path) -> tuple[ConvertRecipe, dict[str, Any]]:
