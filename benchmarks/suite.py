@@ -25,7 +25,7 @@ from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
 from moefy.evaluation.compare import Comparison, evaluate
 from moefy.evaluation.harness import STOCK
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
-from moefy.evaluation.suite_data import SOURCES, archive_data
+from moefy.evaluation.suite_data import SOURCES, archive_files
 from moefy.progress import Progress
 from moefy.report.quality_charts import benchmark_chart
 from moefy.report.suite_tables import nll_rows, published_rows, suite_notes, suite_rows
@@ -60,7 +60,7 @@ def items_of(benchmark: Benchmark) -> int:
     """Return how many items a benchmark has."""
     files = sorted(STOCK.glob(benchmark.stock))
     names = [benchmark.task] if len(files) == 1 else [file.stem for file in files]
-    found = (archive_data(name).files for name in names)
+    found = map(archive_files, names)
     return sum(
         pq.read_metadata(each.get("test", each.get("validation"))).num_rows for each in found
     )

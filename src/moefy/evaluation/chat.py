@@ -1,12 +1,14 @@
-"""Talking to a model: its answers, word by word."""
+"""A conversation with a model: its answers, word by word."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TextStreamer
 
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
@@ -17,6 +19,12 @@ from moefy.errors import UsageError
 from moefy.hardware import device
 from moefy.progress import ProgressFn, silent
 
+# What `generate` is told for the likeliest token, whatever the model's generation_config.json says.
+_GREEDY = {
+    **{"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+    **dict.fromkeys(("temperature", "top_p", "top_k")),
+}
+
 
 class Speaker:
     """A model, loaded to answer.
@@ -26,8 +34,8 @@ class Speaker:
         report: told about downloads.
 
     Attributes:
-        template: what the conversation is written in; see `tuning.template.chat_template`.
-        stops: the tokens that end an answer.
+        template: what the conversation is written in; see `data.template.chat_template`.
+        stops: the tokens that end an answer, the model's own and the template's.
 
     Raises:
         UsageError: the model cannot be read, or has no way to write a conversation.
@@ -40,7 +48,11 @@ class Speaker:
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         self._model = load_model(self.folder, dtype=dtype).to(device())
-        self.stops = self._stop_tokens()
+        known = self._model.generation_config.eos_token_id
+        stops = known if isinstance(known, list) else [known]
+        with suppress(ValueError):  # a template may refuse a conversation without a system message
+            stops = [*stops, end_of_turn(self._tokenizer, self.template)]
+        self.stops = sorted({stop for stop in stops if stop is not None})
 
     def answer(
         self,
@@ -66,48 +78,33 @@ class Speaker:
             text = self.template.render(self._tokenizer, messages, answer=True)
         except ValueError as error:
             raise UsageError(f"{self.folder}: {error}") from error
+        # The template has written the special tokens already.
         inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        prompt = inputs["input_ids"].to(self._model.device)
+        prompt = inputs["input_ids"].to(self._model.device)  # [1, tokens]
         room = getattr(self._model.config, "max_position_embeddings", None)
         if room and prompt.shape[1] >= room:
             raise UsageError(
                 f"the conversation has {prompt.shape[1]:,} tokens and the model reads {room:,}: "
                 "begin a new one"
             )
-        if room:
-            max_new_tokens = min(max_new_tokens, room - prompt.shape[1])
+        streamer = None
+        if write is not None:
+            streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer.on_finalized_text = lambda text, stream_end=False: write(text)
+        sampling: dict[str, Any] = {}
+        if temperature is not None:
+            sampling = {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
         written = self._model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room - prompt.shape[1]) if room else max_new_tokens,
             eos_token_id=self.stops or None,
             pad_token_id=self.stops[0] if self.stops else 0,
-            streamer=self._streamer(write) if write else None,
-            **_sampling(temperature),
+            streamer=streamer,
+            **sampling,
         )
-        answer: str = self._tokenizer.decode(
-            written[0, prompt.shape[1] :], skip_special_tokens=True
-        )
-        return answer
-
-    def _stop_tokens(self) -> list[int]:
-        """Return the tokens that end an answer: the model's own, and the template's."""
-        known = self._model.generation_config.eos_token_id
-        stops = known if isinstance(known, list) else [known]
-        try:
-            end = end_of_turn(self._tokenizer, self.template)
-        except ValueError:  # it may want a system message first
-            end = None
-        return sorted({stop for stop in (*stops, end) if stop is not None})
-
-    def _streamer(self, write: Callable[[str], None]) -> Any:
-        from transformers import TextStreamer
-
-        class Streamer(TextStreamer):  # type: ignore[misc]
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                write(text)
-
-        return Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answer = written[0, prompt.shape[1] :]
+        return str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def chat(
@@ -141,10 +138,8 @@ def chat(
     """
     speaker = model if isinstance(model, Speaker) else Speaker(model, report=report)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for line in lines:
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line.strip()})
+    for line in filter(None, map(str.strip, lines)):
+        messages.append({"role": "user", "content": line})
         said: list[str] = []
 
         def hear(text: str, said: list[str] = said) -> None:
@@ -160,13 +155,3 @@ def chat(
         write("\n")
         messages.append({"role": "assistant", "content": answer})
     return messages
-
-
-def _sampling(temperature: float | None) -> dict[str, Any]:
-    """Return `generate`'s options; they come before the model's own."""
-    if temperature is None:
-        return {}
-    if temperature:
-        return {"do_sample": True, "temperature": temperature}
-    sampling = dict.fromkeys(("temperature", "top_p", "top_k"))
-    return {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0} | sampling

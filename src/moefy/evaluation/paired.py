@@ -59,30 +59,24 @@ def compare_paired(
     model: dict[str, list[float]],
     chance: dict[str, float | None],
 ) -> Paired:
-    """Compare two models item by item.
+    """Compare two models by their scores of the same items, by benchmark.
 
     The items of every benchmark are drawn again with replacement, both models' scores of an item
-    together, 10,000 times.
-
-    Args:
-        reference: by benchmark, one score per item.
-        model: the same, of the same items.
-        chance: what guessing scores.
+    together, 10,000 times. `chance` is what guessing scores, None where that is not known.
     """
     generator = np.random.default_rng(0)
-    means, differences = [], {}
-    for name, scores in reference.items():
-        drawn = _resampled_means(np.array([scores, model[name]]), generator)
-        differences[name] = _interval(drawn[1] - drawn[0])
-        means.append(drawn)
-    first, second = np.mean(means, axis=0)
-    known = [share for share in map(chance.__getitem__, reference) if share is not None]
-    base = sum(known) / len(reference)
+    means = {
+        name: _resampled_means(np.array([scores, model[name]]), generator)
+        for name, scores in reference.items()
+    }
+    first, second = np.mean(list(means.values()), axis=0)
+    shares = [chance[name] for name in reference]
+    base = None if None in shares else sum(shares) / len(shares)  # type: ignore[arg-type]
     return Paired(
-        differences,
+        {name: _interval(drawn[1] - drawn[0]) for name, drawn in means.items()},
         _interval(second - first),
         _ratio(second, first),
-        _ratio(second - base, first - base) if len(known) == len(reference) else None,
+        None if base is None else _ratio(second - base, first - base),
     )
 
 
@@ -98,7 +92,7 @@ def paired_difference(
     generator = np.random.default_rng(0)
     total = sum(map(len, reference))
     differences = np.zeros(_RESAMPLES + 1)
-    # items are drawn again within their group: which domains there are is no accident
+    # Items are drawn again within their group: which domains there are is no accident.
     for group, other in zip(reference, model, strict=True):
         first, second = _resampled_means(np.array([group, other]), generator)
         differences += (second - first) * len(group) / total
@@ -108,10 +102,8 @@ def paired_difference(
 def _resampled_means(
     scores: Float[np.ndarray, "2 items"], generator: np.random.Generator
 ) -> Float[np.ndarray, "2 draws"]:
-    """Return both means on the items themselves, and then on each resample.
-
-    To draw items is to draw how often each pair of scores occurs; there are few different pairs.
-    """
+    """Return both means on the items themselves, and then on each resample."""
+    # There are few different pairs of scores, so drawing items is drawing the number of each pair.
     pairs, counts = np.unique(scores, axis=1, return_counts=True)
     total = counts.sum()
     drawn = generator.multinomial(total, counts / total, size=_RESAMPLES)

