@@ -9,7 +9,7 @@ from moefy.report.published import PUBLISHED, SOURCE
 from moefy.report.tables import Rows, shown, with_error, with_interval
 
 if TYPE_CHECKING:
-    from moefy.evaluation.suite import Score, SuiteResult
+    from moefy.evaluation.suite import BenchmarkScore, SuiteResult
 
 
 def suite_rows(result: SuiteResult) -> Rows:
@@ -91,7 +91,7 @@ def suite_notes(result: SuiteResult) -> list[str]:
     return notes
 
 
-def _score_cells(scores: Mapping[str, Score], names: Sequence[str]) -> list[str]:
+def _score_cells(scores: Mapping[str, BenchmarkScore], names: Sequence[str]) -> list[str]:
     found = [scores.get(name) for name in names]
     return [percent(score.value, score.stderr) if score else "–" for score in found]
 
