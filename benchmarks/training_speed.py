@@ -81,7 +81,7 @@ def _models(options: argparse.Namespace) -> dict[str, tuple[Path, dict[str, Any]
             )
     small = options.work / "dense-active"
     if not small.exists():
-        config = dense_of_active_size(read_config(splits["8/16"]), [read_config(dense)])
+        config = dense_of_active_size(read_config(splits["8/16"]))
         random_model(config, torch.float32).save_pretrained(small)
         for file in side_files(dense):
             shutil.copyfile(file, small / file.name)

@@ -49,7 +49,7 @@ def check(found: dict[str, Any], batches: list[int], moe: Path) -> None:
         passes_per_s = row["tokens_per_s"] / (batch * new)
         if model != DENSE:
             config = moefy.inspect(model).config
-            weights, flops = least_work(config, batch=batch, new_tokens=new, cached_tokens=cached)
+            weights, flops = least_work(config, batch, new, cached)
             assert row["limits"] == pytest.approx(
                 {
                     "memory": 4 * weights * passes_per_s / rates["memory"],

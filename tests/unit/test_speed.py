@@ -39,7 +39,7 @@ def test_weights_and_flops(folder: Path, batch: int, new: int, cached: int) -> N
         folder, experts_implementation="eager", attn_implementation="eager"
     )
     config = read_config(folder)
-    read, flops = least_work(config, batch=batch, new_tokens=new, cached_tokens=cached)
+    read, flops = least_work(config, batch, new, cached)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB, (batch, cached + new), generator=generator)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_weights_and_flops(folder: Path, batch: int, new: int, cached: int) -> N
 
 
 def test_llama_2_7b_in_bfloat16_reads_13_gigabytes_a_token() -> None:
-    read, flops = least_work(SHAPES["llama-2-7b"], batch=1, new_tokens=1, cached_tokens=0)
+    read, flops = least_work(SHAPES["llama-2-7b"], 1, 1, 0)
     assert f"{2 * read / 1e9:.1f}" == "13.2"
     assert f"{flops / 1e9:.1f}" == "13.2"
 
@@ -78,15 +78,11 @@ def test_stand_ins(
     assert config["model_type"] == target
     router = LAYERS * HIDDEN * (4 - shared)
     active = cost(config).active_params - router
-    given = dense_of_active_size(config, [read_config(dense)])
-    assert given["model_type"] == family
-    for stand_in in (given, dense_of_active_size(config, [])):
-        tied = stand_in["tie_word_embeddings"] and not config["tie_word_embeddings"]
-        copied = VOCAB * HIDDEN if tied else 0  # glm4_moe has an output matrix of its own
-        biases = cost(stand_in).total_params + copied - active
-        assert abs(biases) <= 2 * LAYERS * HIDDEN  # o_proj has one in some families only
-        made = random_model(stand_in, torch.float32)
-        assert sum(p.numel() for p in made.parameters()) == cost(stand_in).total_params
+    stand_in = dense_of_active_size(config)
+    biases = cost(stand_in).total_params - active
+    assert abs(biases) <= 2 * LAYERS * HIDDEN  # o_proj has one in some families only
+    made = random_model(stand_in, torch.float32)
+    assert sum(p.numel() for p in made.parameters()) == cost(stand_in).total_params
 
 
 def test_a_dense_model_comes_before_each_active_size(
@@ -100,18 +96,21 @@ def test_a_dense_model_comes_before_each_active_size(
     names = ["dense", *splits]
     found = contenders_of(folders, names)
     half, quarter = "dense (same active size, 24 neurons)", "dense (same active size, 12 neurons)"
-    assert [(c.name, c.same_size) for c in found] == [
-        ("dense", None),
-        (half, 1),
-        ("half", 1),
-        ("also-half", 1),
-        (quarter, 4),
-        ("quarter", 4),
-    ]
+    assert [c.name for c in found] == ["dense", half, "half", "also-half", quarter, "quarter"]
+    assert [c.folder for c in found] == [dense, None, *folders[1:3], None, folders[3]]
     assert [c.config["intermediate_size"] for c in found] == [48, 24, 12, 6, 12, 12]
     alone = contenders_of(folders[:2], names[:2])
-    assert [(c.name, c.same_size) for c in alone] == [
-        ("dense", 1),
-        ("dense (same active size)", 1),
-        ("half", 1),
-    ]
+    assert [c.name for c in alone] == ["dense", "dense (same active size)", "half"]
+
+
+def test_each_model_is_compared_with_its_size(tiny_llama: Path, tmp_path: Path) -> None:
+    """With two sizes the whole dense model has no counterpart; with one it has."""
+    for name, active in {"half": 2, "quarter": 1}.items():
+        moefy.convert(tiny_llama, tmp_path / name, experts=4, active=active, **PLAIN)
+    short: dict[str, Any] = {"batches": [1], "prompt_tokens": 4, "new_tokens": 1, "rounds": 1}
+    models = [tiny_llama, tmp_path / "half", tmp_path / "quarter"]
+    for given, compared in ((models, [None, 1, 1, 3, 3]), (models[:2], [1, 1, 1])):
+        rows = [row for row in moefy.measure_speed(given, **short).speeds if row.phase == "decode"]
+        for row, index in zip(rows, compared, strict=True):
+            expected = None if index is None else row.tokens_per_s / rows[index].tokens_per_s
+            assert row.of_active_size == pytest.approx(expected)

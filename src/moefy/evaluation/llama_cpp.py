@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 
 from moefy.checkpoint.gguf import export_gguf
 from moefy.checkpoint.load import load_tokenizer
-from moefy.errors import CheckpointError, UsageError
+from moefy.errors import CheckpointError
 from moefy.evaluation.timing import PHASES, Contender, Seconds, Setting, random_prompt
 from moefy.progress import Progress, ProgressFn
 
@@ -34,18 +33,6 @@ answer = xllamacpp.Server(params).handle_completions(
 )
 print(json.dumps(answer["timings"]))
 """
-
-
-def check_installed() -> None:
-    """Refuse what cannot be measured.
-
-    Raises:
-        UsageError: xllamacpp is not installed.
-    """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise UsageError(
-            "--runtime llama.cpp needs the package xllamacpp: pip install 'moefy[gguf]' xllamacpp"
-        )
 
 
 def in_llama_cpp(

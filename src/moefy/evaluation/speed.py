@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from moefy.checkpoint.families import FAMILIES, canonical_config
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.errors import UsageError
-from moefy.evaluation.llama_cpp import GGUF_DTYPES, check_installed, in_llama_cpp
+from moefy.evaluation.llama_cpp import GGUF_DTYPES, in_llama_cpp
 from moefy.evaluation.timing import PHASES, Contender, Phase, Seconds, Setting, in_transformers
 from moefy.hardware import device, multiply_rate, read_rate
 from moefy.progress import ProgressFn, silent
@@ -134,9 +135,9 @@ def measure_speed(
         raise UsageError("name at least one model")
     if batches is None:
         batches = (1,) if runtime == "llama.cpp" else (1, 8)
-    counts = {"--batch": min(batches, default=0), "--rounds": rounds}
-    counts |= {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens}
-    _check(counts | {"--threads": threads or 1}, dtype, runtime, batches)
+    counts = {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens, "--rounds": rounds}
+    counts["--threads"] = 1 if threads is None else threads
+    _check(counts, batches, dtype, runtime)
     folders = [resolve(model, report=report) for model in given]
     contenders = contenders_of(folders, list(names) if names else [str(model) for model in given])
     for contender in contenders:
@@ -166,8 +167,8 @@ def measure_speed(
         )
 
 
-def _check(counts: Mapping[str, int], dtype: str, runtime: str, batches: Sequence[int]) -> None:
-    for option, count in counts.items():
+def _check(counts: Mapping[str, int], batches: Sequence[int], dtype: str, runtime: str) -> None:
+    for option, count in {**counts, "--batch": min(batches, default=0)}.items():
         if count < 1:
             raise UsageError(f"{option} {count}: at least 1 is needed")
     if dtype not in _DTYPES:
@@ -175,7 +176,11 @@ def _check(counts: Mapping[str, int], dtype: str, runtime: str, batches: Sequenc
     if runtime not in RUNTIMES:
         raise UsageError(f"--runtime {runtime!r}: allowed are {' and '.join(RUNTIMES)}")
     if runtime == "llama.cpp":
-        check_installed()
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise UsageError(
+                "--runtime llama.cpp needs the package xllamacpp: "
+                "pip install 'moefy[gguf]' xllamacpp"
+            )
         if set(batches) != {1}:
             raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
 
@@ -197,44 +202,34 @@ def contenders_of(folders: list[Path], names: list[str]) -> list[Contender]:
         ArchitectureError: a model that `cost` cannot count.
     """
     configs = [read_config(folder) for folder in folders]
-    dense = [config for config in configs if not ffn_shape(config).experts]
     sizes = {ffn_shape(config).running for config in configs if ffn_shape(config).experts}
     found: list[Contender] = []
-    places: dict[int, int] = {}
     for name, folder, config in zip(names, folders, configs, strict=True):
         shape = ffn_shape(config)
-        if shape.experts and shape.running not in places:
+        if shape.experts and shape.running not in _same_sizes(found):
             size = f", {shape.running} neurons" if len(sizes) > 1 else ""
-            places[shape.running] = len(found)
-            made = dense_of_active_size(config, dense)
-            found.append(Contender(f"dense (same active size{size})", made, None, len(found)))
-        same_size = places[shape.running] if shape.experts else None
-        found.append(Contender(name, config, folder, same_size))
-    if len(places) == 1:  # then the dense model is compared with it too
-        (place,) = places.values()
-        found = [Contender(c.name, c.config, c.folder, place) for c in found]
+            made = dense_of_active_size(config)
+            found.append(Contender(f"dense (same active size{size})", made))
+        found.append(Contender(name, config, folder))
     return found
 
 
-def dense_of_active_size(
-    config: Mapping[str, Any], dense: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return the config of a dense model with as many neurons as run per token.
+def _same_sizes(contenders: Sequence[Contender]) -> dict[int, int]:
+    """Return, by active neurons, the index of the dense model that was made for comparison."""
+    made = [i for i, contender in enumerate(contenders) if contender.folder is None]
+    return {ffn_shape(contenders[i].config).running: i for i in made}
 
-    Args:
-        config: of a converted model.
-        dense: configs of dense models; the first of the same shape gives the family.
+
+def dense_of_active_size(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a dense model with as many neurons as a converted model runs per token.
+
+    Multipliers and windows are left out: they change its speed by less than can be measured.
     """
-    neurons = ffn_shape(config).running
-    alike = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for candidate in dense:
-        if all(candidate[key] == config[key] for key in alike):
-            return {**candidate, "intermediate_size": neurons}
     made = {key: config[key] for key in _SHAPE if config.get(key) is not None}
     made["model_type"] = "qwen3" if has_qk_norm(config) else "llama"
     made["architectures"] = [f"{made['model_type'].capitalize()}ForCausalLM"]
     made["attention_bias"] = bool(config.get("attention_bias"))
-    return {**made, "intermediate_size": neurons}
+    return {**made, "intermediate_size": ffn_shape(config).running}
 
 
 def _speeds(
@@ -243,6 +238,7 @@ def _speeds(
     seconds: Seconds,
     rates: Mapping[str, float],
 ) -> list[Speed]:
+    same_sizes = _same_sizes(contenders)
     best = {
         key: min((statistics.median(values), name or "") for name, values in measured.items())
         for key, measured in seconds.items()
@@ -254,14 +250,14 @@ def _speeds(
         new, cached = setting.prompt_tokens, 0
         if phase == "decode":  # the mean over the decoded tokens
             new, cached = 1, setting.prompt_tokens + setting.new_tokens // 2
-        weights, flops = least_work(
-            contender.config, batch=batch, new_tokens=new, cached_tokens=cached
-        )
+        weights, flops = least_work(contender.config, batch, new, cached)
         limits = {
             "memory": weights * setting.dtype.itemsize / rates["memory"] / elapsed_s,
             "arithmetic": flops / rates["arithmetic"] / elapsed_s,
         }
-        same = contender.same_size
+        same = same_sizes.get(ffn_shape(contender.config).running)
+        if same is None and len(same_sizes) == 1:  # the whole dense model, beside a single size
+            (same,) = same_sizes.values()
         rows.append(
             Speed(
                 model=contender.name,
@@ -283,7 +279,7 @@ def _speeds(
 
 
 def least_work(
-    config: Mapping[str, Any], *, batch: int, new_tokens: int, cached_tokens: int
+    config: Mapping[str, Any], batch: int, new_tokens: int, cached_tokens: int
 ) -> tuple[int, int]:
     """Return how many weights one forward pass must read, and its FLOPs.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,13 +36,11 @@ class Contender:
         name: shown in tables.
         config: its config.json.
         folder: where it lies; None for random weights.
-        same_size: index of the dense model of its active size among the contenders, if any.
     """
 
     name: str
     config: Mapping[str, Any]
-    folder: Path | None
-    same_size: int | None
+    folder: Path | None = None
 
     def load(self, dtype: torch.dtype) -> Any:
         """Return the model on the device."""
@@ -105,44 +103,30 @@ def _one_round(
 ) -> None:
     """Time both phases once, with every implementation that is still in the race."""
     ids = random_prompt(config["vocab_size"], batch, setting.prompt_tokens)
-    prefilled = seconds.setdefault((i, "prefill", batch), {})
-    names = _kept(prefilled) or _implementations(config, ids.numel(), setting.dtype)
-    _race(network, names, prefilled, lambda: prefill(network, ids)[2])
-
-    _use(network, _kept(prefilled)[0])
-    cache, token, _ = prefill(network, ids)
-    decoded = seconds.setdefault((i, "decode", batch), {})
-    names = _kept(decoded) or _implementations(config, batch, setting.dtype)
-    count = setting.new_tokens
-    # decoding appends to the cache: each implementation gets its own
-    _race(
-        network,
-        names,
-        decoded,
-        lambda: decode(network, copy.deepcopy(cache), token, count) / count,
-    )
-
-
-def _race(
-    network: Any,
-    names: list[str | None],
-    measured: dict[str | None, list[float]],
-    timed: Callable[[], float],
-) -> None:
-    """Time one pass with every implementation; one that does not work here is left out."""
     short = random_prompt(2, 1, 8)
-    failure = None
-    for name in names:
-        try:
-            _use(network, name)
-            decode(network, *prefill(network, short)[:2], 1)  # the first run of a name is slow
-            elapsed_s = timed()
-        except Exception as error:  # what the implementations raise has no common type
-            failure = error
-        else:
-            measured.setdefault(name, []).append(elapsed_s)
-    if failure is not None and not measured:
-        raise failure
+    cache, token = None, ids
+    for phase in PHASES:
+        measured = seconds.setdefault((i, phase, batch), {})
+        if phase == "decode":  # what prefills fastest fills the cache
+            _use(network, _kept(seconds[i, "prefill", batch])[0])
+            cache, token, _ = prefill(network, ids)
+        failure = None
+        for name in _kept(measured) or _implementations(config, token.numel(), setting.dtype):
+            try:
+                _use(network, name)
+                # the first run of an implementation is slow
+                decode(network, *prefill(network, short)[:2], 1)
+                if phase == "prefill":
+                    elapsed_s = prefill(network, ids)[2]
+                else:  # decoding appends to the cache: each implementation gets a copy
+                    elapsed_s = decode(network, copy.deepcopy(cache), token, setting.new_tokens)
+                    elapsed_s /= setting.new_tokens
+            except Exception as error:  # what the implementations raise has no common type
+                failure = error
+            else:
+                measured.setdefault(name, []).append(elapsed_s)
+        if failure is not None and not measured:  # one that does not work here is left out
+            raise failure
 
 
 def _kept(measured: dict[str | None, list[float]]) -> list[str | None]:

@@ -35,10 +35,10 @@ def measure_speeds(
         report: told about progress.
     """
     plain = {key: config[key] for key in config if key != "quantization_config"}
-    contenders = [Contender("dense", plain, None, None)]
+    contenders = [Contender("dense", plain)]
     for split in splits:
         made = split_config(plain, **asdict(split))
-        contenders.append(Contender(split.name, made, None, None))
+        contenders.append(Contender(split.name, made))
     setting = Setting((1,), recipe.prompt_tokens, recipe.new_tokens, recipe.rounds, torch.float32)
     seconds = in_transformers(contenders, setting, report)
     speeds: Speeds = {contender.name: {} for contender in contenders}
