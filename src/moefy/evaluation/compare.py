@@ -132,10 +132,10 @@ def evaluate(
 
 
 class _Reference(NamedTuple):
-    """The dense model on every window: what is needed of it once its layers are gone."""
+    """What is needed of the dense model once its layers are gone."""
 
     name: str
-    states: list[LogitsInput]
+    states: list[LogitsInput]  # of every window
     losses: list[list[float]]  # by domain and window
 
 
@@ -152,13 +152,12 @@ def _measure(
     decode_tokens_per_s = _decode_tokens_per_s(network, text) if decode else None
     quality, speeds, states = Quality(), [], []
     total = sum(map(len, text.values()))
-    dense_states = reference.states if reference else None
-    for done, each in enumerate(passes(network, text, dense_states), start=1):
-        quality.add(each.domain, each.means)
-        speeds.append(each.state.hidden.shape[1] / each.elapsed_s)
+    measured = passes(network, text, quality, reference.states if reference else None)
+    for done, (domain, state, elapsed_s) in enumerate(measured, start=1):
+        speeds.append(state.hidden.shape[1] / elapsed_s)
         if reference is None and counted.experts == 0:
-            states.append(each.state)
-        report(Progress("evaluate", done, total, each.domain))
+            states.append(state)
+        report(Progress("evaluate", done, total, domain))
     losses = list(quality.losses.values())
     row = Result(
         name=model.name,

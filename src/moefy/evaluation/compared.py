@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,34 +70,20 @@ def compared_models(
             f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
             "models with the same tokenizer can be compared"
         )
-    _check_tokenizers(folders)
+    # the same number of tokens may still be other tokens
+    vocabularies = {folder: vocabulary for folder in folders if (vocabulary := _vocabulary(folder))}
+    for folder, vocabulary in vocabularies.items():
+        first = next(iter(vocabularies))
+        if vocabulary != vocabularies[first]:
+            raise UsageError(
+                f"{first} and {folder} have different tokens: only models with the same "
+                "tokenizer can be compared"
+            )
     return [ComparedModel(*each) for each in zip(shown, folders, configs, strict=True)]
 
 
-def _check_tokenizers(folders: Sequence[Path]) -> None:
-    """Refuse vocabularies of the same size and other tokens; a folder may have no tokenizer."""
-    first = folders[0] / "tokenizer.json"
-    # a converted model has a copy of its parent's file: nothing has to be parsed then
-    others = [
-        folder
-        for folder in folders[1:]
-        if not (
-            first.is_file()
-            and (folder / first.name).is_file()
-            and filecmp.cmp(first, folder / first.name, shallow=False)
-        )
-    ]
-    vocabulary = _vocabulary(folders[0]) if others else {}
-    for folder in others:
-        other = _vocabulary(folder)
-        if vocabulary and other and vocabulary != other:
-            raise UsageError(
-                f"{folders[0]} and {folder} have different tokens: only models with the same "
-                "tokenizer can be compared"
-            )
-
-
 def _vocabulary(folder: Path) -> dict[str, int]:
+    """Return the tokens of a model; none where it has no tokenizer, which is an error elsewhere."""
     try:
         found: dict[str, int] = load_tokenizer(folder).get_vocab()
     except MoefyError:

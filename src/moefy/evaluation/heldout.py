@@ -53,7 +53,7 @@ def window_means(
     Args:
         model: last hidden states and output matrix.
         ids: the windows' tokens.
-        reference: those of the dense model on the same windows.
+        reference: the dense model's states and matrix on the same windows.
     """
     # the last position has nothing to predict, but its distribution is compared like the others
     labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED if reference is None else 0)
@@ -92,10 +92,12 @@ def heldout_losses(
     names = list(windows)
     tokens = np.concatenate([windows[name] for name in names])
     domain_idxs = np.repeat(np.arange(len(names)), [len(windows[name]) for name in names])
+    # float64: the sum must not depend on how many windows a process has
     sums = torch.zeros(len(names), dtype=torch.float64)
     was_training = network.training
     network.eval()
     for first in range(0, len(tokens), num_data * micro_batch_size):
+        # beyond the last window the first ones come again, and are not counted
         idxs = first + data_idx * micro_batch_size + np.arange(micro_batch_size)
         ids = torch.from_numpy(tokens[idxs % len(tokens)]).to(device())
         with products_in(precision, ids.device):
@@ -111,51 +113,13 @@ def heldout_losses(
     return {name: float(sums[i]) / len(windows[name]) for i, name in enumerate(names)}
 
 
-class Pass(NamedTuple):
-    """One window's pass through a model.
-
-    Attributes:
-        domain: of the window.
-        state: what the logits are made of.
-        means: over the window's tokens.
-        elapsed_s: up to the last hidden states.
-    """
-
-    domain: str
-    state: LogitsInput
-    means: WindowMeans
-    elapsed_s: float
-
-
-def passes(
-    network: Any, windows: Windows, reference: Sequence[LogitsInput] | None = None
-) -> Iterator[Pass]:
-    """Put one window after the other through a model.
-
-    Args:
-        network: any model of `checkpoint.load`.
-        windows: token ids by domain.
-        reference: the dense model's states on the same windows, in the same order.
-    """
-    rows = ((domain, row) for domain, several in windows.items() for row in several)
-    for idx, (domain, row) in enumerate(rows):
-        ids = torch.from_numpy(row)[None].to(device())
-        synchronise()
-        started = time.perf_counter()
-        state = LogitsInput.of(network, ids)
-        synchronise()
-        elapsed_s = time.perf_counter() - started
-        means = window_means(state, ids, reference[idx] if reference else None)
-        yield Pass(domain, state, means, elapsed_s)
-
-
 @dataclass
 class Quality:
-    """What a model predicted on all windows, which have the same length: a mean of window means.
+    """What a model predicted on windows of one length, so that a mean of window means is exact.
 
     Attributes:
         losses: of the windows by domain, nats per token.
-        divergences, agreements: of the windows, all domains; empty without a reference.
+        divergences, agreements: of the windows of all domains; empty without a reference.
     """
 
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -188,6 +152,35 @@ class Quality:
     def top1_agreement(self) -> float | None:
         """Share of positions with the reference's likeliest token; None without a reference."""
         return statistics.fmean(self.agreements) if self.agreements else None
+
+
+def passes(
+    network: Any,
+    windows: Windows,
+    quality: Quality,
+    reference: Sequence[LogitsInput] | None = None,
+) -> Iterator[tuple[str, LogitsInput, float]]:
+    """Put one window after the other through a model.
+
+    Args:
+        network: any model of `checkpoint.load`.
+        windows: token ids by domain.
+        quality: gets what is predicted.
+        reference: the dense model's states on the same windows, in the same order.
+
+    Yields:
+        The window's domain, what its logits are made of, and the seconds up to there.
+    """
+    rows = ((domain, row) for domain, several in windows.items() for row in several)
+    for idx, (domain, row) in enumerate(rows):
+        ids = torch.from_numpy(row)[None].to(device())
+        synchronise()  # the clock must not count what is still running on an accelerator
+        started = time.perf_counter()
+        state = LogitsInput.of(network, ids)
+        synchronise()
+        elapsed_s = time.perf_counter() - started
+        quality.add(domain, window_means(state, ids, reference[idx] if reference else None))
+        yield domain, state, elapsed_s
 
 
 def perplexity(loss: float) -> float:

@@ -173,12 +173,12 @@ def measure_routing(
     if dense:
         states, quality = [], Quality()
         network = dense.load(report)
-        for done, each in enumerate(passes(network, text), start=1):
-            quality.add(each.domain, each.means)
-            states.append(each.state)
-            report(Progress(dense.name, done, sum(map(len, text.values()))))
+        total = sum(map(len, text.values()))
+        for _, state, _ in passes(network, text, quality):
+            states.append(state)
+            report(Progress(dense.name, len(states), total))
         reference_loss = quality.loss
-        del network
+        del network  # the states keep its output matrix alone
     return RoutingResult(
         reference=dense.name if dense else None,
         reference_loss=reference_loss,
@@ -213,70 +213,50 @@ def _watch(
 ) -> RoutingStats:
     """Run a MoE model with every k, and look at the routers where k is the saved one."""
     network = model.load(report)
-    trace = RouterTrace(network)
-    windows: dict[str, list[Any]] = {domain: [] for domain in text}
-    pairs: Any = 0
-    quality = {k: Quality() for k in ks}
+    shape, trace = ffn_shape(model.config), RouterTrace(network)
+    counts: dict[str, list[Float[np.ndarray, "layers experts"]]] = {domain: [] for domain in text}
+    pairs = np.zeros(())
+    qualities = {k: Quality() for k in ks}
     total, done = len(ks) * sum(map(len, text.values())), 0
-    for k in ks:
+    for k, quality in qualities.items():
         with ActiveExperts(network, k), trace:
-            for each in passes(network, text, reference):
-                if k == network.config.num_experts_per_tok:
+            for domain, _, _ in passes(network, text, quality, reference):
+                if k == shape.active:
                     runs = trace.runs().float()  # [layers, tokens, experts]
-                    # token counts are whole numbers below 2**24: exact in float32
+                    # [layers, experts, experts]: tokens that chose both, whole numbers in float32
                     together = (runs.mT @ runs).double().cpu().numpy()
-                    # on the diagonal, how many tokens chose an expert
-                    windows[each.domain].append(np.diagonal(together, axis1=-2, axis2=-1).copy())
-                    pairs += together
+                    # on the diagonal, how many tokens chose one expert
+                    counts[domain].append(np.diagonal(together, axis1=-2, axis2=-1).copy())
+                    pairs = pairs + together
                 trace.clear()
-                quality[k].add(each.domain, each.means)
                 done += 1
                 report(Progress(model.name, done, total, f"{k} active"))
-    by_domain = [np.stack(each) for each in windows.values()]
-    return _stats(model, dict(zip(text, by_domain, strict=True)), pairs, quality)
-
-
-def _stats(
-    model: ComparedModel,
-    windows: dict[str, Float[np.ndarray, "_windows layers experts"]],
-    pairs: Float[np.ndarray, "layers experts experts"],
-    quality: dict[int, Quality],
-) -> RoutingStats:
-    """Turn counts into what is shown.
-
-    Args:
-        model: whose counts they are.
-        windows: by domain, how often each expert was chosen in each window.
-        pairs: tokens that chose both experts, over all windows.
-        quality: by k.
-    """
-    shape = ffn_shape(model.config)
-    by_domain = {domain: each.sum(0) for domain, each in windows.items()}
-    loads = {domain: load_shares(choices) for domain, choices in by_domain.items()}
-    choices = np.sum(list(by_domain.values()), axis=0)
+    windows = [np.stack(each) for each in counts.values()]  # by domain [windows, layers, experts]
+    loads = [load_shares(domain.sum(0)) for domain in windows]
+    choices = np.sum([domain.sum(0) for domain in windows], axis=0)
     load = load_shares(choices)
-    noise = expected_divergence(list(windows.values()))
+    noise = expected_divergence(windows)
     return RoutingStats(
         name=model.name,
         experts=shape.experts,
         active=shape.active,
         shared=None if shape.shared_size % shape.size else shape.shared_size // shape.size,
-        load={domain: shares.tolist() for domain, shares in loads.items()},
+        load={domain: shares.tolist() for domain, shares in zip(text, loads, strict=True)},
         entropy=relative_entropy(load).tolist(),
         dead=dead_experts(choices),
         max_over_mean=(load.max(-1) * shape.experts).tolist(),
         coactivation=coactivation(pairs).round(4).tolist(),
-        domain_distance=divergence(np.stack(list(loads.values()))).tolist(),
+        domain_distance=divergence(np.stack(loads)).tolist(),
         domain_noise=None if noise is None else noise.tolist(),
         quality=[
             KQuality(
                 k=k,
-                loss=found.loss,
-                perplexity=perplexity(found.loss),
-                kl_to_reference=found.kl_to_reference,
-                top1_agreement=found.top1_agreement,
+                loss=quality.loss,
+                perplexity=perplexity(quality.loss),
+                kl_to_reference=quality.kl_to_reference,
+                top1_agreement=quality.top1_agreement,
                 active_params=cost({**model.config, "num_experts_per_tok": k}).active_params,
             )
-            for k, found in quality.items()
+            for k, quality in qualities.items()
         ],
     )
