@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moefy.checkpoint.cost import Cost, cost
-from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import Side, open_domains
+from moefy.data.domains import Side
 from moefy.evaluation.compared import ComparedModel, compared_models
 from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
 from moefy.evaluation.output_loss import LogitsInput
@@ -108,9 +107,9 @@ def evaluate(
     compared = compared_models(models, names, report)
     costs = [cost(model.config, context=sequence_length) for model in compared]
     text = evaluation_windows(
-        open_domains(data, report=report),
-        split,
-        load_tokenizer(compared[0].folder),
+        data,
+        compared[0].folder,
+        split=split,
         windows=windows,
         sequence_length=sequence_length,
         report=report,

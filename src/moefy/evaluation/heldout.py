@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moefy.data.domains import Domain, Side, documents_of
+from moefy.checkpoint.load import load_tokenizer
+from moefy.data.domains import Side, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError
 from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
@@ -189,10 +191,10 @@ def perplexity(loss: float) -> float:
 
 
 def evaluation_windows(
-    domains: Sequence[Domain],
-    split: Side,
-    tokenizer: Any,
+    data: str | Path,
+    folder: Path,
     *,
+    split: Side = "heldout",
     windows: int,
     sequence_length: int,
     report: ProgressFn = silent,
@@ -200,16 +202,18 @@ def evaluation_windows(
     """Return token ids by domain.
 
     Args:
-        domains: of the corpus.
+        data: a corpus; see `open_domains`.
+        folder: of a model, for its tokenizer.
         split: whose documents to read.
-        tokenizer: of the models.
         windows: per domain; fewer where a domain has less text.
         sequence_length: tokens per window.
         report: told about progress.
 
     Raises:
-        CorpusError: a domain is shorter than one window.
+        UsageError: the tokenizer cannot be read.
+        CorpusError: there is no such corpus, or a domain is shorter than one window.
     """
+    domains, tokenizer = open_domains(data, report=report), load_tokenizer(folder)
     text = {}
     for done, domain in enumerate(domains):
         report(Progress("tokenise", done, len(domains), domain.name))

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 
 from moefy.checkpoint.cost import cost, ffn_shape
-from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import Side, open_domains
+from moefy.data.domains import Side
 from moefy.errors import UsageError
 from moefy.evaluation.compared import ComparedModel, compared_models
 from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
@@ -161,9 +160,9 @@ def measure_routing(
         )
     tried = [_numbers_to_try(each, active) for each in routed]
     text = evaluation_windows(
-        open_domains(data, report=report),
-        split,
-        load_tokenizer(compared[0].folder),
+        data,
+        compared[0].folder,
+        split=split,
         windows=windows,
         sequence_length=sequence_length,
         report=report,

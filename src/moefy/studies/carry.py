@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Int
 
 from moefy.checkpoint.cost import cost
-from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.checkpoint.load import load_model
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.construct.convert import convert
-from moefy.data.domains import open_domains
 from moefy.errors import CorpusError
 from moefy.evaluation.heldout import evaluation_windows, heldout_losses
 from moefy.hardware import device
@@ -60,9 +59,8 @@ class Place:
     def heldout(self) -> dict[str, Int[np.ndarray, "windows sequence"]]:
         """What every model is measured on, tokenised once."""
         return evaluation_windows(
-            open_domains(self.data, report=self.report),
-            "heldout",
-            load_tokenizer(self.dense),
+            self.data,
+            self.dense,
             windows=self.windows,
             sequence_length=self.sequence_length,
             report=self.report,

@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from moefy.calibrate.text import calibration_windows, self_windows
-from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
 from moefy.checkpoint.source import resolve
-from moefy.data.domains import open_domains
 from moefy.evaluation.heldout import evaluation_windows
 from moefy.progress import ProgressFn, silent
 from moefy.storage import refuse_file, storage_errors
@@ -74,7 +72,6 @@ def leaderboard(
     ]
     out = Path(out).expanduser()
     refuse_file(out)
-    tokenizer = load_tokenizer(dense.folder)
     calibration = calibration_windows(
         data,
         dense.folder,
@@ -84,9 +81,8 @@ def leaderboard(
         report=report,
     )
     evaluation = evaluation_windows(
-        open_domains(data, report=report),
-        "heldout",
-        tokenizer,
+        data,
+        dense.folder,
         windows=windows,
         sequence_length=sequence_length,
         report=report,
