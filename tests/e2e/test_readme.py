@@ -84,7 +84,7 @@ def test_make_demo(tmp_path: Path) -> None:
         assert (out / name).stat().st_size > 0
     page = Page()
     page.feed((out / "report.html").read_text())
-    assert page.figures == 5
+    assert page.figures == 4
     assert not page.outside, "the report must not need anything from elsewhere"
 
 

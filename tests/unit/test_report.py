@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from html import escape
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -10,10 +13,16 @@ import numpy as np
 import pytest
 
 from moefy.checkpoint.card import model_card, with_results
+from moefy.checkpoint.cost import Cost
 from moefy.evaluation.benchmarks import LLAMA_MOE
+from moefy.evaluation.compare import Comparison, Result
+from moefy.evaluation.paired import Interval
 from moefy.report.chart import Chart
+from moefy.report.findings import Report, facts_of
+from moefy.report.page import write_page
 from moefy.report.published import PUBLISHED
-from moefy.report.training_charts import running_mean, training_charts
+from moefy.report.training_charts import running_mean, steady_losses, training_charts
+from moefy.report.verdict import verdict, verdict_rows
 from moefy.report.write import short_names
 
 CONVERTED: dict[str, Any] = {
@@ -82,6 +91,7 @@ def log() -> list[dict[str, Any]]:
         {
             "step": step,
             "tokens": 100 * step,
+            "tokens_per_s": 50.0,
             "loss": 5.0 - step,
             "domain_loss": {"ab"[step % 2]: 5.0 - step},
             "expert_load": [[0.75, 0.25], [0.5, 0.5]],
@@ -91,41 +101,81 @@ def log() -> list[dict[str, Any]]:
 
 
 def test_training_charts_show_what_their_tables_say(log: list[dict[str, Any]]) -> None:
-    loss, load, other = training_charts({"one": log, "two": log[:2]}, {"a": 2.0})
-    assert [chart.name for chart in (loss, load, other)] == [
-        "loss",
-        "expert-load-1",
-        "expert-load-2",
-    ]
+    loss, load, other = training_charts({"one": log, "two": log[:2]})
+    names = [chart.name for chart in (loss, load, other)]
+    assert names == ["loss", "expert-load-1", "expert-load-2"]
+    # of a domain with a single step nothing is left but the run's mean
     assert loss.rows[1:] == [
-        ["one", "2", "200", "a", "3.0", "3"],
-        ["one", "1", "100", "b", "4.0", "4"],
-        ["one", "3", "300", "b", "2.0", "2"],
-        ["two", "2", "200", "a", "3.0", "3"],
-        ["two", "1", "100", "b", "4.0", "4"],
-        ["dense, held out", "", "", "a", "2.0", ""],
+        ["one", "1", "100", "4.0", "4", "4"],
+        ["one", "2", "200", "3.0", "3", "3"],
+        ["one", "3", "300", "2.0", "2", "2"],
+        ["two", "1", "100", "4.0", "3.5", "3.5"],
+        ["two", "2", "200", "3.0", "3.5", "3.5"],
     ]
-    panels = {axes.get_title(): axes for axes in loss.figure.axes}
-    assert set(panels) == {"a", "b"}
-    raw, smooth, *two = (line for line in panels["b"].get_lines())
-    assert [float(y) for y in raw.get_ydata()] == [4.0, 2.0]
-    assert [float(y) for y in smooth.get_ydata()] == [4.0, 2.0]
-    assert [[float(y) for y in line.get_ydata()] for line in two] == [[4.0], [4.0]]
+    (axes,) = loss.figure.axes
+    raw, smooth, *_ = axes.get_lines()
+    assert [float(y) for y in raw.get_ydata()] == [4.0, 3.0, 2.0]
+    assert [float(y) for y in smooth.get_ydata()] == [4.0, 3.0, 2.0]
     assert load.rows[1:] == [["0", "0", "1.5"], ["0", "1", "0.5"], ["1", "0", "1"], ["1", "1", "1"]]
-    assert [chart.name for chart in training_charts({"one": log}, {})] == ["loss", "expert-load"]
+    assert [chart.name for chart in training_charts({"one": log})] == ["loss", "expert-load"]
 
 
-def test_the_running_mean_keeps_the_course_and_loses_the_noise() -> None:
-    course = np.linspace(5, 2, 320)
-    noise = np.random.default_rng(0).normal(0, 0.5, 320)
-    means = np.array(running_mean((course + noise).tolist()))
-    assert np.abs(means - course).max() < 0.4
-    assert np.diff(means).std() < 0.05 * np.diff(noise).std()
+def test_the_loss_shows_the_course_of_training_and_not_what_a_step_drew() -> None:
+    generator = np.random.default_rng(0)
+    course = np.linspace(1, 0, 320)
+    offsets = {"code": 1.5, "book": 3.5}
+    steps = []
+    for place, domain in enumerate(generator.choice(list(offsets), 320)):
+        found = offsets[domain] + course[place] + generator.normal(0, 0.3)
+        steps.append({"loss": found, "domain_loss": {domain: found}})
+    means = np.array(running_mean(steady_losses(steps)))
+    inner = slice(40, -40)  # at the ends fewer steps are on one side
+    assert np.abs(means - means.mean() - (course - course.mean()))[inner].max() < 0.15
+    assert np.std([step["loss"] for step in steps]) > 0.9
     assert running_mean([4.0, 2.0]) == [4.0, 2.0]  # too few to smooth
 
 
+def test_names_are_text_on_the_page(log: list[dict[str, Any]], tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>$\\frac$"
+    cost = Cost(0, 0, 10**6, 10**6, 2 * 10**6, 512)
+    result = Result(name, 2.0, {"<b>": 2.0}, None, None, None, cost, 10.0, 5.0)
+    comparison = Comparison(None, 100, 10, [result])
+    facts = facts_of("moefy report '<i>'", "<u>", "heldout")
+    report = Report(tmp_path, comparison, None, None, {name: None}, {name: log}, facts)
+    write_page(tmp_path, report, title="<title>", lead=verdict(report), samples={name: "</pre>"})
+    text = (tmp_path / "report.html").read_text()
+    for part in ("<script", "<b>", "<i>", "<u>", "</pre></pre>"):
+        assert part not in text.replace(f"<p><b>{escape(name)}</b></p>", "")
+    assert f"{escape(name)} uses 1.0M parameters per token" in text
+
+
+@pytest.mark.parametrize(
+    ("excess", "said"),
+    [
+        (0.581, "has a loss 0.581 nats per token above dense's (95% interval +0.481 to +0.681"),
+        (-0.2, "has a loss 0.200 nats per token below dense's (95% interval -0.300 to -0.100"),
+    ],
+)
+def test_the_verdict_says_quality_and_speed(excess: float, said: str, tmp_path: Path) -> None:
+    full, half = Cost(0, 0, 100, 100, 200, 512), Cost(4, 2, 100, 60, 120, 512)
+    interval = Interval(excess, excess - 0.1, excess + 0.1)
+    dense = Result("dense", 16.0, {}, None, 0.0, 1.0, full, 100.0, 50.0)
+    moe = Result("moe", 16 * math.exp(excess), {}, interval, 0.1, 0.9, half, 120.0, 40.0)
+    worse = Result("worse", 99.0, {}, interval, 0.1, 0.9, half, 120.0, 40.0)
+    facts = facts_of("moefy report", "demo", "heldout")
+    comparison = Comparison("dense", 100, 10, [worse, dense, moe])
+    report = Report(tmp_path, comparison, None, None, {}, {}, facts)
+    assert verdict(report).startswith("With 60% of the parameters active per token, moe has a")
+    assert said in verdict(report)
+    assert verdict(report).endswith("and decodes 0.80 times as fast here.")
+    header, *rows = verdict_rows(report)
+    assert "kept of dense, %" not in header
+    assert rows[1][1] == "–"
+    assert rows[2][3:5] == ["120.0 (× 1.20)", "40.0 (× 0.80)"]
+
+
 def test_the_ids_of_two_figures_are_different(log: list[dict[str, Any]]) -> None:
-    (chart, *_) = training_charts({"one": log}, {})
+    (chart, *_) = training_charts({"one": log})
     first, second = (
         Chart(name, chart.figure, chart.rows, "").svg() for name in ("first", "second")
     )
@@ -137,5 +187,5 @@ def test_the_ids_of_two_figures_are_different(log: list[dict[str, Any]]) -> None
         assert used
         assert {one or other for one, other in used} <= own
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", first)
-    again = [training_charts({"one": log}, {})[0].svg() for _ in range(2)]
+    again = [training_charts({"one": log})[0].svg() for _ in range(2)]
     assert again[0] == again[1]

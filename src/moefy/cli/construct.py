@@ -114,14 +114,14 @@ def demo(
 
     Example: `moefy demo --out moefy-demo`
     """
-    from moefy.demo import demo as run
-    from moefy.demo import headline
+    from moefy.report.demo import demo as run
+    from moefy.report.demo import headline
 
     done = call(run, out, overwrite=overwrite, **split, **recipe)
     show(
         None,
         (tables.comparison_rows(done.comparison), "SmolLM2-135M, held-out text"),
         as_json=False,
-        text=f"{headline(done.comparison)}\n{done.elapsed_s / 60:.1f} minutes, "
-        f"{done.peak_rss_bytes / 2**30:.1f} GiB. Report: {done.folder / 'report.html'}",
+        text=f"{headline(done.comparison)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
+        f"{done.facts['peak_rss_bytes'] / 2**30:.1f} GiB. Report: {done.folder / 'report.html'}",
     )

@@ -173,14 +173,13 @@ def report(
     parts = {"dtype": dtype, "routing": routing, "cards": cards, "overwrite": overwrite}
     text = {"data": data, "split": split, **sizes}
     done = call(moefy.write_report, out, models, **benchmarks, **parts, **text)
-    found = done.findings
     show(
         None,
-        (tables.comparison_rows(found.comparison), found.text),
+        (tables.comparison_rows(done.comparison), done.text),
         as_json=False,
         text=f"Report: {done.folder / 'report.html'}",
     )
-    _exit_with(found.failures)
+    _exit_with(done.failures)
 
 
 def _exit_with(failures: list[tuple[str, str, str]]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from moefy.report.tables import Rows, write_csv
 
@@ -29,12 +30,19 @@ class Chart:
         figure: The drawing.
         rows: Header and rows of what it shows.
         caption: How to read it.
+        is_detail: Whether it explains a result rather than shows one.
     """
 
     name: str
     figure: Figure
     rows: Rows
     caption: str
+    is_detail: bool = False
+
+    def __post_init__(self) -> None:
+        # A model may be called "a$b$c", which is no formula.
+        for text in self.figure.findobj(Text):
+            text.set_parse_math(False)
 
     def write(self, folder: Path) -> list[str]:
         """Write NAME.png and NAME.csv, and return these names."""
@@ -89,4 +97,4 @@ def load_chart(name: str, shares: Float[np.ndarray, "layers experts"], caption: 
     rows = [["layer", "expert", "load"]]
     rows += [[str(i), str(j), f"{load[i, j]:.5g}"] for i, j in np.ndindex(load.shape)]
     how = "1 is even use, yellow is 3 times as much or more."
-    return Chart(name, figure, rows, f"{caption}; {how}")
+    return Chart(name, figure, rows, f"{caption}; {how}", is_detail=True)

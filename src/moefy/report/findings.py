@@ -1,10 +1,10 @@
-"""What a report is made of, and where and with what it was measured."""
+"""What a report holds, and where and with what it was measured."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +15,7 @@ import torch
 
 from moefy.data.domains import Side
 from moefy.errors import CheckpointError
-from moefy.evaluation.compare import Comparison
+from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.routing import RoutingResult
 from moefy.evaluation.suite import SuiteResult
 from moefy.hardware import device
@@ -26,47 +26,35 @@ SPLIT_NAMES: dict[Side, str] = {"heldout": "held-out", "train": "training", "all
 
 
 @dataclass(frozen=True)
-class ReportedModel:
-    """What a model's folder says of how it was made.
+class Report:
+    """What was measured, and where it was written.
 
     Attributes:
-        name: as shown.
-        record: its moefy.json; None if moefy did not make it.
-        log: the steps of its training, empty if it was not trained.
+        folder: Folder with `report.html`, `results.json`, `results.md`, and every figure as PNG
+            and CSV.
+        comparison: Held-out loss, cost and speed of all models.
+        suite: Benchmarks of all models in the same order, if they were asked for.
+        routing: Routers of the MoE models, if there are any and they were asked for.
+        records: By model, its moefy.json; None if moefy did not make the model.
+        logs: Steps of the training, by model; only of models that were trained.
+        facts: Data, split, command, date, machine, versions, and what else results.json says.
+        cards: Model folders whose cards show these results.
     """
 
-    name: str
-    record: dict[str, Any] | None
-    log: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that a report shows.
-
-    Attributes:
-        comparison: of all models.
-        suite: of all models in the same order, if it was asked for.
-        routing: of the MoE models, if there are any and it was asked for.
-        models: in the same order.
-        data: the corpus on which comparison and routing were measured.
-        split: which of its documents.
-        command: that makes the report.
-        date: of the report, UTC.
-        machine: where it was measured.
-        versions: of what measured.
-    """
-
+    folder: Path
     comparison: Comparison
     suite: SuiteResult | None
     routing: RoutingResult | None
-    models: list[ReportedModel]
-    data: str
-    split: Side
-    command: str
-    date: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
+    records: Mapping[str, dict[str, Any] | None]
+    logs: Mapping[str, list[dict[str, Any]]]
+    facts: Mapping[str, Any]
+    cards: Sequence[Path] = ()
+
+    @property
+    def dense(self) -> Result | None:
+        """The model that the others are compared with."""
+        results = self.comparison.results
+        return next((r for r in results if r.name == self.comparison.reference), None)
 
     @property
     def failures(self) -> list[tuple[str, str, str]]:
@@ -76,70 +64,44 @@ class Findings:
     @property
     def text(self) -> str:
         """How much text was read, and which."""
-        kind = SPLIT_NAMES[self.split]
-        return f"{self.comparison.tokens:,} tokens of the {kind} documents of {self.data}"
+        kind = SPLIT_NAMES[self.facts["split"]]
+        return f"{self.comparison.tokens:,} tokens of the {kind} documents of {self.facts['data']}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the steps of the training are in the charts' files."""
         return {
-            "date": self.date,
-            "command": self.command,
-            "data": self.data,
-            "split": self.split,
-            "machine": self.machine,
-            "versions": self.versions,
+            **self.facts,
             "comparison": self.comparison.to_dict(),
             "suite": None if self.suite is None else self.suite.to_dict(),
             "routing": None if self.routing is None else self.routing.to_dict(),
-            "models": {model.name: model.record for model in self.models},
+            "models": dict(self.records),
         }
 
 
-def now() -> str:
-    """Return the date and the minute in UTC."""
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def machine() -> dict[str, Any]:
-    """Return where this process computes."""
+def facts_of(command: str, data: str, split: Side) -> dict[str, Any]:
+    """Return what a report says of its measurement: what, when, where, with which versions."""
     place = device()
+    packages = ("moefy", "torch", "transformers")
     return {
-        "platform": platform.platform(),
-        "device": place.type if place.type == "cpu" else torch.cuda.get_device_name(place),
-        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "data": data,
+        "split": split,
+        "machine": {
+            "platform": platform.platform(),
+            "device": "cpu" if place.type == "cpu" else torch.cuda.get_device_name(place),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
     }
-
-
-def versions(*, suite: bool) -> dict[str, str]:
-    """Return the versions of what measures.
-
-    Args:
-        suite: benchmarks are among it.
-    """
-    names = ["moefy", "torch", "transformers", *(["lm_eval"] if suite else [])]
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def reported_models(folders: Sequence[Path], names: Sequence[str]) -> list[ReportedModel]:
-    """Read how models were made.
-
-    Raises:
-        CheckpointError: a folder's moefy.json cannot be read.
-    """
-    models = []
-    for folder, name in zip(folders, names, strict=True):
-        record = read_record(folder)
-        trained = record is not None and record.get("stage") == "train"
-        log = read_log(folder) if trained and (folder / LOG).is_file() else []
-        models.append(ReportedModel(name, record, log))
-    return models
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return a model folder's moefy.json, None if there is none.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: The file cannot be read.
     """
     file = folder / "moefy.json"
     if not file.is_file():
@@ -151,3 +113,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or "stage" not in record:
         raise CheckpointError(f"{file} does not say how the model was made: move it away")
     return record
+
+
+def read_training(folder: Path, record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a model's training, none if `train` did not make it."""
+    trained = record is not None and record["stage"] == "train" and (folder / LOG).is_file()
+    return read_log(folder) if trained else []

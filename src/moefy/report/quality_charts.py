@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moefy.evaluation.paired import Interval
 from moefy.report.chart import Chart, legend_below, plain_figure
 
 if TYPE_CHECKING:
@@ -19,74 +20,43 @@ _Z95 = 1.96
 """Standard errors on either side of a mean that hold 95 % of a normal distribution."""
 
 
-def quality_charts(comparison: Comparison, suite: SuiteResult | None) -> list[Chart]:
-    """Draw the held-out loss, and the benchmarks' average, against what a token costs.
-
-    Args:
-        comparison: Of the models.
-        suite: Of the same models in the same order, if it was measured; models without an average
-            are left out.
-    """
-    losses, averages = {}, {}
-    for result in comparison.results:
-        excess = result.excess_loss
-        halves = (excess.value - excess.low, excess.high - excess.value) if excess else (0.0, 0.0)
-        losses[result.name] = (math.log(result.perplexity), *halves)
-    for model in suite.models if suite else []:
-        if model.average is not None:
-            error = 100 * _Z95 * (model.average_stderr or 0)
-            averages[model.name] = (100 * model.average, error, error)
-    better = "Lower is better. Bars: 95 % interval of the difference from the dense model."
-    kinds = [("quality", "loss (nats per token)", losses, better)]
-    if averages:
-        better = "Higher is better. Bars: 95 % interval."
-        kinds.append(("average", "benchmarks' average (%)", averages, better))
-    costs: list[tuple[str, str, Callable[[Result], float | None]]] = [
-        ("active", "active parameters (millions)", lambda r: r.cost.active_params / 1e6),
-        ("prefill", "prefill speed (tokens/s)", lambda r: r.prefill_tokens_per_s),
-        ("decode", "decode speed (tokens/s)", lambda r: r.decode_tokens_per_s),
-    ]
+def quality_charts(comparison: Comparison) -> list[Chart]:
+    """Draw the held-out loss against active parameters, and against measured decoding speed."""
     charts = []
-    for kind, label, points, caption in kinds:
-        for name, cost_label, cost_of in costs:
-            found = {result.name: cost_of(result) for result in comparison.results}
-            costs_of = {model: cost for model, cost in found.items() if cost is not None}
-            if costs_of:
-                labels = (cost_label, label)
-                charts.append(_scatter(f"{kind}-{name}", labels, costs_of, points, caption))
+    costs: list[tuple[str, str, Callable[[Result], float | None]]] = [
+        ("quality-active", "active parameters (millions)", lambda r: r.cost.active_params / 1e6),
+        ("quality-decode", "decode speed (tokens/s)", lambda r: r.decode_tokens_per_s),
+    ]
+    for name, label, cost_of in costs:
+        figure, axes = plain_figure()
+        rows = [["model", label, "loss (nats per token)", "interval below", "interval above"]]
+        for place, result in enumerate(comparison.results):
+            x, y = cost_of(result), math.log(result.perplexity)
+            if x is None:
+                continue
+            excess = result.excess_loss or Interval(0.0, 0.0, 0.0)
+            below, above = excess.value - excess.low, excess.high - excess.value
+            rows.append([result.name, str(x), str(y), str(below), str(above)])
+            if math.isfinite(y):  # a broken model's loss may be infinite
+                style: Any = {"fmt": _MARKERS[place % 8], "c": f"C{place % 10}", "ms": 8}
+                halves = np.array([[below], [above]])
+                axes.errorbar(x, y, halves, capsize=3, label=result.name, **style)
+        axes.set(xlabel=label, ylabel="loss (nats per token)")
+        axes.margins(x=0.12, y=0.12)
+        axes.grid(color="0.93", linewidth=0.8)
+        axes.set_axisbelow(True)
+        legend_below(figure, axes)
+        caption = (
+            f"Held-out loss against {label.partition(' (')[0]}; lower is better. Bars: 95% "
+            "interval of the difference from the dense model."
+        )
+        if len(rows) > 1:
+            charts.append(Chart(name, figure, rows, caption))
     return charts
 
 
-def _scatter(
-    name: str,
-    labels: tuple[str, str],
-    costs: dict[str, float],
-    points: dict[str, tuple[float, float, float]],
-    caption: str,
-) -> Chart:
-    """Draw a point for each model: its cost, and its quality with the interval's two halves."""
-    figure, axes = plain_figure()
-    rows = [["model", *labels, "interval below", "interval above"]]
-    for place, (model, x) in enumerate(costs.items()):
-        if model not in points:
-            continue
-        y, below, above = points[model]
-        rows.append([model, *(str(value) for value in (x, y, below, above))])
-        if math.isfinite(y):  # a broken model's loss may be infinite
-            halves, marker = np.array([[below], [above]]), _MARKERS[place % 8]
-            color = f"C{place % 10}"
-            axes.errorbar(x, y, halves, fmt=marker, c=color, ms=8, capsize=3, label=model)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    axes.margins(x=0.12, y=0.12)
-    axes.grid(color="0.93", linewidth=0.8)
-    axes.set_axisbelow(True)
-    legend_below(figure, axes)
-    quality, cost = (label.partition(" (")[0] for label in labels[::-1])
-    return Chart(name, figure, rows, f"{quality[0].upper()}{quality[1:]} against {cost}. {caption}")
-
-
 def benchmark_chart(suite: SuiteResult) -> Chart:
-    """Draw every score with its 95 % interval, benchmarks down, and what guessing scores."""
+    """Draw every score with its 95% interval, benchmarks down, and what guessing scores."""
     lines = [*(benchmark.name for benchmark in suite.benchmarks), "average"]
     chances = {each.name: each.chance for each in suite.benchmarks}
     models = suite.models
@@ -121,7 +91,7 @@ def benchmark_chart(suite: SuiteResult) -> Chart:
     axes.grid(axis="x", color="0.93", linewidth=0.8)
     legend_below(figure, axes)
     caption = (
-        "Scores with 95 % intervals; grey is what guessing scores. Each interval is that of one "
+        "Scores with 95% intervals; grey is what guessing scores. Each interval is that of one "
         "model alone: the paired differences in the table tell two models apart more surely."
     )
     return Chart("scores", figure, rows, caption)

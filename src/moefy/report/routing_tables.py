@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from math import exp
-from statistics import fmean
+from math import exp, isnan, nan
 from typing import TYPE_CHECKING
 
-from moefy.report.tables import Columns, Rows, millions, number, shown, table
+import numpy as np
+
+from moefy.report.tables import Rows, millions, number, shown
 
 if TYPE_CHECKING:
-    from moefy.evaluation.routing import KQuality, RoutingResult, RoutingStats
+    from moefy.evaluation.routing import RoutingResult
 
 
 def k_rows(result: RoutingResult) -> Rows:
@@ -17,53 +18,30 @@ def k_rows(result: RoutingResult) -> Rows:
 
     The first row is the dense model's, if there is one.
     """
-
-    def chosen(model: RoutingStats, k: int) -> str:
-        return f"{k} of {model.experts}" + (", as saved" if k == model.active else "")
-
-    columns: Columns[tuple[RoutingStats, KQuality]] = [
-        ("model", lambda at: at[0].name),
-        ("chosen", lambda at: chosen(at[0], at[1].k)),
-        ("loss", lambda at: f"{at[1].loss:.3f}"),
-        ("perplexity", lambda at: number(at[1].perplexity)),
-        ("KL to dense", lambda at: shown(at[1].kl_to_reference, ".3f")),
-        ("top-1 as dense", lambda at: shown(at[1].top1_agreement, ".1%")),
-        ("active", lambda at: millions(at[1].active_params)),
-    ]
-    rows = table(((model, at) for model in result.models for at in model.quality), columns)
+    rows = [["model", "chosen", "loss", "perplexity", "KL to dense", "top-1 as dense", "active"]]
     if result.reference is not None and result.reference_loss is not None:
         loss = result.reference_loss
-        dense = [result.reference, "dense", f"{loss:.3f}", number(exp(loss)), "–", "–", "–"]
-        rows.insert(1, dense)
+        rows.append([result.reference, "dense", f"{loss:.3f}", number(exp(loss)), "–", "–", "–"])
+    for model in result.models:
+        for at in model.quality:
+            mark = ", as saved" if at.k == model.active else ""
+            row = [model.name, f"{at.k} of {model.experts}{mark}", f"{at.loss:.3f}"]
+            row += [number(at.perplexity), shown(at.kl_to_reference, ".3f")]
+            rows.append([*row, shown(at.top1_agreement, ".1%"), millions(at.active_params)])
     return rows
 
 
 def routing_rows(result: RoutingResult, *, means_only: bool = False) -> Rows:
     """Return header and rows of the load, a layer of a model a row, below them the model's mean."""
-
-    def mean(values: list[float], layers: list[int]) -> float:
-        return fmean(values[idx] for idx in layers)
-
-    def dead(model: RoutingStats, layers: list[int]) -> str:
-        count = fmean(len(model.dead[idx]) for idx in layers)
-        return f"{count:g}" if count.is_integer() else f"{count:.1f}"
-
-    def noise(model: RoutingStats, layers: list[int]) -> str:
-        return "–" if model.domain_noise is None else f"{mean(model.domain_noise, layers):.4f}"
-
-    columns: Columns[tuple[RoutingStats, str, list[int]]] = [
-        ("model", lambda row: row[0].name),
-        ("layer", lambda row: row[1]),
-        ("entropy", lambda row: f"{mean(row[0].entropy, row[2]):.3f}"),
-        ("dead", lambda row: dead(row[0], row[2])),
-        ("max/mean", lambda row: f"{mean(row[0].max_over_mean, row[2]):.2f}"),
-        ("domains (bits)", lambda row: f"{mean(row[0].domain_distance, row[2]):.4f}"),
-        ("by chance (bits)", lambda row: noise(row[0], row[2])),
-    ]
-    items = []
+    rows = [["model", "layer", "entropy", "dead", "max/mean", "domains (bits)", "by chance (bits)"]]
     for model in result.models:
-        layers = list(range(len(model.entropy)))
-        if not means_only:
-            items += [(model, str(idx), [idx]) for idx in layers]
-        items.append((model, "mean", layers))
-    return table(items, columns)
+        layers = len(model.entropy)
+        dead, noise = [len(experts) for experts in model.dead], model.domain_noise or [nan] * layers
+        columns = [model.entropy, dead, model.max_over_mean, model.domain_distance, noise]
+        stats = np.array(columns).T  # [layers, columns]
+        lines = [] if means_only else [(str(idx), stats[idx]) for idx in range(layers)]
+        for label, (entropy, died, peak, distance, chance) in [*lines, ("mean", stats.mean(0))]:
+            row = [model.name, label, f"{entropy:.3f}", f"{died:.1f}".removesuffix(".0")]
+            row += [f"{peak:.2f}", f"{distance:.4f}", "–" if isnan(chance) else f"{chance:.4f}"]
+            rows.append(row)
+    return rows

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from moefy.report.chart import WIDTH, Chart, legend_below, load_chart, plain_figure
-from moefy.report.tables import Rows
+from moefy.report.chart import Chart, legend_below, load_chart, plain_figure
+from moefy.report.tables import Columns, Rows, table
 from moefy.storage import storage_errors
-from moefy.training.follow import kept_reference
 from moefy.training.state import read_log
 
 Log = list[dict[str, Any]]
@@ -26,19 +26,18 @@ def draw_training(folder: Path) -> None:
     Raises:
         StorageError: The files cannot be written.
     """
-    for chart in training_charts({folder.name: read_log(folder)}, kept_reference(folder)):
+    for chart in training_charts({folder.name: read_log(folder)}):
         with storage_errors(folder):
             chart.figure.savefig(folder / f"{chart.name}.png", dpi=150)
 
 
-def training_charts(logs: Mapping[str, Log], dense_losses: Mapping[str, float]) -> list[Chart]:
-    """Draw all losses in one figure; then, of each run, the mixture if it changed, expert load.
+def training_charts(logs: Mapping[str, Log]) -> list[Chart]:
+    """Draw the loss of all runs in one figure; then, of each, the mixture if it changed, and load.
 
     Args:
         logs: The steps of each run, by model.
-        dense_losses: Held-out losses of the dense model by domain, nats per token; may be empty.
     """
-    charts = [_loss_chart(logs, dense_losses)] if logs else []
+    charts = [_loss_chart(logs)] if logs else []
     for place, (name, log) in enumerate(logs.items(), start=1):
         ending = f"-{place}" if len(logs) > 1 else ""
         if sum("mixture" in line for line in log) > 1:
@@ -53,50 +52,63 @@ def training_charts(logs: Mapping[str, Log], dense_losses: Mapping[str, float]) 
     return charts
 
 
-def _loss_chart(logs: Mapping[str, Log], dense_losses: Mapping[str, float]) -> Chart:
-    """Draw a panel for each domain, since domains differ by more than they learn."""
-    lines = [line for log in logs.values() for line in log]
-    domains = sorted({domain for line in lines for domain in line["domain_loss"]})
-    height = -(-len(domains) // 2)
-    figure = Figure(figsize=(WIDTH, 1 + 1.5 * height), layout="constrained")
-    panels = figure.subplots(height, min(2, len(domains)), sharex=True, squeeze=False)
-    rows = [["model", "step", "tokens", "domain", "loss", "running mean"]]
+def training_rows(logs: Mapping[str, Log]) -> Rows:
+    """Return header and rows of training runs, a run a row; losses are running means."""
+    columns: Columns[tuple[str, Log]] = [
+        ("model", lambda run: run[0]),
+        ("steps", lambda run: f"{len(run[1]):,}"),
+        ("tokens", lambda run: f"{run[1][-1]['tokens']:,}"),
+        ("first loss", lambda run: f"{running_mean(steady_losses(run[1]))[0]:.3f}"),
+        ("last loss", lambda run: f"{running_mean(steady_losses(run[1]))[-1]:.3f}"),
+        ("tokens/s", lambda run: f"{median(line['tokens_per_s'] for line in run[1]):,.0f}"),
+    ]
+    return table(logs.items(), columns)
+
+
+def _loss_chart(logs: Mapping[str, Log]) -> Chart:
+    figure, axes = plain_figure()
+    rows = [["model", "step", "tokens", "loss", "domains taken out", "running mean"]]
     for place, (name, log) in enumerate(logs.items()):
-        for axes, domain in zip(panels.flat, domains, strict=False):
-            steps = [line for line in log if domain in line["domain_loss"]]
-            tokens = [line["tokens"] / 1e3 for line in steps]
-            losses = [line["domain_loss"][domain] for line in steps]
-            means = running_mean(losses)
-            # One step holds a few windows of a domain: its loss is mostly which windows they are.
-            axes.plot(tokens, losses, color=f"C{place % 10}", alpha=0.25, linewidth=0.8)
-            axes.plot(tokens, means, color=f"C{place % 10}", linewidth=1.8, label=name)
-            rows += [
-                [name, str(line["step"]), str(line["tokens"]), domain, str(loss), f"{mean:.5g}"]
-                for line, loss, mean in zip(steps, losses, means, strict=True)
-            ]
-    for axes, domain in zip(panels.flat, domains, strict=False):
-        if domain in dense_losses:
-            loss = dense_losses[domain]
-            axes.axhline(loss, color="0.4", ls="--", lw=1, label="dense model, held out")
-            rows.append(["dense, held out", "", "", domain, str(loss), ""])
-        axes.set_title(domain, fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels.flat[len(domains) :]:
-        axes.set_axis_off()
-    figure.supxlabel("training tokens (thousands)", fontsize="medium")
-    figure.supylabel("loss (nats per token)", fontsize="medium")
-    legend_below(figure, panels.flat[0])
-    caption = "Training loss on each domain's text: running mean, behind it every step."
+        losses = steady_losses(log)
+        means = running_mean(losses)
+        tokens = [line["tokens"] / 1e3 for line in log]
+        axes.plot(tokens, losses, color=f"C{place % 10}", alpha=0.25, linewidth=0.8)
+        axes.plot(tokens, means, color=f"C{place % 10}", linewidth=2, label=name)
+        rows += [
+            [name, *(str(line[key]) for key in ("step", "tokens", "loss")), f"{x:.5g}", f"{y:.5g}"]
+            for line, x, y in zip(log, losses, means, strict=True)
+        ]
+    axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)")
+    legend_below(figure, axes)
+    caption = (
+        "Training loss: running mean, behind it every step. The differences between the domains "
+        "are taken out, so that it does not matter which domains a step happened to draw."
+    )
     return Chart("loss", figure, rows, caption)
 
 
-def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean of an eighth of the values around each one; at the ends, of fewer."""
-    reach = len(values) // 16
+def steady_losses(log: Log) -> list[float]:
+    """Return the losses of the steps without the differences between the domains.
+
+    A step's loss is the run's mean loss plus the mean over its domains of what the domain's loss
+    lies above its own mean over the run.
+    """
+    by_domain: dict[str, list[float]] = {}
+    for line in log:
+        for domain, loss in line["domain_loss"].items():
+            by_domain.setdefault(domain, []).append(loss)
+    means = {domain: fmean(losses) for domain, losses in by_domain.items()}
+    mean = fmean(line["loss"] for line in log)
     return [
-        float(np.mean(values[max(0, place - reach) : place + reach + 1]))
-        for place in range(len(values))
+        mean + fmean(loss - means[domain] for domain, loss in line["domain_loss"].items())
+        for line in log
     ]
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Return the mean of the quarter of all values that lies around each one, less at the ends."""
+    reach = len(values) // 8
+    return [fmean(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
 
 
 def mixture_weights(log: Log) -> Figure:

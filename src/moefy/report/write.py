@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.cost import cost
+from moefy.checkpoint.card import model_card, with_results
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.domains import Side
@@ -20,45 +19,13 @@ from moefy.evaluation.compare import evaluate
 from moefy.evaluation.routing import measure_routing
 from moefy.evaluation.suite import check_suite, evaluate_suite
 from moefy.progress import ProgressFn, silent
-from moefy.report.card_results import note_in_card
-from moefy.report.findings import (
-    Findings,
-    machine,
-    now,
-    reported_models,
-    versions,
-)
-from moefy.report.page import Section, html_page
-from moefy.report.sections import headline, sections
+from moefy.report.findings import Report, facts_of, read_record, read_training
+from moefy.report.page import write_page
+from moefy.report.suite_tables import suite_rows
 from moefy.report.tables import comparison_rows, markdown
-from moefy.storage import (
-    check_output,
-    refuse_others,
-    replace_file,
-    storage_errors,
-    whole_folder,
-)
-
-RESULTS = "results.json"
-_STAGE = "report"
-_NUMBERS = re.compile(r"\[[-+.,\s\deE]+\]")
-"""A list of numbers in JSON, which is written on one line: load and co-activation are long."""
-_WINDOWS, _LENGTH = 8, 512
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `write_report` did.
-
-    Attributes:
-        folder: holds `report.html`, `results.json`, `results.md` and every figure as PNG and CSV.
-        findings: what was measured.
-        cards: model folders whose cards have the results now.
-    """
-
-    folder: Path
-    findings: Findings
-    cards: list[Path]
+from moefy.report.verdict import verdict
+from moefy.run_folder import RunFolder
+from moefy.storage import replace_file
 
 
 def write_report(
@@ -72,8 +39,8 @@ def write_report(
     dtype: str = "float32",
     data: str | Path = "demo",
     split: Side = "heldout",
-    windows: int = _WINDOWS,
-    sequence_length: int = _LENGTH,
+    windows: int = 8,
+    sequence_length: int = 512,
     routing: bool = True,
     cards: bool = True,
     names: Sequence[str] | None = None,
@@ -82,152 +49,109 @@ def write_report(
 ) -> Report:
     """Measure models and write what was found as one page that needs nothing else.
 
-    Perplexity, distance from the dense model, cost and speed are `evaluate`'s, routing is
+    Held-out loss, distance from the dense model, cost and speed are `evaluate`'s, routing is
     `measure_routing`'s, benchmarks are `evaluate_suite`'s and continue where an earlier call was
     interrupted. The results also go into the README.md of every model folder that moefy wrote,
     between marks, in the place of an earlier report's.
 
     Args:
-        out: folder to write; it appears whole or not at all.
-        models: model folders, or anything `convert` takes as a source; the first dense one is what
+        out: Folder to write; it appears whole or not at all.
+        models: Model folders, or anything `convert` takes as a source; the first dense one is what
             the others are compared with.
         suite: "llama-moe" measures the paper's eleven benchmarks too.
-        tasks: of the harness, by name.
-        limit: items per benchmark; None for all.
-        hub: take the benchmarks from the hub; see `evaluate_suite`.
+        tasks: Names of tasks of lm-evaluation-harness.
+        limit: Items per benchmark; None for all.
+        hub: Whether the benchmarks come from the hub; see `evaluate_suite`.
         dtype: "float32" or "bfloat16", in which the benchmarks are computed.
-        data: a folder of `<domain>.jsonl(.gz)` files, or `demo`.
+        data: A folder of `<domain>.jsonl(.gz)` files, or `demo`.
         split: `heldout`, `train` or `all`.
-        windows: per domain.
-        sequence_length: tokens per window.
-        routing: watch the routers of MoE models.
-        cards: write the results into the model cards.
-        names: to show instead of the folders' names.
-        overwrite: replace an earlier report in `out`.
-        report: told about progress.
+        windows: Windows of text per domain.
+        sequence_length: Tokens per window.
+        routing: Whether to watch the routers of MoE models.
+        cards: Whether to write the results into the model cards.
+        names: Names to show instead of the folders'.
+        overwrite: Replace an earlier report in `out`.
+        report: Function that is told about progress.
 
     Raises:
-        UsageError: a model, the text, a benchmark or the output is not usable; nothing was written.
-        StorageError: the disk is full, or a place cannot be written; if that is a model card's,
+        UsageError: A model, the text, a benchmark or the output is not usable; nothing was written.
+        StorageError: The disk is full, or a place cannot be written; if that is a model card's,
             the report is there.
     """
-    out = Path(out).expanduser()
     given = [models] if isinstance(models, str | Path) else list(models)
     shown = list(names) if names else short_names(given)
     if repeated := [name for name, count in Counter(shown).items() if count > 1]:
         raise UsageError(f"two models are named {repeated[0]}: name each once")
-    own = tuple(Path(model).expanduser() for model in given)
-    check_output(out, overwrite=overwrite, sources=own, what="report", is_one=is_report)
-    benchmarks: dict[str, Any] | None = None
-    if suite or tasks:
-        benchmarks = {"suite": suite, "tasks": tasks, "limit": limit, "dtype": dtype}
-        check_suite(given, **benchmarks)
-    folders = [resolve(model, report=report) for model in given]
-    described = reported_models(folders, shown)
+    benchmarks: dict[str, Any] = {"suite": suite, "tasks": tasks, "limit": limit, "dtype": dtype}
     text: dict[str, Any] = {
         "data": data, "split": split, "windows": windows, "sequence_length": sequence_length,
-        "report": report,
     }  # fmt: skip
-    comparison = evaluate(folders, names=shown, **text)
-    watched = [i for i, folder in enumerate(folders) if cost(read_config(folder)).experts]
-    routed = None
-    if routing and watched:
-        routed = measure_routing(folders, names=shown, **text)
-    scores = None
-    if benchmarks is not None:
-        scores = evaluate_suite(folders, names=shown, hub=hub, report=report, **benchmarks)
-    findings = Findings(
-        comparison=comparison,
-        suite=scores,
-        routing=routed,
-        models=described,
-        data=str(data),
-        split=split,
-        command=_command(
-            out,
-            given,
-            suite=suite,
-            tasks=",".join(tasks) or None,
-            limit=limit,
-            hub=hub or None,
-            no_hub=hub is False or None,
-            dtype=None if dtype == "float32" else dtype,
-            data=None if str(data) == "demo" else data,
-            split=None if split == "heldout" else split,
-            windows=None if windows == _WINDOWS else windows,
-            sequence_length=None if sequence_length == _LENGTH else sequence_length,
-            no_routing=not routing or None,
-        ),
-        date=now(),
-        machine=machine(),
-        versions=versions(suite=scores is not None),
-    )
-    with whole_folder(out) as partial:
-        save(partial, findings, title="moefy report", lead=headline(findings))
-    written = []
-    if cards:
-        pairs = zip(own, shown, strict=True)
-        written = [folder for folder, name in pairs if note_in_card(folder, name, findings)]
-    return Report(out, findings, written)
+    options = {**benchmarks, "tasks": ",".join(tasks) or (), "hub": hub, **text, "routing": routing}
+    with RunFolder(out, "report", overwrite=overwrite, sources=given) as run:
+        if suite or tasks:
+            check_suite(given, **benchmarks)
+        facts = facts_of(_command(out, given, options), str(data), split)
+        run.begin(facts)
+        folders = {
+            name: resolve(model, report=report) for name, model in zip(shown, given, strict=True)
+        }
+        # A damaged record is refused here, before anything is measured.
+        records = {name: read_record(folder) for name, folder in folders.items()}
+        measured: dict[str, Any] = {"names": shown, "report": report}
+        paths = list(folders.values())
+        comparison = evaluate(paths, **text, **measured)
+        routed, scores = None, None
+        if routing and any(result.cost.experts for result in comparison.results):
+            routed = measure_routing(paths, **text, **measured)
+        if suite or tasks:
+            scores = evaluate_suite(paths, hub=hub, **benchmarks, **measured)
+        logs = {name: read_training(folders[name], record) for name, record in records.items()}
+        done = Report(run.out, comparison, scores, routed, records, logs, facts)
+        write_page(run.work, done, title="moefy report", lead=verdict(done))
+        run.finish()
+    noted = []
+    for model, name in zip(given, shown, strict=True) if cards else ():
+        folder = Path(model).expanduser()
+        if (record := read_record(folder)) is not None:
+            _note_in_card(folder, record, done, name)
+            noted.append(folder)
+    return replace(done, cards=noted)
 
 
-def save(
-    folder: Path,
-    findings: Findings,
-    *,
-    title: str,
-    lead: str,
-    more: Sequence[Section] = (),
-    record: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a report's files into a folder.
-
-    Args:
-        folder: gets report.html, results.json, results.md, and every figure as PNG and CSV.
-        findings: what is shown.
-        title: of the page.
-        lead: its first sentence.
-        more: sections of the page after those of the findings.
-        record: goes into results.json too.
-
-    Raises:
-        StorageError: the disk is full.
-    """
-    parts = [*sections(findings), *more]
-    files = ["report.html", RESULTS, "results.md"]
-    with storage_errors(folder):
-        for chart in (chart for part in parts for chart in part.charts):
-            chart.write(folder)
-            files += [f"{chart.name}.png", f"{chart.name}.csv"]
-    whole = {"stage": _STAGE, **findings.to_dict(), **(record or {}), "files": files}
-    replace_file(folder / "report.html", html_page(title, lead, parts))
-    replace_file(folder / "results.md", markdown(comparison_rows(findings.comparison)))
-    text = _NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(whole, indent=2))
-    replace_file(folder / RESULTS, text + "\n")
+def _note_in_card(folder: Path, record: dict[str, Any], done: Report, name: str) -> None:
+    """Put the results into a model card; nothing that decides what the model answers changes."""
+    versions = ", ".join(" ".join(each) for each in done.facts["versions"].items())
+    lines = [
+        "## Results",
+        "",
+        f"This model is *{name}*. Measured with `moefy report`, {done.facts['date']} ({versions}), "
+        f"on {done.text}:",
+        "",
+        markdown(comparison_rows(done.comparison)),
+    ]
+    if suite := done.suite:
+        items = "all items" if suite.limit is None else f"at most {suite.limit:,} items of each"
+        lines += [
+            f"Benchmarks in percent ± standard error, {items}; differences from the dense model "
+            "and retention with 95 % intervals:",
+            "",
+            markdown(suite_rows(suite)),
+        ]
+    card = folder / "README.md"
+    text = card.read_text() if card.is_file() else model_card(record, read_config(folder))
+    replace_file(card, with_results(text, "\n".join(lines)))
 
 
-def is_report(folder: Path) -> bool:
-    """Return whether a folder holds a report.
-
-    Raises:
-        OutputError: and something else, which would be lost with it.
-    """
-    files = files_of_report(folder)
-    if not files:
-        return False
-    refuse_others(folder, {file.name for file in folder.iterdir()} - files, "report")
-    return True
-
-
-def files_of_report(folder: Path) -> set[str]:
-    """Return the files of the report in a folder; none where there is no report."""
-    try:
-        found = json.loads((folder / RESULTS).read_text())
-    except (OSError, ValueError):
-        return set()
-    if not isinstance(found, dict) or found.get("stage") != _STAGE:
-        return set()
-    return set(found["files"])
+def _command(out: str | Path, models: Sequence[str | Path], options: Mapping[str, Any]) -> str:
+    """Return the command that makes a report; options at their default are left out."""
+    parameters = signature(write_report).parameters
+    words = ["moefy", "report", str(out), *map(str, models)]
+    for name, value in options.items():
+        if value != parameters[name].default:
+            flag = name.replace("_", "-")
+            words.append(f"--no-{flag}" if value is False else f"--{flag}")
+            words += [] if isinstance(value, bool) else [str(value)]
+    return shlex.join(words)
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
@@ -237,13 +161,3 @@ def short_names(models: Sequence[str | Path]) -> list[str]:
     return [
         name if counts[name] == 1 else str(model) for name, model in zip(names, models, strict=True)
     ]
-
-
-def _command(out: Path, models: Sequence[str | Path], **options: Any) -> str:
-    """Return the command that makes a report, options that are None left out."""
-    words = ["moefy", "report", str(out), *map(str, models)]
-    for key, value in options.items():
-        if value is not None:
-            words.append("--" + key.replace("_", "-"))
-            words += [] if value is True else [str(value)]
-    return shlex.join(words)

@@ -1,0 +1,80 @@
+"""What a report says first: one sentence and one small table."""
+
+from __future__ import annotations
+
+from moefy.evaluation.compare import Result
+from moefy.evaluation.paired import Interval
+from moefy.report.findings import Report
+from moefy.report.suite_tables import percent
+from moefy.report.tables import Columns, Rows, millions, number, table, with_interval
+
+
+def verdict(report: Report) -> str:
+    """Say in a sentence what the best MoE model keeps of the dense one, and at what cost."""
+    results, dense = report.comparison.results, report.dense
+    moes = [result for result in results if result.cost.experts]
+    best = min(moes or results, key=lambda result: result.perplexity)
+    perplexity = number(best.perplexity)
+    if dense is None or dense is best:
+        return (
+            f"{best.name} uses {millions(best.cost.active_params)} parameters per token and has a "
+            f"perplexity of {perplexity} on {report.text}."
+        )
+    share = best.cost.active_params / dense.cost.active_params
+    excess = best.excess_loss or Interval(0.0, 0.0, 0.0)
+    side = "below" if excess.value < 0 else "above"
+    parts = [
+        f"has a loss {abs(excess.value):.3f} nats per token {side} "
+        f"{dense.name}'s (95% interval {excess.low:+.3f} to {excess.high:+.3f}; perplexity "
+        f"{perplexity} against {number(dense.perplexity)})"
+    ]
+    if kept := _retention(report, best):
+        kept_text = with_interval(kept, ".1f", scale=100)
+        parts.append(f"keeps {kept_text} percent of its average on the benchmarks")
+    if best.decode_tokens_per_s and dense.decode_tokens_per_s:
+        speed = best.decode_tokens_per_s / dense.decode_tokens_per_s
+        parts.append(f"decodes {speed:.2f} times as fast here")
+    *first, last = parts
+    said = f"{', '.join(first)}, and {last}" if first else last
+    return f"With {share:.0%} of the parameters active per token, {best.name} {said}."
+
+
+def verdict_rows(report: Report) -> Rows:
+    """Return header and rows of the verdict: quality, speed and size of every model."""
+    dense = report.dense
+    prefill, decode = (
+        (dense.prefill_tokens_per_s, dense.decode_tokens_per_s) if dense else (None, None)
+    )
+    columns: Columns[Result] = [("model", lambda r: r.name)]
+    if dense:
+        columns.append(("loss above dense, nats", lambda r: with_interval(r.excess_loss, ".3f")))
+    columns.append(("perplexity", lambda r: number(r.perplexity)))
+    if suite := report.suite:
+        scores = {model.name: model for model in suite.models}
+        columns += [
+            (
+                "benchmarks, %",
+                lambda r: percent(scores[r.name].average, scores[r.name].average_stderr),
+            ),
+            ("kept of dense, %", lambda r: with_interval(_retention(report, r), ".1f", scale=100)),
+        ]
+    columns += [
+        ("prefill, tokens/s", lambda r: _speed(r.prefill_tokens_per_s, prefill)),
+        ("decode, tokens/s", lambda r: _speed(r.decode_tokens_per_s, decode)),
+        ("parameters", lambda r: millions(r.cost.total_params)),
+        ("active per token", lambda r: millions(r.cost.active_params)),
+    ]
+    return table(report.comparison.results, columns)
+
+
+def _retention(report: Report, result: Result) -> Interval | None:
+    """Return which share of the dense model's average on the benchmarks a model has."""
+    models = report.suite.models if report.suite else []
+    paired = next((m.against_reference for m in models if m.name == result.name), None)
+    return paired.retention if paired else None
+
+
+def _speed(tokens_per_s: float | None, dense: float | None) -> str:
+    if tokens_per_s is None:
+        return "–"
+    return number(tokens_per_s) + (f" (× {tokens_per_s / dense:.2f})" if dense else "")
