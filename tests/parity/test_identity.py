@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefy
 from moefy.checkpoint.source import builtin
+from moefy.construct.ffn import stream
 from moefy.construct.partition.random import independent_random
 from moefy.data.domains import open_domains
 from moefy.recipe import LLAMA_MOE
@@ -76,7 +77,9 @@ def test_chosen_experts_enter_with_the_papers_scale(tmp_path: Path, tiny_llama: 
     moefy.convert(tiny_llama, out, experts=4, active=2, seed=3, **LLAMA_MOE)
     block = AutoModelForCausalLM.from_pretrained(out).double().model.layers[1].mlp
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama).double().model.layers[1].mlp
-    partition = torch.from_numpy(independent_random(48, Split(4, 2), seed=3, layer_idx=1).routed)
+    partition = torch.from_numpy(
+        independent_random(48, Split(4, 2), stream(3, "partition", 1)).routed
+    )
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).double()
     with torch.inference_mode():
         measured = block(x[None])[0]

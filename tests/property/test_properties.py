@@ -22,6 +22,7 @@ import moefy
 from moefy.checkpoint.gguf_source import check_gguf, read_header
 from moefy.checkpoint.reader import indexed_files
 from moefy.checkpoint.tensors import open_tensors
+from moefy.construct.ffn import stream
 from moefy.construct.partition.balanced import balanced_assignment
 from moefy.construct.partition.random import independent_random
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
@@ -34,10 +35,10 @@ def test_a_partition_is_a_permutation_with_equal_sizes(
     num_experts: int, size: int, seed: int, layer_idx: int
 ) -> None:
     split = Split(num_experts, num_experts, shared=num_experts // 3)
-    found = independent_random(num_experts * size, split, seed=seed, layer_idx=layer_idx)
+    found = independent_random(num_experts * size, split, stream(seed, "partition", layer_idx))
     assert found.routed.shape == (split.routed, size)
     assert sorted(found.slots.tolist()) == list(range(num_experts * size))
-    again = independent_random(num_experts * size, split, seed=seed, layer_idx=layer_idx)
+    again = independent_random(num_experts * size, split, stream(seed, "partition", layer_idx))
     assert np.array_equal(found.slots, again.slots)
 
 

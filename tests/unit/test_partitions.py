@@ -10,7 +10,7 @@ import torch
 
 from moefy.calibrate.importance import SegmentImportance
 from moefy.calibrate.sample import FfnSample
-from moefy.construct.ffn import Partition, Routing
+from moefy.construct.ffn import Partition, Routing, stream
 from moefy.construct.partition.alternating import alternating
 from moefy.construct.partition.carve import carve
 from moefy.construct.partition.clustering import independent_clustering
@@ -38,6 +38,10 @@ SPLIT = Split(experts=4, active=2, shared=1)
 SIZE = 5
 
 
+def seeded() -> np.random.Generator:
+    return stream(0, "partition", 0)
+
+
 @pytest.fixture
 def sample() -> FfnSample:
     """Inputs in three groups, each of which moves five neurons; five more always move."""
@@ -63,7 +67,7 @@ PLANTED = {frozenset(range(g, 20, 4)) for g in range(3)}
 
 @pytest.mark.parametrize("build", [coactivation, carve], ids=lambda build: build.__name__)
 def test_planted_experts_are_found(sample: FfnSample, build: Callable[..., Partition]) -> None:
-    partition = build(sample, SPLIT, seed=0, layer_idx=0)
+    partition = build(sample, SPLIT, seeded())
     assert set(partition.shared.tolist()) == set(range(3, 20, 4))
     assert groups(partition) == PLANTED
 
@@ -84,10 +88,10 @@ def kept_energy(sample: FfnSample, partition: Partition, router: torch.Tensor) -
 
 def test_alternating_keeps_more_energy_than_its_start(sample: FfnSample) -> None:
     fit = log_ridge(sample)
-    start = independent_random(20, SPLIT, seed=0, layer_idx=0)
-    partition = alternating(sample, SPLIT, fit, seed=0, layer_idx=0)
+    first = independent_random(20, SPLIT, seeded())
+    partition = alternating(sample, SPLIT, fit, seeded())
     found, before = (
-        kept_energy(sample, p, fit(expert_energies(sample, p))) for p in (partition, start)
+        kept_energy(sample, p, fit(expert_energies(sample, p))) for p in (partition, first)
     )
     assert found > before
     h = next(h for _, h in sample.chunks())
@@ -98,7 +102,7 @@ def test_alternating_keeps_more_energy_than_its_start(sample: FfnSample) -> None
 def test_alternating_does_not_depend_on_the_size_of_the_logits(sample: FfnSample) -> None:
     fit, split = log_ridge(sample), Split(experts=5, active=3)
     plain, steep = (
-        alternating(sample, split, lambda e, by=by: by * fit(e), seed=0, layer_idx=0).slots
+        alternating(sample, split, lambda e, by=by: by * fit(e), seeded()).slots
         for by in (1.0, 1e6)
     )
     assert plain.tolist() == steep.tolist()
@@ -156,7 +160,7 @@ def test_ascent_climbs_along_the_gradient() -> None:
 
 def test_clustering_finds_equal_rows(sample: FfnSample) -> None:
     split = Split(experts=4, active=1)
-    partition = independent_clustering(sample.up * 7, split, seed=0, layer_idx=0)
+    partition = independent_clustering(sample.up * 7, split, seeded())
     assert groups(partition) == {frozenset(range(g, 20, 4)) for g in range(4)}
 
 
@@ -180,7 +184,7 @@ def test_sharing_by_hand() -> None:
 
 
 def test_ridge_solves_the_normal_equations(sample: FfnSample) -> None:
-    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seeded())
     energies = expert_energies(sample, partition)
     z, w = sample.inputs.double().numpy(), sample.token_weights.double().numpy()
     gram = (z * w[:, None]).T @ z
@@ -191,7 +195,7 @@ def test_ridge_solves_the_normal_equations(sample: FfnSample) -> None:
 
 
 def test_energies_by_hand(sample: FfnSample) -> None:
-    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seeded())
     z = sample.inputs[5].double()
     g = sample.gate.double() @ z
     h = g * torch.sigmoid(g) * (sample.up.double() @ z)
@@ -207,7 +211,7 @@ def test_energies_by_hand(sample: FfnSample) -> None:
 
 
 def test_prototype_routers(sample: FfnSample) -> None:
-    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seeded())
     mean = mean_gate_router(sample.gate, partition)
     assert torch.allclose(mean[1], sum(sample.gate[j] for j in partition.routed[1]) / SIZE)
     h = torch.cat([h for _, h in sample.chunks()]).double().abs() * sample.down.norm(dim=0).double()
@@ -260,7 +264,7 @@ def test_experts_run_however_small_their_weight() -> None:
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_refit_is_least_squares_and_never_worse(sample: FfnSample, shifted: bool) -> None:
-    partition = coactivation(sample, SPLIT, seed=0, layer_idx=0)
+    partition = coactivation(sample, SPLIT, seeded())
     system = RidgeSystem(sample.inputs, sample.token_weights, ridge=0.1)
     routing = Routing(system.solve(expert_energies(sample, partition)), 1)
     sample.desired = sample.outputs() + torch.ones(16) if shifted else None

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from moefy.checkpoint.families import DenseFamily
 from moefy.errors import CheckpointError
 
 _MADV_POPULATE_READ = 22  # of <sys/mman.h>; Python has no name for it
@@ -129,3 +130,17 @@ def open_tensors(path: Path) -> TensorFile:
         raise CheckpointError(
             f"{path} cannot be read ({first_line}): it is truncated or damaged, fetch it again"
         ) from error
+
+
+def stored_form(family: DenseFamily, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors as its dense family stores them.
+
+    Args:
+        family: the layer's family; Phi-3 stores q, k and v as one tensor, their rows below each
+            other.
+        tensors: tensors by their name behind the layer prefix, parts apart.
+    """
+    stored = dict(tensors)
+    for fused in family.fused:
+        stored[fused.stored] = torch.cat([stored.pop(part) for part in fused.parts])
+    return stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,16 @@ from torch import Tensor
 from moefy.calibrate.sample import FfnSample
 from moefy.checkpoint.targets import RouterScore
 from moefy.split import Split
+
+
+def stream(seed: int, purpose: str, layer_idx: int) -> np.random.Generator:
+    """Return the random stream of one purpose in one layer.
+
+    Streams are keyed, not drawn from one another, so the result does not depend on the order of
+    layers or shards, nor on the number of threads.
+    """
+    key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), layer_idx])
+    return np.random.Generator(np.random.Philox(key))
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Partition:
     @classmethod
     def of_clusters(cls, cluster: Int[np.ndarray, " neurons"], split: Split) -> Partition:
         """Read a partition from labels: 0 is shared, e + 1 is routed expert e."""
-        order = np.argsort(cluster, kind="stable")
+        order = np.argsort(cluster, kind="stable")  # stable: neurons stay ascending in an expert
         num_shared = int((cluster == 0).sum())
         return cls(order[:num_shared], order[num_shared:].reshape(split.routed, -1))
 
@@ -50,9 +61,10 @@ class Partition:
         return np.concatenate([np.zeros(len(self.shared), dtype=routed.dtype), routed])
 
     def columns(self, matrix: Float[Tensor, "hidden neurons"]) -> Float[Tensor, "hidden slots"]:
-        """Return `matrix[:, slots]`; numpy moves the bits four times as fast as torch would."""
+        """Return `matrix[:, slots]`."""
         if matrix.device.type != "cpu":
             return matrix[:, torch.from_numpy(self.slots)]
+        # numpy moves the bits four times as fast as torch; it has no bfloat16
         bits = matrix.view(torch.int16) if matrix.element_size() == 2 else matrix
         return torch.from_numpy(bits.numpy().take(self.slots, axis=1)).view(matrix.dtype)
 
@@ -116,12 +128,8 @@ class SplitFfn:
 
     def __call__(self, sample: FfnSample) -> Float[Tensor, "tokens hidden"]:
         """Return the converted FFN's outputs for the tokens of a sample of the dense one."""
-        return torch.cat(
-            [
-                masked @ self.down.T
-                for _, masked in masked_chunks(sample, self.partition, self.routing)
-            ]
-        )
+        chunks = masked_chunks(sample, self.partition, self.routing)
+        return torch.cat([masked @ self.down.T for _, masked in chunks])
 
     def to(self, place: torch.device) -> SplitFfn:
         """Return it with its matrices on a device."""
@@ -140,6 +148,6 @@ def masked_chunks(
     slots = torch.from_numpy(partition.slots)
     expert_of_slot = torch.from_numpy(partition.expert_of_slot)
     for tokens, activations in sample.chunks():
-        weights = routing.weights(sample.inputs[tokens])
+        weights = routing.weights(sample.inputs[tokens])  # [chunk, routed]
         every = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
         yield tokens, activations[:, slots].mul_(every[:, expert_of_slot])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.checkpoint.families import FAMILIES, layer_tensors
-from moefy.checkpoint.fused import stored_form
 from moefy.checkpoint.reader import read_config, side_files, weight_files
 from moefy.checkpoint.targets import TARGETS, NativeTarget
-from moefy.checkpoint.tensors import TensorFile, open_tensors
+from moefy.checkpoint.tensors import TensorFile, open_tensors, stored_form
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.convert import PARTITION
 from moefy.construct.repair.rescale import fixed_scale
@@ -88,11 +88,12 @@ def _write(
                 writer.add(name, stored[name].read(name))
         for layer_idx, order in enumerate(slots):
             prefix = family.layer.format(layer=layer_idx)
-            layer = {
-                name: stored[prefix + name].read(prefix + name)
-                for name in layer_tensors(dense_config)
-            }
-            matrices = _merged(prefix, stored, target, recipe, order)
+
+            def read(name: str, prefix: str = prefix) -> Tensor:
+                return stored[prefix + name].read(prefix + name)
+
+            layer = {name: read(name) for name in layer_tensors(dense_config)}
+            matrices = _merged(read, target, recipe, order)
             layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
             for name, tensor in stored_form(family, layer).items():
                 writer.add(prefix + name, tensor)
@@ -142,41 +143,32 @@ def _slots(folder: Path, dense_config: dict[str, Any]) -> np.ndarray:
 
 
 def _merged(
-    prefix: str,
-    stored: dict[str, TensorFile],
-    target: NativeTarget,
-    recipe: ConvertRecipe,
-    slots: np.ndarray,
+    read: Callable[[str], Tensor], target: NativeTarget, recipe: ConvertRecipe, slots: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gate, up and down of one dense layer."""
-
-    def read(name: str) -> Tensor:
-        return stored[prefix + name].read(prefix + name)
-
+    """Return gate, up and down of one dense layer; `read` takes names behind the layer prefix."""
     split = recipe.split
     gates, ups, downs = [], [], []
     if split.shared and target.shared_gate and target.shared_up and target.shared_down:
-        gates.append(_half(read(target.shared_gate), target.shared_gate == target.shared_up, 0))
-        ups.append(_half(read(target.shared_up), target.shared_gate == target.shared_up, 1))
+        gate, up = read(target.shared_gate), read(target.shared_up)
+        if target.shared_gate == target.shared_up:  # gate lies above up
+            gate, up = gate.chunk(2)
+        gates.append(gate)
+        ups.append(up)
         downs.append(read(target.shared_down))
-    scale = fixed_scale(recipe, split)
-    scale *= 1.0 if target.score == "sigmoid" else split.chosen
+    # undo what the conversion folded into the routed experts, see `Routing.folded_factor`
+    scale = fixed_scale(recipe) * (1.0 if target.score == "sigmoid" else split.chosen)
     if "{expert}" in target.gate:
         for expert in range(split.routed):
             gates.append(read(target.gate.format(expert=expert)))
             ups.append(read(target.up.format(expert=expert)))
             downs.append(_divided(read(target.down.format(expert=expert)), scale))
     else:
-        gate_up = read(target.gate)
-        gates.append(_half(gate_up, True, 0).flatten(0, 1))
-        ups.append(_half(gate_up, True, 1).flatten(0, 1))
+        gate, up = read(target.gate).chunk(2, dim=1)  # of [experts, 2·size, hidden]
+        gates.append(gate.flatten(0, 1))
+        ups.append(up.flatten(0, 1))
         downs.append(_divided(read(target.down), scale).transpose(0, 1).flatten(1))
     order = torch.from_numpy(np.argsort(slots))
     return torch.cat(gates)[order], torch.cat(ups)[order], torch.cat(downs, dim=1)[:, order]
-
-
-def _half(matrix: Tensor, fused: bool, half: int) -> Tensor:
-    return matrix.chunk(2, dim=-2)[half] if fused else matrix
 
 
 def _divided(down: Float[Tensor, "..."], scale: float) -> Float[Tensor, "..."]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moefy.checkpoint.families import O_BIAS, attention_bias
-from moefy.checkpoint.fused import stored_form
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import NativeTarget
+from moefy.checkpoint.tensors import stored_form
 from moefy.construct.ffn import SplitFfn
 
 NO_SINK = -1e4
@@ -28,18 +28,17 @@ def native_layer(
         split: the converted FFN.
         target: the architecture; None for the dense family with the shared neurons alone.
     """
-    family = dense.family
-    prefix = family.layer.format(layer=layer_idx)
-    dtype = dense[prefix + family.down].dtype
+    prefix = dense.family.layer.format(layer=layer_idx)
+    dtype = dense[prefix + dense.family.down].dtype
+    layer = {name: dense[prefix + name] for name in dense.layer_tensors}
     if target is None:
-        layer = {name: dense[prefix + name] for name in dense.layer_tensors}
-        layer |= {name: tensor.to("cpu", dtype) for name, tensor in _pruned(dense, split)}
-        yield from ((prefix + name, whole) for name, whole in stored_form(family, layer).items())
+        layer |= {name: tensor.to("cpu", dtype) for name, tensor in _pruned(dense, split).items()}
+        layer = stored_form(dense.family, layer)
+    yield from ((prefix + name, tensor) for name, tensor in layer.items())
+    if target is None:
         return
-    for name in dense.layer_tensors:
-        yield prefix + name, dense[prefix + name]
     if target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
-        queries = dense[prefix + "self_attn.q_proj.weight"]
+        queries = layer["self_attn.q_proj.weight"]
         yield prefix + O_BIAS, queries.new_zeros(queries.shape[1])
     for name, tensor in _experts(split, dense.residual_scale, target):
         yield prefix + name, tensor.to("cpu", dtype)
@@ -50,48 +49,40 @@ def native_layer(
         yield prefix + target.selection_bias, torch.zeros(len(split.partition.routed))
 
 
-def _pruned(dense: DenseCheckpoint, split: SplitFfn) -> Iterator[tuple[str, Tensor]]:
-    shared = torch.from_numpy(split.partition.shared)
-    yield dense.family.gate, split.gate[shared]
-    yield dense.family.up, split.up[shared]
-    yield dense.family.down, split.down[:, : len(shared)] / dense.residual_scale
+def _pruned(dense: DenseCheckpoint, split: SplitFfn) -> dict[str, Tensor]:
+    family, shared = dense.family, torch.from_numpy(split.partition.shared)
+    down = split.down[:, : len(shared)] / dense.residual_scale
+    return {family.gate: split.gate[shared], family.up: split.up[shared], family.down: down}
 
 
 def _experts(
     split: SplitFfn, residual_scale: float, target: NativeTarget
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield router and experts; the calibrated matrices have Granite's residual scale in them."""
     kept, size = len(split.partition.shared), split.partition.routed.shape[1]
     yield target.router, split.routing.router
     if kept and target.shared_gate and target.shared_up and target.shared_down:
         shared = torch.from_numpy(split.partition.shared)
-        yield from _gate_up(
-            target.shared_gate, target.shared_up, split.gate[shared], split.up[shared]
-        )
+        gate, up = split.gate[shared], split.up[shared]
+        if target.shared_gate == target.shared_up:
+            yield target.shared_gate, torch.cat([gate, up])
+        else:
+            yield target.shared_gate, gate
+            yield target.shared_up, up
         yield target.shared_down, _times(1 / residual_scale, split.down[:, :kept])
     factor = split.routing.folded_factor / residual_scale
-    gates = (split.gate[neurons] for neurons in torch.from_numpy(split.partition.routed))
-    ups = (split.up[neurons] for neurons in torch.from_numpy(split.partition.routed))
+    neurons = torch.from_numpy(split.partition.routed)  # [experts, size]
     downs = (_times(factor, columns) for columns in split.down[:, kept:].split(size, dim=1))
     if target.gate == target.up:
-        yield target.gate, torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+        pairs = [torch.cat([split.gate[rows], split.up[rows]]) for rows in neurons]
+        yield target.gate, torch.stack(pairs)
         yield target.down, torch.stack(list(downs))
         return
-    for expert, (gate, up, down) in enumerate(zip(gates, ups, downs, strict=True)):
-        yield target.gate.format(expert=expert), gate
-        yield target.up.format(expert=expert), up
+    for expert, (rows, down) in enumerate(zip(neurons, downs, strict=True)):
+        yield target.gate.format(expert=expert), split.gate[rows]
+        yield target.up.format(expert=expert), split.up[rows]
         yield target.down.format(expert=expert), down
 
 
 def _times(factor: float, matrix: Tensor) -> Tensor:
-    return matrix if factor == 1 else factor * matrix
-
-
-def _gate_up(
-    gate_name: str, up_name: str, gate: Tensor, up: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield two matrices, or one above the other where both have the same name."""
-    if gate_name == up_name:
-        yield gate_name, torch.cat([gate, up])
-    else:
-        yield gate_name, gate
-        yield up_name, up
+    return matrix if factor == 1 else factor * matrix  # a copy costs more than the test

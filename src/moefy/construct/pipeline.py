@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
 from moefy.checkpoint.targets import RouterScore
-from moefy.construct.ffn import Partition, Routing, SplitFfn
+from moefy.construct.ffn import Partition, Routing, SplitFfn, stream
 from moefy.construct.partition.alternating import alternating
 from moefy.construct.partition.carve import carve
 from moefy.construct.partition.clustering import independent_clustering
@@ -23,10 +23,9 @@ from moefy.construct.router.ascent import kept_energy_ascent
 from moefy.construct.router.energy import expert_energies, scaled
 from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
-from moefy.construct.router.random import LOGIT_STD, random_router, zero_router
+from moefy.construct.router.random import LOGIT_STD, random_router
 from moefy.construct.router.ridge import RidgeSystem, log_energies
 from moefy.recipe import REGRESSIONS, ConvertRecipe
-from moefy.split import Split
 
 
 def split_ffn(
@@ -40,7 +39,7 @@ def split_ffn(
     """Split one FFN.
 
     Args:
-        sample: of the layer; without calibration tokens, only weight-only methods work.
+        sample: the layer; without calibration tokens, only weight-only methods work.
         recipe: the choices; checked.
         layer_idx: keys the random streams.
         score: how the target's router turns logits into weights.
@@ -50,44 +49,36 @@ def split_ffn(
     system = None
     regresses = recipe.partition == "alternating" or recipe.router in REGRESSIONS
     if regresses and 0 < split.chosen < split.routed:
+        # factored once: the partition's rounds and the router solve with the same matrix
         system = RidgeSystem(sample.inputs, sample.token_weights, ridge=recipe.router_ridge)
-    partition = _partition(sample, recipe, split, system, layer_idx)
-    router = _router(sample, recipe, split, partition, system, layer_idx)
+    partition = _partition(sample, recipe, system, layer_idx)
+    router = _router(sample, recipe, partition, system, layer_idx)
     routing = Routing(router, split.chosen, score)
     if oracle:
-        routing = OracleRouting(routing.router, split.chosen, sample=sample, partition=partition)
-    return SplitFfn(
-        partition=partition,
-        routing=routing,
-        gate=sample.gate,
-        up=sample.up,
-        down=_repaired_down(sample, recipe, split, partition, routing),
-    )
+        routing = OracleRouting(router, split.chosen, sample=sample, partition=partition)
+    down = _repaired_down(sample, recipe, partition, routing)
+    return SplitFfn(partition, routing, sample.gate, sample.up, down)
 
 
 def _partition(
-    sample: FfnSample,
-    recipe: ConvertRecipe,
-    split: Split,
-    system: RidgeSystem | None,
-    layer_idx: int,
+    sample: FfnSample, recipe: ConvertRecipe, system: RidgeSystem | None, layer_idx: int
 ) -> Partition:
-    keys = {"seed": recipe.seed, "layer_idx": layer_idx}
+    split, generator = recipe.split, stream(recipe.seed, "partition", layer_idx)
     match recipe.partition:
         case "random":
-            return independent_random(sample.num_neurons, split, **keys)
+            return independent_random(sample.num_neurons, split, generator)
         case "clustering-up":
-            return independent_clustering(sample.up, split, **keys)
+            return independent_clustering(sample.up, split, generator)
         case "clustering-gate":
-            return independent_clustering(sample.gate, split, **keys)
+            return independent_clustering(sample.gate, split, generator)
         case "coactivation":
-            return coactivation(sample, split, **keys)
+            return coactivation(sample, split, generator)
         case "carve":
-            return carve(sample, split, **keys)
+            return carve(sample, split, generator)
         case "alternating":
             if system is None:  # nothing to choose between, so only which are shared matters
-                return coactivation(sample, split, **keys)
-            return alternating(sample, split, partial(_regression, recipe, system), **keys)
+                return coactivation(sample, split, generator)
+            return alternating(sample, split, partial(_regression, recipe, system), generator)
     assert sample.importance is not None
     importance = sample.importance.double().cpu().numpy()
     match recipe.partition:
@@ -102,18 +93,17 @@ def _partition(
 def _router(
     sample: FfnSample,
     recipe: ConvertRecipe,
-    split: Split,
     partition: Partition,
     system: RidgeSystem | None,
     layer_idx: int,
 ) -> Float[Tensor, "experts hidden"]:
-    if split.chosen in (0, split.routed):
-        return zero_router(sample.norm_gain, split.routed)
+    split = recipe.split
+    if split.chosen in (0, split.routed):  # no choice: a router of 0 weighs all exactly alike
+        return sample.norm_gain.new_zeros(split.routed, sample.norm_gain.numel())
     match recipe.router:
         case "random":
-            return random_router(
-                sample.norm_gain, split.routed, seed=recipe.seed, layer_idx=layer_idx
-            )
+            generator = stream(recipe.seed, "router", layer_idx)
+            return random_router(sample.norm_gain, split.routed, generator)
         case "mean-gate":
             router = mean_gate_router(sample.gate, partition)
         case "representative":
@@ -135,14 +125,14 @@ def _regression(
 
 
 def _repaired_down(
-    sample: FfnSample, recipe: ConvertRecipe, split: Split, partition: Partition, routing: Routing
+    sample: FfnSample, recipe: ConvertRecipe, partition: Partition, routing: Routing
 ) -> Float[Tensor, "hidden slots"]:
     if recipe.repair == "refit":
         return refit_down_proj(sample, partition, routing, ridge=recipe.refit_ridge)
     down = partition.columns(sample.down)
     if recipe.repair == "scale":
         return down * least_squares_scale(sample, partition, routing)
-    scale = fixed_scale(recipe, split)
+    scale = fixed_scale(recipe)
     if scale != 1:
         if not math.log2(scale).is_integer():  # rounded once, when the layer is written
             down = down.float()

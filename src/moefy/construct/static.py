@@ -15,12 +15,7 @@ from moefy.construct.partition.coactivation import highest
 
 @dataclass(frozen=True)
 class PrunedFfn:
-    """An FFN with fewer neurons and an output bias.
-
-    Attributes:
-        kept: neurons that stay, ascending.
-        bias: [hidden].
-    """
+    """An FFN with fewer neurons, `kept` in ascending order, and an output bias."""
 
     kept: Int[np.ndarray, " kept"]
     bias: Float[Tensor, " hidden"]
@@ -38,10 +33,6 @@ def flap(sample: FfnSample, num_kept: int) -> PrunedFfn:
 
     Source: FLAP (arXiv 2312.11983). Deviation: the same number of neurons in every layer, because
     the comparison is at equal active parameters per layer.
-
-    Args:
-        sample: of the layer.
-        num_kept: neurons to keep.
     """
     total = sample.down.new_zeros(sample.num_neurons, dtype=torch.float64)
     squares = torch.zeros_like(total)

@@ -9,12 +9,11 @@ from torch import Tensor
 from moefy.calibrate.sample import FfnSample
 from moefy.construct.ffn import Partition
 from moefy.construct.partition.kmeans import balanced_kernel_kmeans
-from moefy.construct.seeds import stream
 from moefy.split import Split
 
 
-def coactivation(sample: FfnSample, split: Split, *, seed: int, layer_idx: int) -> Partition:
-    """Shared = highest energy; the rest clustered by co-activation of their contributions.
+def coactivation(sample: FfnSample, split: Split, generator: np.random.Generator) -> Partition:
+    """Share the neurons of highest energy; cluster the rest by co-activation.
 
     A neuron contributes c_tj = |h_tj|·‖w_j‖ to the output at token t, w_j its column of
     `down_proj`. Shared neurons are those with the largest Σ_t c². The others are clustered by
@@ -24,21 +23,23 @@ def coactivation(sample: FfnSample, split: Split, *, seed: int, layer_idx: int) 
     summed product of activations. Deviations: contributions instead of activations, so that a
     large activation into a small column counts little; k-means instead of a METIS cut; a shared
     expert, which the paper has not (0 slices give none).
-
-    Args:
-        sample: of the layer.
-        split: counts of experts.
-        seed: of the clustering's start.
-        layer_idx: each layer has a stream of its own.
     """
+    return cluster_by_gram(contribution_gram(sample, sample.token_weights), split, generator)
+
+
+def contribution_gram(
+    sample: FfnSample, token_weights: Float[Tensor, " tokens"] | None = None
+) -> Float[Tensor, "neurons neurons"]:
+    """Return Σ_t ω_t·c_ti·c_tj; ω = 1 without weights."""
     column_norms = sample.down.norm(dim=0)
     gram = sample.down.new_zeros(sample.num_neurons, sample.num_neurons)
     for tokens, activations in sample.chunks():
         contribution = activations.abs() * column_norms
-        gram += (contribution * sample.token_weights[tokens, None]).T @ contribution
-    size = sample.num_neurons // split.experts
-    shared = highest(gram.diagonal(), split.shared * size)
-    return cluster_rest(gram, shared, split, seed=seed, layer_idx=layer_idx)
+        weighted = contribution
+        if token_weights is not None:
+            weighted = contribution * token_weights[tokens, None]
+        gram += weighted.T @ contribution
+    return gram
 
 
 def highest(score: Float[Tensor, " neurons"], count: int) -> Int[np.ndarray, " count"]:
@@ -46,23 +47,15 @@ def highest(score: Float[Tensor, " neurons"], count: int) -> Int[np.ndarray, " c
     return np.sort(np.argsort(-score.cpu().numpy(), kind="stable")[:count])
 
 
-def cluster_rest(
-    gram: Float[Tensor, "neurons neurons"],
-    shared: Int[np.ndarray, " shared"],
-    split: Split,
-    *,
-    seed: int,
-    layer_idx: int,
+def cluster_by_gram(
+    gram: Float[Tensor, "neurons neurons"], split: Split, generator: np.random.Generator
 ) -> Partition:
-    """Cluster all but the shared neurons by the cosines of a Gram matrix."""
+    """Share the neurons with the largest diagonal; cluster the rest by cosine."""
+    shared = highest(gram.diagonal(), split.shared * split.size(len(gram)))
     rest = np.setdiff1d(np.arange(len(gram)), shared)
     kernel = gram[rest][:, rest]
-    scale = kernel.diagonal().clamp_min(1e-30).rsqrt()
-    label = balanced_kernel_kmeans(
-        (kernel * scale[:, None] * scale).cpu().numpy(),
-        split.routed,
-        stream(seed, "partition", layer_idx),
-    )
+    scale = kernel.diagonal().clamp_min(1e-30).rsqrt()  # a neuron that is never active has 0
+    cosines = (kernel * scale[:, None] * scale).cpu().numpy()
     cluster = np.zeros(len(gram), dtype=np.int64)
-    cluster[rest] = label + 1
+    cluster[rest] = balanced_kernel_kmeans(cosines, split.routed, generator) + 1
     return Partition.of_clusters(cluster, split)

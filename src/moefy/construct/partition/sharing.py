@@ -1,4 +1,8 @@
-"""Importance-based partitions: Sharing-Inner, Sharing-Inter, and the gradient split."""
+"""Importance-based partitions: Sharing-Inner, Sharing-Inter, and the gradient split.
+
+Their input is the importance v of every neuron for every cluster of text, one row per routed
+expert (see `calibrate.importance`).
+"""
 
 from __future__ import annotations
 
@@ -9,53 +13,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.importance import SegmentImportance, check_segments
-from moefy.construct.ffn import Partition
+from moefy.construct.ffn import Partition, stream
 from moefy.construct.partition.kmeans import balanced_kernel_kmeans
-from moefy.construct.seeds import stream
 from moefy.split import Split
 
 
 def importance_by_cluster(
     segments: SegmentImportance, num_clusters: int, *, seed: int
 ) -> Float[Tensor, "layers clusters neurons"]:
-    """Return the mean importance by cluster of text.
-
-    Segments are clustered by balanced k-means on their features.
-
-    Args:
-        segments: of the calibration text.
-        num_clusters: one per routed expert.
-        seed: of the clustering.
+    """Return the mean importance by cluster of text, clustered by balanced k-means on features.
 
     Raises:
         CorpusError: fewer segments than clusters.
     """
     check_segments(len(segments.scores), num_clusters)
     features = F.normalize(segments.features.double(), dim=1)
-    label = torch.from_numpy(
-        balanced_kernel_kmeans(
-            (features @ features.T).cpu().numpy(), num_clusters, stream(seed, "text clusters", 0)
-        )
-    )
-    return torch.stack(
-        [segments.scores[label == cluster].mean(dim=0) for cluster in range(num_clusters)], dim=1
-    )
+    gram = (features @ features.T).cpu().numpy()
+    # layer 0, because all layers share the clusters
+    labels = balanced_kernel_kmeans(gram, num_clusters, stream(seed, "text clusters", 0))
+    label = torch.from_numpy(labels)
+    means = [segments.scores[label == cluster].mean(dim=0) for cluster in range(num_clusters)]
+    return torch.stack(means, dim=1)
 
 
 def sharing_inner(importance: Float[np.ndarray, "experts neurons"], split: Split) -> Partition:
-    """Give each expert the neurons that matter most to its cluster of text.
+    """Give each expert the d_ff/E neurons that matter most to its cluster of text.
 
-    Expert i holds the d_ff/E neurons with the largest v_i. Experts may overlap, and neurons that no
-    expert lists are lost: all experts active is not the dense model.
+    Experts may overlap, and neurons that no expert lists are lost: all experts active is not the
+    dense model.
 
     Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing(Inner)". No deviation.
-
-    Args:
-        importance: v, one row per cluster of text (see `calibrate.importance`).
-        split: counts of experts; no shared ones.
     """
-    size = importance.shape[1] // split.experts
-    return Partition(np.zeros(0, dtype=np.int64), _top(importance, size))
+    return Partition(np.zeros(0, dtype=np.int64), _top(importance, split.size(importance.shape[1])))
 
 
 def sharing_inter(importance: Float[np.ndarray, "experts neurons"], split: Split) -> Partition:
@@ -66,15 +55,11 @@ def sharing_inter(importance: Float[np.ndarray, "experts neurons"], split: Split
     the others. Experts may overlap.
 
     Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing(Inter)". No deviation.
-
-    Args:
-        importance: v, one row per cluster of text.
-        split: counts of experts.
     """
     num_neurons = importance.shape[1]
-    size = num_neurons // split.experts
+    size = split.size(num_neurons)
     listed = np.bincount(_top(importance, size).ravel(), minlength=num_neurons)
-    order = np.lexsort((-importance.sum(axis=0), -listed))
+    order = np.lexsort((-importance.sum(axis=0), -listed))  # by the last key first
     shared = np.sort(order[: split.shared * size])
     rest = importance.copy()
     rest[:, shared] = -np.inf
@@ -89,16 +74,13 @@ def gradient_split(importance: Float[np.ndarray, "experts neurons"], split: Spli
 
     Source: LLaMA-MoE v2 (its repository's gradient split): greedy on the same scores as Sharing,
     beside one residual expert. Deviation: the size of the shared block is free.
-
-    Args:
-        importance: v, one row per cluster of text.
-        split: counts of experts.
     """
     experts, num_neurons = importance.shape
-    size = num_neurons // split.experts
+    size = split.size(num_neurons)
     cluster = np.full(num_neurons, -1)
     cluster[np.argsort(-importance.sum(axis=0), kind="stable")[: split.shared * size]] = 0
     room = np.full(experts, size)
+    # all pairs of an expert and a neuron, the largest score first
     for flat in np.argsort(-importance, axis=None, kind="stable"):
         expert, neuron = divmod(int(flat), num_neurons)
         if cluster[neuron] < 0 and room[expert]:

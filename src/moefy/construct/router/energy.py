@@ -32,17 +32,16 @@ def energy_members(sample: FfnSample, partition: Partition) -> Float[Tensor, "ne
 
 
 def scaled(
-    router: Float[Tensor, "experts hidden"],
-    norm_gain: Float[Tensor, " hidden"],
-    logit_std: float,
+    router: Float[Tensor, "experts hidden"], norm_gain: Float[Tensor, " hidden"], logit_std: float
 ) -> Float[Tensor, "experts hidden"]:
     """Scale a router so that its logits differ by about `logit_std` between experts.
 
     A positive factor changes no choice; small logits make the chosen experts' weights nearly equal,
     as in the dense sum. The input of a router is x_j = g_j·z_j, g the RMSNorm's gain and
     mean(z²) = 1; if the z_j are taken as uncorrelated, the logits of expert e have the variance
-    Σ_j (g_j·W_ej)². The factor is a power of two, so that not even rounding changes a choice.
+    Σ_j (g_j·W_ej)².
     """
     centred = (router - router.mean(dim=0)) * norm_gain
     spread = float(centred.double().square().sum(dim=1).mean().sqrt())
+    # a power of two, so that not even rounding changes a choice
     return router * 2.0 ** round(math.log2(logit_std / max(spread, 1e-30)))

@@ -15,12 +15,7 @@ from moefy.construct.router.energy import energy_members
 
 @dataclass(frozen=True, kw_only=True)
 class OracleRouting(Routing):
-    """Runs the k experts with the largest Σ_{j∈e} h_j²·‖w_j‖² at the token, each with weight 1.
-
-    Attributes:
-        sample: the dense layer.
-        partition: of its neurons.
-    """
+    """Runs the k experts with the largest Σ_{j∈e} h_j²·‖w_j‖² at the token, each with weight 1."""
 
     sample: FfnSample
     partition: Partition

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
 from moefy.construct.ffn import Partition
+from moefy.construct.partition.coactivation import contribution_gram
 
 
 def mean_gate_router(
@@ -17,10 +18,6 @@ def mean_gate_router(
 
     Source: ExpertWeaver (arXiv 2602.15521): the router of an expert is its mean gate vector. No
     deviation.
-
-    Args:
-        gate: of the dense FFN.
-        partition: of the neurons.
     """
     return gate.float()[torch.from_numpy(partition.routed)].mean(dim=1)
 
@@ -37,19 +34,12 @@ def representative_router(
     the score |silu(g·x)·(u·x)|. Deviation: the product of two linear forms is no linear form, so a
     native router (a matrix) cannot express the score; its factor g·x, whose sign decides whether
     the neuron is on at all, stands for it.
-
-    Args:
-        sample: of the layer.
-        partition: of the neurons.
     """
-    column_norms = sample.down.norm(dim=0)
-    gram = sample.down.new_zeros(sample.num_neurons, sample.num_neurons)
-    for _, activations in sample.chunks():
-        contribution = activations.abs() * column_norms
-        gram += contribution.T @ contribution
+    gram = contribution_gram(sample)
     rows = []
     for neurons in partition.routed:
         inner = gram[neurons][:, neurons]
+        # ⟨c_j, Σ_i c_i⟩ / ‖c_j‖: the norm of the sum is the same for all neurons of an expert
         nearness = inner.sum(1) * inner.diagonal().clamp_min(1e-30).rsqrt()
         rows.append(sample.gate[neurons[int(nearness.argmax())]])
     return torch.stack(rows)

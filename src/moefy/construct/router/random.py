@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from moefy.construct.seeds import stream
 
 LOGIT_STD = 1e-2
 """Standard deviation of the router's logits at the start."""
 
 
 def random_router(
-    norm_gain: Float[Tensor, " hidden"], num_experts: int, *, seed: int, layer_idx: int
+    norm_gain: Float[Tensor, " hidden"], num_experts: int, generator: np.random.Generator
 ) -> Float[Tensor, "experts hidden"]:
     """Draw a router in float32.
 
@@ -21,25 +20,12 @@ def random_router(
     FFN. The router's input is x_j = g_j·z_j with mean(z²) = 1, so a logit Σ_j W_ej·x_j has the
     standard deviation 1e-2 whatever the model: the order of the logits, and so the choice of
     experts, is that of any random router, and the softmax weights of the chosen ones differ by
-    about a percent. Their common value is folded into `down_proj` (see `repair.rescale`).
+    about a percent. Their common value is folded into `down_proj` (see `Routing.folded_factor`).
 
     Deviation from LLaMA-MoE (arXiv 2406.16554): the paper starts from the framework's default
     initialisation, where the weights of the chosen experts differ by tens of percent before
     anything has been learned.
-
-    Args:
-        norm_gain: g, of the RMSNorm in front of the FFN.
-        num_experts: E.
-        seed: of the run.
-        layer_idx: each layer has a stream of its own.
     """
-    normal = stream(seed, "router", layer_idx).standard_normal((num_experts, norm_gain.numel()))
+    normal = generator.standard_normal((num_experts, norm_gain.numel()))
     scale = LOGIT_STD / norm_gain.double().norm().clamp_min(1e-12)
     return (torch.from_numpy(normal).to(scale) * scale).float()
-
-
-def zero_router(
-    norm_gain: Float[Tensor, " hidden"], num_experts: int
-) -> Float[Tensor, "experts hidden"]:
-    """Return the router of k = E: all experts are always chosen, with weights exactly equal."""
-    return norm_gain.new_zeros(num_experts, norm_gain.numel())

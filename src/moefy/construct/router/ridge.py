@@ -12,8 +12,8 @@ class RidgeSystem:
     """The weighted normal equations of a linear router; their matrix is factored once.
 
     Args:
-        inputs: z, [tokens, hidden].
-        token_weights: ω, [tokens].
+        inputs: z, the FFN's inputs.
+        token_weights: ω, how much each token counts.
         ridge: λ, in units of the mean diagonal of ZᵀΩZ.
     """
 
