@@ -4,10 +4,11 @@
     python recipes/prepare_cluster.py DATA OUT MODEL --tasks 1000 --slurm PARTITION
     python recipes/prepare_cluster.py DATA OUT MODEL --tasks 4          # on this machine
 
-DATA and OUT lie on a file system that all nodes see. Each task is one part of `moefy prepare` and
-uses one core; a task that was stopped goes on where it was when the same command is run again. A
-last task puts the parts together. The tokens are those of a single `moefy prepare`, in the same
-order, whatever the number of tasks; only their cuts into files differ.
+DATA and OUT lie on a file system that all nodes see. Each task is one part of `moefy prepare`, uses
+one core and writes a folder of its own in OUT.parts; a task that was stopped goes on where it was
+when the same command is run again. A last task moves the parts' shards to OUT. The tokens are those
+of a single `moefy prepare`, in the same order, whatever the number of tasks; only their cuts into
+files differ.
 """
 
 from __future__ import annotations

@@ -52,6 +52,10 @@ def test_folders_compressed_files_and_datasets(tmp_path: Path) -> None:
         "b.jsonl.gz",
         "c.jsonl.zst",
     ]
+    (tmp_path / "array.json").write_text(json.dumps([{"messages": PAIR}, {"messages": []}]))
+    (one,), (broken_line,) = read_conversations(tmp_path / "array.json")
+    assert one.where == f"{tmp_path / 'array.json'}, record 1"
+    assert broken_line.startswith(f"{tmp_path / 'array.json'}, record 2: no list")
     (tmp_path / "hub").mkdir()
     write(tmp_path / "hub/train.jsonl", {"messages": PAIR})
     (row,), broken = read_conversations(f"hf:{tmp_path / 'hub'}")

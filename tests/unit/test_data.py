@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import hashlib
+import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import zstandard
 from tests.conftest import byte_tokenizer
 
+import moefy
+from moefy.data import files
 from moefy.data.demo_text import _plain
 from moefy.data.domains import documents_of, is_held_out, open_domains
 from moefy.data.packing import pack
@@ -130,3 +136,113 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
         list(open_domains(f"hf:{other}")[0].documents())
     with pytest.raises(CorpusError, match="cannot be read"):
         list(open_domains(f"hf:{tmp_path / 'nothing'}")[0].documents())
+
+
+TEXTS = [f"text {number}: wörld" for number in range(40)]
+
+
+def in_form(file: Path, texts: list[str]) -> Path:
+    """Write documents in the form that the file's name stands for."""
+    rows = [{"text": text, "id": number} for number, text in enumerate(texts)]
+    form = file.name.removesuffix(".gz").removesuffix(".zst").partition(".")[2]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    if form == "parquet":
+        import pyarrow
+        from pyarrow.parquet import write_table
+
+        write_table(pyarrow.Table.from_pylist(rows), file)
+        return file
+    if form == "json":
+        content = json.dumps(rows, indent=1, ensure_ascii=False)
+    elif form == "csv":
+        with io.StringIO(newline="") as table:
+            csv.writer(table).writerows(
+                [["id", "text"], *((i, text) for i, text in enumerate(texts))]
+            )
+            content = table.getvalue()
+    elif form == "txt":
+        content = "\n\n".join(texts)
+    packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(file.suffix, bytes)
+    file.write_bytes(packed(content.encode()))
+    return file
+
+
+FORMS = ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "csv", "csv.zst", "txt", "parquet"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_reads_the_same_for_every_command(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 100)  # so that records cross from block to block
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = in_form(folder / f"book.{form}", TEXTS)
+    (folder / f"._book.{form}").write_bytes(b"\0 not text")  # as macOS leaves beside each file
+    (folder / "notes.md").write_text("no text of the corpus")
+    for data in (file, folder):
+        (domain,) = open_domains(data)
+        assert (domain.name, list(domain.documents())) == ("book", TEXTS)
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    done = moefy.prepare(file, tmp_path / "out", tokenizer=tmp_path / "tokenizer", workers=1)
+    record = done.record["domains"]["book"]
+    assert record["documents"] + record["heldout_documents"] == len(TEXTS)
+    (found,) = done.record["inputs"]["files"]
+    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_folder_is_read_in_one_form(tmp_path: Path) -> None:
+    in_form(tmp_path / "statistics.json", ["no text of the corpus"])
+    in_form(tmp_path / "readme.txt", ["nor this"])
+    assert [domain.name for domain in open_domains(tmp_path)] == ["statistics"]
+    in_form(tmp_path / "book.jsonl", TEXTS)
+    assert [domain.name for domain in open_domains(tmp_path)] == ["book"]
+
+
+def test_json_files_that_hold_lines(tmp_path: Path) -> None:
+    file = in_form(tmp_path / "c4.jsonl", TEXTS).rename(tmp_path / "c4.json")
+    assert list(open_domains(file)[0].documents()) == TEXTS
+
+
+MISNAMED = {
+    "gzip": ("a.jsonl", gzip.compress(b'{"text": "a"}'), "compressed by gzip"),
+    "zstd": ("a.txt", zstandard.compress(b"a"), "compressed by Zstandard"),
+    "utf-16": ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 text: convert it to UTF-8"),
+    "not gzip": ("a.jsonl.gz", b'{"text": "a"}', "damaged compressed file"),
+    "not zstd": ("a.jsonl.zst", b'{"text": "a"}', "damaged compressed file"),
+    "not parquet": ("a.parquet", b'{"text": "a"}', "cannot be read as parquet"),
+    "latin-1": ("a.csv", "text\nwörld".encode("latin-1"), "cannot be read as csv in UTF-8"),
+    "no text column": ("a.csv", b"id,body\n1,x", "no column 'text', only body, id"),
+    "cut array": ("a.json", b'[{"text": "a"}, {"text": ', "record 2: no JSON, or the array ends"),
+    "no record": ("a.json", b'[{"text": "a"}, 3]', "record 2: not a JSON object"),
+    "deep": ("a.json", b"[" * 100_000, "record 1: no JSON"),
+    "other": ("a.pdf", b"%PDF", "is in no form that is read here"),
+}
+
+
+@pytest.mark.parametrize("kind", MISNAMED)
+def test_a_file_of_another_form_is_named_in_one_line(kind: str, tmp_path: Path) -> None:
+    name, content, message = MISNAMED[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message) as error:
+        list(open_domains(tmp_path / name)[0].documents())
+    assert name in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_file_that_expands_without_end(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LONGEST_BYTES", 1 << 22)
+    pack_it = {".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    file = tmp_path / f"bomb.jsonl{suffix}"
+    file.write_bytes(pack_it(b" " * (1 << 28)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorpusError, match="no line end in 4 MiB"):
+            open_domains(file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()

@@ -21,6 +21,11 @@ def mixture(
     return Mixture(num_sequences, weights, seed=seed, global_batch_size=per_step)
 
 
+def draw(found: Mixture, num_steps: int) -> None:
+    for _ in range(num_steps):
+        found.next_batch()
+
+
 FIRST_THOUSAND = """
 import hashlib
 from moefy.data.mixture import Mixture
@@ -95,7 +100,6 @@ def test_a_domain_that_runs_out_begins_again_and_says_so() -> None:
     assert said == [("few", epoch) for epoch in range(1, last + 1)]
     assert all(sorted(seen[epoch]) == list(range(20)) for epoch in range(last))
     assert len({tuple(seen[epoch]) for epoch in range(last)}) == last
-    assert found.epochs()["few"] == pytest.approx(last + len(seen[last]) / 20)
     # several epochs in one batch: the last of them
     tiny = mixture({"a": 3}, {"a": 1.0})
     assert [tiny.next_batch().repeats for _ in range(2)] == [{"a": 2}, {"a": 5}]
@@ -116,7 +120,7 @@ def test_a_domain_with_weight_needs_a_sequence() -> None:
 
 def test_weights_follow_losses_and_are_recorded() -> None:
     found = mixture({"a": 9, "b": 9, "c": 0}, {"a": 0.5, "b": 0.5, "c": 0.0})
-    found.skip(340)
+    draw(found, 340)
     assert found.update_due(340)
     assert found.update_due(170)
     assert not found.update_due(300)
@@ -129,7 +133,7 @@ def test_weights_follow_losses_and_are_recorded() -> None:
     assert not again.update_due(340)  # not before the first step
     again.restore(found.state())
     assert not again.update_due(340)  # nor twice at one step
-    found.skip(340)
+    draw(found, 340)
     assert found.update_due(340)
     with pytest.raises(TrainingError, match="step 680: the held-out loss of b is not finite"):
         found.reweight({"a": 2.0, "b": np.nan}, {"a": 2.0, "b": 2.0}, llama_moe_update)

@@ -61,12 +61,14 @@ def test_another_corpus_has_the_uniform_mixtures_only() -> None:
     assert initial_weights("uniform", demo) == dict.fromkeys(demo, 0.25)
     with pytest.raises(
         CorpusError,
-        match="lacks cc, c4, arxiv, stackexchange and has news besides: use Uniform, or",
+        match=r"lack news and name cc, c4, arxiv, stackexchange besides; the corpus.*: use Uniform",
     ):
         initial_weights("StaticSheared", demo)
-    with pytest.raises(CorpusError, match="lacks github: use DynamicUniform"):
+    with pytest.raises(
+        CorpusError, match=r"name github besides; the corpus has .*: use DynamicUniform"
+    ):
         initial_weights("DynamicLLaMA", [name for name in SHARED_DATA if name != "github"])
-    with pytest.raises(CorpusError, match=r"StaticLLaMA lack wikipedia; the corpus has"):
+    with pytest.raises(CorpusError, match=r"StaticLLaMA, .* lack wiki.*; the corpus has"):
         initial_weights("StaticLLaMA", [*SHARED_DATA, "wiki"])
 
 

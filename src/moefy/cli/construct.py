@@ -48,9 +48,7 @@ def convert(
     *,
     data: Annotated[
         str,
-        typer.Option(
-            help="Calibration text: folder of DOMAIN.jsonl(.gz), hf:DATASET, 'demo' or 'self'."
-        ),
+        typer.Option(help="Calibration text: file or folder, hf:DATASET, 'demo' or 'self'."),
     ] = "demo",
     recipe: ConvertRecipe,
     overwrite: Overwrite = False,

@@ -21,7 +21,9 @@ Out = Annotated[Path, typer.Argument(help="Folder to write.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder to write; the same command resumes it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Data = Annotated[str, typer.Option(help="Folder of DOMAIN.jsonl(.gz) files, hf:DATASET or 'demo'.")]
+Data = Annotated[
+    str, typer.Option(help="File, folder of DOMAIN.jsonl files, hf:DATASET or 'demo'.")
+]
 SplitName = Annotated[
     Literal["heldout", "train", "all"], typer.Option(help="Documents to measure on.")
 ]

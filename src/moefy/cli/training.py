@@ -22,7 +22,7 @@ def prepare(
     data: Annotated[
         str,
         typer.Argument(
-            help="Folder of DOMAIN.jsonl(.gz, .zst) files or DOMAIN/ folders, hf:DATASET or 'demo'."
+            help="File, folder of DOMAIN.jsonl files or DOMAIN/ folders, hf:DATASET or 'demo'."
         ),
     ],
     out: RunFolder,
@@ -99,7 +99,9 @@ def tune(
     model: Model,
     out: RunFolder,
     *,
-    data: Annotated[str, typer.Option(help="Conversations: .jsonl(.gz, .zst), or hf:DATASET.")],
+    data: Annotated[
+        str, typer.Option(help="Conversations: a file, a folder of files, or hf:DATASET.")
+    ],
     recipe: TuneRecipe,
     overwrite: Overwrite = False,
     as_json: Json = False,

@@ -18,7 +18,7 @@ class Example:
     """One conversation's tokens.
 
     Attributes:
-        ids: of the tokens.
+        ids: token ids.
         labels: the same where the assistant speaks, elsewhere IGNORED.
         is_cut: whether the conversation is longer.
     """
@@ -38,12 +38,8 @@ def make_examples(
 ) -> tuple[list[Example], list[str]]:
     """Tokenise conversations; what cannot be used is named.
 
-    A conversation is rendered and tokenised whole. A token belongs to the assistant when all of
-    its characters do; see `assistant_spans`. (A token that begins before the assistant's turn is
-    one that the model is never asked for.)
-
     Args:
-        conversations: with their places.
+        conversations: whole ones.
         tokenizer: a fast one, which knows the characters of its tokens.
         template: renders them.
         max_length: tokens of the longest example; what is beyond is cut off.
@@ -69,6 +65,8 @@ def _example(
     tokenised = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
+    # Tokenised whole, as the model will see it. A token belongs to the assistant when all of its
+    # characters do; one that begins before the turn is one that the model is never asked for.
     ids: list[int] = tokenised["input_ids"]
     labels = [IGNORED] * len(ids)
     span_idx = 0

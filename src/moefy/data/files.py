@@ -14,14 +14,23 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moefy.errors import CorpusError
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 FORMS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+COMPRESSED: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".zst": zstd.ZstdFile,
+}
 READABLE = ".jsonl, .json, .csv, .txt (also .gz or .zst) or .parquet"
 _BLOCK_BYTES = 1 << 18
 _LONGEST_BYTES = 1 << 27
@@ -51,7 +60,7 @@ class Meter:
 def form_of(file: Path) -> str:
     """Return the form that a file's name stands for, one of FORMS, or nothing."""
     *_, form, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
-    if last in (".gz", ".zst"):
+    if last in COMPRESSED:
         return form if form in FORMS and form != ".parquet" else ""
     return last if last in FORMS else ""
 
@@ -81,7 +90,8 @@ def read_file(file: Path, keys: list[str], meter: Meter) -> Iterator[bytes]:
             for text in _paragraphs(file, content):
                 yield encode({"text": text})
         elif form == ".json" and content.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            yield from map(encode, _elements(file, io.TextIOWrapper(content, "utf-8-sig")))
+            array = io.TextIOWrapper(content, "utf-8-sig")
+            yield from map(encode, _elements(file, array))
         else:  # a .json file may hold a record a line too, as C4's do
             yield from _lines(file, content)
 
@@ -125,13 +135,15 @@ def _opened(file: Path, meter: Meter) -> Iterator[io.BufferedReader]:
     """Give a file's content, decompressed; say what is wrong with a file that is not readable."""
     try:
         with io.BufferedReader(_Metered(file, meter), _BLOCK_BYTES) as raw:
-            content = io.BufferedReader(_decompressed(file, raw), _BLOCK_BYTES)
+            # These notice a file that is cut off, and never expand more than is asked for.
+            decompressed = COMPRESSED.get(file.suffix.lower(), lambda raw: raw)(raw)
+            content = io.BufferedReader(decompressed, _BLOCK_BYTES)
             start = content.peek()
             for magic, what in _NOT_TEXT.items():
                 if start.startswith(magic):
                     raise CorpusError(f"{file} is {what}")
             yield content
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile) as error:
         raise CorpusError(
             f"{file} is a damaged compressed file ({error}): fetch it again"
         ) from error
@@ -156,31 +168,6 @@ class _Metered(io.FileIO):
         count = super().readinto(target) or 0
         self._meter.add(memoryview(target)[:count])
         return count
-
-
-def _decompressed(file: Path, raw: Any) -> Any:
-    if file.suffix.lower() == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if file.suffix.lower() != ".zst":
-        return raw
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError:
-        raise CorpusError(
-            f"{file} needs the backports.zstd package: pip install 'moefy[zst]', or decompress it"
-        ) from None
-
-    class Frames(zstd.ZstdFile):  # its own error is none that can be named where it is missing
-        def read(self, size: int | None = -1) -> bytes:
-            try:
-                return super().read(size)
-            except zstd.ZstdError as error:
-                raise EOFError(error) from error
-
-    return Frames(raw)
 
 
 def _lines(file: Path, content: io.BufferedReader) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,18 +20,12 @@ from moefy.data.strategies import UpdateRule
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 from moefy.storage import changed_settings
 
-_SKIPPED_AT_ONCE = 1 << 16
+# Keeps this generator apart from others that are keyed on the same seed.
 _PURPOSE = zlib.crc32(b"mixture")
 
 
 class Sample(NamedTuple):
-    """One training sequence.
-
-    Attributes:
-        domain: its name.
-        sequence_idx: which of the domain's sequences.
-        epoch: how often all of the domain's sequences had been seen before, from 0.
-    """
+    """One training sequence: sequence `sequence_idx` of a domain, in an epoch counted from 0."""
 
     domain: str
     sequence_idx: int
@@ -39,19 +34,19 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one step, of all workers together.
+    """The samples of one step, of all processes together.
 
     Attributes:
         samples: in order.
-        repeats: the domains that begin again in this step, with the epoch that begins (1 is the
-            first repetition). A domain stands here once an epoch, also after a restart.
+        repeats: the domains that start another epoch in this step, with its number (1 is the first
+            repetition). A domain stands here once an epoch, also after a restart.
     """
 
     samples: tuple[Sample, ...]
     repeats: Mapping[str, int]
 
     def of_worker(self, worker_idx: int, num_workers: int) -> tuple[Sample, ...]:
-        """Return one worker's part; the parts of all workers, in order, are the batch.
+        """Return one process's part; the parts of all, in order, are the batch.
 
         Raises:
             UsageError: the batch cannot be divided equally.
@@ -65,7 +60,7 @@ class Batch:
         return self.samples[worker_idx * size : (worker_idx + 1) * size]
 
 
-@dataclass(frozen=True)
+@dataclass
 class MixtureState:
     """Where a mixture stands; plain values, so that `json` keeps it exactly.
 
@@ -73,7 +68,7 @@ class MixtureState:
 
     Attributes:
         step: batches drawn.
-        seed: of the run.
+        seed: seed of the run.
         num_sequences: by domain; a state belongs to one corpus.
         cursors: by domain, samples drawn.
         weights: by domain.
@@ -111,13 +106,13 @@ class Mixture:
     Sample i, counted over the whole run, comes from the domain that the i-th block of a
     counter-based generator (Philox, keyed on the seed) chooses by the weights of its step. A
     domain's sequences are visited in an order permuted by (seed, domain, epoch); a domain that
-    runs out starts again and never ends the run. Every worker draws the whole batch and takes its
-    part, so the samples do not depend on the number of workers.
+    runs out starts again and never ends the run. Every process draws the whole batch and takes its
+    part, so the samples do not depend on the number of processes.
 
     Args:
         num_sequences: by domain.
         weights: by domain, of the same names (see `strategies.initial_weights`).
-        seed: of the run.
+        seed: seed of the run.
         global_batch_size: samples in a batch.
 
     Raises:
@@ -134,64 +129,48 @@ class Mixture:
     ) -> None:
         self.names = sorted(num_sequences)
         self.global_batch_size = global_batch_size
-        self._seed = seed
-        self._num_sequences = {name: num_sequences[name] for name in self.names}
-        self._cursors = dict.fromkeys(self.names, 0)
-        self._step = 0
+        sizes = {name: num_sequences[name] for name in self.names}
+        self._state = MixtureState(0, seed, sizes, dict.fromkeys(self.names, 0), {}, 0)
         self._philox_key = np.random.SeedSequence([seed, _PURPOSE]).generate_state(2, np.uint64)
         self.set_weights(weights)
 
     @property
     def step(self) -> int:
         """Batches drawn so far."""
-        return self._step
+        return self._state.step
 
     @property
     def weights(self) -> dict[str, float]:
         """The present weights by domain."""
-        return dict(self._weights)
+        return dict(self._state.weights)
 
     def next_batch(self) -> Batch:
         """Draw the samples of the next step."""
-        domain_idxs = self._domain_idxs(self.global_batch_size)
+        state = self._state
+        domain_idxs = self._domain_idxs(self.global_batch_size)  # (samples,)
         sequence_idxs, epochs = np.empty_like(domain_idxs), np.empty_like(domain_idxs)
         repeats = {}
         for domain_idx in np.unique(domain_idxs).tolist():
             name = self.names[domain_idx]
             chosen = domain_idxs == domain_idx
-            first, length = self._cursors[name], self._num_sequences[name]
+            first, length = state.cursors[name], state.num_sequences[name]
+            # A domain counts its own samples, so another domain never moves its order.
             draws = np.arange(first, first + np.count_nonzero(chosen))
             epochs[chosen], places = draws // length, draws % length
             sequence_idxs[chosen] = self._sequence_idxs(name, epochs[chosen], places)
-            self._cursors[name] += len(draws)
+            state.cursors[name] += len(draws)
             last_epoch = int(draws[-1]) // length
+            # The epoch of the sample before this batch has been announced already.
             if last_epoch > max(0, (first - 1) // length):
                 repeats[name] = last_epoch
-        self._step += 1
+        state.step += 1
         samples = zip(domain_idxs.tolist(), sequence_idxs.tolist(), epochs.tolist(), strict=True)
         return Batch(tuple(Sample(self.names[idx], *rest) for idx, *rest in samples), repeats)
 
-    def skip(self, num_steps: int) -> None:
-        """Move past batches without saying what is in them, under the present weights."""
-        left = num_steps * self.global_batch_size
-        while left:
-            counts = np.bincount(
-                self._domain_idxs(min(left, _SKIPPED_AT_ONCE)), minlength=len(self.names)
-            )
-            for name, count in zip(self.names, counts.tolist(), strict=True):
-                self._cursors[name] += count
-            left -= int(counts.sum())
-        self._step += num_steps
-
-    def epochs(self) -> dict[str, float]:
-        """Return, by domain, how often its sequences have been seen on average."""
-        return {
-            name: self._cursors[name] / max(self._num_sequences[name], 1) for name in self.names
-        }
-
     def update_due(self, interval_steps: int) -> bool:
         """Say whether weights that follow the losses must be renewed before the next batch."""
-        return self._step % interval_steps == 0 and self._weights_since_step < self._step
+        # A run that was stopped right after an update must not renew them twice.
+        return self.step % interval_steps == 0 and self._state.weights_since_step < self.step
 
     def reweight(
         self, losses: Mapping[str, float], reference: Mapping[str, float], rule: UpdateRule
@@ -212,19 +191,20 @@ class Mixture:
         Raises:
             TrainingError: a loss is not finite.
         """
-        names = [name for name in self.names if self._weights[name] > 0]
-        excess = np.array([losses[name] - reference[name] for name in names], dtype=np.float64)
-        if not np.isfinite(excess).all():
-            broken = [name for name in names if not math.isfinite(losses[name] - reference[name])]
+        names = [name for name in self.names if self._state.weights[name] > 0]
+        excess = {name: losses[name] - reference[name] for name in names}
+        if broken := [name for name in names if not math.isfinite(excess[name])]:
             raise TrainingError(
-                f"step {self._step}: the held-out loss of {', '.join(broken)} is not finite, so "
+                f"step {self.step}: the held-out loss of {', '.join(broken)} is not finite, so "
                 "the mixture cannot follow it: lower --learning-rate, or look at these documents"
             )
-        weights = rule(np.array([self._weights[name] for name in names]), excess)
-        renewed = dict(zip(names, weights.tolist(), strict=True))
-        self.set_weights({name: renewed.get(name, 0.0) for name in self.names})
+        old = np.array([self._state.weights[name] for name in names])
+        new = rule(old, np.array(list(excess.values()), dtype=np.float64))
+        self.set_weights(
+            dict.fromkeys(self.names, 0.0) | dict(zip(names, new.tolist(), strict=True))
+        )
         return WeightUpdate(
-            self._step,
+            self.step,
             self.weights,
             {name: float(losses[name]) for name in names},
             {name: float(reference[name]) for name in names},
@@ -237,26 +217,19 @@ class Mixture:
             CorpusError: a domain with weight has no sequence.
         """
         for name, weight in weights.items():
-            if weight > 0 and not self._num_sequences[name]:
+            if weight > 0 and not self._state.num_sequences[name]:
                 raise CorpusError(
                     f"the domain {name!r} has not enough text for one sequence: add documents, "
                     "lower --sequence-length, or give it the weight 0"
                 )
-        self._weights = {name: weights[name] for name in self.names}
-        cumulative = np.cumsum(list(self._weights.values()))
+        self._state.weights = {name: weights[name] for name in self.names}
+        self._state.weights_since_step = self.step
+        cumulative = np.cumsum(list(self._state.weights.values()))
         self._cumulative = cumulative / cumulative[-1]  # ends at exactly 1, above every draw
-        self._weights_since_step = self._step
 
     def state(self) -> MixtureState:
         """Return where this mixture stands."""
-        return MixtureState(
-            self._step,
-            self._seed,
-            dict(self._num_sequences),
-            dict(self._cursors),
-            self.weights,
-            self._weights_since_step,
-        )
+        return deepcopy(self._state)
 
     def restore(self, state: MixtureState) -> None:
         """Go on where another mixture of the same seed and corpus stood.
@@ -264,24 +237,21 @@ class Mixture:
         Raises:
             OutputError: the state is of another seed or corpus.
         """
-        mine = {"seed": self._seed} | _lengths(self._num_sequences)
-        found = {"seed": state.seed} | _lengths(state.num_sequences)
-        if changed := changed_settings(found, mine):
+        if changed := changed_settings(_what_it_is_of(state), _what_it_is_of(self._state)):
             raise OutputError(
                 f"the checkpoint's data order is of another seed or corpus ({'; '.join(changed)}): "
                 "give the same ones to continue it, or start again"
             )
         self.set_weights(state.weights)
-        self._step, self._cursors = state.step, dict(state.cursors)
-        self._weights_since_step = state.weights_since_step
+        self._state = deepcopy(state)
 
     def _domain_idxs(self, num_samples: int) -> Int[np.ndarray, " samples"]:
         """Return the domains of the next samples; sample i reads block i of the generator."""
-        drawn = sum(self._cursors.values())
+        drawn = sum(self._state.cursors.values())
         counter = np.array([drawn, 0, 0, 0], dtype=np.uint64)
         philox = np.random.Philox(key=self._philox_key, counter=counter)
         raw = philox.random_raw(4 * num_samples)[::4]  # a block is four numbers
-        uniform = (raw >> np.uint64(11)) * 2.0**-53
+        uniform = (raw >> np.uint64(11)) * 2.0**-53  # the 53 bits that a double holds, in [0, 1)
         return np.searchsorted(self._cumulative, uniform, side="right")
 
     def _sequence_idxs(
@@ -291,10 +261,12 @@ class Mixture:
         found = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            key = (self._seed, zlib.crc32(name.encode("utf-8", "surrogatepass")), epoch)
-            found[here] = permuted(places[here], self._num_sequences[name], key)
+            # crc32, because Python's own hash of a text differs from process to process
+            key = (self._state.seed, zlib.crc32(name.encode("utf-8", "surrogatepass")), epoch)
+            found[here] = permuted(places[here], self._state.num_sequences[name], key)
         return found
 
 
-def _lengths(num_sequences: Mapping[str, int]) -> dict[str, int]:
-    return {f"sequences of {name!r}": count for name, count in num_sequences.items()}
+def _what_it_is_of(state: MixtureState) -> dict[str, int]:
+    sizes = {f"sequences of {name!r}": count for name, count in state.num_sequences.items()}
+    return {"seed": state.seed} | sizes

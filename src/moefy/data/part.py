@@ -46,21 +46,13 @@ _MAX_EXAMPLES = 20
 
 @dataclass
 class Journal:
-    """How far a part is: all that a restart needs, and all that its record will say.
+    """How far a part is: all that a restart needs, and all that its record will say."""
 
-    Attributes:
-        after: source and batch to go on with.
-        inputs: records of the sources that are done.
-        counts: by domain; "" holds lines whose domain nobody knows.
-        broken: the first messages on skipped lines.
-        sizes: bytes of every stream of tokens (see `TokenWriter`).
-    """
-
-    after: tuple[int, int] = (0, 0)
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    after: tuple[int, int] = (0, 0)  # source and batch to go on with
+    inputs: list[dict[str, Any]] = field(default_factory=list)  # sources that are done
+    counts: dict[str, Counter[str]] = field(default_factory=dict)  # see `Tokenised`
     broken: list[str] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # see `TokenWriter`
 
     @property
     def tokens(self) -> int:
@@ -144,7 +136,7 @@ class Part:
             writer = TokenWriter(
                 folder, shard_bytes=self._recipe.shard_tokens * itemsize, sizes=journal.sizes
             )
-            with closing(writer), closing(TokeniserPool(workers, self._tokeniser)) as pool:
+            with closing(TokeniserPool(workers, self._tokeniser)) as pool:
                 try:
                     self._write(pool.tokenise(self._batches(journal.after)), journal, writer)
                 except MoefyError:
@@ -193,8 +185,8 @@ class Part:
         started = committed = time.perf_counter()
         tokens, start_bytes = journal.tokens, None
         for lines, done in results:
-            for (domain, side), ids in done.ids.items():
-                writer.append(f"{domain}/{side}", ids)
+            for stream, ids in done.ids.items():
+                writer.append(stream, ids)
             journal.add(lines, done)
             if len(journal.counts) > _MAX_DOMAINS:
                 raise CorpusError(
@@ -278,8 +270,7 @@ def _read_journal(folder: Path) -> Journal:
 
 
 def _commit(journal: Journal, writer: TokenWriter) -> None:
-    writer.commit()
-    journal.sizes = writer.sizes
+    journal.sizes = writer.commit()
     replace_file(writer.folder / JOURNAL, json.dumps(vars(journal)))
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, UInt64
 
-_SHIFT = np.uint64(33)
-_MIXERS = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _NUM_ROUNDS = 12  # with 8, orders of 5 to 16 places are measurably uneven
 
 
@@ -20,12 +18,11 @@ def permuted(
     A Feistel network permutes the smallest 4^b >= length numbers: a number is two halves (L, R) of
     b bits, and each of twelve rounds maps them to (R, L xor hash(R xor round key)). A result
     outside the range is put through again until it is inside ("cycle walking", Black and Rogaway
-    2002), which keeps it a permutation and takes less than four turns on average. Nothing of the
-    permutation's length is ever stored.
+    2002), which keeps it a permutation and takes less than four turns on average.
 
     Args:
         places: each from 0 to length - 1, in any order, repeated or not.
-        length: of the permutation, 1 to 2^62.
+        length: length of the permutation, 1 to 2^62.
         key: non-negative integers that choose the permutation.
     """
     half_bits = max(1, -(-(length - 1).bit_length() // 2))
@@ -45,12 +42,10 @@ def _feistel(
     mask = np.uint64((1 << half_bits) - 1)
     left, right = values >> bits, values & mask
     for round_key in round_keys:
-        left, right = right, left ^ (_mixed(right ^ round_key) & mask)
+        mixed = right ^ round_key
+        # MurmurHash3's 64-bit finaliser spreads every bit over all of the others
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(factor)
+        mixed ^= mixed >> np.uint64(33)
+        left, right = right, left ^ (mixed & mask)
     return (left << bits) | right
-
-
-def _mixed(values: UInt64[np.ndarray, " values"]) -> UInt64[np.ndarray, " values"]:
-    """Spread every bit of a number over all of its bits (MurmurHash3's 64-bit finaliser)."""
-    for factor in _MIXERS:
-        values = (values ^ (values >> _SHIFT)) * factor
-    return values ^ (values >> _SHIFT)

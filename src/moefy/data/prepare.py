@@ -112,24 +112,11 @@ def prepare_part(
     report: ProgressFn = silent,
     **settings: Unpack[PrepareSettings],
 ) -> int:
-    """Do one of the parts of a corpus, for a cluster that does all; `gather` puts them together.
+    """Do part `rank` of a corpus, for a cluster that does all; `gather` puts them together.
 
     Part r of n takes the files from r/n to (r+1)/n of the sorted list, so the tokens of the whole
     are the same, in the same order, for any n. Returns the number of tokens written by this call.
-
-    Args:
-        data: see `prepare`; files, no stream.
-        out: the folder of the whole corpus.
-        rank: which part, from 0.
-        num_parts: of how many.
-        tokenizer: see `prepare`.
-        workers: processes of this part.
-        recipe: see `prepare`.
-        report: told about progress.
-        **settings: single `PrepareRecipe` keys.
-
-    Raises:
-        UsageError, MoefyError, StorageError: see `prepare`.
+    Arguments and errors are those of `prepare`; the data must be files, and no stream.
     """
     choice = PrepareRecipe.build(recipe, **settings)
     if is_prepared(out):

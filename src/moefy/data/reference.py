@@ -1,17 +1,14 @@
-"""Reference losses: where each domain's loss should come to, for the mixtures that follow losses.
+"""Reference losses: where each domain's loss should come to, for mixtures that follow losses.
 
 They are nats per token on a domain's held-out text. The best reference is the dense parent itself,
-measured on the same text; that is the trainer's work. This file has the two others: a file, and
-the published numbers.
+which the trainer measures; this file has the two others, a file and the published numbers.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -80,20 +77,17 @@ def read_reference(file: str | Path, domains: Iterable[str]) -> dict[str, float]
         CorpusError: a domain is missing, or one too many is there.
     """
     try:
-        text = Path(file).read_text()
-        values = json.loads(text) if Path(file).suffix == ".json" else yaml.safe_load(text)
+        # JSON with tabs between its values is no YAML
+        values = yaml.safe_load(Path(file).read_text().replace("\t", " "))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"the reference losses {file} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{file} must map domains to losses, as in {{wiki: 1.59, book: 1.93}}")
     for domain, loss in values.items():
-        if not (isinstance(domain, str) and _is_loss(loss)):
+        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+        if not (isinstance(domain, str) and is_number and 0 < loss < math.inf):
             raise UsageError(
                 f"{file}, {domain!r}: {loss!r} is no loss: write nats per token, as in 1.59"
             )
     losses = {domain: float(loss) for domain, loss in values.items()}
     return for_domains(losses, domains, what=f"the reference losses in {file}")
-
-
-def _is_loss(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moefy.errors import OutputError
 
@@ -29,7 +28,7 @@ class TokenWriter:
     def __init__(self, folder: Path, *, shard_bytes: int, sizes: dict[str, int]) -> None:
         self.sizes = dict(sizes)
         self.folder, self._shard_bytes = folder, shard_bytes
-        self._files: dict[str, IO[bytes]] = {}
+        self._unsynced: set[Path] = set()
         for file in folder.glob("*/*-*.bin"):
             stream, _, index = file.relative_to(folder).with_suffix("").as_posix().rpartition("-")
             committed = sizes.get(stream, 0) - int(index) * shard_bytes
@@ -48,27 +47,22 @@ class TokenWriter:
         while rest:
             size = self.sizes.get(stream, 0)
             block = rest[: self._shard_bytes - size % self._shard_bytes]
-            if stream not in self._files:
-                file = self._file(stream, size // self._shard_bytes)
-                file.parent.mkdir(exist_ok=True)
-                self._files[stream] = file.open("ab")
-            self._files[stream].write(block)
+            file = self._file(stream, size // self._shard_bytes)
+            file.parent.mkdir(exist_ok=True)
+            # Opened for each block: a corpus of many domains would hold hundreds of files open.
+            with file.open("ab") as shard:
+                shard.write(block)
+            self._unsynced.add(file)
             self.sizes[stream] = size + len(block)
-            if self.sizes[stream] % self._shard_bytes == 0:
-                _sync(self._files[stream])
-                self._files.pop(stream).close()
             rest = rest[len(block) :]
 
-    def commit(self) -> None:
-        """Bring everything to the disk, so that `sizes` may be written down."""
-        for file in self._files.values():
-            _sync(file)
-
-    def close(self) -> None:
-        """Close the files; what was not committed may be lost."""
-        for file in self._files.values():
-            with suppress(OSError):  # a full disk, which an error on its way tells already
-                file.close()
+    def commit(self) -> dict[str, int]:
+        """Bring everything to the disk and return the sizes, which may then be written down."""
+        for file in self._unsynced:
+            with file.open("rb") as shard:
+                os.fsync(shard.fileno())  # some file systems find only now that the disk is full
+        self._unsynced.clear()
+        return dict(self.sizes)
 
     def shards(self, itemsize: int) -> dict[str, list[dict[str, Any]]]:
         """Return, by domain, the file, split, tokens and SHA-256 of every shard, once all is done.
@@ -101,8 +95,3 @@ class TokenWriter:
 
     def _file(self, stream: str, index: int) -> Path:
         return self.folder / f"{stream}-{index:05d}.bin"
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

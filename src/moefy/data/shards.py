@@ -55,19 +55,11 @@ class TokenShards:
                 self._starts[domain, side] = list(accumulate(counts, initial=0))
 
     def num_tokens(self, domain: str, side: StoredSide = "train") -> int:
-        """Return the number of token ids, end tokens included.
-
-        Raises:
-            CorpusError: no such domain or side.
-        """
+        """Return the number of token ids, end tokens included; a CorpusError as in `sequence`."""
         return self._stream(domain, side)[-1]
 
     def num_sequences(self, domain: str, length: int, side: StoredSide = "train") -> int:
-        """Return how many whole sequences of `length` tokens there are.
-
-        Raises:
-            CorpusError: no such domain or side.
-        """
+        """Return how many whole sequences of `length` tokens there are."""
         return self.num_tokens(domain, side) // length
 
     def sequence(

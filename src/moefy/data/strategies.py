@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 from moefy.errors import CorpusError, UsageError
 
-EVALUATION_INTERVAL_STEPS = 340
-"""Steps between two evaluations in LLaMA-MoE's runs with fixed weights."""
 UPDATE_INTERVAL_STEPS = 170
-"""The same in its dynamic runs: 2.5B tokens of 14.7M a step."""
+"""Steps between two updates in LLaMA-MoE's dynamic runs: 2.5B tokens of 14.7M a step."""
 
 SLIMPAJAMA = ("cc", "c4", "github", "wiki", "book", "arxiv", "stackexchange")
 _OTHER_SPELLINGS = {
@@ -35,8 +33,7 @@ _LLAMA = dict(zip(SLIMPAJAMA, (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02), st
 _SHEARED = dict(zip(SLIMPAJAMA, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01), strict=True))
 
 
-@dataclass(frozen=True)
-class Strategy:
+class Strategy(NamedTuple):
     """A named way to mix domains.
 
     Attributes:
@@ -87,7 +84,11 @@ def slimpajama_name(domain: str) -> str | None:
 
 
 def for_domains(
-    values: Mapping[str, float], domains: Iterable[str], *, what: str
+    values: Mapping[str, float],
+    domains: Iterable[str],
+    *,
+    what: str,
+    fix: str = "give every domain of the corpus one value and no other",
 ) -> dict[str, float]:
     """Give every domain of a corpus its value, whichever name of it was used.
 
@@ -95,6 +96,7 @@ def for_domains(
         values: by domain: the corpus's own name, or another name of the same SlimPajama domain.
         domains: the corpus's names.
         what: names the values in the error, as in "the weights".
+        fix: ends the error.
 
     Returns:
         The values by the corpus's names, in the corpus's order.
@@ -110,8 +112,7 @@ def for_domains(
         wrong = [f"lack {', '.join(missing)}"] if missing else []
         wrong += [f"name {', '.join(extra)} besides"] if extra else []
         raise CorpusError(
-            f"{what} {' and '.join(wrong)}; the corpus has {', '.join(domains)}: give every domain "
-            "of the corpus one value and no other"
+            f"{what} {' and '.join(wrong)}; the corpus has {', '.join(domains)}: {fix}"
         )
     return {domain: values[key] for domain, key in found.items() if key is not None}
 
@@ -130,15 +131,12 @@ def _key_of(domain: str, values: Mapping[str, float], domains: list[str]) -> str
 def initial_weights(
     mixture: str | Mapping[str, float], domains: Iterable[str], *, normalise: bool = False
 ) -> dict[str, float]:
-    """Return the weights that a run starts with.
+    """Return the weights that a run starts with, by domain, summing to 1.
 
     Args:
         mixture: a strategy's name, or weights by domain; 0 leaves a domain out.
         domains: the corpus's names.
         normalise: divide weights by their sum instead of refusing them when it is not 1.
-
-    Returns:
-        By domain, summing to 1.
 
     Raises:
         UsageError: no such strategy.
@@ -150,7 +148,13 @@ def initial_weights(
         strategy = find_strategy(mixture)
         if strategy.weights is None:
             return dict.fromkeys(domains, 1 / len(domains))
-        return _published(strategy, domains)
+        other = "DynamicUniform" if strategy.is_dynamic else "Uniform"
+        return for_domains(
+            strategy.weights,
+            domains,
+            what=f"the weights of {strategy.name}, a mixture of SlimPajama's seven domains,",
+            fix=f"use {other}, or give a weight for each domain",
+        )
     weights = for_domains(mixture, domains, what="the weights")
     for domain, weight in weights.items():
         if not 0 <= weight < math.inf:
@@ -168,24 +172,10 @@ def initial_weights(
     return weights
 
 
-def _published(strategy: Strategy, domains: list[str]) -> dict[str, float]:
-    assert strategy.weights is not None
-    meant = [slimpajama_name(domain) for domain in domains]
-    missing = [name for name in SLIMPAJAMA if name not in meant]
-    extra = [domain for domain, name in zip(domains, meant, strict=True) if name is None]
-    if missing or extra:
-        wrong = [f"lacks {', '.join(missing)}"] if missing else []
-        wrong += [f"has {', '.join(extra)} besides"] if extra else []
-        other = "DynamicUniform" if strategy.is_dynamic else "Uniform"
-        raise CorpusError(
-            f"{strategy.name} is a mixture of SlimPajama's seven domains; this corpus "
-            f"{' and '.join(wrong)}: use {other}, or give a weight for each domain"
-        )
-    return for_domains(strategy.weights, domains, what=f"the weights of {strategy.name}")
-
-
 Weights = Float64[np.ndarray, " domains"]
 UpdateRule = Callable[[Weights, Weights], Weights]
+"""Takes weights w (positive, summing to 1) and the excess (loss minus reference loss, nats per
+token) by domain, and returns the new weights."""
 
 
 def llama_moe_update(weights: Weights, excess: Weights) -> Weights:
@@ -194,13 +184,6 @@ def llama_moe_update(weights: Weights, excess: Weights) -> Weights:
     w <- softmax(log w + excess), then w <- (1 - c) w + c/n with c = 1e-4, as LLaMA-MoE's code does
     (`update_weight_sheared_llama`) after Sheared-LLaMA's, which took c from DoReMi (arXiv
     2305.10429). No deviation, but float64 where the original computes in float32.
-
-    Args:
-        weights: w, positive, summing to 1.
-        excess: loss minus reference loss, nats per token.
-
-    Returns:
-        The new weights, each at least c/n.
     """
     return (1 - _FLOOR) * _grown(weights, excess) + _FLOOR / len(weights)
 
@@ -210,10 +193,6 @@ def sheared_llama_update(weights: Weights, excess: Weights) -> Weights:
 
     alpha = w · exp(max(0, excess)), w <- alpha / sum(alpha): algorithm 1 of Sheared-LLaMA (arXiv
     2310.06694). No smoothing; a weight gets smaller only because others grow.
-
-    Args:
-        weights: w, positive, summing to 1.
-        excess: loss minus reference loss, nats per token.
     """
     return _grown(weights, np.maximum(0.0, excess))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,10 @@ class ChatTemplate:
     """How messages become text.
 
     Attributes:
-        name: for the user.
+        name: how messages call it.
         source: Jinja text that is used, and saved with the model, in place of its own; None where
             the model's own stays.
-        training: Jinja text for training where that differs (earlier answers rendered like the
-            last one); else None.
+        training: Jinja text for training, where that differs.
     """
 
     name: str
@@ -38,10 +38,7 @@ class ChatTemplate:
     def render(self, tokenizer: Any, messages: list[Message], *, answer: bool = False) -> str:
         """Return the text of messages.
 
-        Args:
-            tokenizer: the model's.
-            messages: so far.
-            answer: end with what opens the assistant's turn.
+        `answer` ends it with what opens the assistant's turn.
 
         Raises:
             ValueError: the template refuses these messages.
@@ -63,10 +60,8 @@ class ChatTemplate:
 def chat_template(tokenizer: Any, asked: str | None = None) -> ChatTemplate:
     """Return the template to talk to a model with.
 
-    Args:
-        tokenizer: the model's.
-        asked: `chatml`, a file with a Jinja template, or None: the model's own, and where it has
-            none, `chatml`.
+    `asked` is `chatml`, a file with a Jinja template, or None: the model's own, and where it has
+    none, `chatml`.
 
     Raises:
         UsageError: no such file, or ChatML cannot be written with this vocabulary.
@@ -95,24 +90,25 @@ def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
     Raises:
         UsageError: it does not, and TRL knows no other form of it.
     """
-    problem = _mask_problem(tokenizer, template)
-    if not problem:
+    try:
+        assistant_spans(tokenizer, template, _PROBE)
+    except ValueError as error:
+        problem = error
+    else:
         return template
     from trl.chat_template_utils import get_training_chat_template
 
-    try:
-        known = get_training_chat_template(tokenizer) if template.source is None else None
-    except ValueError:
-        known = None
-    if known:
-        changed = ChatTemplate(f"{template.name} in TRL's form for training", None, known)
-        if not _mask_problem(tokenizer, changed):
+    with suppress(ValueError):  # TRL knows no other form, or its form does the same
+        known = None if template.source else get_training_chat_template(tokenizer)
+        if known:
+            changed = ChatTemplate(f"{template.name} in TRL's form for training", None, known)
+            assistant_spans(tokenizer, changed, _PROBE)
             return changed
     raise UsageError(
         f"with the chat template ({template.name}) it cannot be told what the assistant said: "
         f"{problem}. Pass --chat-template with a file that writes user and assistant in turn and "
         f"whose text only grows, or --chat-template {CHATML}"
-    )
+    ) from problem
 
 
 def assistant_spans(
@@ -120,8 +116,8 @@ def assistant_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return a conversation's text up to the assistant's last word, and where it speaks.
 
-    A span begins behind what opens the assistant's turn and ends with what closes it, which it has
-    to learn to write; white space behind that is left out.
+    A span begins behind what opens the assistant's turn and ends with what closes it, which the
+    model has to learn to write; white space behind that is left out.
 
     Raises:
         ValueError: the template refuses these messages, or renders them differently when more
@@ -133,6 +129,7 @@ def assistant_spans(
     for i, message in enumerate(messages[: last + 1]):
         if message["role"] != "assistant":
             continue
+        # Templates do not say who wrote what, but a turn is what its message adds to the text.
         before = template.render(tokenizer, messages[:i], answer=True)
         after = template.render(tokenizer, messages[: i + 1])
         if not (whole.startswith(after) and after.startswith(before)):
@@ -155,24 +152,11 @@ def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
     return next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
 
 
-def _mask_problem(tokenizer: Any, template: ChatTemplate) -> str:
-    """Say why the assistant's words cannot be told apart; nothing where they can."""
-    try:
-        assistant_spans(tokenizer, template, _PROBE)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _chatml(tokenizer: Any) -> ChatTemplate:
-    """Return ChatML, written so that the model's vocabulary need not grow.
-
-    Where ChatML's marks are no tokens they are written as plain text, and the assistant's turn ends
-    with the token that ends a text, because every runtime stops there.
-    """
-    vocabulary = tokenizer.get_vocab()
+    """Return ChatML, written so that the model's vocabulary need not grow."""
     name, end = CHATML, _END
-    if _END not in vocabulary:
+    if _END not in tokenizer.get_vocab():
+        # Its marks are plain text then, and every runtime stops at the token that ends a text.
         end = tokenizer.eos_token
         if end is None:
             raise UsageError(
@@ -180,8 +164,8 @@ def _chatml(tokenizer: Any) -> ChatTemplate:
                 "on ChatML would never stop: pass --chat-template with a file"
             )
         name = f"{CHATML} with {end} for {_END}, which is not in the vocabulary"
-    first = tokenizer("a")["input_ids"][:1]
-    begins = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    first = tokenizer("a")["input_ids"][0]
+    begins = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
     return ChatTemplate(
         name,
         ("{{ bos_token }}" if begins else "")

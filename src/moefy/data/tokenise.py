@@ -29,55 +29,33 @@ _EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Lines:
-    """Some lines of one source.
+    """Some lines of one source."""
 
-    Attributes:
-        label, domain: see `records.Source`.
-        first_line: number of the first line, from 1.
-        content: the lines; none at a source's end.
-        after: source and batch to go on with once this one is done.
-        read_bytes: bytes of all sources, as they lie on disk, up to here.
-        finished: the source's record, at its end.
-    """
-
-    label: str
+    label: str  # begins a line's place in messages, as in "web.jsonl, line"
     domain: str | None
     first_line: int
-    content: bytes
-    after: tuple[int, int]
-    read_bytes: int
-    finished: dict[str, Any] | None = None
+    content: bytes  # none at a source's end
+    after: tuple[int, int]  # source and batch to go on with once this one is done
+    read_bytes: int  # of all sources, as they lie on disk, up to here
+    finished: dict[str, Any] | None = None  # the source's record, at its end
 
 
 @dataclass
 class Tokenised:
-    """What came of some lines.
+    """What came of some lines."""
 
-    Attributes:
-        ids: by (domain, side), the documents' ids in the order of the lines, as they go to disk.
-        counts: by domain; "" holds lines whose domain cannot be known.
-        broken: the first messages on lines that were skipped.
-    """
-
-    ids: dict[tuple[str, str], bytes]
-    counts: dict[str, Counter[str]]
-    broken: list[str]
+    ids: dict[str, bytes]  # by "domain/side", in the order of the lines, as they go to disk
+    counts: dict[str, Counter[str]]  # by domain; "" holds lines whose domain cannot be known
+    broken: list[str]  # the first messages on lines that were skipped
 
 
 @dataclass(frozen=True)
 class Tokeniser:
-    """Turns lines into token ids; each worker process has a copy.
-
-    Attributes:
-        backend: the tokenizer.
-        eos: id of the token that ends a document.
-        dtype: numpy name of the ids' type on disk.
-        recipe: choices of the run.
-    """
+    """Turns lines into token ids; each worker process has a copy."""
 
     backend: Tokenizer
     eos: int
-    dtype: str
+    dtype: str  # numpy's name of the ids' type on disk
     recipe: PrepareRecipe
 
     @cached_property
@@ -117,7 +95,7 @@ class Tokeniser:
                 texts[domain, "heldout" if is_held_out(text) else "train"].append(text)
         for (domain, side), documents in texts.items():
             ids = encode_documents(self.backend, self.eos, documents)
-            done.ids[domain, side] = np.array(ids, dtype=self.dtype).tobytes()
+            done.ids[f"{domain}/{side}"] = np.array(ids, dtype=self.dtype).tobytes()
             prefix = "" if side == "train" else "heldout_"
             done.counts[domain][f"{prefix}documents"] += len(documents)
             done.counts[domain][f"{prefix}characters"] += sum(map(len, documents))
