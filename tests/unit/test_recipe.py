@@ -60,9 +60,12 @@ def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None
     [
         ({"tokens": 100}, "less than one sequence"),
         ({"global_batch_size": 3, "micro_batch_size": 2}, "multiple"),
-        ({"balance.noise": 1.0}, "unknown key 'balance.switch.noise'; allowed: kind, coefficient$"),
+        (
+            {"balance.noise": 1.0},
+            "balance.switch: unknown key 'noise'; allowed: kind, coef",
+        ),
         ({"balance": "even"}, "'none', 'switch', 'importance-load', 'selection-bias'"),
-        ({"lora.rang": 4}, "unknown key 'lora.rang'; allowed: rank, alpha"),
+        ({"lora.rang": 4}, "lora: unknown key 'rang'; allowed: rank, alpha"),
         ({"distillation.alpha": 0.25}, "needs a teacher"),
         ({"frozen": ["routers"], "balance": "selection-bias"}, "routers are frozen"),
         ({"learning_rate": 0.0}, "greater than 0"),
@@ -121,15 +124,18 @@ def alternatives(type_: Any) -> set[Any]:
         (TrainRecipe, "router_rate_fraction", "router_lr_scale"),
         (TrainRecipe, "final_learning_rate_fraction", "min_lr_ratio"),
         (TrainRecipe, "clip_grad_norm", "max_grad_norm"),
-        (TrainRecipe, "distillation.weight", "distillation.alpha"),
+        (TrainRecipe, "distillation.weight", "alpha"),
         (TuneRecipe, "sequences_per_step", "global_batch_size"),
         (TuneRecipe, "clip_grad_norm", "max_grad_norm"),
     ],
 )
 def test_an_old_key_is_refused_with_its_new_name(recipe: type[Recipe], old: str, new: str) -> None:
-    with pytest.raises(UsageError, match=f"^{old} is now called {new}$"):
+    where, _, key = old.rpartition(".")
+    with pytest.raises(UsageError) as caught:
         recipe.build(**{old: 1})
-    assert recipe.build(**{new: 1.0, "teacher": "dense"} if "." in new else {new: 1})
+    assert str(caught.value) == f"{where}: {key} is now called {new}".removeprefix(": ")
+    owner = recipe.model_fields[where].annotation if where else recipe
+    assert new in owner.model_fields
 
 
 def test_a_recipe_is_made_from_another() -> None:

@@ -44,20 +44,17 @@ def main() -> None:
     try:
         _refuse_moved(sys.argv[1:])
         app()
-    except MoefyError as error:
-        if _debug:
-            raise
-        print(f"moefy: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except Exception as error:
         if _debug:
             raise
-        print(
-            f"moefy: unexpected {type(error).__name__}: {' '.join(str(error).split())} "
-            "(this is a bug: run `moefy --debug …` for the traceback and report it)",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        text = " ".join(str(error).split())
+        if not isinstance(error, MoefyError):
+            text = (
+                f"unexpected {type(error).__name__}: {text} (this is a bug: run `moefy --debug …` "
+                "for the traceback and report it)"
+            )
+        print(f"moefy: {text}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def _refuse_moved(arguments: list[str]) -> None:

@@ -10,48 +10,28 @@ from typing import Annotated, Any
 import typer
 
 import moefy
+from moefy.cli import options
 from moefy.cli.app import app
-from moefy.cli.options import (
-    Data,
-    Dtype,
-    Hub,
-    Json,
-    Limit,
-    Model,
-    Models,
-    NewTokens,
-    Out,
-    Overwrite,
-    SplitName,
-    Tasks,
-    counts,
-    listed,
-    recipe_options,
-)
+from moefy.cli.options import recipe_options
 from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
 from moefy.report import routing_tables, suite_tables, tables
 from moefy.studies.recipe import StudyRecipe
 
+_SPEED = StudyRecipe(prompt_tokens=512, new_tokens=64)
+SpeedSizes = Annotated[dict[str, Any], _SPEED, "prompt_tokens", "new_tokens", "rounds"]
 Windows = Annotated[dict[str, Any], StudyRecipe(), "windows", "sequence_length"]
-SpeedSizes = Annotated[
-    dict[str, Any],
-    StudyRecipe(prompt_tokens=512, new_tokens=64),
-    "prompt_tokens",
-    "new_tokens",
-    "rounds",
-]
 
 
 @app.command("eval")
 @recipe_options
 def evaluate(
-    models: Models,
+    models: options.Models,
     *,
-    data: Data = "demo",
-    split: SplitName = "heldout",
+    data: options.Data = "demo",
+    split: options.SplitName = "heldout",
     sizes: Windows,
     decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compare models: held-out perplexity, KL to the dense model, and cost.
 
@@ -67,33 +47,33 @@ def evaluate(
 @app.command()
 @recipe_options
 def bench(
-    models: Models,
+    models: options.Models,
     *,
     batch: Annotated[
         str | None, typer.Option(help="Numbers of sequences at once. [default: 1,8]")
     ] = None,
     sizes: SpeedSizes,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all]")] = None,
-    dtype: Dtype = "float32",
+    dtype: options.Dtype = "float32",
     runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode speed beside a dense model of the active size.
 
     Example: `moefy bench smollm2-135m out/moe`
     """
-    options = {"threads": threads, "dtype": dtype, "runtime": runtime}
-    done = call(moefy.bench, models, batches=counts("--batch", batch), **sizes, **options)
+    how = {"threads": threads, "dtype": dtype, "runtime": runtime}
+    done = call(moefy.bench, models, batches=options.counts("--batch", batch), **how, **sizes)
     show(done.to_dict(), (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json)
 
 
 @app.command()
 @recipe_options
 def routing(
-    models: Models,
+    models: options.Models,
     *,
-    data: Data = "demo",
-    split: SplitName = "heldout",
+    data: options.Data = "demo",
+    split: options.SplitName = "heldout",
     sizes: Windows,
     top_k: Annotated[
         str | None,
@@ -101,13 +81,13 @@ def routing(
             help="Numbers of routed experts to choose, besides the saved one. [default: 1,2,4,…,E]"
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure what the routers do, and the quality for other numbers of chosen experts.
 
     Example: `moefy routing smollm2-135m out/moe --top-k 1,2,8`
     """
-    active = counts("--top-k", top_k)
+    active = options.counts("--top-k", top_k)
     done = call(moefy.routing, models, data=data, split=split, active=active, **sizes)
     show(
         done.to_dict(),
@@ -122,18 +102,18 @@ def routing(
 
 @app.command()
 def suite(
-    models: Models,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    hub: Hub = None,
-    dtype: Dtype = "float32",
-    as_json: Json = False,
+    models: options.Models,
+    tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    hub: options.Hub = None,
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
 ) -> None:
     """Measure benchmarks: the eleven of the LLaMA-MoE paper, or the tasks that are named.
 
     Example: `moefy suite smollm2-135m out/moe --limit 100`
     """
-    which = {"suite": None if tasks else "llama-moe", "tasks": listed(tasks)}
+    which = {"suite": None if tasks else "llama-moe", "tasks": options.listed(tasks)}
     done = call(moefy.suite, models, limit=limit, dtype=dtype, hub=hub, **which)
     show(
         done.to_dict(),
@@ -148,28 +128,28 @@ def suite(
 @app.command()
 @recipe_options
 def report(
-    out: Out,
-    models: Models,
+    out: options.Out,
+    models: options.Models,
     *,
     suite: Annotated[
         str | None, typer.Option(help="llama-moe: measure the paper's eleven benchmarks too.")
     ] = None,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    hub: Hub = None,
-    dtype: Dtype = "float32",
-    data: Data = "demo",
-    split: SplitName = "heldout",
+    tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    hub: options.Hub = None,
+    dtype: options.Dtype = "float32",
+    data: options.Data = "demo",
+    split: options.SplitName = "heldout",
     sizes: Windows,
     routing: Annotated[bool, typer.Option(help="Watch the routers of MoE models.")] = True,
     cards: Annotated[bool, typer.Option(help="Write the results into the model cards.")] = True,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Measure models and write one page with tables and figures; it needs no network.
 
     Example: `moefy report out/report smollm2-135m out/moe --suite llama-moe --limit 100`
     """
-    benchmarks = {"suite": suite, "tasks": listed(tasks), "limit": limit, "hub": hub}
+    benchmarks = {"suite": suite, "tasks": options.listed(tasks), "limit": limit, "hub": hub}
     parts = {"dtype": dtype, "routing": routing, "cards": cards, "overwrite": overwrite}
     text = {"data": data, "split": split, **sizes}
     done = call(moefy.write_report, out, models, **benchmarks, **parts, **text)
@@ -191,9 +171,9 @@ def _exit_with(failures: list[tuple[str, str, str]]) -> None:
 
 @app.command()
 def chat(
-    model: Model,
+    model: options.Model,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_new_tokens: NewTokens = 512,
+    max_new_tokens: options.NewTokens = 512,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, help="0 takes the likeliest token. [default: the model's own]"),
@@ -225,7 +205,7 @@ def chat(
 
 @app.command()
 def judge(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Argument(help="Folder for answers and judgements; resumes.")],
     questions: Annotated[
         Path | None, typer.Option(help="jsonl of question_id, category, turns. [default: MT-bench]")
@@ -237,16 +217,16 @@ def judge(
         ),
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")] = "gpt-4",
-    max_new_tokens: NewTokens = 1024,
-    as_json: Json = False,
+    max_new_tokens: options.NewTokens = 1024,
+    as_json: options.Json = False,
 ) -> None:
     """Answer MT-bench's questions and let a judge mark the answers.
 
     Example: `moefy judge out/tuned out/mt-bench`
     """
     judged_by = {"endpoint": endpoint, "judge_model": judge_model}
-    options = {"questions": questions, "max_new_tokens": max_new_tokens}
-    done = call(moefy.judge, model, out, **judged_by, **options)
+    asked = {"questions": questions, "max_new_tokens": max_new_tokens}
+    done = call(moefy.judge, model, out, **asked, **judged_by)
     text = f"{done.unscored} of {2 * done.questions} judgements hold no mark. All are in {out}"
     if endpoint is None:
         text = (
