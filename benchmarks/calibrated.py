@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from publish import publish_table, rows_of
 from streaming import make_model
 
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.construct.convert import split_layers
 from moefy.recipe import ConvertRecipe
-from moefy.report.tables import publish_table, rows_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULT, PAGE = DOCS / "experiments" / "calibrated.csv", DOCS / "experiments.md"

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publish import publish_table
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moefy.experts.lean import register
-from moefy.report.tables import publish_table
 from moefy.training.dry_run import dry_run
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

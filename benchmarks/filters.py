@@ -17,12 +17,12 @@ from pathlib import Path
 
 from datatrove.data import Document
 from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+from publish import publish_table
 
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.source import builtin
 from moefy.data.domains import open_domains
 from moefy.data.quality import gopher
-from moefy.report.tables import publish_table
 
 RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "filters.csv"
 CHARACTERS = 1_000_000

@@ -18,10 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from publish import publish_table
+
 import moefy
 from moefy import memory
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import publish_table
 from moefy.training.state import read_log
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from publish import replace_table
 
 from moefy.evaluation.output_loss import LogitsInput, output_loss
-from moefy.report.tables import replace_table
 
 RESULT = Path(__file__).parents[1] / "docs" / "training" / "output-loss.csv"
 SIZES = {"SmolLM2-135M": (1024, 576, 49_152), "Llama-2-7B": (256, 4096, 32_000)}

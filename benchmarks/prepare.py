@@ -22,13 +22,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from publish import publish_table
 from tokenizers import Tokenizer
 
 import moefy
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.source import builtin
 from moefy.data.domains import open_domains
-from moefy.report.tables import publish_table
 
 RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "prepare.csv"
 MODEL = "smollm2-135m"

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from moefy.report.tables import replace_table
+from publish import replace_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = ("scores.jsonl", "leaderboard.csv", "leaderboard.md", "leaderboard.png")

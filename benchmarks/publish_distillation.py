@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from publish import replace_table
 
-from moefy.report.tables import Rows, replace_table
+from moefy.report.tables import Rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASELINE = "cross-entropy"

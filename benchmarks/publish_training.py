@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moefy.report.tables import dry_run_rows, replace_table
+from publish import replace_table
+
+from moefy.report.tables import dry_run_rows
 from moefy.training.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from publish import replace_table
 
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.domains import documents_of, open_domains
@@ -22,7 +23,6 @@ from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import importance_and_load_loss, switch_loss
 from moefy.experts.noisy_gate import NoisyGate
 from moefy.experts.router_trace import RouterTrace, routers_of
-from moefy.report.tables import replace_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCALES = (0.0, 0.01, 0.1, 1.0)

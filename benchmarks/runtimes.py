@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 import transformers
+from publish import publish_table, replace_table, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import moefy
 from moefy.checkpoint.source import builtin
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import Rows, publish_table, replace_table, rows_of, write_csv
+from moefy.report.tables import Rows, write_csv
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 16, "active": 16}

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from publish import publish_table
+
 import moefy
 from moefy.evaluation.speed import SpeedComparison
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import Rows, publish_table, speed_rows
+from moefy.report.tables import Rows, speed_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 HALF: dict[str, dict[str, Any]] = {

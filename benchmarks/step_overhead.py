@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from publish import publish_table
 
 import moefy
 from moefy.checkpoint.load import load_model
 from moefy.checkpoint.source import resolve
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import publish_table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SHAPES = [(1, 512), (4, 128)]

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
+from publish import publish_table, rows_of
 
 from moefy.checkpoint.inspect import SHAPES
 from moefy.checkpoint.writer import ShardWriter
-from moefy.report.tables import publish_table, rows_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULT, PAGE = DOCS / "experiments" / "streaming.csv", DOCS / "experiments.md"

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from publish import replace_table
 
 from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
 from moefy.evaluation.compare import Comparison, evaluate
@@ -29,7 +30,7 @@ from moefy.evaluation.suite_data import SOURCES, archive_files
 from moefy.progress import Progress
 from moefy.report.quality_charts import benchmark_chart
 from moefy.report.suite_tables import nll_rows, published_rows, suite_notes, suite_rows
-from moefy.report.tables import Rows, comparison_rows, markdown, replace_table, write_csv
+from moefy.report.tables import Rows, comparison_rows, markdown, write_csv
 
 ROOT = Path(__file__).parents[1]
 DENSE = "smollm2-135m"

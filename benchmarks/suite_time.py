@@ -14,10 +14,11 @@ import json
 import math
 from pathlib import Path
 
+from publish import publish_table
 from suite import ROOT, items_of
 
 from moefy.evaluation.benchmarks import LLAMA_MOE
-from moefy.report.tables import Rows, publish_table
+from moefy.report.tables import Rows
 
 _SUBJECTS = 57  # of MMLU, which asks as many of each
 _LIMIT = 100

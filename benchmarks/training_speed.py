@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publish import publish_table
 
 import moefy
 from moefy.checkpoint.reader import read_config, side_files
@@ -24,7 +25,6 @@ from moefy.checkpoint.source import resolve
 from moefy.evaluation.speed import dense_of_active_size
 from moefy.evaluation.timing import random_model
 from moefy.recipe import LLAMA_MOE
-from moefy.report.tables import publish_table
 from moefy.training.state import read_log
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -14,9 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from publish import publish_table
+
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
-from moefy.report.suite_tables import nats, percent
-from moefy.report.tables import Rows, publish_table
+from moefy.report.suite_tables import percent
+from moefy.report.tables import Rows, with_error
 
 PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
 RESULT = PAGE.with_suffix("") / "benchmarks-tuned.csv"
@@ -60,7 +62,7 @@ def benchmark_rows(result: SuiteResult) -> Rows:
             score = model.scores[name]
             assert score.gold_nll is not None  # all three have right answers
             cells.append(percent(score.value, score.stderr))
-            cells.append(nats(score.gold_nll, score.gold_nll_stderr))
+            cells.append(with_error(score.gold_nll, score.gold_nll_stderr))
         rows.append(cells)
     return rows
 

@@ -16,10 +16,11 @@ import json
 import tempfile
 from pathlib import Path
 
+from publish import replace_table
+
 import moefy
 from moefy.checkpoint.reader import read_config
 from moefy.data.conversations import read_conversations
-from moefy.report.tables import replace_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
 RESULT = PAGE.with_suffix("") / "tuning.csv"

@@ -16,7 +16,7 @@ from moefy.evaluation.compare import Comparison, evaluate
 from moefy.hardware import peak_rss_bytes
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import LLAMA_MOE
-from moefy.report.findings import Report, facts_of, read_record, read_training
+from moefy.report.findings import Report, facts_of, read_logs, read_record
 from moefy.report.page import write_page
 from moefy.report.tables import number
 from moefy.run_folder import RunFolder
@@ -78,14 +78,13 @@ def demo(
             samples[name] = _sample(folder)
             report(Progress("write a sentence", done + 1, len(folders), name))
         records = {name: read_record(folder) for name, folder in folders.items()}
-        logs = {name: read_training(folders[name], record) for name, record in records.items()}
         facts |= {
             "samples": samples,
             "train_recipe": recipe.model_dump(mode="json"),
             "elapsed_s": round(time.perf_counter() - started, 1),
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        finished = Report(run.out, comparison, None, None, records, logs, facts)
+        finished = Report(run.out, comparison, None, None, records, read_logs(folders), facts)
         title = f"moefy demo: SmolLM2-135M-Instruct, {recipe.tokens:,} training tokens"
         write_page(run.work, finished, title=title, lead=headline(comparison), samples=samples)
         run.finish()

@@ -36,7 +36,7 @@ class Report:
         suite: Benchmarks of all models in the same order, if they were asked for.
         routing: Routers of the MoE models, if there are any and they were asked for.
         records: By model, its moefy.json; None if moefy did not make the model.
-        logs: Steps of the training, by model; only of models that were trained.
+        logs: Steps of the training of the models that `train` made.
         facts: Data, split, command, date, machine, versions, and what else results.json says.
         cards: Model folders whose cards show these results.
     """
@@ -78,10 +78,10 @@ class Report:
         }
 
 
-def facts_of(command: str, data: str, split: Side) -> dict[str, Any]:
+def facts_of(command: str, data: str, split: Side, *, suite: bool = False) -> dict[str, Any]:
     """Return what a report says of its measurement: what, when, where, with which versions."""
     place = device()
-    packages = ("moefy", "torch", "transformers")
+    packages = ["moefy", "torch", "transformers", *(["lm_eval"] if suite else [])]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
@@ -115,7 +115,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def read_training(folder: Path, record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the steps of a model's training, none if `train` did not make it."""
-    trained = record is not None and record["stage"] == "train" and (folder / LOG).is_file()
-    return read_log(folder) if trained else []
+def read_logs(folders: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Return the steps of the models that `train` made, by name."""
+    return {name: read_log(folder) for name, folder in folders.items() if (folder / LOG).is_file()}

@@ -14,7 +14,7 @@ from moefy.report import routing_tables, suite_tables, tables
 from moefy.report.findings import Report
 from moefy.report.quality_charts import benchmark_chart, quality_charts
 from moefy.report.routing_charts import routing_charts
-from moefy.report.training_charts import training_charts, training_rows
+from moefy.report.training_charts import training_charts
 from moefy.report.verdict import verdict_rows
 from moefy.storage import replace_file, storage_errors
 
@@ -34,11 +34,10 @@ def write_page(
     Raises:
         StorageError: The disk is full.
     """
-    logs = {name: log for name, log in report.logs.items() if log}
     charts = quality_charts(report.comparison)
     charts += [benchmark_chart(report.suite)] if report.suite else []
     charts += routing_charts(report.routing) if report.routing else []
-    charts += training_charts(logs)
+    charts += training_charts(report.logs)
     with storage_errors(folder):
         for chart in charts:
             chart.write(folder)
@@ -58,9 +57,8 @@ def write_page(
     )
     page = environment.get_template("report.html.j2").render(
         {"title": title, "lead": lead, "report": report, "samples": samples}
-        | {"charts": charts, "steps": steps, "logs": logs}
+        | {"charts": charts, "steps": steps, "verdict_rows": verdict_rows}
         | {"tables": tables, "suite_tables": suite_tables, "routing_tables": routing_tables}
-        | {"training_rows": training_rows, "verdict_rows": verdict_rows}
     )
     replace_file(folder / "report.html", page)
     replace_file(folder / "results.md", tables.markdown(tables.comparison_rows(report.comparison)))

@@ -31,7 +31,7 @@ def k_rows(result: RoutingResult) -> Rows:
     return rows
 
 
-def routing_rows(result: RoutingResult, *, means_only: bool = False) -> Rows:
+def routing_rows(result: RoutingResult) -> Rows:
     """Return header and rows of the load, a layer of a model a row, below them the model's mean."""
     rows = [["model", "layer", "entropy", "dead", "max/mean", "domains (bits)", "by chance (bits)"]]
     for model in result.models:
@@ -39,8 +39,8 @@ def routing_rows(result: RoutingResult, *, means_only: bool = False) -> Rows:
         dead, noise = [len(experts) for experts in model.dead], model.domain_noise or [nan] * layers
         columns = [model.entropy, dead, model.max_over_mean, model.domain_distance, noise]
         stats = np.array(columns).T  # [layers, columns]
-        lines = [] if means_only else [(str(idx), stats[idx]) for idx in range(layers)]
-        for label, (entropy, died, peak, distance, chance) in [*lines, ("mean", stats.mean(0))]:
+        lines = [*((str(idx), stats[idx]) for idx in range(layers)), ("mean", stats.mean(0))]
+        for label, (entropy, died, peak, distance, chance) in lines:
             row = [model.name, label, f"{entropy:.3f}", f"{died:.1f}".removesuffix(".0")]
             row += [f"{peak:.2f}", f"{distance:.4f}", "–" if isnan(chance) else f"{chance:.4f}"]
             rows.append(row)

@@ -69,7 +69,10 @@ def nll_rows(result: SuiteResult) -> Rows:
     rows = [["benchmark", *(model.name for model in result.models)]]
     for benchmark in result.benchmarks:
         scores = [model.scores.get(benchmark.name) for model in result.models]
-        cells = [nats(score.gold_nll, score.gold_nll_stderr) if score else "–" for score in scores]
+        cells = [
+            with_error(score.gold_nll, score.gold_nll_stderr, ".3f") if score else "–"
+            for score in scores
+        ]
         rows.append([benchmark.name, *cells])
     return rows
 
@@ -100,8 +103,3 @@ def percent(value: float | None, error: float | None) -> str:
     """Return a share and its standard error as tables show them, in percent."""
     value, error = (None if part is None else 100 * part for part in (value, error))
     return with_error(value, error, ".1f")
-
-
-def nats(value: float | None, error: float | None) -> str:
-    """Return −log p and its standard error as tables show them."""
-    return with_error(value, error, ".3f")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,23 +91,16 @@ def inspection_rows(inspection: Inspection) -> Rows:
 
 def corpus_rows(record: dict[str, Any]) -> Rows:
     """Return header and rows of a prepared corpus's record, a domain a row."""
-
-    def characters_per_token(found: Mapping[str, int]) -> str:
+    rows = [["domain", "documents", "tokens", "held-out documents", "held-out tokens"]]
+    rows[0] += ["characters/token", "filtered", "broken"]
+    for domain, found in record["domains"].items():
         tokens = found["tokens"] + found["heldout_tokens"]
         characters = found["characters"] + found["heldout_characters"]
-        return f"{characters / tokens:.2f}" if tokens else "–"
-
-    columns: Columns[tuple[str, Mapping[str, int]]] = [
-        ("domain", lambda domain: domain[0]),
-        ("documents", lambda domain: f"{domain[1]['documents']:,}"),
-        ("tokens", lambda domain: f"{domain[1]['tokens']:,}"),
-        ("held-out documents", lambda domain: f"{domain[1]['heldout_documents']:,}"),
-        ("held-out tokens", lambda domain: f"{domain[1]['heldout_tokens']:,}"),
-        ("characters/token", lambda domain: characters_per_token(domain[1])),
-        ("filtered", lambda domain: f"{domain[1]['filtered']:,}"),
-        ("broken", lambda domain: f"{domain[1]['broken_lines']:,}"),
-    ]
-    return table(record["domains"].items(), columns)
+        keys = ("documents", "tokens", "heldout_documents", "heldout_tokens")
+        row = [domain, *(f"{found[key]:,}" for key in keys)]
+        row.append(f"{characters / tokens:.2f}" if tokens else "–")
+        rows.append([*row, f"{found['filtered']:,}", f"{found['broken_lines']:,}"])
+    return rows
 
 
 def dry_run_rows(found: DryRun) -> Rows:
@@ -130,11 +122,6 @@ def dry_run_rows(found: DryRun) -> Rows:
     ]
 
 
-def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:
-    """Return header and rows of records that all have the same keys."""
-    return [list(records[0]), *(list(record.values()) for record in records)]
-
-
 def write_csv(path: Path, rows: Rows) -> None:
     """Write rows as a CSV file."""
     with path.open("w", newline="") as file:
@@ -145,26 +132,6 @@ def markdown(rows: Rows) -> str:
     """Return rows as a Markdown table, numbers to the right."""
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
-
-
-def publish_table(rows: Rows, file: Path, page: Path) -> None:
-    """Write measured rows as a CSV file, and on a page between the marks of that file's name."""
-    write_csv(file, rows)
-    replace_table(page, file.stem, rows)
-
-
-def replace_table(page: Path, mark: str, rows: Rows) -> None:
-    """Put a table between `<!-- mark -->` and `<!-- /mark -->` on a Markdown page.
-
-    Raises:
-        ValueError: The page does not have such marks exactly once.
-    """
-    block = f"<!-- {mark} -->\n{markdown(rows)}<!-- /{mark} -->"
-    pattern = f"<!-- {mark} -->\n.*?<!-- /{mark} -->"
-    text, count = re.subn(pattern, lambda _: block, page.read_text(), flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{page} has {count} places for the table {mark!r}")
-    page.write_text(text)
 
 
 def shown(value: float | None, form: str) -> str:
@@ -178,7 +145,7 @@ def with_error(value: float | None, error: float | None, form: str = ".3f") -> s
 
 
 def with_interval(interval: Interval | None, form: str, *, scale: float = 1) -> str:
-    """Return a value with its 95 % interval, – where there is none."""
+    """Return a value with its 95% interval, – where there is none."""
     if interval is None:
         return "–"
     ends = (interval.value, interval.low, interval.high)

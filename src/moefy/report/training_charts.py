@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from moefy.report.chart import Chart, legend_below, load_chart, plain_figure
-from moefy.report.tables import Columns, Rows, table
+from moefy.report.tables import Rows
 from moefy.storage import storage_errors
 from moefy.training.state import read_log
 
@@ -50,19 +50,6 @@ def training_charts(logs: Mapping[str, Log]) -> list[Chart]:
             caption = f"{name}: choices of each routed expert in the last quarter of the run"
             charts.append(load_chart(f"expert-load{ending}", load, caption))
     return charts
-
-
-def training_rows(logs: Mapping[str, Log]) -> Rows:
-    """Return header and rows of training runs, a run a row; losses are running means."""
-    columns: Columns[tuple[str, Log]] = [
-        ("model", lambda run: run[0]),
-        ("steps", lambda run: f"{len(run[1]):,}"),
-        ("tokens", lambda run: f"{run[1][-1]['tokens']:,}"),
-        ("first loss", lambda run: f"{running_mean(steady_losses(run[1]))[0]:.3f}"),
-        ("last loss", lambda run: f"{running_mean(steady_losses(run[1]))[-1]:.3f}"),
-        ("tokens/s", lambda run: f"{median(line['tokens_per_s'] for line in run[1]):,.0f}"),
-    ]
-    return table(logs.items(), columns)
 
 
 def _loss_chart(logs: Mapping[str, Log]) -> Chart:

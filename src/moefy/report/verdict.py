@@ -28,53 +28,46 @@ def verdict(report: Report) -> str:
         f"{dense.name}'s (95% interval {excess.low:+.3f} to {excess.high:+.3f}; perplexity "
         f"{perplexity} against {number(dense.perplexity)})"
     ]
-    if kept := _retention(report, best):
-        kept_text = with_interval(kept, ".1f", scale=100)
-        parts.append(f"keeps {kept_text} percent of its average on the benchmarks")
+    if kept := _kept(report, best):
+        parts.append(f"keeps {with_interval(kept, '.1f')} percent of its average on the benchmarks")
     if best.decode_tokens_per_s and dense.decode_tokens_per_s:
         speed = best.decode_tokens_per_s / dense.decode_tokens_per_s
         parts.append(f"decodes {speed:.2f} times as fast here")
-    *first, last = parts
-    said = f"{', '.join(first)}, and {last}" if first else last
+    said = ", ".join(parts[:-1]) + (", and " if parts[1:] else "") + parts[-1]
     return f"With {share:.0%} of the parameters active per token, {best.name} {said}."
 
 
 def verdict_rows(report: Report) -> Rows:
     """Return header and rows of the verdict: quality, speed and size of every model."""
-    dense = report.dense
-    prefill, decode = (
-        (dense.prefill_tokens_per_s, dense.decode_tokens_per_s) if dense else (None, None)
-    )
+    dense, suite = report.dense, report.suite
+
+    def speed(tokens_per_s: float | None, of_dense: float | None) -> str:
+        if tokens_per_s is None or of_dense is None:
+            return "–" if tokens_per_s is None else number(tokens_per_s)
+        return f"{number(tokens_per_s)} (× {tokens_per_s / of_dense:.2f})"
+
+    prefill = dense.prefill_tokens_per_s if dense else None
+    decode = dense.decode_tokens_per_s if dense else None
     columns: Columns[Result] = [("model", lambda r: r.name)]
     if dense:
         columns.append(("loss above dense, nats", lambda r: with_interval(r.excess_loss, ".3f")))
     columns.append(("perplexity", lambda r: number(r.perplexity)))
-    if suite := report.suite:
-        scores = {model.name: model for model in suite.models}
-        columns += [
-            (
-                "benchmarks, %",
-                lambda r: percent(scores[r.name].average, scores[r.name].average_stderr),
-            ),
-            ("kept of dense, %", lambda r: with_interval(_retention(report, r), ".1f", scale=100)),
-        ]
+    if suite:
+        averages = {m.name: percent(m.average, m.average_stderr) for m in suite.models}
+        columns.append(("benchmarks, %", lambda r: averages[r.name]))
+        columns.append(("kept of dense, %", lambda r: with_interval(_kept(report, r), ".1f")))
     columns += [
-        ("prefill, tokens/s", lambda r: _speed(r.prefill_tokens_per_s, prefill)),
-        ("decode, tokens/s", lambda r: _speed(r.decode_tokens_per_s, decode)),
+        ("prefill, tokens/s", lambda r: speed(r.prefill_tokens_per_s, prefill)),
+        ("decode, tokens/s", lambda r: speed(r.decode_tokens_per_s, decode)),
         ("parameters", lambda r: millions(r.cost.total_params)),
         ("active per token", lambda r: millions(r.cost.active_params)),
     ]
     return table(report.comparison.results, columns)
 
 
-def _retention(report: Report, result: Result) -> Interval | None:
-    """Return which share of the dense model's average on the benchmarks a model has."""
+def _kept(report: Report, result: Result) -> Interval | None:
+    """Return how many percent of the dense model's average on the benchmarks a model has."""
     models = report.suite.models if report.suite else []
     paired = next((m.against_reference for m in models if m.name == result.name), None)
-    return paired.retention if paired else None
-
-
-def _speed(tokens_per_s: float | None, dense: float | None) -> str:
-    if tokens_per_s is None:
-        return "–"
-    return number(tokens_per_s) + (f" (× {tokens_per_s / dense:.2f})" if dense else "")
+    kept = paired.retention if paired else None
+    return kept and Interval(100 * kept.value, 100 * kept.low, 100 * kept.high)

@@ -19,7 +19,7 @@ from moefy.evaluation.compare import evaluate
 from moefy.evaluation.routing import measure_routing
 from moefy.evaluation.suite import check_suite, evaluate_suite
 from moefy.progress import ProgressFn, silent
-from moefy.report.findings import Report, facts_of, read_record, read_training
+from moefy.report.findings import Report, facts_of, read_logs, read_record
 from moefy.report.page import write_page
 from moefy.report.suite_tables import suite_rows
 from moefy.report.tables import comparison_rows, markdown
@@ -59,7 +59,7 @@ def write_report(
         models: Model folders, or anything `convert` takes as a source; the first dense one is what
             the others are compared with.
         suite: "llama-moe" measures the paper's eleven benchmarks too.
-        tasks: Names of tasks of lm-evaluation-harness.
+        tasks: Names of tasks of lm-evaluation-harness to measure too.
         limit: Items per benchmark; None for all.
         hub: Whether the benchmarks come from the hub; see `evaluate_suite`.
         dtype: "float32" or "bfloat16", in which the benchmarks are computed.
@@ -82,44 +82,54 @@ def write_report(
     shown = list(names) if names else short_names(given)
     if repeated := [name for name, count in Counter(shown).items() if count > 1]:
         raise UsageError(f"two models are named {repeated[0]}: name each once")
+    named = dict(zip(shown, map(str, given), strict=True))
     benchmarks: dict[str, Any] = {"suite": suite, "tasks": tasks, "limit": limit, "dtype": dtype}
-    text: dict[str, Any] = {
-        "data": data, "split": split, "windows": windows, "sequence_length": sequence_length,
-    }  # fmt: skip
-    options = {**benchmarks, "tasks": ",".join(tasks) or (), "hub": hub, **text, "routing": routing}
+    text = {"data": data, "split": split, "windows": windows, "sequence_length": sequence_length}
+    options = benchmarks | {"tasks": ",".join(tasks) or (), "hub": hub, "routing": routing} | text
     with RunFolder(out, "report", overwrite=overwrite, sources=given) as run:
-        if suite or tasks:
+        with_suite = bool(suite or tasks)
+        if with_suite:
             check_suite(given, **benchmarks)
-        facts = facts_of(_command(out, given, options), str(data), split)
+        facts = facts_of(_command(out, given, options), str(data), split, suite=with_suite)
         run.begin(facts)
-        folders = {
-            name: resolve(model, report=report) for name, model in zip(shown, given, strict=True)
-        }
-        # A damaged record is refused here, before anything is measured.
-        records = {name: read_record(folder) for name, folder in folders.items()}
-        measured: dict[str, Any] = {"names": shown, "report": report}
-        paths = list(folders.values())
-        comparison = evaluate(paths, **text, **measured)
-        routed, scores = None, None
-        if routing and any(result.cost.experts for result in comparison.results):
-            routed = measure_routing(paths, **text, **measured)
-        if suite or tasks:
-            scores = evaluate_suite(paths, hub=hub, **benchmarks, **measured)
-        logs = {name: read_training(folders[name], record) for name, record in records.items()}
-        done = Report(run.out, comparison, scores, routed, records, logs, facts)
+        suite_options = benchmarks | {"hub": hub} if with_suite else None
+        done = _measure(run.out, named, facts, text, suite_options, routing, report)
         write_page(run.work, done, title="moefy report", lead=verdict(done))
         run.finish()
-    noted = []
-    for model, name in zip(given, shown, strict=True) if cards else ():
-        folder = Path(model).expanduser()
-        if (record := read_record(folder)) is not None:
-            _note_in_card(folder, record, done, name)
-            noted.append(folder)
+    own = {name: Path(model).expanduser() for name, model in named.items()}
+    noted = [folder for name, folder in own.items() if cards and _note_in_card(folder, name, done)]
     return replace(done, cards=noted)
 
 
-def _note_in_card(folder: Path, record: dict[str, Any], done: Report, name: str) -> None:
-    """Put the results into a model card; nothing that decides what the model answers changes."""
+def _measure(
+    out: Path,
+    models: Mapping[str, str],
+    facts: Mapping[str, Any],
+    text: Mapping[str, Any],
+    suite: Mapping[str, Any] | None,
+    routing: bool,
+    report: ProgressFn,
+) -> Report:
+    """Measure models by name; the options of `evaluate` are `text`, of `evaluate_suite` `suite`."""
+    folders = {name: resolve(model, report=report) for name, model in models.items()}
+    # A damaged record is refused here, before anything is measured.
+    records = {name: read_record(folder) for name, folder in folders.items()}
+    paths = list(folders.values())
+    shown: dict[str, Any] = {"names": list(folders), "report": report}
+    comparison = evaluate(paths, **text, **shown)
+    routed, scores = None, None
+    if routing and any(result.cost.experts for result in comparison.results):
+        routed = measure_routing(paths, **text, **shown)
+    if suite:
+        scores = evaluate_suite(paths, **suite, **shown)
+    return Report(out, comparison, scores, routed, records, read_logs(folders), facts)
+
+
+def _note_in_card(folder: Path, name: str, done: Report) -> bool:
+    """Put the results into the card of a model that moefy wrote; say whether it is one."""
+    record = read_record(folder)
+    if record is None:
+        return False
     versions = ", ".join(" ".join(each) for each in done.facts["versions"].items())
     lines = [
         "## Results",
@@ -139,7 +149,9 @@ def _note_in_card(folder: Path, record: dict[str, Any], done: Report, name: str)
         ]
     card = folder / "README.md"
     text = card.read_text() if card.is_file() else model_card(record, read_config(folder))
+    # The weights stay as they are, so that no benchmark is measured again.
     replace_file(card, with_results(text, "\n".join(lines)))
+    return True
 
 
 def _command(out: str | Path, models: Sequence[str | Path], options: Mapping[str, Any]) -> str:

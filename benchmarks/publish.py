@@ -1,0 +1,34 @@
+"""Measured tables on the pages of docs/, between the marks of their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moefy.report.tables import Rows, markdown, write_csv
+
+
+def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:
+    """Return header and rows of records that all have the same keys."""
+    return [list(records[0]), *(list(record.values()) for record in records)]
+
+
+def publish_table(rows: Rows, file: Path, page: Path) -> None:
+    """Write measured rows as a CSV file, and on a page between the marks of that file's name."""
+    write_csv(file, rows)
+    replace_table(page, file.stem, rows)
+
+
+def replace_table(page: Path, mark: str, rows: Rows) -> None:
+    """Put a table between `<!-- mark -->` and `<!-- /mark -->` on a Markdown page.
+
+    Raises:
+        ValueError: The page does not have such marks exactly once.
+    """
+    block = f"<!-- {mark} -->\n{markdown(rows)}<!-- /{mark} -->"
+    pattern = f"<!-- {mark} -->\n.*?<!-- /{mark} -->"
+    text, count = re.subn(pattern, lambda _: block, page.read_text(), flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{page} has {count} places for the table {mark!r}")
+    page.write_text(text)
