@@ -22,12 +22,7 @@ _SEGMENT_TOKENS = 128
 
 @dataclass(frozen=True)
 class SegmentImportance:
-    """Importance of every neuron in every segment of the calibration text.
-
-    Attributes:
-        scores: [segments, layers, neurons].
-        features: mean final hidden state of each segment, [segments, hidden].
-    """
+    """Importance of every neuron in every segment of text, and the segment's mean final state."""
 
     scores: Float[Tensor, "segments layers neurons"]
     features: Float[Tensor, "segments hidden"]
@@ -43,23 +38,15 @@ def window_importance(
     """Return v = Σ_tokens |h ⊙ ∂L/∂h| / tokens for every layer and segment of the windows.
 
     h is the input of `down_proj`, L the next-token loss summed over tokens: |h·∂L/∂h| is the
-    first-order Taylor estimate of what removing the neuron at that token changes.
-
-    The gradient goes backwards layer by layer from stored layer inputs: memory is one layer, the
-    hidden states of eight windows at every layer, and the logits of one window.
+    first-order Taylor estimate of what removing the neuron at that token changes. Memory is one
+    layer, the hidden states of eight windows at every layer, and the logits of one window.
 
     Source: LLaMA-MoE (arXiv 2406.16554), section 3.1, "Sharing". Deviation: the texts that are
     clustered are segments of 128 tokens by this model's hidden states, the paper's are documents
     by an embedding model.
 
-    Args:
-        replay: of the dense model.
-        windows: calibration tokens.
-        num_clusters: that the segments must be enough for.
-        report: told about progress.
-
     Raises:
-        CorpusError: fewer segments than clusters.
+        CorpusError: there are fewer segments than `num_clusters`.
     """
     segments = max(1, windows.shape[1] // _SEGMENT_TOKENS)
     check_segments(len(windows) * segments, num_clusters)
@@ -74,37 +61,28 @@ def window_importance(
             inputs.append(hidden)
             hidden = layer.attend(hidden)
             hidden = hidden + layer.sample(hidden).outputs().view_as(hidden)
-        features += [part.mean(dim=1) for part in _segments(hidden, segments)]
-        gradient = torch.stack(
-            [
-                _loss_gradient(head, *window)
-                for window in zip(hidden, ids.to(hidden.device), strict=True)
-            ]
-        )
+        features += [part.mean(dim=1) for part in hidden.tensor_split(segments, dim=1)]
+        pairs = zip(hidden, ids.to(hidden.device), strict=True)
+        gradient = torch.stack([_loss_gradient(head, *window) for window in pairs])
+        # the gradient goes backwards layer by layer, each computed again from its stored inputs
         scores = []
         for layer_idx in reversed(range(replay.num_layers)):
             gradient, score = _backward(replay, layer_idx, inputs.pop(), gradient)
-            scores.append(torch.cat([part.mean(dim=1) for part in _segments(score, segments)]))
+            scores.append(
+                torch.cat([part.mean(dim=1) for part in score.tensor_split(segments, dim=1)])
+            )
         parts.append(torch.stack(scores[::-1], dim=1))
         report(Progress("importance", done + 1, len(batches)))
     return SegmentImportance(torch.cat(parts), torch.cat(features))
 
 
 def check_segments(segments: int, num_clusters: int) -> None:
-    """Refuse text that cannot be clustered.
-
-    Raises:
-        CorpusError: fewer segments than clusters.
-    """
+    """Raise a CorpusError for text of fewer segments than clusters."""
     if segments < num_clusters:
         raise CorpusError(
             f"{segments} calibration segments cannot make {num_clusters} clusters of text: raise "
             "calibration_tokens, or use fewer experts"
         )
-
-
-def _segments(tokens: Float[Tensor, "windows sequence size"], count: int) -> tuple[Tensor, ...]:
-    return tokens.tensor_split(count, dim=1)
 
 
 def _loss_gradient(

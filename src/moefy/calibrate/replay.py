@@ -23,13 +23,7 @@ _WINDOWS_AT_ONCE = 8
 
 
 class LayerReplay:
-    """One layer of a dense model in float32, on the accelerator if there is one.
-
-    Attributes:
-        gate, up: [d_ff, hidden].
-        down: [hidden, d_ff], times the scale with which it enters the residual stream.
-        norm_gain: of the RMSNorm in front of the FFN, [hidden].
-    """
+    """One layer of a dense model in float32, on the accelerator if there is one."""
 
     def __init__(self, module: Any, rotary: Any, dense: DenseCheckpoint, layer_idx: int) -> None:
         family = dense.family
@@ -40,6 +34,8 @@ class LayerReplay:
         module.requires_grad_(False)
         self._module, self._rotary = module, rotary
         self._residual_scale = dense.residual_scale
+        # Granite scales what enters the residual stream; with the scale in `down`, methods that
+        # compare outputs need not know of it.
         self.gate, self.up = state[family.gate], state[family.up]
         self.down = dense.residual_scale * state[family.down]
         self.norm_gain = state[family.ffn_norm]
@@ -74,15 +70,13 @@ class LayerReplay:
 
 
 def weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
-    """Return a layer's FFN without calibration tokens, for weight-only methods.
-
-    The matrices keep the dtype in which they are stored: most of these methods only move rows.
-    """
+    """Return a layer's FFN without calibration tokens, for weight-only methods."""
     family = dense.family
     prefix = family.layer.format(layer=layer_idx)
     gate, up, down, gain = (
         dense[prefix + name] for name in (family.gate, family.up, family.down, family.ffn_norm)
     )
+    # the stored dtype is kept where nothing is computed: most of these methods only move rows
     if dense.residual_scale != 1:
         down = dense.residual_scale * down.float()
     nothing = torch.zeros(0)
@@ -102,7 +96,7 @@ class ModelReplay:
         self._dense = dense
         config = AutoConfig.for_model(**transformers_settings(dense.config))
         config._attn_implementation = "sdpa"
-        with torch.device("meta"):
+        with torch.device("meta"):  # modules and shapes, no memory
             self._model = AutoModelForCausalLM.from_config(config).float().eval()
         self._rotary = type(self._model.model.rotary_emb)(config).to(device())
         self.num_layers = dense.num_layers

@@ -21,18 +21,13 @@ _LARGEST = 1e15
 class FfnSample:
     """A layer's SwiGLU FFN and the calibration tokens' inputs to it.
 
-    The activations h = silu(z·gateᵀ) ⊙ (z·upᵀ) are kept if they fit into 2 GiB, and recomputed in
-    every pass if not: memory does not grow with d_ff times the number of tokens.
-
     Attributes:
-        gate, up: [d_ff, hidden].
-        down: [hidden, d_ff].
-        norm_gain: of the RMSNorm in front of the FFN, [hidden].
-        inputs: z, the normed residual stream, [tokens, hidden]; no tokens without calibration.
-        token_weights: how much each token's error counts, [tokens], mean 1.
-        desired: what the converted FFN should give, [tokens, hidden], if not the dense outputs.
-        importance: of the neurons by cluster of text (see `calibrate.importance`), if it was asked
-            for.
+        gate, up, down: the dense matrices.
+        norm_gain: gain of the RMSNorm in front of the FFN.
+        inputs: z, the normed residual stream; no tokens without calibration.
+        token_weights: how much each token's error counts, mean 1.
+        desired: what the converted FFN should give, if not the dense outputs.
+        importance: importance of the neurons by cluster of text (see `calibrate.importance`).
     """
 
     gate: Float[Tensor, "neurons hidden"]
@@ -61,11 +56,13 @@ class FfnSample:
         return 4 * self.num_tokens * self.num_neurons <= _KEEP_BYTES
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "chunk neurons"]]]:
-        """Iterate over the activations h in the order of the tokens.
+        """Iterate over the activations h = silu(z·gateᵀ) ⊙ (z·upᵀ) in the order of the tokens.
 
         Raises:
-            CorpusError: one is not finite, or its square would not be.
+            CorpusError: an activation is not finite, or its square would not be.
         """
+        # Kept where they fit, else computed again in every pass: memory must not grow with d_ff
+        # times the number of tokens.
         for number, start in enumerate(range(0, self.num_tokens, _CHUNK_TOKENS)):
             tokens = slice(start, min(start + _CHUNK_TOKENS, self.num_tokens))
             if number < len(self._kept):
@@ -87,12 +84,8 @@ class FfnSample:
 
 
 def check_finite(activations: Tensor) -> None:
-    """Refuse activations of which float32 cannot hold the sum of squares.
-
-    Raises:
-        CorpusError: there are such.
-    """
-    low, high = activations.aminmax()
+    """Raise a CorpusError for activations of which float32 cannot hold the sum of squares."""
+    low, high = activations.aminmax()  # NaN fails both comparisons
     if not (low > -_LARGEST and high < _LARGEST):
         raise CorpusError(
             "the activations are not finite on the calibration tokens: the checkpoint is damaged "

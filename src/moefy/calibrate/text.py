@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,40 +34,37 @@ def calibration_windows(
 
     Args:
         data: see `open_domains`; or `self`: the dense model samples the text, none is needed.
-        folder: of the dense model.
-        tokens: wanted in all, rounded up to whole windows per domain.
+        folder: folder of the dense model.
+        tokens: number of tokens, rounded up to whole windows per domain.
         sequence_length: tokens per window.
         needed_tokens: fewer are refused: a least-squares fit of d_ff weights per output needs at
             least d_ff tokens to be determined.
-        seed: of the text that the model samples.
+        seed: seed of the text that the model samples.
         report: told about progress.
 
     Raises:
         CorpusError: the text is not readable or too little.
     """
-    if str(data) == SELF:
-        _check_enough(tokens, needed_tokens, data)
-        return self_windows(
-            folder, tokens=tokens, sequence_length=sequence_length, seed=seed, report=report
-        )
-    tokenizer = load_tokenizer(folder)
-    domains = open_domains(data, report=report)
-    per_domain = -(-tokens // (sequence_length * len(domains)))
+    length: dict[str, Any] = {"sequence_length": sequence_length}
     found = []
-    for done, domain in enumerate(domains):
-        report(Progress("calibration text", done, len(domains), domain.name))
-        found.append(
-            pack(
-                documents_of(domain, "train"),
-                tokenizer,
-                sequence_length=sequence_length,
-                max_windows=per_domain,
-            )
+    if str(data) != SELF:
+        tokenizer = load_tokenizer(folder)
+        domains = open_domains(data, report=report)
+        length["max_windows"] = -(-tokens // (sequence_length * len(domains)))
+        for done, domain in enumerate(domains):
+            report(Progress("calibration text", done, len(domains), domain.name))
+            found.append(pack(documents_of(domain, "train"), tokenizer, **length))
+        report(Progress("calibration text", len(domains), len(domains)))
+    num_tokens = sum(windows.size for windows in found) if found else tokens
+    if num_tokens < needed_tokens:
+        raise CorpusError(
+            f"{num_tokens:,} calibration tokens are too few: a stable fit of this model needs at "
+            f"least {needed_tokens:,} (its intermediate_size); add text to {data} or raise "
+            "calibration_tokens"
         )
-    report(Progress("calibration text", len(domains), len(domains)))
-    windows = np.concatenate(found)
-    _check_enough(windows.size, needed_tokens, data)
-    return windows
+    if found:
+        return np.concatenate(found)
+    return self_windows(folder, tokens=tokens, **length, seed=seed, report=report)
 
 
 @torch.inference_mode()
@@ -79,13 +77,6 @@ def self_windows(
     other) and is sampled without top-k or top-p, so that the tokens follow the distribution that
     the model was trained to have. The whole model is in memory meanwhile. A window in which the
     model ends its text goes on with the next text.
-
-    Args:
-        folder: of the dense model.
-        tokens: wanted, rounded up to whole windows.
-        sequence_length: tokens per window.
-        seed: of the samples.
-        report: told about progress.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be read.
@@ -105,17 +96,9 @@ def self_windows(
         for position in range(1, sequence_length):
             out = model(written[-1].to(device()), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
+            # sampled on the CPU, so that a seed gives the same text on every device
             probs = out.logits[:, -1].softmax(-1).cpu()
             written.append(torch.multinomial(probs, 1, generator=generator))
             report(Progress("sample text", position, sequence_length - 1, f"from {first + 1}"))
         batches.append(torch.cat(written, dim=1))
     return torch.cat(batches).numpy()
-
-
-def _check_enough(tokens: int, needed_tokens: int, data: str | Path) -> None:
-    if tokens < needed_tokens:
-        raise CorpusError(
-            f"{tokens:,} calibration tokens are too few: a stable fit of this model needs at "
-            f"least {needed_tokens:,} (its intermediate_size); add text to {data} or raise "
-            "calibration_tokens"
-        )

@@ -19,11 +19,6 @@ class CalibrationWalk:
     A layer's target is the dense FFN's output for those inputs. With `follow_dense` it is what
     brings the residual stream back to the dense model's, which is then carried along beside (one
     more pass of the dense layer): a layer so mends what earlier ones lost.
-
-    Args:
-        replay: of the dense model.
-        windows: calibration tokens.
-        follow_dense: see above.
     """
 
     def __init__(
@@ -49,6 +44,7 @@ class CalibrationWalk:
         check_finite(self._hidden)
         sample = layer.sample(self._hidden)
         if self._dense is not None:
+            # added to the stream in front of the FFN, this gives the dense model's behind it
             sample.desired = (self._dense - self._hidden).flatten(0, 1)
         return sample
 

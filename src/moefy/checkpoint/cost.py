@@ -16,14 +16,13 @@ class Cost:
     """What one model costs.
 
     Attributes:
-        experts: routed experts per layer (a shared one is not counted), 0 for a dense model.
-        active_experts: routed experts that run for one token, 0 for a dense model.
+        experts, active_experts: routed experts per layer, and those that run for one token; a
+            shared one is not counted, and a dense model has 0.
         total_params: all parameters; tied embeddings count once.
         active_params: parameters that one token uses: all but the experts it is not routed to
             (the count of the LLaMA-MoE paper, embeddings included).
         flops_per_token: forward floating-point operations for one token, averaged over the
             positions of a sequence of `context` tokens.
-        context: that sequence length, in tokens.
     """
 
     experts: int

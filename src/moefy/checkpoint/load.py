@@ -17,9 +17,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
     """Load a dense or converted model, on the CPU, in evaluation mode.
 
     Args:
-        folder: of the model.
-        dtype: of the weights in memory.
-        **options: of transformers' `from_pretrained`.
+        folder: the model's folder.
+        dtype: dtype of the weights in memory.
+        **options: options of transformers' `from_pretrained`.
 
     Raises:
         CheckpointError: the folder is no model, or a damaged one.

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moefy.checkpoint.families import (
-    DenseFamily,
-    canonical_config,
-    dense_family,
-    layer_tensors,
-)
+from moefy.checkpoint.families import DenseFamily, canonical_config, dense_family, layer_tensors
 from moefy.checkpoint.tensors import TensorFile, open_tensors
 from moefy.errors import CheckpointError
 
@@ -44,8 +39,12 @@ def read_config(source: Path) -> dict[str, Any]:
     """
     file = source / "config.json" if source.is_dir() else source
     if not file.is_file():
+        unfinished = (
+            "; it holds an unfinished training run, which the command that began it continues"
+        )
         raise CheckpointError(
-            f"{source} is no model folder: it has no config.json" + _unfinished(source)
+            f"{source} is no model folder: it has no config.json"
+            + unfinished * (source / "log.jsonl").is_file()
         )
     try:
         config = json.loads(file.read_text())
@@ -54,12 +53,6 @@ def read_config(source: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return config
-
-
-def _unfinished(folder: Path) -> str:
-    if (folder / "log.jsonl").is_file():
-        return "; it holds an unfinished training run, which the command that began it continues"
-    return ""
 
 
 def side_files(source: Path) -> list[Path]:
@@ -83,13 +76,9 @@ class DenseCheckpoint:
     no tensor is read. Indexing (`checkpoint["model.norm.weight"]`) reads one tensor, or the rows
     of a fused one.
 
-    Args:
-        folder: holds config.json and safetensors or PyTorch `.bin` files, single or sharded.
-
     Attributes:
         config: the canonical config (see `families.canonical_config`).
-        family: its table.
-        dtype: of the FFN weights.
+        dtype: dtype of the FFN weights.
 
     Raises:
         CheckpointError: files are missing, truncated, or do not agree with config.json; a tensor
@@ -183,18 +172,15 @@ class DenseCheckpoint:
                     )
 
     def _check_names(self) -> None:
+        def in_layers(names: Iterable[str]) -> set[str]:
+            prefixes = [self.family.layer.format(layer=layer) for layer in range(self.num_layers)]
+            return {prefix + name for prefix in prefixes for name in names}
+
         family = self.family
-        behind_prefix = {family.gate, family.up, family.down, *self.layer_tensors}
-        expected = set(self.model_tensors()) | {
-            family.layer.format(layer=layer) + name
-            for layer in range(self.num_layers)
-            for name in behind_prefix
-        }
-        tolerated = set(family.model_tensors) | {
-            family.layer.format(layer=layer) + name
-            for layer in range(self.num_layers)
-            for name in family.optional
-        }
+        matrices = (family.gate, family.up, family.down)
+        expected = {*self.model_tensors(), *in_layers((*matrices, *self.layer_tensors))}
+        # older files hold what is computed today, and tied models may hold the output matrix
+        tolerated = {*family.model_tensors, *in_layers(family.optional)}
         if missing := sorted(expected - self._shapes.keys()):
             raise CheckpointError(
                 f"{self.folder} lacks {len(missing)} of its tensors, {missing[0]} the first: "
@@ -225,21 +211,18 @@ class DenseCheckpoint:
         }
 
     def _check_shapes(self) -> None:
-        wanted = self._expected_shapes()
-        for layer in range(self.num_layers):
-            for name, shape in wanted.items():
-                full = self.family.layer.format(layer=layer) + name
-                if self._shapes[full] != shape:
-                    raise CheckpointError(
-                        f"{self.folder}: {full} has shape {list(self._shapes[full])}, "
-                        f"config.json says {list(shape)}"
-                    )
+        wanted = {
+            self.family.layer.format(layer=layer) + name: shape
+            for layer in range(self.num_layers)
+            for name, shape in self._expected_shapes().items()
+        }
         matrix = (self.config["vocab_size"], self.config["hidden_size"])
-        for name in self.model_tensors():
-            if len(self._shapes[name]) == 2 and self._shapes[name] != matrix:
+        wanted |= {name: matrix for name in self.model_tensors() if "norm" not in name}
+        for name, shape in wanted.items():
+            if self._shapes[name] != shape:
                 raise CheckpointError(
                     f"{self.folder}: {name} has shape {list(self._shapes[name])}, config.json says "
-                    f"{list(matrix)}"
+                    f"{list(shape)}"
                 )
 
 

@@ -200,11 +200,7 @@ TARGETS = {
 
 
 def check_known(model_type: Any, folder: Path) -> None:
-    """Refuse a model that moefy neither converts nor writes.
-
-    Raises:
-        ArchitectureError: it is in neither table.
-    """
+    """Raise an ArchitectureError for a model that moefy neither converts nor writes."""
     if model_type not in {**FAMILIES, **TARGETS}:
         known = ", ".join(sorted({**FAMILIES, **TARGETS}))
         raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")

@@ -48,11 +48,7 @@ class TensorFile(ABC):
 
 
 class SafetensorsFile(TensorFile):
-    """A `.safetensors` file.
-
-    The library checks the header; the data is mapped tensor by tensor, so that what is mapped is
-    what somebody holds, and nothing is copied before it is used.
-    """
+    """A `.safetensors` file; the library checks the header."""
 
     def __init__(self, path: Path) -> None:
         self.headers = {}
@@ -62,6 +58,8 @@ class SafetensorsFile(TensorFile):
                 dtype = view.get_dtype()
                 shape = tuple(view.get_shape())
                 self.headers[name] = _SAFETENSORS_DTYPES.get(dtype, dtype), shape
+        # The data is mapped tensor by tensor, so that no more of a large file is in memory than
+        # somebody holds; the library would map all of it.
         self._path = path
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")

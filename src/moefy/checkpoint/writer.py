@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,14 +21,13 @@ _METADATA = {"__metadata__": {"format": "pt"}}
 class ShardWriter:
     """Writes tensors into safetensors shards of a folder; memory is a few buffers.
 
-    The header of a safetensors file stands in front of the data and may end in spaces: room for it
-    is left free and filled when the shard is complete. The files get their final names in
-    `finish`; without it the folder does not load. To be used in a `with` statement.
+    The files get their final names in `finish`; without it the folder does not load. To be used in
+    a `with` statement.
 
     Args:
-        folder: an existing, empty folder (see `storage.whole_folder`).
+        folder: an existing, empty folder.
         shard_bytes: a new shard begins when the next tensor would exceed this size.
-        max_tensors: of the whole checkpoint, for the size of the header; more begin a new shard.
+        max_tensors: tensors that the header has room for; more begin a new shard.
     """
 
     def __init__(
@@ -37,6 +35,8 @@ class ShardWriter:
     ) -> None:
         self._folder = folder
         self._shard_bytes = shard_bytes
+        # The header stands in front of the data, is known at the end, and may end in spaces: room
+        # for it is left free.
         head_bytes = 1024 + _HEADER_BYTES_PER_TENSOR * max_tensors
         self._head_bytes = -(-head_bytes // BLOCK_BYTES) * BLOCK_BYTES
         self._header_bytes = self._head_bytes - 8  # its length stands before it
@@ -51,12 +51,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:  # an error before `finish`
             self._file.abandon()
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.checkpoint.targets import TARGETS, RouterScore
+from moefy.checkpoint.targets import TARGETS
 from moefy.experts.hooks import ForwardHooks
 from moefy.experts.router_trace import routers_of
-
-Self = TypeVar("Self", bound="ActiveExperts")  # see `training.hooks`
 
 
 class ActiveExperts(ForwardHooks):
@@ -28,9 +24,8 @@ class ActiveExperts(ForwardHooks):
 
     with p the softmax (or sigmoid) of the logits, c the constant, and T the experts that would be
     chosen with the saved k. So fewer experts are the saved model with some outputs left out, and
-    more are the saved model with some added. Where the logits are nearly equal, as a conversion
-    leaves them, w_e is c / saved k whatever k is. Routers that do not normalise (moefy's glm4_moe)
-    need nothing. With the saved k nothing is touched.
+    more are the saved model with some added. Routers that do not normalise (moefy's glm4_moe) need
+    nothing. With the saved k nothing is touched.
 
     Args:
         model: mixtral, granitemoe (shared, SWA), qwen3_moe or glm4_moe.
@@ -40,7 +35,7 @@ class ActiveExperts(ForwardHooks):
     def __init__(self, model: Any, active: int) -> None:
         super().__init__()
         self._routers = routers_of(model)
-        self._score: RouterScore = TARGETS[model.config.model_type].score
+        self._is_softmax = TARGETS[model.config.model_type].score == "softmax"
         self._saved: int = model.config.num_experts_per_tok
         self._active = active
 
@@ -48,58 +43,29 @@ class ActiveExperts(ForwardHooks):
         """Return the routers whose weights depend on k."""
         if self._active == self._saved:
             return []
-        default = self._score == "softmax"
-        return [
-            (router, self._keep_weights)
-            for router in self._routers
-            if getattr(router, "norm_topk_prob", default)
-        ]
+        # without the attribute, transformers' softmax routers normalise and sigmoid ones do not
+        default = self._is_softmax
+        routers = (r for r in self._routers if getattr(r, "norm_topk_prob", default))
+        return [(router, self._keep_weights) for router in routers]
 
-    def __enter__(self: Self) -> Self:
-        self._choose(self._active)
-        return super().__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self._choose(self._saved)
-
-    def _choose(self, active: int) -> None:
+    def begin(self) -> None:
+        """Choose k experts."""
         for router in self._routers:
-            router.top_k = active
+            router.top_k = self._active
+
+    def end(self) -> None:
+        """Choose as many as the model was saved with."""
+        for router in self._routers:
+            router.top_k = self._saved
 
     def _keep_weights(
         self, router: Any, _: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Multiply the weights, which were normalised over the chosen, by Σ_chosen p / Σ_T p."""
         logits, weights, chosen = outputs
-        bias = getattr(router, "e_score_correction_bias", None)
-        factor = weight_factor(logits, chosen, saved=self._saved, score=self._score, bias=bias)
-        return logits, (weights * factor).to(weights.dtype), chosen
-
-
-def weight_factor(
-    logits: Float[Tensor, "tokens experts"],
-    chosen: Int[Tensor, "tokens active"],
-    *,
-    saved: int,
-    score: RouterScore,
-    bias: Float[Tensor, " experts"] | None = None,
-) -> Float[Tensor, "tokens 1"]:
-    """Return Σ_{e chosen} p_e / Σ_{f in T} p_f, T the experts with the `saved` largest p_f + b_f.
-
-    Args:
-        logits: of the router.
-        chosen: experts over which the router's weights are normalised.
-        saved: experts over which they should be.
-        score: p is the softmax or the sigmoid of the logits.
-        bias: b, shifts the choice alone.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
-    usual = (probs if bias is None else probs + bias).topk(saved, dim=-1).indices
-    sums = [probs.gather(-1, experts).sum(-1, keepdim=True) for experts in (chosen, usual)]
-    return sums[0] / sums[1]
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probs = exact.softmax(-1) if self._is_softmax else exact.sigmoid()
+        # a selection bias shifts the choice and not the weights
+        usual = (probs + getattr(router, "e_score_correction_bias", 0.0)).topk(self._saved).indices
+        sums = [probs.gather(-1, experts).sum(-1, keepdim=True) for experts in (chosen, usual)]
+        return logits, (weights * (sums[0] / sums[1])).to(weights.dtype), chosen

@@ -1,19 +1,14 @@
 """Keeping the experts evenly used: losses on what the routers did.
 
 Every loss is a function of a few sums over tokens (`RouterSums`), which can be added over passes
-and over workers. What that buys:
-
-| loss | over workers | over the passes of one step |
-|---|---|---|
-| `router_z_loss` | exact | exact: a mean over tokens |
-| `switch_loss`, `importance_and_load_loss` | exact, with `over_workers` | the value is exact; the \
-gradient of a pass knows the passes before it and not those after it |
+and over workers. Over workers all losses are exact, with `over_workers`. Over the passes of one
+step `router_z_loss`, a mean over tokens, is exact; of the others the value is exact, and the
+gradient of a pass knows the passes before it and not those after it.
 
 A step of P passes adds p/P times the loss of the sums up to pass p, for p = 1 … P. Where the passes
 are alike, that is the gradient of the whole batch; in general it is nearer to it than the mean of
 each pass's own loss, which forces every single pass to be even. (For the counts of the Switch loss
-this is the buffer of arXiv 2501.11873.) Balancing by selection bias (`training.selection_bias`)
-counts choices and is exact in both.
+this is the buffer of arXiv 2501.11873.)
 """
 
 from __future__ import annotations
@@ -34,14 +29,14 @@ class RouterSums:
     """Sums over tokens by layer and expert.
 
     Attributes:
-        tokens: how many were counted.
+        tokens: tokens counted.
         choices: how often each expert was chosen.
-        probs: of the probabilities that the router gives each expert before it chooses: softmax of
-            the logits, or for sigmoid routers the sigmoids divided by their sum.
-        importance: of the weights with which the experts' outputs were added.
-        load: of the probabilities that an expert is chosen when its own noise is drawn again; with
-            no noise, `choices`, which has no gradient.
-        squared_logsumexp: of logsumexp(logits)².
+        probs: sum of the probabilities that the router gives each expert before it chooses: softmax
+            of the logits, or for sigmoid routers the sigmoids divided by their sum.
+        importance: sum of the weights with which the experts' outputs were added.
+        load: sum of the probabilities that an expert is chosen when its own noise is drawn again;
+            with no noise, `choices`, which has no gradient.
+        squared_logsumexp: sum of logsumexp(logits)².
     """
 
     tokens: Float[Tensor, ""]
@@ -70,6 +65,7 @@ class RouterSums:
         """
         totals = []
         for value in self._values():
+            # all_reduce has no gradient: the sum's value, with the gradient of the own part
             total = value.detach().clone()
             dist.all_reduce(total, group=group)
             totals.append(total + (value - value.detach()))
@@ -95,9 +91,9 @@ def router_sums(
     """Sum what the routers did over the tokens that count.
 
     Args:
-        logits: by which the experts were chosen.
-        weights: of the chosen experts.
-        chosen: their indices.
+        logits: logits by which the experts were chosen.
+        weights: weights of the chosen experts.
+        chosen: indices of the chosen experts.
         score: how the router turns logits into weights.
         mask: True for the tokens that count; None if all do.
         choice_probs: see `noisy_gate.choice_probs`; None without noise.
@@ -126,10 +122,8 @@ def router_sums(
 
 
 def squared_variation(values: Float[Tensor, "layers experts"]) -> Float[Tensor, " layers"]:
-    """Return CV² = var / (mean² + 1e-10) over the experts, 0 where all are equal.
-
-    var is that of the experts there are (divided by E, not by E - 1).
-    """
+    """Return CV² = var / (mean² + 1e-10) over the experts, 0 where all are equal."""
+    # these are all experts and no sample of them, so var divides by E
     return values.var(-1, correction=0) / (values.mean(-1).square() + 1e-10)
 
 
@@ -155,6 +149,7 @@ def switch_loss(sums: RouterSums) -> Float[Tensor, ""]:
     no loss, take the P_e of DeepSeek-V3 (arXiv 2412.19437, equations 17-20).
     """
     num_experts = sums.probs.shape[-1]
+    # f is a count and has no gradient; tokens may be 0 on a worker whose batch is all padding
     mean_probs = sums.probs / sums.tokens.clamp(min=1)
     return num_experts * (sums.shares().detach() * mean_probs).sum(-1).mean()
 

@@ -1,10 +1,10 @@
 """An implementation of transformers' expert layers that keeps little for the backward pass.
 
 `grouped_mm` keeps, of every token, a copy of its hidden state for each expert that was chosen, and
-each expert's output: with 32 of 64 experts chosen that is 64 hidden states a token and layer, far
-more than all the rest of the layer. Kept here are the hidden states once, the products with the
-gate and up matrices (which are narrow where experts are small), the weights and the choice. The
-copies are gathered again in the backward pass; no product is computed twice.
+each expert's output: with 32 of 64 experts chosen that is 64 hidden states a token and layer. Kept
+here are the hidden states once, the products with the gate and up matrices (which are narrow where
+experts are small), the weights and the choice. The copies are gathered again in the backward pass;
+no product is computed twice.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def register() -> str:
 def can_run(experts: Any) -> bool:
     """Say whether a module of experts is of the kind that this file computes.
 
-    Not: biases, another layout, no gate, a norm behind the experts, experts on several processes,
-    rows that are no multiple of 16 bytes, which torch's grouped product refuses, and GPUs before
-    NVIDIA's Ampere, which it does not know.
+    It must be `is_plain`, with rows of a multiple of 16 bytes, which torch's grouped product wants.
     """
     weight = experts.gate_up_proj
     widths = weight.shape[1:] + experts.down_proj.shape[2:]
+    # torch's grouped product does not know GPUs before NVIDIA's Ampere
     if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
     return is_plain(experts) and all(width % 8 == 0 for width in widths)
@@ -73,12 +72,15 @@ def lean_experts(
     if not can_run(experts):
         loop = type(experts).forward.__wrapped__
         return loop(experts, hidden_states, top_k_index, top_k_weights)
+    # stable, so that an expert's rows, and with them its sums, are always in the same order
     chosen, order = top_k_index.reshape(-1).sort(stable=True)
     experts_at = torch.arange(experts.num_experts + 1, device=chosen.device)
     starts = torch.searchsorted(chosen, experts_at)
     rows, ends = torch.arange(len(order), device=order.device), starts[1:]
     tokens, weights = order // top_k_index.shape[1], top_k_weights.reshape(-1)[order]
-    if _rounds_rows(hidden_states):
+    is_real = not isinstance(hidden_states, FakeTensor)  # a dry run does not know who chose whom
+    on_cpu = hidden_states.device.type == "cpu"
+    if is_real and on_cpu and _computes_in(hidden_states) == torch.bfloat16:
         counts = starts.diff()
         rounded = -(counts // -_ROUND_ROWS) * _ROUND_ROWS
         rows += (rounded - counts).cumsum(0)[chosen]  # the empty ones come first
@@ -99,11 +101,6 @@ def lean_experts(
     )
 
 
-def _rounds_rows(hidden: Tensor) -> bool:
-    is_real = not isinstance(hidden, FakeTensor)  # a dry run does not know who chose whom
-    return is_real and hidden.device.type == "cpu" and _computes_in(hidden) == torch.bfloat16
-
-
 def _computes_in(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -112,8 +109,8 @@ def _computes_in(hidden: Tensor) -> torch.dtype:
 class _Experts(torch.autograd.Function):
     """Rows are pairs of a token and an expert, sorted by expert.
 
-    `tokens` says whose each row is, `places` where each token's rows are. A row of no pair has the
-    weight 0, with which nothing comes of it, forward or backward.
+    `tokens` says whose each row is, `places` where each token's rows are. A padding row has the
+    weight 0, so that it adds nothing, forward or backward.
     """
 
     @staticmethod
@@ -159,13 +156,5 @@ class _Experts(torch.autograd.Function):
             del rows
             hidden_grad = F.grouped_mm(products_grad, gate_up.to(dtype), offs=offsets)
             hidden_grad = hidden_grad[places].sum(1)  # always in the same order
-        return (
-            hidden_grad.to(hidden.dtype),
-            gate_up_grad.to(gate_up.dtype),
-            down_grad.to(down.dtype),
-            weights_grad,
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = hidden_grad.to(hidden.dtype), gate_up_grad.to(gate_up.dtype)
+        return *grads, down_grad.to(down.dtype), weights_grad, *[None] * 4

@@ -1,12 +1,11 @@
 """The noisy gate of the sparsely-gated MoE, as a part of training that never leaves it.
 
 Source: Shazeer et al. (arXiv 1701.06538), section 2.1 and appendix A; LLaMA-MoE (arXiv 2406.16554)
-trains with it. The noise is learned by matrices of the trainer's own, which belong into the
-trainer's state; a native router stays as it is on disk and routes without noise at inference.
+trains with it. The matrices that learn the noise belong to the trainer's state; a native router
+stays as it is on disk and routes without noise at inference.
 
 At the start W_noise = 0, so the noise has the standard deviation ln 2 + 0.01 = 0.70 in every logit.
-That is made for a router of the usual scale. The logits that `convert` fits differ by about 0.01,
-so that the experts' weights stay nearly equal: they drown in it, and need a smaller `scale`.
+The logits that `convert` fits differ by about 0.01 only: they need a smaller `scale`.
 """
 
 from __future__ import annotations
@@ -26,16 +25,15 @@ _EDGE = 1e-6
 
 
 class NoisyGate(nn.Module):
-    """W_noise of every router; `training.router_trace.RouterTrace` puts it to work.
+    """W_noise of every router; `RouterTrace` puts it to work.
 
     Args:
-        routers: of the model, layer by layer.
+        routers: router modules, layer by layer.
         scale: factor on the noise. 1 is the papers'; for other routers, about the standard
             deviation of their logits over the experts.
 
     Raises:
-        ArchitectureError: a router that chooses groups of experts first, which no formula here
-            covers; moefy writes none.
+        ArchitectureError: a router chooses groups of experts first; moefy writes none such.
     """
 
     def __init__(self, routers: list[Any], *, scale: float = 1.0) -> None:
@@ -60,17 +58,28 @@ class NoisyGate(nn.Module):
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.scale * (F.softplus(raw) + _LEAST_STD)
 
+    def noisy(
+        self,
+        layer_idx: int,
+        router: Any,
+        inputs: Float[Tensor, "tokens hidden"],
+        clean: Float[Tensor, "tokens experts"],
+    ) -> tuple[Float[Tensor, "tokens experts"], Float[Tensor, "tokens experts"]]:
+        """Return noisy logits and the probability that each expert is chosen."""
+        std = self.std(layer_idx, inputs)
+        clean = clean.to(std.dtype)
+        noisy = clean + torch.randn_like(clean) * std
+        bias = getattr(router, "e_score_correction_bias", None)
+        probs = choice_probs(clean, noisy, std, active=router.top_k, selection_bias=bias)
+        return noisy, probs
+
 
 def choose(
     router: Any, logits: Float[Tensor, "tokens experts"], score: RouterScore
 ) -> tuple[Float[Tensor, "tokens active"], Int[Tensor, "tokens active"]]:
     """Return weights and indices of the k experts that a native router chooses for given logits.
 
-    Args:
-        router: a router module of mixtral, granitemoe(shared), qwen3_moe or glm4_moe, for its
-            settings alone.
-        logits: to choose by.
-        score: how the router turns logits into weights.
+    The router module, of any target, is asked for its settings alone.
     """
     probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     by = logits if score == "softmax" else probs + router.e_score_correction_bias
@@ -98,18 +107,20 @@ def choice_probs(
 
     Args:
         clean: logits without noise.
-        noisy: the same with it.
-        std: of the noise.
+        noisy: the same logits with noise.
+        std: standard deviation of the noise.
         active: k.
-        selection_bias: of a sigmoid router, which chooses by sigmoid(logit) + bias; None where the
-            logits decide.
+        selection_bias: bias of a sigmoid router, which chooses by sigmoid(logit) + bias; None where
+            the logits decide.
     """
     if active == clean.shape[-1]:
         return torch.ones_like(clean)
     by = noisy if selection_bias is None else noisy.sigmoid() + selection_bias
+    # the k-th largest of the others is the (k+1)-th of all for an expert that is chosen itself
     top = by.topk(active + 1, dim=-1).values
     kth, next_one = top[:, -2:-1], top[:, -1:]
     threshold = torch.where(by >= kth, next_one, kth)
     if selection_bias is not None:
+        # back from scores to logits; outside (0, 1) the choice is certain
         threshold = (threshold - selection_bias).clamp(_EDGE, 1 - _EDGE).logit()
     return torch.special.ndtr((clean - threshold) / std)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from moefy.checkpoint.targets import TARGETS
 from moefy.experts.balance import RouterSums, router_sums
 from moefy.experts.hooks import ForwardHooks
-from moefy.experts.noisy_gate import NoisyGate, choice_probs, choose
+from moefy.experts.noisy_gate import NoisyGate, choose
 
 
 def routers_of(model: Any) -> list[Any]:
@@ -23,14 +22,13 @@ def routers_of(model: Any) -> list[Any]:
     return [router for router in routers if router is not None]
 
 
-@dataclass(frozen=True)
-class _Routed:
-    """One router's last pass: what it chose by, how, and with noise also how surely."""
+class _Routed(NamedTuple):
+    """One router's last pass; `choice_probs` with noise alone."""
 
-    logits: Float[Tensor, "tokens experts"]
-    weights: Float[Tensor, "tokens active"]
-    chosen: Int[Tensor, "tokens active"]
-    choice_probs: Float[Tensor, "tokens experts"] | None
+    logits: Tensor  # [tokens, experts]
+    weights: Tensor  # [tokens, active]
+    chosen: Tensor  # [tokens, active]
+    choice_probs: Tensor | None  # [tokens, experts]
 
 
 class RouterTrace(ForwardHooks):
@@ -62,13 +60,8 @@ class RouterTrace(ForwardHooks):
 
     def runs(self) -> Bool[Tensor, "layers tokens experts"]:
         """Return which experts ran for which token in the last pass."""
-        layers = [self._routed[layer_idx] for layer_idx in sorted(self._routed)]
-        return torch.stack(
-            [
-                torch.zeros_like(layer.logits, dtype=torch.bool).scatter_(-1, layer.chosen, True)
-                for layer in layers
-            ]
-        )
+        logits, _, chosen, _ = self._stacked()
+        return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
 
     def sums(self, mask: Bool[Tensor, "batch sequence"] | None = None) -> RouterSums | None:
         """Return the last pass's sums over tokens, with gradients; None for a dense model.
@@ -76,18 +69,21 @@ class RouterTrace(ForwardHooks):
         Args:
             mask: True for the tokens that count, as `attention_mask.bool()`; None if all do.
         """
-        layers = [self._routed[layer_idx] for layer_idx in sorted(self._routed)]
-        if not layers:
+        if not self._routed:
             return None
-        probs = [layer.choice_probs for layer in layers if layer.choice_probs is not None]
+        logits, weights, chosen, probs = self._stacked()
+        tokens = None if mask is None else mask.reshape(-1)
         return router_sums(
-            torch.stack([layer.logits for layer in layers]),
-            torch.stack([layer.weights for layer in layers]),
-            torch.stack([layer.chosen for layer in layers]),
-            score=self._score,
-            mask=None if mask is None else mask.reshape(-1),
-            choice_probs=torch.stack(probs) if probs else None,
+            logits, weights, chosen, score=self._score, mask=tokens, choice_probs=probs
         )
+
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return what was noted, layers first; a backward pass notes them in another order."""
+        logits, weights, chosen, probs = zip(
+            *(self._routed[layer_idx] for layer_idx in sorted(self._routed)), strict=True
+        )
+        noisy = None if probs[0] is None else torch.stack(probs)
+        return torch.stack(logits), torch.stack(weights), torch.stack(chosen), noisy
 
     def _hook(self, layer_idx: int) -> Callable[..., tuple[Tensor, ...] | None]:
         def note(
@@ -96,25 +92,13 @@ class RouterTrace(ForwardHooks):
             logits, weights, chosen = outputs
             probs = None
             is_noisy = self._noise is not None and router.training
-            if is_noisy:
-                hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
-                logits, probs = self._noisy(layer_idx, router, hidden, logits)
+            if self._noise is not None and is_noisy:
+                hidden = inputs[0].reshape(-1, inputs[0].shape[-1])  # [tokens, hidden]
+                logits, probs = self._noise.noisy(layer_idx, router, hidden, logits)
                 weights, chosen = choose(router, logits, self._score)
                 weights = weights.to(outputs[1].dtype)
-            if layer_idx not in self._routed:
-                self._routed[layer_idx] = _Routed(logits, weights, chosen, probs)
+            # a layer that is computed again for the backward pass must not be counted again
+            self._routed.setdefault(layer_idx, _Routed(logits, weights, chosen, probs))
             return (logits, weights, chosen) if is_noisy else None
 
         return torch.compiler.disable(note)  # or every layer would be compiled by itself
-
-    def _noisy(
-        self, layer_idx: int, router: Any, inputs: Tensor, clean: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return noisy logits and the probability that each expert is chosen."""
-        assert self._noise is not None
-        std = self._noise.std(layer_idx, inputs)
-        clean = clean.to(std.dtype)
-        noisy = clean + torch.randn_like(clean) * std
-        bias = getattr(router, "e_score_correction_bias", None)
-        probs = choice_probs(clean, noisy, std, active=router.top_k, selection_bias=bias)
-        return noisy, probs

@@ -23,10 +23,8 @@ def shifted_bias(
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
 
     Args:
-        bias: of this step, added to the scores when the experts are chosen.
-        choices: how often each expert was chosen in the step's whole batch, over all workers and
-            passes (`RouterSums.choices`): the sums are additive, so it does not matter how the
-            batch was cut.
+        bias: biases of this step, added to the scores when the experts are chosen.
+        choices: `RouterSums.choices` of the step's whole batch, over all workers and passes.
         rate: γ, in units of the score.
     """
     return bias - rate * (choices - choices.mean(-1, keepdim=True)).sign()
@@ -35,12 +33,9 @@ def shifted_bias(
 class SelectionBias:
     """The selection biases of a native MoE, which are part of its checkpoint.
 
-    Args:
-        model: its routers must have the bias.
-
     Raises:
-        UsageError: they have none. Trained with a bias that the model folder cannot hold, the
-            router would choose other experts wherever the model is loaded.
+        UsageError: the model's routers have none. Trained with a bias that the model folder cannot
+            hold, the router would choose other experts wherever the model is loaded.
     """
 
     def __init__(self, model: Any) -> None:

@@ -1,9 +1,8 @@
 """An implementation of transformers' expert layers that decodes faster on a CPU.
 
-Transformers' own are written for accelerators. To compute one token on a CPU, `eager` spends its
-time on finding out which token goes where, `grouped_mm` calls a matrix product for every expert,
-chosen or not, and `batched_mm` copies the chosen experts' weights. Here each chosen expert is
-multiplied where it lies. Use it with
+For one token on a CPU, transformers' `eager` spends its time on finding out which token goes where,
+`grouped_mm` calls a matrix product for every expert, chosen or not, and `batched_mm` copies the
+chosen experts' weights. Here each chosen expert is multiplied where it lies. Use it with
 
     from moefy.experts.views import register
     model = AutoModelForCausalLM.from_pretrained(FOLDER, experts_implementation=register())
@@ -32,11 +31,7 @@ def register() -> str:
 
 
 def is_plain(experts: Any) -> bool:
-    """Say whether a layer's experts are gated, in rows, without biases or norms, all in one place.
-
-    Args:
-        experts: transformers' module.
-    """
+    """Say whether experts are gated, in rows, without biases or norms, all on one device."""
     return (
         experts.has_gate
         and not experts.has_bias
@@ -54,15 +49,8 @@ def expert_views(
 ) -> Float[Tensor, "tokens hidden"]:
     """Return Σ_i w_i · down_e(act(gate_e(x)) · up_e(x)), e the i-th expert chosen for x.
 
-    For one token; several at once are left to transformers' `grouped_mm`, which is as fast there.
-    Differentiable. Works for every architecture that moefy writes.
-
-    Args:
-        experts: transformers' module with `gate_up_proj` [experts, 2·size, hidden] and `down_proj`
-            [experts, hidden, size].
-        hidden_states: x.
-        top_k_index: e.
-        top_k_weights: w.
+    Differentiable. Works for every architecture that moefy writes. The arguments are those of
+    `lean.lean_experts`.
 
     Raises:
         ArchitectureError: the experts have biases, another layout, no gate, or lie on several
@@ -76,7 +64,7 @@ def expert_views(
         )
     from transformers.integrations.moe import grouped_mm_experts_forward
 
-    if len(hidden_states) > 1:
+    if len(hidden_states) > 1:  # as fast there
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     gate_up, down, x = experts.gate_up_proj, experts.down_proj, hidden_states
     chosen = top_k_index[0].tolist()
