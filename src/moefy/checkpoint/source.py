@@ -121,15 +121,15 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
 
 def _license(folder: Path) -> dict[str, str]:
     """Return the license keys of the YAML that a folder's README.md may begin with."""
+    from huggingface_hub import metadata_load
+
     readme = folder / "README.md"
-    text = readme.read_text(errors="replace") if readme.is_file() else ""
-    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     try:
-        values = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+        values = (metadata_load(readme) if readme.is_file() else None) or {}
+    except (ValueError, yaml.YAMLError):  # a README may hold anything
         return {}
     keys = ("license", "license_name", "license_link")
-    return {key: str(values[key]) for key in keys if isinstance(values, dict) and key in values}
+    return {key: str(values[key]) for key in keys if key in values}
 
 
 def _builtin_folder() -> Path:
