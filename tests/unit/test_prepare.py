@@ -22,6 +22,7 @@ from tests.conftest import byte_tokenizer
 import moefy
 from moefy.cli import main
 from moefy.data import files, part
+from moefy.data import prepare as prepare_module
 from moefy.data.domains import documents_of, is_held_out, open_domains
 from moefy.data.packing import pack
 from moefy.data.prepare import gather, prepare_part
@@ -456,7 +457,10 @@ def test_a_missing_filter_package(
 
 
 def test_parts_give_the_tokens_of_one_run(
-    tmp_path: Path, tokenizer: Path, run: Callable[..., TokenShards]
+    tmp_path: Path,
+    tokenizer: Path,
+    run: Callable[..., TokenShards],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = tmp_path / "data"
     for number in range(3):
@@ -469,7 +473,17 @@ def test_parts_give_the_tokens_of_one_run(
         gather(tmp_path / "parts")
     for rank in (1, 3):
         prepare_part(data, tmp_path / "parts", rank, 5, tokenizer=tokenizer)
+    assert prepare_part(data, tmp_path / "parts", 1, 5, tokenizer=tokenizer) == 0  # done already
+    with pytest.raises(OutputError, match="holds a finished corpus"):
+        prepare_part(data, tmp_path / "parts", 1, 5, tokenizer=tokenizer, shard_tokens=9)
+    with monkeypatch.context() as patch:  # stopped when the shards are moved
+        patch.setattr(prepare_module, "replace_file", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gather(tmp_path / "parts")
+    with pytest.raises(CorpusError, match=r"is no prepared corpus|unfinished"):
+        TokenShards(tmp_path / "parts")
     gather(tmp_path / "parts")
+    assert not (tmp_path / "parts.parts").exists()
     parts = TokenShards(tmp_path / "parts")
     for domain in ("code", "web"):
         assert len(parts.record["domains"]["web"]["shards"]) > 2

@@ -26,15 +26,10 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """A whole conversation.
+    """A whole conversation."""
 
-    Attributes:
-        where: file and line, or dataset and row.
-        messages: possibly a system message, then user and assistant in turn.
-    """
-
-    where: str
-    messages: list[Message]
+    where: str  # file and line, or dataset and row
+    messages: list[Message]  # possibly a system message, then user and assistant in turn
 
     @property
     def is_held_out(self) -> bool:
@@ -81,6 +76,7 @@ def _messages_of(record: Any) -> list[Message]:
             + ", ".join(sorted(map(repr, record)))
         )
     messages = [_message(number, turn) for number, turn in enumerate(turns, start=1)]
+    # Only then is every answer one to a question, which is what the loss is taken on.
     num_system = int(messages[0]["role"] == "system")
     for place, message in enumerate(messages[num_system:], start=1 + num_system):
         expected = "user" if (place - num_system) % 2 else "assistant"
@@ -94,6 +90,7 @@ def _messages_of(record: Any) -> list[Message]:
 def _message(number: int, turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"message {number} is not a JSON object")
+    # A turn in OpenAI's form, else in ShareGPT's.
     speaker = turn.get("role", turn.get("from"))
     text = turn.get("content", turn.get("value"))
     if not (isinstance(speaker, str) and speaker in _ROLES):
@@ -103,7 +100,7 @@ def _message(number: int, turn: Any) -> Message:
     if not text.strip():
         raise ValueError(f"message {number} is empty")
     try:
-        text.encode()
+        text.encode()  # JSON can hold half of a surrogate pair, which no tokenizer takes
     except UnicodeEncodeError as error:
         raise ValueError(f"message {number} is no valid Unicode ({error.reason})") from error
     return {"role": _ROLES[speaker], "content": text}

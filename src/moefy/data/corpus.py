@@ -69,6 +69,8 @@ def open_corpus(
         documents = documents_of(domains[name], side)
         return pack(documents, tokenizer, sequence_length=sequence_length, max_windows=count)
 
+    # Training text is tokenised now, because the mixture needs the numbers of sequences; held-out
+    # text only when a run asks for it.
     windows: dict[str, Windows] = {}
     digest = hashlib.sha256()
     for done, name in enumerate(domains):

@@ -45,6 +45,7 @@ def sources(*, report: ProgressFn = silent) -> dict[str, Callable[[], Iterator[s
     }
 
 
+# A scene heading or an empty module teaches nothing and would shift the held-out split.
 def _long_enough(reader: Callable[[Path], Iterator[str]], archive: Path) -> Iterator[str]:
     return (text for text in reader(archive) if len(text) >= _MIN_CHARACTERS)
 

@@ -9,23 +9,16 @@ from moefy.data.conversations import Conversation
 from moefy.data.template import ChatTemplate, assistant_spans
 from moefy.progress import Progress, ProgressFn, silent
 
-IGNORED = -100
-"""The label of a token without loss, as transformers and TRL have it."""
+IGNORED = -100  # the label of a token without loss, as transformers and TRL have it
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation's tokens.
-
-    Attributes:
-        ids: token ids.
-        labels: the same where the assistant speaks, elsewhere IGNORED.
-        is_cut: whether the conversation is longer.
-    """
+    """One conversation's tokens."""
 
     ids: list[int]
-    labels: list[int]
-    is_cut: bool
+    labels: list[int]  # the same ids where the assistant speaks, elsewhere IGNORED
+    is_cut: bool  # the conversation is longer
 
 
 def make_examples(

@@ -117,6 +117,7 @@ def encode_table(rows: Iterable[dict[str, Any]], name: str, keys: list[str]) -> 
     Raises:
         CorpusError: the table has no such column.
     """
+    # A dataset may hold images or long annotations beside the text: they are not encoded.
     columns = sorted({key.partition(".")[0] for key in keys})
     for row in rows:
         if missing := [column for column in columns if column not in row]:
@@ -138,7 +139,7 @@ def _opened(file: Path, meter: Meter) -> Iterator[io.BufferedReader]:
             # These notice a file that is cut off, and never expand more than is asked for.
             decompressed = COMPRESSED.get(file.suffix.lower(), lambda raw: raw)(raw)
             content = io.BufferedReader(decompressed, _BLOCK_BYTES)
-            start = content.peek()
+            start = content.peek()  # does not move the position
             for magic, what in _NOT_TEXT.items():
                 if start.startswith(magic):
                     raise CorpusError(f"{file} is {what}")

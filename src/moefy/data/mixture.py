@@ -64,38 +64,24 @@ class Batch:
 class MixtureState:
     """Where a mixture stands; plain values, so that `json` keeps it exactly.
 
-    The weights before the present ones are not needed: what they did is in the cursors.
-
-    Attributes:
-        step: batches drawn.
-        seed: seed of the run.
-        num_sequences: by domain; a state belongs to one corpus.
-        cursors: by domain, samples drawn.
-        weights: by domain.
-        weights_since_step: the step before which they were set.
+    Earlier weights are not needed: what they did is in the cursors.
     """
 
-    step: int
+    step: int  # batches drawn
     seed: int
-    num_sequences: dict[str, int]
-    cursors: dict[str, int]
+    num_sequences: dict[str, int]  # by domain; a state belongs to one corpus
+    cursors: dict[str, int]  # by domain, samples drawn
     weights: dict[str, float]
-    weights_since_step: int
+    weights_since_step: int  # the step before which they were set
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """One line of the weights' history.
+    """One line of the weights' history, by domain."""
 
-    Attributes:
-        step: batches drawn before; the weights hold from the next one on.
-        weights: by domain.
-        losses, reference: what led to them, nats per token; empty for the weights a run starts
-            with.
-    """
-
-    step: int
+    step: int  # batches drawn before; the weights hold from the next one on
     weights: dict[str, float]
+    # What led to them, nats per token; empty for the weights that a run starts with.
     losses: dict[str, float]
     reference: dict[str, float]
 

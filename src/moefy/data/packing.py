@@ -12,9 +12,6 @@ from tokenizers import Tokenizer
 
 from moefy.errors import CorpusError
 
-_DOCUMENTS_AT_ONCE = 64
-_CHARACTERS_AT_ONCE = 1 << 20
-
 
 def encode_documents(backend: Tokenizer, eos: int | None, documents: list[str]) -> list[int]:
     """Return the ids of documents, one after another, each with the end-of-text token behind it.
@@ -34,11 +31,7 @@ def encode_documents(backend: Tokenizer, eos: int | None, documents: list[str]) 
 
 
 def backend_of(tokenizer: Any, name: str) -> Tokenizer:
-    """Return the tokenizers library's part of a transformers tokenizer.
-
-    Raises:
-        CorpusError: it is a slow tokenizer.
-    """
+    """Return the fast part of a transformers tokenizer; a CorpusError if it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CorpusError(f"the tokenizer of {name} is no fast one: save it with a tokenizer.json")
@@ -64,20 +57,9 @@ def pack(
     """
     backend = backend_of(tokenizer, tokenizer.name_or_path)
     ids: list[int] = []
-    while len(ids) < max_windows * sequence_length and (batch := _batch(documents)):
+    # A few at a time: the encodings of a batch take many times the memory of its text.
+    while len(ids) < max_windows * sequence_length and (batch := list(islice(documents, 16))):
         ids += encode_documents(backend, tokenizer.eos_token_id, batch)
     num_windows = min(len(ids) // sequence_length, max_windows)
     flat = np.array(ids[: num_windows * sequence_length], dtype=np.int64)
     return flat.reshape(num_windows, sequence_length)
-
-
-def _batch(documents: Iterator[str]) -> list[str]:
-    """Take the next documents, few where they are long: all their encodings are in memory."""
-    batch: list[str] = []
-    num_characters = 0
-    for document in islice(documents, _DOCUMENTS_AT_ONCE):
-        batch.append(document)
-        num_characters += len(document)
-        if num_characters > _CHARACTERS_AT_ONCE:
-            break
-    return batch

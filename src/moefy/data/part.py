@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moefy.checkpoint.load import load_tokenizer
-from moefy.checkpoint.source import BUILTIN, resolve
+from moefy.checkpoint.source import BUILTIN, is_hub_name, resolve
 from moefy.data.files import Meter
 from moefy.data.packing import backend_of
 from moefy.data.pool import TokeniserPool
@@ -99,7 +98,7 @@ class Part:
         backend = backend_of(loaded, str(tokenizer))
         self._tokeniser = Tokeniser(backend, described["eos"], self._dtype.str, recipe)
         if recipe.filter == "gopher":
-            gopher()
+            gopher()  # a missing package is told now, and not by the first worker
         sources = find_sources(
             data, text_key=recipe.text_key, domain_key=recipe.domain_key, report=report
         )
@@ -109,7 +108,7 @@ class Part:
         first, last = (share * len(sources) // num_parts for share in (rank, rank + 1))
         self._sources = sources[first:last]
         sizes = [source.num_bytes for source in self._sources]
-        self._total_bytes = sum(sizes) if all(sizes) else 0
+        self._total_bytes = sum(sizes) if all(sizes) else 0  # nobody knows the size of a stream
         listing = json.dumps([(source.name, source.num_bytes) for source in self._sources])
         self.identity = {
             "moefy": version("moefy"),
@@ -195,13 +194,13 @@ class Part:
                     "--domain-key?"
                 )
             now = time.perf_counter()
-            start_bytes = lines.read_bytes if start_bytes is None else start_bytes
             note = f"{(journal.tokens - tokens) / (now - started):,.0f} tokens/s"
-            if self._total_bytes and lines.read_bytes > start_bytes:
-                share = (self._total_bytes - lines.read_bytes) / (lines.read_bytes - start_bytes)
-                note += f", {timedelta(seconds=round(share * (now - started)))} left"
-            total = self._total_bytes or lines.read_bytes + 1
-            self._report(Progress("prepare", lines.read_bytes, total, note))
+            read = lines.read_bytes
+            start_bytes = read if start_bytes is None else start_bytes
+            if self._total_bytes and read > start_bytes:
+                left_s = (self._total_bytes - read) / (read - start_bytes) * (now - started)
+                note += f", {timedelta(seconds=round(left_s))} left"
+            self._report(Progress("prepare", read, self._total_bytes or read + 1, note))
             if now - committed >= _COMMIT_EVERY_S:
                 _commit(journal, writer)
                 committed = time.perf_counter()
@@ -275,11 +274,9 @@ def _commit(journal: Journal, writer: TokenWriter) -> None:
 
 
 def _load_tokenizer(model: str | Path, report: ProgressFn) -> Any:
-    """Load a tokenizer; of a hub's model nothing else is fetched."""
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not Path(model).exists()
-    if not is_on_hub or str(model).endswith(".gguf"):
+    if not is_hub_name(model):
         return load_tokenizer(resolve(model, report=report))
-    try:
+    try:  # the tokenizer alone, and not the gigabytes of a model on the hub
         return load_tokenizer(Path(model))
     except CheckpointError as error:
         raise CheckpointError(

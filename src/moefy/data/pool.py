@@ -17,7 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Any
+from typing import Any
 
 from moefy.data.tokenise import Lines, Tokenised, Tokeniser
 from moefy.errors import MoefyError
@@ -30,6 +30,7 @@ class TokeniserPool:
 
     def __init__(self, count: int, tokeniser: Tokeniser) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
+        # One process per core is asked for, so none of them may start threads of its own.
         one_core = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self._processes = [
             subprocess.Popen(
@@ -54,6 +55,7 @@ class TokeniserPool:
             MoefyError: a process was killed.
         """
         pending: deque[tuple[Lines, Future[Tokenised]]] = deque()
+        # Far enough ahead that no process waits, near enough that memory stays bounded.
         for lines in source:
             pending.append((lines, self._threads.submit(self._ask, lines)))
             if len(pending) > _AHEAD * len(self._processes):
@@ -85,8 +87,7 @@ class TokeniserPool:
         return reply
 
 
-def _send(value: Any, pipe: IO[bytes] | None) -> None:
-    assert pipe is not None
+def _send(value: Any, pipe: Any) -> None:
     pickle.dump(value, pipe, pickle.HIGHEST_PROTOCOL)
     pipe.flush()
 

@@ -30,20 +30,12 @@ _MAX_EXAMPLES = 20
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did.
+    """What `prepare` did."""
 
-    Attributes:
-        folder: the corpus; `TokenShards(folder)` reads it.
-        record: what its moefy.json says.
-        tokens: written by this call; fewer than in the record after a restart.
-        workers: processes that tokenised.
-        elapsed_s: seconds of this call.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-    tokens: int
-    workers: int
+    folder: Path  # the corpus; `TokenShards(folder)` reads it
+    record: dict[str, Any]  # what its moefy.json says
+    tokens: int  # written by this call; fewer than in the record after a restart
+    workers: int  # processes that tokenised
     elapsed_s: float
 
     @property
@@ -119,7 +111,7 @@ def prepare_part(
     Arguments and errors are those of `prepare`; the data must be files, and no stream.
     """
     choice = PrepareRecipe.build(recipe, **settings)
-    if is_prepared(out):
+    if is_prepared(out):  # `gather` would refuse it only when all the work is done
         raise OutputError(f"{out} is a whole corpus already: use it, or choose another folder")
     part = Part(data, choice, tokenizer, rank=rank, num_parts=num_parts, report=report)
     folder = _parts_of(out) / f"part-{rank:05d}-of-{num_parts:05d}"
@@ -149,6 +141,7 @@ def gather(out: str | Path) -> dict[str, Any]:
     with _corpus_folder(out) as run, storage_errors(run.out):
         run.begin({"parts": hashlib.sha256(joined).hexdigest()})
         shutil.copyfile(next(iter(records)) / "recipe.yaml", run.work / "recipe.yaml")
+        # Moved and not copied: a corpus of terabytes has no room for two.
         for source, name in moves:
             (run.work / name).parent.mkdir(exist_ok=True)
             if source.exists():  # else a call before this one moved it
@@ -201,6 +194,7 @@ def _finished_parts(folder: Path) -> list[Path]:
             f"{folder}: {len(missing)} of {num_parts} parts are not finished "
             f"({', '.join(missing[:10])}), or there are parts of another run: run these again"
         )
+    # Each part has files of its own; all else must be the same.
     identities = [marker.identity | {"files": None} for marker in markers if marker]
     for part, identity in zip(folders, identities, strict=True):
         if identity != identities[0]:

@@ -27,23 +27,14 @@ _UNITS = {".jsonl": "line", ".json": "record", ".txt": "paragraph"}
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one stream that is read as if it were a file.
+    """One file, or one stream that is read as if it were a file."""
 
-    Attributes:
-        name: path inside the corpus, or the stream's name.
-        path: what a person finds it by.
-        unit: word for one of its records: "line", "row".
-        domain: domain of all its records; None where each record says.
-        num_bytes: size on disk; 0 for a stream.
-        read: returns the JSON lines and feeds the meter.
-    """
-
-    name: str
-    path: str
-    unit: str
-    domain: str | None
-    num_bytes: int
-    read: Callable[[Meter], Iterator[bytes]]
+    name: str  # path inside the corpus, or the stream's name
+    path: str  # what a person finds it by
+    unit: str  # what messages call one of its records: "line", "row"
+    domain: str | None  # of all its records; None where each record says
+    num_bytes: int  # size on disk; 0 for a stream
+    read: Callable[[Meter], Iterator[bytes]]  # returns the JSON lines and feeds the meter
 
     def records(self) -> Iterator[tuple[str, bytes]]:
         """Iterate over the lines that are not blank, each with its place for messages."""
@@ -91,7 +82,7 @@ def find_sources(
             f"{path} does not exist; the text is a file ({READABLE}), a folder of <domain>.jsonl "
             f"files or of <domain>/ folders with files, {HUB}DATASET, or {DEMO}"
         )
-    files = _files(path, FORMS if text_key else FORMS[:-1])
+    files = _files(path, FORMS if text_key else FORMS[:-1])  # no conversation is a .txt file
     found: list[tuple[str | None, Path]] = [(None, file) for file in files]
     if text_key and not domain_key:
         _refuse_one_stream(files[0])
@@ -165,6 +156,7 @@ def _by_domain(path: Path, files: list[Path]) -> list[tuple[str | None, Path]]:
     """Name each file's domain: its stem, or the folder of the corpus that it lies in."""
     found: dict[str, list[Path]] = {}
     for file in files:
+        # Files of one folder are one domain, but a file beside a folder of its name is a mistake.
         is_alone = file == path or file.parent == path
         stem = file.name[: file.name.lower().rindex(form_of(file))]
         name = stem if is_alone else file.relative_to(path).parts[0]

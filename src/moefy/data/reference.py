@@ -47,6 +47,7 @@ def published_reference(
         CorpusError: the corpus does not have SlimPajama's seven domains.
     """
     billions = num_parameters / 1e9
+    # Model sizes are compared by their ratio, as scaling laws do.
     size = min(_PUBLISHED, key=lambda row: abs(math.log(row / billions)))
     sizes = ", ".join(f"{row}B" for row in _PUBLISHED)
     instead = "take the dense model's own losses (reference_losses: dense) or a file"

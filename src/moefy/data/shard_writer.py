@@ -18,15 +18,12 @@ class TokenWriter:
     Args:
         folder: where `<domain>/<side>-NNNNN.bin` are written.
         shard_bytes: size of a full shard.
-        sizes: bytes by stream at the last commit; what the files hold beyond that is cut off.
-
-    Attributes:
-        folder: see above.
-        sizes: bytes by stream, so far.
+        sizes: bytes by stream at the last commit.
     """
 
     def __init__(self, folder: Path, *, shard_bytes: int, sizes: dict[str, int]) -> None:
         self.sizes = dict(sizes)
+        # What was written after the last commit is cut off: its lines will be read again.
         self.folder, self._shard_bytes = folder, shard_bytes
         self._unsynced: set[Path] = set()
         for file in folder.glob("*/*-*.bin"):

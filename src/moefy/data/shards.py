@@ -77,6 +77,7 @@ class TokenShards:
             raise IndexError(f"sequence {idx} of {domain!r}: there are {count} of {length} tokens")
         window = np.empty(length, np.int64)
         first, filled = idx * length, 0
+        # starts[i] is the first token of shard i, counted over the whole stream
         shard_idx = int(np.searchsorted(starts, first, side="right")) - 1
         while filled < length:  # a window may cross from shard to shard
             file = self._files[domain, side][shard_idx]
@@ -145,6 +146,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     if is_prepared(folder):
         return json.loads((folder / RECORD).read_text())
+    # The journal is gone once a run has finished.
     if (folder / JOURNAL).exists():
         raise CorpusError(
             f"{folder} is an unfinished corpus: run its moefy prepare command again, it goes on "

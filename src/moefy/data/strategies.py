@@ -34,19 +34,15 @@ _SHEARED = dict(zip(SLIMPAJAMA, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01)
 
 
 class Strategy(NamedTuple):
-    """A named way to mix domains.
+    """A named way to mix domains, as in LLaMA-MoE (arXiv 2406.16554, section on data sampling).
 
-    Attributes:
-        name: as in LLaMA-MoE (arXiv 2406.16554, section on data sampling).
-        weights: by SlimPajama domain; None means the same for every domain of any corpus. LLaMA's
-            row is the mixture LLaMA was trained on; Sheared's is where Sheared-LLaMA's dynamic
-            loading (arXiv 2310.06694) ended.
-        is_dynamic: whether the weights follow the losses (see `UPDATE_RULES`).
+    LLaMA's weights are the mixture LLaMA was trained on; Sheared's are where Sheared-LLaMA's
+    dynamic loading (arXiv 2310.06694) ended.
     """
 
     name: str
-    weights: Mapping[str, float] | None
-    is_dynamic: bool
+    weights: Mapping[str, float] | None  # None: the same for every domain of any corpus
+    is_dynamic: bool  # the weights follow the losses (see `UPDATE_RULES`)
 
 
 STRATEGIES = (
@@ -77,6 +73,7 @@ def slimpajama_name(domain: str) -> str | None:
 
     `cc`, `common_crawl`, `en_cc` and `RedPajamaCommonCrawl` are all `cc`.
     """
+    # RedPajama's own names, the original code's (en_cc) and everyday spellings.
     plain = domain.casefold().removeprefix("redpajama").removeprefix("en_")
     plain = plain.replace("_", "").replace("-", "")
     plain = _OTHER_SPELLINGS.get(plain, plain)
@@ -90,16 +87,13 @@ def for_domains(
     what: str,
     fix: str = "give every domain of the corpus one value and no other",
 ) -> dict[str, float]:
-    """Give every domain of a corpus its value, whichever name of it was used.
+    """Return values by the names of a corpus, in its order, whichever names they were given by.
 
     Args:
         values: by domain: the corpus's own name, or another name of the same SlimPajama domain.
         domains: the corpus's names.
-        what: names the values in the error, as in "the weights".
+        what: begins the error, as in "the weights".
         fix: ends the error.
-
-    Returns:
-        The values by the corpus's names, in the corpus's order.
 
     Raises:
         CorpusError: a domain has no value or two, or a value belongs to no domain.
@@ -124,6 +118,7 @@ def _key_of(domain: str, values: Mapping[str, float], domains: list[str]) -> str
     same = slimpajama_name(domain)
     if same is None or sum(slimpajama_name(other) == same for other in domains) > 1:
         return None
+    # Two names of one domain (code, github) would leave it open which of the values counts.
     keys = [key for key in values if slimpajama_name(key) == same]
     return keys[0] if len(keys) == 1 else None
 
@@ -159,7 +154,7 @@ def initial_weights(
     for domain, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise CorpusError(f"the weight of {domain!r} is {weight}: give 0 or more")
-    total = math.fsum(weights.values())
+    total = math.fsum(weights.values())  # exact, so that 0.1 ten times over is 1
     if total <= 0:
         raise CorpusError("the domain weights sum to 0: at least one must be positive")
     if normalise:

@@ -22,18 +22,11 @@ _PROBE: list[Message] = [
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How messages become text.
+    """How messages become text."""
 
-    Attributes:
-        name: how messages call it.
-        source: Jinja text that is used, and saved with the model, in place of its own; None where
-            the model's own stays.
-        training: Jinja text for training, where that differs.
-    """
-
-    name: str
-    source: str | None = None
-    training: str | None = None
+    name: str  # for people
+    source: str | None = None  # Jinja text, saved with the model; None: the model's own stays
+    training: str | None = None  # Jinja text for training, where that differs
 
     def render(self, tokenizer: Any, messages: list[Message], *, answer: bool = False) -> str:
         """Return the text of messages.
@@ -123,6 +116,7 @@ def assistant_spans(
         ValueError: the template refuses these messages, or renders them differently when more
             follows.
     """
+    # What follows the last answer cannot be learned from.
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     whole = template.render(tokenizer, messages[: last + 1])
     spans = []
@@ -146,6 +140,7 @@ def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
     Raises:
         ValueError: the template refuses a conversation that begins with the user.
     """
+    # What stands behind an answer: the first special token there ends the turn.
     answer = _PROBE[1]["content"]
     _, _, tail = template.render(tokenizer, _PROBE[:2]).rpartition(answer)
     tokens: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
@@ -164,6 +159,7 @@ def _chatml(tokenizer: Any) -> ChatTemplate:
                 "on ChatML would never stop: pass --chat-template with a file"
             )
         name = f"{CHATML} with {end} for {_END}, which is not in the vocabulary"
+    # The template writes the beginning itself, because rendered text is tokenised without it.
     first = tokenizer("a")["input_ids"][0]
     begins = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
     return ChatTemplate(

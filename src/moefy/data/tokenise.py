@@ -87,6 +87,7 @@ class Tokeniser:
                 done.counts[domain or ""]["broken_lines"] += 1
                 done.broken = [*done.broken, str(error)][:_EXAMPLES]
                 continue
+            # Filtered before it is split: a held-out document has passed the same rules.
             if not text:
                 done.counts[domain]["empty"] += 1
             elif rule := self._filtered(domain, text):
