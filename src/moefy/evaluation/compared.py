@@ -21,17 +21,11 @@ from moefy.progress import Progress, ProgressFn, silent
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One of several models with the same tokenizer.
+    """One of several models with the same tokenizer."""
 
-    Attributes:
-        name: shown in tables.
-        folder: where it lies.
-        config: its config.json.
-    """
-
-    name: str
+    name: str  # shown in tables
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # of config.json
 
     def load(self, report: ProgressFn) -> Any:
         """Return the model in float32 on the device."""

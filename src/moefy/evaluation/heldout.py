@@ -28,23 +28,15 @@ from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
 from moefy.hardware import device, products_in, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 
-Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]
-"""Token ids by domain."""
+Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]  # token ids by domain
 
 
 class WindowMeans(NamedTuple):
-    """Means over the tokens of each window, in float64.
+    """Means over the tokens of each window, in float64; the last two only with a reference."""
 
-    Attributes:
-        loss: −log p of the next token, nats.
-        divergence: KL(reference ‖ model) over all positions, nats; None without a reference.
-        agreement: share of positions where both find the same token the likeliest; None without a
-            reference.
-    """
-
-    loss: Float[Tensor, " windows"]
-    divergence: Float[Tensor, " windows"] | None
-    agreement: Float[Tensor, " windows"] | None
+    loss: Float[Tensor, " windows"]  # −log p of the next token, nats
+    divergence: Float[Tensor, " windows"] | None  # KL(reference ‖ model) at all positions, nats
+    agreement: Float[Tensor, " windows"] | None  # share of positions with the same likeliest token
 
 
 def window_means(
@@ -117,15 +109,10 @@ def heldout_losses(
 
 @dataclass
 class Quality:
-    """What a model predicted on windows of one length, so that a mean of window means is exact.
+    """What a model predicted on windows of one length: a mean over windows is one over tokens."""
 
-    Attributes:
-        losses: of the windows by domain, nats per token.
-        divergences, agreements: of the windows of all domains; empty without a reference.
-    """
-
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    divergences: list[float] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)  # by domain, nats per token
+    divergences: list[float] = field(default_factory=list)  # empty without a reference
     agreements: list[float] = field(default_factory=list)
 
     def add(self, domain: str, means: WindowMeans) -> None:

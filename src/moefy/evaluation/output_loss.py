@@ -2,8 +2,8 @@
 
 A language model's logits are by far its largest activation: [tokens, vocabulary] in float32, and as
 much again for their gradient and for each copy that a softmax makes. Here the output matrix is
-applied to a chunk of tokens at a time; the chunk's loss and its gradient are formed at once, and
-what is kept is the gradient of the hidden states and of the matrix. No product is computed twice.
+applied to a chunk of tokens at a time, and the chunk's loss and gradient are formed at once. No
+product is computed twice.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from torch import Tensor
 
 from moefy.errors import ArchitectureError
 
-IGNORED = -100
-"""Label of a token that is not learned, as in transformers."""
-
+IGNORED = -100  # label of a token that does not count, as in transformers
 _CHUNK_BYTES = 64 << 20
 
 
@@ -40,7 +38,7 @@ class LogitsInput:
     weight: Float[Tensor, "vocab hidden"]
 
     @classmethod
-    def of(cls, model: Any, tokens: Int[Tensor, "batch sequence"], **inputs: Any) -> LogitsInput:
+    def of(cls, model: Any, tokens: Int[Tensor, "batch sequence"]) -> LogitsInput:
         """Run a transformers language model up to its output matrix.
 
         The model's own forward runs, with the matrix passed over: FSDP gathers the weights in it.
@@ -48,7 +46,6 @@ class LogitsInput:
         Args:
             model: any family or target of moefy.
             tokens: ids.
-            **inputs: of the model's forward pass, as `attention_mask`.
 
         Raises:
             ArchitectureError: the logits are more than a matrix product.
@@ -60,14 +57,14 @@ class LogitsInput:
                 "which the chunked loss does not know"
             )
         with _passed_over(head):
-            hidden = model(tokens, use_cache=False, **inputs).logits
+            hidden = model(tokens, use_cache=False).logits
         # a tied matrix is taken where FSDP keeps it up to date: the head's has rows that never
         # change where the vocabulary has no multiple of the processes (pytorch issue 176076)
         tied = getattr(model.config, "tie_word_embeddings", False)
         return cls(hidden, (model.get_input_embeddings() if tied else head).weight)
 
     def predicting(self) -> LogitsInput:
-        """Return the same without each sequence's last token, which predicts nothing."""
+        """Return the same without each sequence's last token, which has nothing to predict."""
         return LogitsInput(self.hidden[:, :-1], self.weight)
 
 
@@ -92,7 +89,7 @@ class OutputLoss:
     Attributes:
         loss: the weighted sum, with gradients.
         cross_entropy: of every token, nats, without gradients; 0 where the label is IGNORED.
-        divergence: KL(teacher‖student) of every token at the temperature, nats, without gradients
+        divergence: KL(teacher ‖ student) of every token at the temperature, nats, without gradients
             and without the factor temperature²; None without a teacher.
         agreement: whether teacher and student find the same token the likeliest; None without a
             teacher, and where gradients are computed.
@@ -118,14 +115,11 @@ def output_loss(
 
     loss = Σ_t (1 - λ)·CE_t + λ·τ²·KL(softmax(z_teacher/τ) ‖ softmax(z_student/τ))_t, divided by the
     number of tokens. Source: Hinton et al. (arXiv 1503.02531), section 2; τ² keeps the gradient's
-    size. At τ = 1 and λ = 1 nothing is asked of the labels but which tokens count.
+    size. Passes and workers that all divide by the whole batch's `num_tokens` add up to the same
+    loss and gradient, however the batch is cut.
 
-    A mean over tokens: passes and workers that all divide by the whole batch's `num_tokens` add up
-    to the same loss and gradient, however the batch is cut.
-
-    Memory beside the inputs: three buffers of `chunk_bytes` with a teacher (five with τ ≠ 1 and a
-    mixture) and two without, and the gradients of `hidden` and `weight`. Under autocast the
-    products run in its dtype; the loss is always float32 or wider.
+    Beside the inputs it holds two to five buffers of `chunk_bytes` and the gradients of `hidden`
+    and `weight`. Under autocast the products run in its dtype; the loss is float32 or wider.
 
     Args:
         student: gets the gradients.
@@ -167,11 +161,7 @@ def output_loss(
 
 
 def check_vocabularies(student: int, teacher: int) -> None:
-    """Refuse to compare the logits of different vocabularies.
-
-    Raises:
-        ArchitectureError: they have not the same number of tokens.
-    """
+    """Raise an ArchitectureError where two vocabularies have different numbers of tokens."""
     if student != teacher:
         raise ArchitectureError(
             f"the teacher has {teacher:,} tokens in its vocabulary, the student {student:,}: "
@@ -272,17 +262,17 @@ def _losses_and_gradient(
 ) -> tuple[
     Float[Tensor, " chunk"], Float[Tensor, " chunk"] | float, Float[Tensor, "chunk vocab"] | None
 ]:
-    """Return a chunk's losses and the gradient of (1 - λ)·CE + λ·τ²·KL in its logits.
+    """Return a chunk's losses and the gradient of (1 - λ)·CE + λ·τ²·KL with respect to its logits.
 
-    Works in the buffers that it is given.
+    It overwrites the logits that it is given: they are the largest tensors.
     """
-    # [chunk, 1]; every op below that ends in _ overwrites the logits: they are the largest tensors
-    label_column = labels[:, None]
+    label_column = labels[:, None]  # [chunk, 1]
     log_sum = logits.logsumexp(-1, keepdim=True)
     cross_entropy = (log_sum - logits.gather(-1, label_column))[:, 0]
     if teacher_logits is None:
         if not with_gradient:
             return cross_entropy, 0.0, None
+        # d CE / d logits = softmax - one-hot
         grad = logits.sub_(log_sum).exp_()
         grad.scatter_add_(-1, label_column, torch.full_like(log_sum, -1.0))
         return cross_entropy, 0.0, grad
@@ -300,12 +290,13 @@ def _losses_and_gradient(
     divergence = torch.linalg.vecdot(teacher_probs, teacher_log_probs.sub_(log_probs))
     if not with_gradient:
         return cross_entropy, divergence, None
+    # d τ²·KL / d logits = τ·(softmax(z/τ) - teacher's); at τ = 1 both losses share one softmax
     probs = log_probs.exp_()
     if temperature == 1:
         grad = probs.sub_(teacher_probs.mul_(share))
     else:
         grad = probs.sub_(teacher_probs).mul_(share * temperature)
         if hot_grad is not None:
-            grad.add_(hot_grad)
+            grad.add_(hot_grad)  # (1 - λ)·softmax(z)
     grad.scatter_add_(-1, label_column, torch.full_like(log_sum, share - 1))
     return cross_entropy, divergence, grad

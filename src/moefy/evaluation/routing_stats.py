@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-_SPLITS = 64
+_CUTS = 64  # of every domain's windows into halves
 
 Counts = Float[np.ndarray, "layers experts"]
 
@@ -55,13 +55,13 @@ def divergence(
 
     JSD = 1/D·Σ_d KL(p_d ‖ m) = H(m) − 1/D·Σ_d H(p_d), with p_d the load of domain d, m their mean
     and H the entropy (Lin 1991, "Divergence measures based on the Shannon entropy", section V,
-    with equal weights). It is 0 where all domains use the experts alike, and at most log2 D. Read
-    it as the bits that one choice tells about the domain.
+    with equal weights): the bits that one choice tells about the domain, 0 to log2 D.
 
     Args:
         loads: p, sums to 1 over the experts.
     """
     mixed: Float[np.ndarray, " layers"] = _entropy_bits(loads.mean(0))
+    # rounding may leave a negative number where all domains are alike
     return np.maximum(mixed - _entropy_bits(loads).mean(0), 0)
 
 
@@ -70,12 +70,11 @@ def expected_divergence(
 ) -> Float[np.ndarray, " layers"] | None:
     """Return the divergence to expect of domains that do not differ, from windows of the same size.
 
-    Counts of finite text differ by chance, and windows of one domain differ in what they are about.
     Each domain's n windows are cut at random into halves of a and b windows, 64 times. To first
     order the divergence of two halves is v/8·(1/a + 1/b), and that of D domains v/2·(D − 1)/(D·n),
     with the same v, so each of the former is multiplied by 4·(D − 1)/(D·n·(1/a + 1/b)); the mean
-    over cuts and domains is returned. Documents that are longer than a window make their windows
-    more alike than independent ones, and the result too small.
+    over cuts and domains is returned. It is too small where documents are longer than a window,
+    because their windows are then alike.
 
     Args:
         windows: of every domain, how often each expert was chosen in each window.
@@ -88,10 +87,11 @@ def expected_divergence(
         return None
     generator = np.random.default_rng(seed)
     found = [
-        np.mean([_scaled_halves(domain, generator) for _ in range(_SPLITS)], axis=0)
+        np.mean([_scaled_halves(domain, generator) for _ in range(_CUTS)], axis=0)
         for domain in windows
     ]
     share: Float[np.ndarray, " layers"] = np.mean(found, axis=0)
+    # the rest of the factor, 4/(n·(1/a + 1/b)), depends on the cut: `_scaled_halves` has it
     return share * (len(windows) - 1) / len(windows)
 
 
@@ -106,5 +106,6 @@ def _scaled_halves(
 
 
 def _entropy_bits(load: Float[np.ndarray, "*any experts"]) -> Float[np.ndarray, "*any"]:
+    # 0·log 0 is 0
     logs = np.log2(load, out=np.zeros_like(load), where=load > 0)
     return -(load * logs).sum(-1)

@@ -17,23 +17,21 @@ from moefy.checkpoint.families import FAMILIES, canonical_config
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.errors import UsageError
-from moefy.evaluation.llama_cpp import GGUF_DTYPES, in_llama_cpp
-from moefy.evaluation.timing import PHASES, Contender, Phase, Seconds, Setting, in_transformers
+from moefy.evaluation.timing import (
+    GGUF_DTYPES,
+    PHASES,
+    Contender,
+    Phase,
+    Seconds,
+    Setting,
+    in_llama_cpp,
+    in_transformers,
+)
 from moefy.hardware import device, multiply_rate, read_rate
 from moefy.progress import ProgressFn, silent
 
 RUNTIMES = ("transformers", "llama.cpp")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in GGUF_DTYPES}
-_SHAPE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -131,13 +129,16 @@ def measure_speed(
         UsageError: a model or a number is not usable, or the runtime is not installed.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    if not given:
-        raise UsageError("name at least one model")
     if batches is None:
         batches = (1,) if runtime == "llama.cpp" else (1, 8)
-    counts = {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens, "--rounds": rounds}
-    counts["--threads"] = 1 if threads is None else threads
-    _check(counts, batches, dtype, runtime)
+    counts = {
+        "--batch": min(batches, default=0),
+        "--prompt-tokens": prompt_tokens,
+        "--new-tokens": new_tokens,
+        "--rounds": rounds,
+        "--threads": 1 if threads is None else threads,
+    }
+    _check(given, counts, dtype, runtime, one_sequence=set(batches) == {1})
     folders = [resolve(model, report=report) for model in given]
     contenders = contenders_of(folders, list(names) if names else [str(model) for model in given])
     for contender in contenders:
@@ -167,22 +168,28 @@ def measure_speed(
         )
 
 
-def _check(counts: Mapping[str, int], batches: Sequence[int], dtype: str, runtime: str) -> None:
-    for option, count in {**counts, "--batch": min(batches, default=0)}.items():
+def _check(
+    given: list[str | Path],
+    counts: Mapping[str, int],
+    dtype: str,
+    runtime: str,
+    *,
+    one_sequence: bool,
+) -> None:
+    if not given:
+        raise UsageError("name at least one model")
+    for option, count in counts.items():
         if count < 1:
             raise UsageError(f"{option} {count}: at least 1 is needed")
-    if dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
-    if runtime not in RUNTIMES:
-        raise UsageError(f"--runtime {runtime!r}: allowed are {' and '.join(RUNTIMES)}")
-    if runtime == "llama.cpp":
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise UsageError(
-                "--runtime llama.cpp needs the package xllamacpp: "
-                "pip install 'moefy[gguf]' xllamacpp"
-            )
-        if set(batches) != {1}:
-            raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
+    for option, value, allowed in (("--dtype", dtype, _DTYPES), ("--runtime", runtime, RUNTIMES)):
+        if value not in allowed:
+            raise UsageError(f"{option} {value!r}: allowed are {' and '.join(allowed)}")
+    if runtime == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
+        raise UsageError(
+            "--runtime llama.cpp needs the package xllamacpp: pip install 'moefy[gguf]' xllamacpp"
+        )
+    if runtime == "llama.cpp" and not one_sequence:
+        raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
 
 
 @contextmanager
@@ -225,7 +232,9 @@ def dense_of_active_size(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Multipliers and windows are left out: they change its speed by less than can be measured.
     """
-    made = {key: config[key] for key in _SHAPE if config.get(key) is not None}
+    shape = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    shape += " vocab_size tie_word_embeddings max_position_embeddings"
+    made = {key: config[key] for key in shape.split() if config.get(key) is not None}
     made["model_type"] = "qwen3" if has_qk_norm(config) else "llama"
     made["architectures"] = [f"{made['model_type'].capitalize()}ForCausalLM"]
     made["attention_bias"] = bool(config.get("attention_bias"))
