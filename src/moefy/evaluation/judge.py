@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
 import re
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ _KEY = "OPENAI_API_KEY"
 _ATTEMPTS = 4
 _TIMEOUT_S = 300
 _PAUSE_S = 1.0
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,55 +95,49 @@ def judge(
         "questions": _digest([question.model_dump() for question in asked]),
         "max_new_tokens": max_new_tokens,
     }
+    speaker = functools.cache(lambda: Speaker(source))  # not loaded where all answers are there
     own = (ANSWERS, REQUESTS, JUDGEMENTS)
     with RunFolder(out, "judging", sources=(source,), resumes=True, reopens=True, own=own) as run:
         run.begin(identity)
-        answers = _answers(run.work, source, str(model), asked, max_new_tokens, report)
-        requests = {
-            f"{question.question_id}-{turn}": {
-                "model": judge_model,
-                **_request(question, answers[question.question_id], prompts, turn),
-            }
-            for question in asked
-            for turn in (1, 2)
-        }
+        answer = functools.partial(_answer, speaker, str(model), max_new_tokens)
+        wanted = {(question.question_id,): question for question in asked}
+        answers = _continued(run.work / ANSWERS, ("question_id",), wanted, answer, report)
         batch = [
-            {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": request}
-            for name, request in requests.items()
+            _request(question, row["choices"][0]["turns"], prompts, turn, judge_model)
+            for question, row in zip(asked, answers, strict=True)
+            for turn in (1, 2)
         ]
         write_records(run.work / REQUESTS, batch)
         done = Judging(run.out, len(asked), None, {}, 0)
         if client is not None:
             with client:
-                done = _summary(run.out, asked, _marks(run.work, client, requests, report))
+                requests = {(row["custom_id"], judge_model): row for row in batch}
+                judge_one = functools.partial(_judge_one, client)
+                keys = ("custom_id", "judge")
+                rows = _continued(run.work / JUDGEMENTS, keys, requests, judge_one, report)
+            done = _summary(run.out, asked, [row["score"] for row in rows])
         run.finish()
     return done
 
 
-def _answers(
-    folder: Path,
-    source: Path,
-    name: str,
-    asked: list[Question],
-    max_new_tokens: int,
+def _continued(
+    file: Path,
+    keys: tuple[str, ...],
+    wanted: Mapping[tuple[Any, ...], Any],
+    make: Callable[[Any], Row],
     report: ProgressFn,
-) -> dict[int, list[str]]:
-    """Return the answers to both turns of every question; earlier ones are read from the folder."""
-    rows = read_records(folder / ANSWERS, dict, what="answer")
-    answers = {row["question_id"]: row["choices"][0]["turns"] for row in rows}
-    speaker: Speaker | None = None
-    for question in asked:
-        number = question.question_id
-        if number in answers:
-            continue
-        report(Progress("answer", len(answers), len(asked), question.category))
-        speaker = speaker or Speaker(source)
-        answers[number] = answer_both(speaker, question, max_new_tokens)
-        choices = [{"index": 0, "turns": answers[number]}]
-        rows.append({"question_id": number, "model_id": name, "choices": choices})
-        write_records(folder / ANSWERS, rows)
-    report(Progress("answer", len(asked), len(asked)))
-    return answers
+) -> list[Row]:
+    """Return a row for each that is wanted; those that the file does not hold yet are made."""
+    rows = dict(
+        read_records(file, lambda row: (tuple(row[key] for key in keys), row), what=file.stem)
+    )
+    for done, (name, item) in enumerate(wanted.items()):
+        report(Progress(file.stem, done, len(wanted)))
+        if name not in rows:
+            rows[name] = make(item)
+            write_records(file, rows.values())
+    report(Progress(file.stem, len(wanted), len(wanted)))
+    return [rows[name] for name in wanted]
 
 
 def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
@@ -153,18 +151,29 @@ def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> li
     return answers
 
 
+def _answer(speaker: Callable[[], Speaker], name: str, length: int, question: Question) -> Row:
+    turns = answer_both(speaker(), question, length)
+    row = {"question_id": question.question_id, "model_id": name}
+    return {**row, "choices": [{"index": 0, "turns": turns}]}
+
+
 def _request(
-    question: Question, answers: list[str], prompts: dict[str, dict[str, str]], turn: int
-) -> dict[str, Any]:
-    """Return what the judge is sent about one turn."""
+    question: Question,
+    answers: list[str],
+    prompts: dict[str, dict[str, str]],
+    turn: int,
+    judge_model: str,
+) -> Row:
+    """Return what the judge is sent about one turn, in the form of OpenAI's batches."""
     name = "single-math-v1" if question.reference else "single-v1"
     prompt = prompts[name if turn == 1 else f"{name}-multi-turn"]
     fields = {"question": question.turns[0], "answer": answers[0]}
-    for i in range(2):
-        fields |= {f"question_{i + 1}": question.turns[i], f"answer_{i + 1}": answers[i]}
+    for i in (1, 2):
+        fields |= {f"question_{i}": question.turns[i - 1], f"answer_{i}": answers[i - 1]}
         if question.reference:
-            fields[f"ref_answer_{i + 1}"] = question.reference[i]
-    return {
+            fields[f"ref_answer_{i}"] = question.reference[i - 1]
+    body = {
+        "model": judge_model,
         "messages": [
             {"role": "system", "content": prompt["system_prompt"]},
             {"role": "user", "content": prompt["prompt_template"].format(**fields)},
@@ -172,32 +181,20 @@ def _request(
         "temperature": 0,
         "max_tokens": 2048,
     }
+    place = {"custom_id": f"{question.question_id}-{turn}", "method": "POST"}
+    return {**place, "url": "/v1/chat/completions", "body": body}
 
 
-def _marks(
-    folder: Path,
-    client: httpx2.Client,
-    requests: dict[str, dict[str, Any]],
-    report: ProgressFn,
-) -> dict[str, float | None]:
-    """Return the judge's mark for every request; earlier ones are read from the folder."""
-    rows = read_records(folder / JUDGEMENTS, dict, what="judgement")
-    # The answers of a folder never change, so only the judge tells its marks apart.
-    (judge_model,) = {request["model"] for request in requests.values()}
-    marks = {row["custom_id"]: row["score"] for row in rows if row["judge"] == judge_model}
-    for name, request in requests.items():
-        if name in marks:
-            continue
-        report(Progress("judge", len(marks), len(requests)))
-        text = _ask(client, request)
-        found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)  # "[[7]]", as MT-bench asks for
-        mark = float(found[1]) if found else 0.0
-        marks[name] = mark if 1 <= mark <= 10 else None
-        row = {"custom_id": name, "judge": judge_model, "judgement": text}
-        rows.append(row | {"score": marks[name]})
-        write_records(folder / JUDGEMENTS, rows)
-    report(Progress("judge", len(requests), len(requests)))
-    return marks
+def _judge_one(client: httpx2.Client, request: Row) -> Row:
+    text = _ask(client, request["body"])
+    found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)  # "[[7]]", as MT-bench asks for
+    mark = float(found[1]) if found else 0.0
+    return {
+        "custom_id": request["custom_id"],
+        "judge": request["body"]["model"],
+        "judgement": text,
+        "score": mark if 1 <= mark <= 10 else None,
+    }
 
 
 def _client(endpoint: str) -> httpx2.Client:
@@ -233,7 +230,7 @@ def _client(endpoint: str) -> httpx2.Client:
     return httpx2.Client(base_url=bare, headers=headers, timeout=_TIMEOUT_S, follow_redirects=False)
 
 
-def _ask(client: httpx2.Client, request: dict[str, Any]) -> str:
+def _ask(client: httpx2.Client, request: Row) -> str:
     """Return the judge's words; a busy or stumbling endpoint is asked again.
 
     Raises:
@@ -271,16 +268,14 @@ def _hidden(client: httpx2.Client, text: str) -> str:
     return text.replace(secret, "[key]") if secret else text
 
 
-def _summary(out: Path, asked: list[Question], marks: dict[str, float | None]) -> Judging:
+def _summary(out: Path, asked: list[Question], marks: list[float | None]) -> Judging:
     groups: dict[str, list[float]] = {}
-    for question in asked:
-        for turn in (1, 2):
-            mark = marks[f"{question.question_id}-{turn}"]
+    for place, mark in enumerate(marks):
+        for name in ("", f"turn {place % 2 + 1}", asked[place // 2].category):
             if mark is not None:
-                for name in ("", f"turn {turn}", question.category):
-                    groups.setdefault(name, []).append(mark)
+                groups.setdefault(name, []).append(mark)
     scores = {name: sum(group) / len(group) for name, group in groups.items()}
-    unscored = 2 * len(asked) - len(groups.get("", []))
+    unscored = len(marks) - len(groups.get("", []))
     return Judging(out, len(asked), scores.pop("", None), scores, unscored)
 
 

@@ -186,7 +186,9 @@ def _open(folder: Path, dtype: str) -> HarnessModel:
 
 def _model_hash(folder: Path) -> str:
     """Return a hash of everything that decides a model's answers: weights, config, tokenizer."""
-    files = {file.name: _digest(file.read_text("latin-1")) for file in side_files(folder)}
+    files = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in side_files(folder)
+    }
     return _digest(fingerprint(folder) | files)
 
 
