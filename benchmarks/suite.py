@@ -22,11 +22,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from publish import replace_table
 
-from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
+from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.compare import Comparison, evaluate
-from moefy.evaluation.harness import STOCK
+from moefy.evaluation.harness import stock_tasks
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
-from moefy.evaluation.suite_data import SOURCES, archive_files
+from moefy.evaluation.suite_data import archive_files
 from moefy.progress import Progress
 from moefy.report.quality_charts import benchmark_chart
 from moefy.report.suite_tables import nll_rows, published_rows, suite_notes, suite_rows
@@ -42,7 +42,7 @@ _RATE_FROM_RANDOM = 1e-3  # the best that was tried for the paper's split (docs/
 def benchmark_rows() -> Rows:
     """Return what docs/evaluation.md says of every benchmark."""
     rows = [["benchmark", "task", "shots", "metric", "chance", "items", "not the paper's data"]]
-    for benchmark in LLAMA_MOE:
+    for benchmark in PAPER_BENCHMARKS:
         rows.append(
             [
                 benchmark.name,
@@ -51,7 +51,7 @@ def benchmark_rows() -> Rows:
                 benchmark.metric,
                 f"{benchmark.chance:.0%}",
                 f"{items_of(benchmark):,}",
-                SOURCES[benchmark.task].differs or "–",
+                benchmark.differs or "–",
             ]
         )
     return rows
@@ -59,9 +59,7 @@ def benchmark_rows() -> Rows:
 
 def items_of(benchmark: Benchmark) -> int:
     """Return how many items a benchmark has."""
-    files = sorted(STOCK.glob(benchmark.stock))
-    names = [benchmark.task] if len(files) == 1 else [file.stem for file in files]
-    found = map(archive_files, names)
+    found = [archive_files(benchmark, task) for task in stock_tasks(benchmark)]
     return sum(
         pq.read_metadata(each.get("test", each.get("validation"))).num_rows for each in found
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from publish import publish_table
 from suite import ROOT, items_of
 
-from moefy.evaluation.benchmarks import LLAMA_MOE
+from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
 from moefy.report.tables import Rows
 
 _SUBJECTS = 57  # of MMLU, which asks as many of each
@@ -30,7 +30,7 @@ def main() -> None:
     (model,) = json.loads(parser.parse_args().file.read_text())["models"]
     rows: Rows = [["benchmark", "shots", "items", "seconds", "minutes for 100", "minutes for all"]]
     totals = {"zero-shot": [0.0, 0.0], "all eleven": [0.0, 0.0]}
-    for benchmark in LLAMA_MOE:
+    for benchmark in PAPER_BENCHMARKS:
         score = model["scores"][benchmark.name]
         asked = _LIMIT
         if benchmark.task == "mmlu":

@@ -16,7 +16,7 @@ from tests.conftest import write_tiny_model
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import builtin
 from moefy.evaluation.answers import score_answers
-from moefy.evaluation.benchmarks import LLAMA_MOE
+from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
 from moefy.evaluation.harness import HarnessModel, load_tasks, run_task
 from moefy.evaluation.paired import standard_error
 from moefy.evaluation.suite_run import TaskPlan, plan_tasks
@@ -77,7 +77,7 @@ def test_answers_are_those_of_whole_passes(
 
 
 def plan(*tasks: str) -> list[TaskPlan]:
-    chosen = [benchmark for benchmark in LLAMA_MOE if benchmark.task in tasks]
+    chosen = [benchmark for benchmark in PAPER_BENCHMARKS if benchmark.task in tasks]
     assert len(chosen) == len(tasks)
     return plan_tasks(chosen, from_hub=False, report=silent)
 

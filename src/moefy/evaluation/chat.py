@@ -48,6 +48,7 @@ class Speaker:
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         self._model = load_model(self.folder, dtype=dtype).to(device())
+        # Either may stop an answer: base models know the end of a text, templates that of a turn.
         known = self._model.generation_config.eos_token_id
         stops = known if isinstance(known, list) else [known]
         with suppress(ValueError):  # a template may refuse a conversation without a system message
@@ -150,7 +151,7 @@ def chat(
             answer = speaker.answer(
                 messages, max_new_tokens=max_new_tokens, temperature=temperature, write=hear
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # what was said so far is part of the conversation
             answer = "".join(said)
         write("\n")
         messages.append({"role": "assistant", "content": answer})

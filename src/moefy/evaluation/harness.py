@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from moefy.errors import EvaluationError
 from moefy.evaluation.answers import score_answers
+from moefy.evaluation.benchmarks import Benchmark
 from moefy.hardware import available_bytes
 from moefy.storage import cache_folder
 
 VERSION: str = lm_eval.__version__
-STOCK = Path(lm_eval.__file__).parent / "tasks"
 _FEWSHOT_SEED = 1234  # the harness's own default
 
 ShareFn = Callable[[float], None]
@@ -58,29 +58,34 @@ class ItemScores:
     elapsed_s: float
 
 
-def task_config(
-    stock: Path, name: str, shots: int, files: Mapping[str, Path], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the harness's configuration of a task.
+def stock_tasks(benchmark: Benchmark) -> dict[str, Path]:
+    """Return the harness's YAML files of one of the paper's benchmarks, by task."""
+    files = sorted((Path(lm_eval.__file__).parent / "tasks").glob(benchmark.stock))
+    return {benchmark.task if len(files) == 1 else file.stem: file for file in files}
+
+
+def task_config(benchmark: Benchmark, task: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the harness's configuration of a benchmark's task.
 
     Args:
-        stock: the task's YAML file in the harness.
-        name: of the task.
-        shots: examples before every question.
+        benchmark: one of the paper's.
+        task: a key of its `stock_tasks`.
         files: Parquet file of each split; empty for the hub's data.
-        settings: other keys that change with the files.
     """
-    config = {**load_yaml(stock), "task": name, "num_fewshot": shots}
+    config = {**load_yaml(stock_tasks(benchmark)[task])}
+    config |= {"task": task, "num_fewshot": benchmark.shots}
     if files:
+        # Splits that the archive does not have must not be asked of the hub.
         for key, split in (("training", "train"), ("validation",) * 2, ("test",) * 2):
             config[f"{key}_split"] = split if split in files else None
+        # `datasets` copies Parquet into Arrow files; they belong to our cache and not to the hub's.
         copies = cache_folder() / "benchmarks" / "datasets"
         splits = {split: str(file) for split, file in files.items()}
         config |= {
             "dataset_path": "parquet",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": splits, "cache_dir": str(copies)},
-            **settings,
+            **benchmark.settings,
         }
     return config
 
@@ -109,6 +114,7 @@ def load_tasks(task: str | dict[str, Any]) -> dict[str, Any]:
             "answer or have been read before (the paper's eleven need no hub: --no-hub)"
         ) from error
     for each in tasks.values():
+        # As the harness's own command line does.
         if each.config.num_fewshot is None:
             each.set_config(key="num_fewshot", value=0)
         each.set_fewshot_seed(seed=_FEWSHOT_SEED)
@@ -139,8 +145,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Score requests (text, question, answer), those with the same question together."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}  # places of the requests, by question
         for place, (_, question, answer) in enumerate(requests):
+            # The last token of an answer is never read, hence the + 1; the harness cuts as well.
             room = max(1, self.max_length + 1 - len(answer))
             self.truncated += len(question) > room
             groups.setdefault(tuple(question[-room:]), []).append(place)
@@ -204,6 +211,7 @@ def run_task(
         # No bootstrap: standard errors are computed from the items.
         results = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
     except (MemoryError, RuntimeError) as error:
+        # torch says it in RuntimeErrors: "CUDA out of memory", "can't allocate memory".
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise EvaluationError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import json
@@ -98,6 +97,7 @@ def judge(
     speaker = functools.cache(lambda: Speaker(source))  # not loaded where all answers are there
     own = (ANSWERS, REQUESTS, JUDGEMENTS)
     with RunFolder(out, "judging", sources=(source,), resumes=True, reopens=True, own=own) as run:
+        # The judge is no part of the identity: several may mark the same answers.
         run.begin(identity)
         answer = functools.partial(_answer, speaker, str(model), max_new_tokens)
         wanted = {(question.question_id,): question for question in asked}
@@ -131,6 +131,7 @@ def _continued(
     rows = dict(
         read_records(file, lambda row: (tuple(row[key] for key in keys), row), what=file.stem)
     )
+    # The file is written whole after each row, so a kill loses one answer and breaks no line.
     for done, (name, item) in enumerate(wanted.items()):
         report(Progress(file.stem, done, len(wanted)))
         if name not in rows:
@@ -168,6 +169,7 @@ def _request(
     name = "single-math-v1" if question.reference else "single-v1"
     prompt = prompts[name if turn == 1 else f"{name}-multi-turn"]
     fields = {"question": question.turns[0], "answer": answers[0]}
+    # The prompt about the second turn shows both.
     for i in (1, 2):
         fields |= {f"question_{i}": question.turns[i - 1], f"answer_{i}": answers[i - 1]}
         if question.reference:
@@ -209,25 +211,19 @@ def _client(endpoint: str) -> httpx2.Client:
         url = httpx2.URL(endpoint)
     except httpx2.InvalidURL:
         url = httpx2.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
+    # The address is shown in errors and logs, so no password may be in it.
+    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
         raise UsageError(
-            f"--endpoint {endpoint.rpartition('@')[2]}: write its whole address, as in "
-            "http://localhost:8000/v1"
+            f"--endpoint {endpoint.rpartition('@')[2].partition('?')[0]}: write its whole address, "
+            f"as in http://localhost:8000/v1, and put a key into ${_KEY}"
         )
     key = os.environ.get(_KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UsageError(
             f"${_KEY} holds characters that no key has, as line ends or umlauts: set it again"
         )
-    headers = {"User-Agent": "moefy"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    elif url.userinfo:
-        login = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
-        headers["Authorization"] = f"Basic {login}"
-    # The client logs its addresses, so the password must not be in them.
-    bare = url.copy_with(username="", password="", query=None)
-    return httpx2.Client(base_url=bare, headers=headers, timeout=_TIMEOUT_S, follow_redirects=False)
+    headers = {"User-Agent": "moefy"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    return httpx2.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=False)
 
 
 def _ask(client: httpx2.Client, request: Row) -> str:
@@ -245,27 +241,25 @@ def _ask(client: httpx2.Client, request: Row) -> str:
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
             continue
+        text = answer.text
+        if key := client.headers.get("Authorization", "").removeprefix("Bearer "):
+            text = text.replace(key, "[key]")  # some endpoints repeat it
         if answer.is_success:
             try:
-                return _hidden(client, str(answer.json()["choices"][0]["message"]["content"]))
+                return str(json.loads(text)["choices"][0]["message"]["content"])
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 reason = f"its answer has another form ({error!r})"
                 break
-        reason = f"status {answer.status_code}: {' '.join(answer.text.split())}"
+        reason = f"status {answer.status_code}: {' '.join(text.split())[:200]}"
+        # Too busy or broken for the moment; any other status will be the same the next time.
         if answer.status_code not in (408, 429) and answer.status_code < 500:
             break
     raise JudgeError(
-        f"{client.base_url} does not judge ({_hidden(client, reason)[:200]}): give the address of "
+        f"{client.base_url} does not judge ({reason}): give the address of "
         f"an endpoint that speaks OpenAI's protocol, as in http://localhost:8000/v1, its key in "
         f"${_KEY}, and a model it has; the answers and judgements so far are kept, and the same "
         "command goes on"
     )
-
-
-def _hidden(client: httpx2.Client, text: str) -> str:
-    """Return what an endpoint said without the key, which some repeat."""
-    secret = client.headers.get("Authorization", "").rpartition(" ")[2]
-    return text.replace(secret, "[key]") if secret else text
 
 
 def _summary(out: Path, asked: list[Question], marks: list[float | None]) -> Judging:

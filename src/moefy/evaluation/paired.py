@@ -64,11 +64,12 @@ def compare_paired(
     The items of every benchmark are drawn again with replacement, both models' scores of an item
     together, 10,000 times. `chance` is what guessing scores, None where that is not known.
     """
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # the same items give the same interval
     means = {
         name: _resampled_means(np.array([scores, model[name]]), generator)
         for name, scores in reference.items()
     }
+    # Every benchmark counts the same, whatever its number of items: [2 models, draws].
     first, second = np.mean(list(means.values()), axis=0)
     shares = [chance[name] for name in reference]
     base = None if None in shares else sum(shares) / len(shares)  # type: ignore[arg-type]
@@ -111,6 +112,7 @@ def _resampled_means(
 
 
 def _interval(draws: Float[np.ndarray, " draws"]) -> Interval:
+    # The first draw is of the items themselves.
     low, high = np.percentile(draws[1:], _PERCENTILES)
     return Interval(float(draws[0]), float(low), float(high))
 

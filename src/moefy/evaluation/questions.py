@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from moefy import assets
-from moefy.data.files import read_lines
+from moefy.data.records import find_sources
 from moefy.errors import CorpusError
 from moefy.progress import ProgressFn, silent
 
@@ -60,28 +60,27 @@ def read_questions(file: str | Path) -> list[Question]:
     Raises:
         CorpusError: the file cannot be read, a line has another form, or a number comes twice.
     """
-    path = Path(file).expanduser()
     questions: dict[int, Question] = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
+    for where, line in (
+        each for source in find_sources(file, text_key=None) for each in source.records()
+    ):
         try:
             question = Question.model_validate_json(line)
         except ValidationError as error:
             found = error.errors()[0]
             raise CorpusError(
-                f"{path}, line {number} is no question ({'.'.join(map(str, found['loc']))}: "
-                f"{found['msg']}): write question_id, category, turns (two texts) and possibly "
-                "reference (two texts)"
+                f"{where} is no question ({'.'.join(map(str, found['loc']))}: {found['msg']}): "
+                "write question_id, category, turns (two texts) and possibly reference (two texts)"
             ) from error
+        # Answers are kept by this number.
         if question.question_id in questions:
             raise CorpusError(
-                f"{path}, line {number} has the question_id {question.question_id} of an earlier "
-                "line: give every question its own"
+                f"{where} has the question_id {question.question_id} of an earlier line: give "
+                "every question its own"
             )
         questions[question.question_id] = question
     if not questions:
-        raise CorpusError(f"{path} holds no questions")
+        raise CorpusError(f"{file} holds no questions")
     return list(questions.values())
 
 

@@ -12,30 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moefy.errors import UsageError
-from moefy.evaluation.benchmarks import LLAMA_MOE, Benchmark
+from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.paired import Paired, compare_paired, standard_error
 from moefy.progress import ProgressFn, silent
 
 if TYPE_CHECKING:
     from moefy.evaluation.harness import ItemScores
 
-SUITES = {"llama-moe": LLAMA_MOE}
+SUITES = {"llama-moe": PAPER_BENCHMARKS}
 _HUB_TIMEOUT_S = 5
 _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One model on one benchmark.
+    """One model on one benchmark: the mean of the harness's metric over the items.
 
     Attributes:
-        metric: the harness's name of it.
-        value: its mean over the items.
         stderr: standard error of `value`; None for a single item.
-        items: how many.
         gold_nll: mean −log p of the right answer after its question, nats; None where the harness
             asks for none. It moves before the accuracy does.
-        gold_nll_stderr: standard error of `gold_nll`.
         truncated: requests cut from the left to fit into the model's context.
         elapsed_s: seconds it took, when it was measured.
     """
@@ -55,11 +51,9 @@ class ModelScores:
     """One model on all benchmarks.
 
     Attributes:
-        name: as given.
         scores: by benchmark.
-        failed: why a benchmark has no score.
+        failed: by benchmark, the reason why it has no score.
         average: of the scores; None unless all are there.
-        average_stderr: standard error of `average`.
         against_reference: the comparison with the reference, item by item; None for the reference.
     """
 
@@ -76,13 +70,11 @@ class SuiteResult:
     """What `evaluate_suite` measured.
 
     Attributes:
-        benchmarks: in order; shots and chance as asked.
         source: "hub" or "archives", of the data.
         differs: by benchmark, how its data is not the paper's.
         limit: items per benchmark, or None for all.
         dtype: of weights and computation.
         reference: name of the first dense model, with which the others are compared.
-        models: one per model, in the order given.
     """
 
     benchmarks: list[Benchmark]
@@ -139,15 +131,15 @@ def evaluate_suite(
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = check_suite(given, suite=suite, tasks=tasks, limit=limit, dtype=dtype)
 
+    # These import torch and the harness, which takes seconds.
     from moefy.checkpoint.cost import cost
     from moefy.checkpoint.reader import read_config
     from moefy.checkpoint.source import resolve
-    from moefy.evaluation.suite_data import SOURCES
     from moefy.evaluation.suite_run import check_vocabulary, measure, plan_tasks
 
     folders = [resolve(model, report=report) for model in given]
     shown = list(names) if names else [str(model) for model in given]
-    for folder in folders:
+    for folder in folders:  # before any model is loaded
         check_vocabulary(folder)
     from_hub = _hub_answers() if hub is None else hub
     plans = plan_tasks(chosen, from_hub=from_hub, report=report)
@@ -155,18 +147,13 @@ def evaluate_suite(
         measure(folder, name, plans, limit=limit, dtype=dtype, report=report)
         for folder, name in zip(folders, shown, strict=True)
     ]
-    # The first dense model is what the others are compared with.
     dense = (i for i, folder in enumerate(folders) if not cost(read_config(folder)).experts)
     base = next(dense, None)
     benchmarks = [plan.benchmark for plan in plans]
     return SuiteResult(
         benchmarks=benchmarks,
         source="hub" if from_hub else "archives",
-        differs={
-            benchmark.name: SOURCES[benchmark.task].differs
-            for benchmark in benchmarks
-            if not from_hub and benchmark.stock and SOURCES[benchmark.task].differs
-        },
+        differs={b.name: b.differs for b in benchmarks if b.differs and not from_hub},
         limit=limit,
         dtype=dtype,
         reference=None if base is None else shown[base],
@@ -204,7 +191,8 @@ def check_suite(
         raise UsageError(
             "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
         )
-    known = {benchmark.task: benchmark for benchmark in LLAMA_MOE}
+    # A task of the paper's is used as in the paper, with its shots and metric.
+    known = {benchmark.task: benchmark for benchmark in PAPER_BENCHMARKS}
     chosen = [*(SUITES[suite] if suite else ()), *(known.get(task, task) for task in tasks)]
     if not chosen:
         raise UsageError(f"name a suite ({' or '.join(SUITES)}) or tasks")
@@ -215,7 +203,7 @@ def _hub_answers() -> bool:
     """Return whether the hub can be reached and may be asked."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:  # the user has said not to ask
         return False
     try:
         with urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S):
@@ -243,7 +231,7 @@ def _model_scores(
             truncated=found.truncated,
             elapsed_s=found.elapsed_s,
         )
-    if failed:
+    if failed:  # an average of fewer benchmarks would not compare with anybody's
         return ModelScores(name, scores, failed, None, None, None)
     errors = [score.stderr for score in scores.values() if score.stderr is not None]
     paired = None

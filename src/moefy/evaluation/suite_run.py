@@ -20,16 +20,16 @@ from moefy.checkpoint.reader import fingerprint, read_config, side_files
 from moefy.errors import CheckpointError, EvaluationError, UsageError
 from moefy.evaluation.benchmarks import Benchmark
 from moefy.evaluation.harness import (
-    STOCK,
     VERSION,
     HarnessModel,
     ItemScores,
     all_tasks,
     load_tasks,
     run_task,
+    stock_tasks,
     task_config,
 )
-from moefy.evaluation.suite_data import SOURCES, archive_files
+from moefy.evaluation.suite_data import archive_files, data_version
 from moefy.experts.lean import register
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
@@ -67,18 +67,16 @@ def plan_tasks(
         AssetError: an archive cannot be fetched.
     """
     plans = []
+    # All data is there before the first model is loaded: a missing archive costs no hours.
     for entry in chosen:
         if isinstance(entry, str):
             plans.append(_plan_other(entry, report))
             continue
-        source = SOURCES[entry.task]
         tasks: dict[str, str | dict[str, Any]] = {}
-        stock = sorted(STOCK.glob(entry.stock))
-        for file in stock:
-            name = entry.task if len(stock) == 1 else file.stem
-            files = {} if from_hub else archive_files(name, report=report)
-            tasks[name] = task_config(file, name, entry.shots, files, source.settings)
-        plans.append(TaskPlan(entry, tasks, "hub" if from_hub else source.version))
+        for task in stock_tasks(entry):
+            files = {} if from_hub else archive_files(entry, task, report=report)
+            tasks[task] = task_config(entry, task, files)
+        plans.append(TaskPlan(entry, tasks, "hub" if from_hub else data_version(entry)))
     return plans
 
 
@@ -95,6 +93,7 @@ def _plan_other(name: str, report: ProgressFn) -> TaskPlan:
         tasks = load_tasks(name)
     except EvaluationError as error:
         return TaskPlan(Benchmark(name, name, 0, "–"), {}, problem=str(error))
+    # The harness does not say which of a task's metrics counts; its first is the usual one.
     first = next(iter(tasks.values()))
     benchmark = Benchmark(name, name, first.config.num_fewshot, next(iter(first.aggregation())))
     return TaskPlan(benchmark, {task: task for task in tasks})
@@ -123,6 +122,7 @@ def measure(
     model = functools.cache(lambda: _open(folder, dtype))  # not opened if the cache holds all
     scores, failed = {}, {}
     for plan in plans:
+        # Weights and tokenizer are in the folder's name, all else that decides a result in the key.
         key = _key(plan, limit=limit, dtype=dtype, device=device().type)
         parts: list[ItemScores] = []
 
@@ -136,12 +136,13 @@ def measure(
             for task, config in plan.tasks.items():
                 file = kept / f"{task}-{key}.json"
                 if not file.is_file():
-                    (loaded,) = load_tasks(config).values()
+                    (loaded,) = load_tasks(config).values()  # not a group, so a single task
                     # MMLU's limit is spread over its 57 subjects, at least one item of each.
                     count = None if limit is None else -(-limit // len(plan.tasks))
                     metric = plan.benchmark.metric
                     result = run_task(model(), loaded, metric=metric, limit=count, share=share)
                     write_records(file, [asdict(result)])
+                # A result is always read from the file: the second run gives what the first gave.
                 parts.append(ItemScores(**json.loads(file.read_text())))
                 share(0.0)
         except EvaluationError as error:  # the other benchmarks go on
@@ -152,6 +153,7 @@ def measure(
 
 
 def _joined(parts: Sequence[ItemScores]) -> ItemScores:
+    # MMLU's score is the mean over all items, so large subjects count more than small ones.
     nll = [part.nll for part in parts]
     return ItemScores(
         parts[0].metric,
@@ -179,7 +181,9 @@ def check_vocabulary(folder: Path) -> None:
 def _open(folder: Path, dtype: str) -> HarnessModel:
     options = {}
     if ffn_shape(read_config(folder)).experts and device().type == "cpu" and dtype == "bfloat16":
-        options["experts_implementation"] = register()  # prompts differ in length
+        # oneDNN compiles a product for every new shape, and prompts differ in length. These
+        # experts round their shapes up.
+        options["experts_implementation"] = register()
     network = load_model(folder, dtype=getattr(torch, dtype), **options).to(device())
     return HarnessModel(network, load_tokenizer(folder))
 
