@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
 )
-_debug = False
+_debug = False  # set by the callback, which runs before the command
 
 _MOVED = {
     "eval --speed": "moefy bench",
@@ -40,13 +40,14 @@ def _options(
 
 def main() -> None:
     """Run the command line: exit code 0, 1 for run time errors, 2 for usage errors."""
-    ask_for_huge_pages()
+    ask_for_huge_pages()  # before torch allocates its first tensor
     try:
         _refuse_moved(sys.argv[1:])
         app()
     except Exception as error:
         if _debug:
             raise
+        # one line, whatever the message holds: a traceback helps nobody but us
         text = " ".join(str(error).split())
         if not isinstance(error, MoefyError):
             text = (
@@ -58,7 +59,9 @@ def main() -> None:
 
 
 def _refuse_moved(arguments: list[str]) -> None:
+    # before Typer sees the words, because Typer would only say "no such option"
     command = next((word for word in arguments if not word.startswith("-")), None)
+    # `--suite=llama-moe` is the option --suite, too
     words = {word.partition("=")[0] for word in arguments}
     for old, new in _MOVED.items():
         name, option = old.split()

@@ -119,7 +119,6 @@ def demo(
     show(
         None,
         (tables.comparison_rows(done.comparison), "SmolLM2-135M, held-out text"),
-        as_json=False,
         text=f"{headline(done.comparison)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
         f"{done.facts['peak_rss_bytes'] / 2**30:.1f} GiB. Report: {done.folder / 'report.html'}",
     )

@@ -17,6 +17,7 @@ from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
 from moefy.report import routing_tables, suite_tables, tables
 from moefy.studies.recipe import StudyRecipe
 
+# larger than in a study, which measures many models: speed needs long prompts to settle
 _SPEED = StudyRecipe(prompt_tokens=512, new_tokens=64)
 SpeedSizes = Annotated[dict[str, Any], _SPEED, "prompt_tokens", "new_tokens", "rounds"]
 Windows = Annotated[dict[str, Any], StudyRecipe(), "windows", "sequence_length"]
@@ -37,7 +38,7 @@ def evaluate(
 
     Example: `moefy eval smollm2-135m out/moe out/trained`
     """
-    from moefy.report.findings import SPLIT_NAMES
+    from moefy.report.findings import SPLIT_NAMES  # here, because it imports torch
 
     done = call(moefy.evaluate, models, data=data, split=split, decode=decode, **sizes)
     title = f"{done.tokens:,} {SPLIT_NAMES[split]} tokens per model"
@@ -89,15 +90,10 @@ def routing(
     """
     active = options.counts("--top-k", top_k)
     done = call(moefy.routing, models, data=data, split=split, active=active, **sizes)
-    show(
-        done.to_dict(),
-        (
-            routing_tables.routing_rows(done),
-            f"Use of the experts, {sum(done.tokens.values()):,} tokens",
-        ),
-        (routing_tables.k_rows(done), "Quality by the number of experts that are chosen"),
-        as_json=as_json,
-    )
+    use = f"Use of the experts, {sum(done.tokens.values()):,} tokens"
+    quality = "Quality by the number of experts that are chosen"
+    both = ((routing_tables.routing_rows(done), use), (routing_tables.k_rows(done), quality))
+    show(done.to_dict(), *both, as_json=as_json)
 
 
 @app.command()
@@ -113,6 +109,7 @@ def suite(
 
     Example: `moefy suite smollm2-135m out/moe --limit 100`
     """
+    # the paper's suite is what a person means who names no tasks
     which = {"suite": None if tasks else "llama-moe", "tasks": options.listed(tasks)}
     done = call(moefy.suite, models, limit=limit, dtype=dtype, hub=hub, **which)
     show(
@@ -153,19 +150,15 @@ def report(
     parts = {"dtype": dtype, "routing": routing, "cards": cards, "overwrite": overwrite}
     text = {"data": data, "split": split, **sizes}
     done = call(moefy.write_report, out, models, **benchmarks, **parts, **text)
-    show(
-        None,
-        (tables.comparison_rows(done.comparison), done.text),
-        as_json=False,
-        text=f"Report: {done.folder / 'report.html'}",
-    )
+    table = (tables.comparison_rows(done.comparison), done.text)
+    show(None, table, text=f"Report: {done.folder / 'report.html'}")
     _exit_with(done.failures)
 
 
 def _exit_with(failures: list[tuple[str, str, str]]) -> None:
     for name, benchmark, reason in failures:
         warn(f"moefy: {name}: {benchmark} has no score: {reason}")
-    if failures:
+    if failures:  # the other benchmarks' results were printed: only the exit code tells
         raise typer.Exit(1)
 
 
@@ -224,6 +217,7 @@ def judge(
 
     Example: `moefy judge out/tuned out/mt-bench`
     """
+    # without an endpoint the answers are written all the same: a judge may be asked later
     judged_by = {"endpoint": endpoint, "judge_model": judge_model}
     asked = {"questions": questions, "max_new_tokens": max_new_tokens}
     done = call(moefy.judge, model, out, **asked, **judged_by)

@@ -18,7 +18,7 @@ from moefy.recipe import Recipe
 Model = Annotated[str, typer.Argument(help="Model folder.")]
 Models = Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-RunFolder = Annotated[Path, typer.Argument(help="Folder to write; the same command resumes it.")]
+ResumedOut = Annotated[Path, typer.Argument(help="Folder to write; the same command resumes it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Data = Annotated[
@@ -53,6 +53,7 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     options: list[inspect.Parameter] = []
+    # what each recipe of the command is made from, and the keys that are options of their own
     sources: dict[str, tuple[Recipe | type[Recipe], tuple[str, ...]]] = {}
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
@@ -72,15 +73,18 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         for name, (source, keys) in sources.items():
             given = {key: values.pop(key) for key in keys}
+            # None is an option that was not given; `--set key=null` sets null
             chosen = {key: value for key, value in given.items() if value is not None}
             if isinstance(source, Recipe):
                 recipe = source.build(source, **chosen)
                 values[name] = {key: getattr(recipe, key) for key in keys}
             else:
+                # the nearer to the command line the stronger: file, then --set, then options
                 settings = parse_settings(values.pop("settings")) | chosen
                 values[name] = source.build(values.pop("recipe"), **settings)
         command(**values)
 
+    # Typer reads a command's signature, and makes the options that it finds there
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options}
     return run
@@ -101,7 +105,7 @@ def _options_of(recipe: Recipe, keys: list[str]) -> Iterator[inspect.Parameter]:
         text, marked = field.description, field.json_schema_extra
         assert isinstance(marked, dict)
         flag = f"--{key.replace('_', '-')}"
-        if kind is bool:
+        if kind is bool:  # off is the default and `--set key=false`, so that --no-KEY is not needed
             yield _keyword(key, Annotated[bool | None, typer.Option(flag, help=f"{text}.")], None)
             continue
         if get_origin(kind) in (Union, UnionType):  # such as `int | None`: None is "not given"

@@ -24,10 +24,12 @@ def call(verb: Callable[..., Result], *arguments: Any, **options: Any) -> Result
         return verb(*arguments, report=report, **options)
 
 
-def show(record: Any, *tables: tuple[list[list[str]], str], as_json: bool, text: str = "") -> None:
+def show(
+    record: Any, *tables: tuple[list[list[str]], str], as_json: bool = False, text: str = ""
+) -> None:
     """Print a result: as JSON for programs, or as tables and a text for people."""
     if as_json:
-        print(json.dumps(record, indent=2, default=str))
+        print(json.dumps(record, indent=2, default=str))  # default: paths become text
         return
     for rows, title in tables:
         _print_table(rows, title)
@@ -49,6 +51,7 @@ def bars() -> Iterator[ProgressFn]:
     """
     quiet_libraries()
     console = Console(stderr=True)
+    # moving bars in a log would be a line for every step
     if not console.is_terminal:
         yield log_lines()
         return
@@ -62,7 +65,7 @@ def bars() -> Iterator[ProgressFn]:
     with Bars(*columns, console=console) as shown:
 
         def report(progress: Progress) -> None:
-            if progress.stage not in tasks:
+            if progress.stage not in tasks:  # a stage begins with its first sign of life
                 tasks[progress.stage] = shown.add_task(progress.stage, note="")
             task = tasks[progress.stage]
             shown.update(task, total=progress.total, completed=progress.done, note=progress.note)
@@ -76,6 +79,7 @@ def log_lines(every_s: float = 10.0) -> ProgressFn:
 
     def report(progress: Progress) -> None:
         nonlocal last_s
+        # the end of a stage is always told: a log then holds every stage, however short
         finished = progress.done >= progress.total
         if finished or time.monotonic() - last_s >= every_s:
             note = f"  {progress.note}" if progress.note else ""

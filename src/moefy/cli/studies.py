@@ -9,7 +9,7 @@ import typer
 
 import moefy
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, RunFolder, listed, recipe_options
+from moefy.cli.options import Data, Json, ResumedOut, listed, recipe_options
 from moefy.cli.output import call, show, warn
 from moefy.errors import UsageError
 from moefy.recipe import ConvertRecipe
@@ -20,7 +20,7 @@ from moefy.studies.recipe import StudyRecipe
 @app.command()
 @recipe_options
 def study(
-    out: RunFolder,
+    out: ResumedOut,
     *,
     model: Annotated[str, typer.Option(help="Dense model, as for convert.")] = "smollm2-135m",
     data: Data = "demo",
@@ -70,7 +70,7 @@ def study(
 @recipe_options
 def leaderboard(
     source: Annotated[str, typer.Argument(help="Dense model, as for convert.")],
-    out: RunFolder,
+    out: ResumedOut,
     *,
     data: Data = "demo",
     split: Annotated[dict[str, Any], ConvertRecipe(experts=64), "experts", "seed"],

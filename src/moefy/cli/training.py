@@ -9,7 +9,7 @@ import typer
 
 import moefy
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, Model, Overwrite, RunFolder, recipe_options
+from moefy.cli.options import Data, Json, Model, Overwrite, ResumedOut, recipe_options
 from moefy.cli.output import call, quiet_libraries, show, warn
 from moefy.recipe import PrepareRecipe
 from moefy.report import tables
@@ -25,7 +25,7 @@ def prepare(
             help="File, folder of DOMAIN.jsonl files or DOMAIN/ folders, hf:DATASET or 'demo'."
         ),
     ],
-    out: RunFolder,
+    out: ResumedOut,
     *,
     tokenizer: Annotated[str, typer.Option(help="The model that will read the tokens.")],
     workers: Annotated[
@@ -56,7 +56,7 @@ def prepare(
 @recipe_options
 def train(
     model: Model,
-    out: RunFolder,
+    out: ResumedOut,
     *,
     data: Data = "demo",
     recipe: TrainRecipe,
@@ -97,7 +97,7 @@ def train(
 @recipe_options
 def tune(
     model: Model,
-    out: RunFolder,
+    out: ResumedOut,
     *,
     data: Annotated[
         str, typer.Option(help="Conversations: a file, a folder of files, or hf:DATASET.")
