@@ -16,8 +16,8 @@ from matplotlib.text import Text
 
 from moefy.report.tables import Rows, write_csv
 
-WIDTH = 4.6
-"""Inches; at this width the letters of a figure can be read on a phone of 390 pixels."""
+# Inches; at this width the letters of a figure can be read on a phone of 390 pixels.
+_WIDTH = 4.6
 _REFERENCES = re.compile(r'(\bid="|\bhref="#|url\(#)')
 
 
@@ -44,16 +44,15 @@ class Chart:
         for text in self.figure.findobj(Text):
             text.set_parse_math(False)
 
-    def write(self, folder: Path) -> list[str]:
-        """Write NAME.png and NAME.csv, and return these names."""
-        files = [f"{self.name}.png", f"{self.name}.csv"]
-        self.figure.savefig(folder / files[0], dpi=150)
-        write_csv(folder / files[1], self.rows)
-        return files
+    def write(self, folder: Path) -> None:
+        """Write NAME.png and NAME.csv."""
+        self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+        write_csv(folder / f"{self.name}.csv", self.rows)
 
     def svg(self) -> str:
         """Return an SVG element; the same numbers give the same bytes."""
         text = io.StringIO()
+        # Without a date and with a fixed salt, a report that is made again differs in its numbers.
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with mpl.rc_context({"svg.hashsalt": "moefy"}):
             self.figure.savefig(text, format="svg", metadata=nothing)
@@ -64,7 +63,7 @@ class Chart:
 
 def plain_figure(height: float = 3.6) -> tuple[Figure, Axes]:
     """Return a figure of the common width with one plot."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -74,6 +73,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     """Put the legend under the plot, in as many columns as its labels allow."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels), default=1)
+    # About 44 letters fit beside each other, 5 of them as wide as a marker and its margin.
     columns = max(1, min(len(labels), 44 // (longest + 5)))
     figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=columns)
 
@@ -86,9 +86,8 @@ def load_chart(name: str, shares: Float[np.ndarray, "layers experts"], caption: 
         shares: Share of a layer's choices that each expert gets; every row sums to 1.
         caption: Caption of the chart, before the words that explain the colours.
     """
-    load = shares * shares.shape[1]
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots()
+    load = shares * shares.shape[1]  # [layers, experts], 1 is even use
+    figure, axes = plain_figure()
     # The scale is the same in all figures, so that two models can be compared by eye.
     image = axes.imshow(load, aspect="auto", vmin=0, vmax=3, cmap="viridis", origin="lower")
     axes.set(xlabel="expert", ylabel="layer")

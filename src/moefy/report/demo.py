@@ -66,6 +66,7 @@ def demo(
             for name in ("random split", "converted", "recovered")
         }
         made = convert(dense, folders["converted"], experts=experts, active=active, **common)
+        # The paper's split gets the same sizes, so that only the method differs.
         counts = {"experts": made.recipe.experts, "active": made.recipe.active}
         paper = LLAMA_MOE | {"repair": "none"} | counts
         convert(dense, folders["random split"], **paper, **common)

@@ -90,6 +90,7 @@ def facts_of(command: str, data: str, split: Side, *, suite: bool = False) -> di
         "machine": {
             "platform": platform.platform(),
             "device": "cpu" if place.type == "cpu" else torch.cuda.get_device_name(place),
+            # Speeds on a CPU mean nothing without this number.
             "threads": torch.get_num_threads(),
         },
         "versions": {"python": platform.python_version()}

@@ -38,6 +38,7 @@ def write_page(
     charts += [benchmark_chart(report.suite)] if report.suite else []
     charts += routing_charts(report.routing) if report.routing else []
     charts += training_charts(report.logs)
+    # Figures are drawn before the page, whose SVG takes their final layout.
     with storage_errors(folder):
         for chart in charts:
             chart.write(folder)

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from moefy.evaluation.suite import SuiteResult
 
 _MARKERS = "osD^vPX*"
-_Z95 = 1.96
-"""Standard errors on either side of a mean that hold 95 % of a normal distribution."""
+_Z95 = 1.96  # standard errors on either side of a mean that hold 95% of a normal distribution
 
 
 def quality_charts(comparison: Comparison) -> list[Chart]:
@@ -34,6 +33,7 @@ def quality_charts(comparison: Comparison) -> list[Chart]:
             x, y = cost_of(result), math.log(result.perplexity)
             if x is None:
                 continue
+            # The dense model has no difference from itself, hence no interval.
             excess = result.excess_loss or Interval(0.0, 0.0, 0.0)
             below, above = excess.value - excess.low, excess.high - excess.value
             rows.append([result.name, str(x), str(y), str(below), str(above)])
@@ -66,6 +66,7 @@ def benchmark_chart(suite: SuiteResult) -> Chart:
         found = {name: (score.value, score.stderr) for name, score in model.scores.items()}
         if model.average is not None:
             found["average"] = model.average, model.average_stderr
+        # The models of a benchmark share its line; together they take 0.7 of its height.
         shift = (place - (len(models) - 1) / 2) * 0.7 / len(models)
         axes.errorbar(
             [100 * value for value, _ in found.values()],
@@ -82,6 +83,7 @@ def benchmark_chart(suite: SuiteResult) -> Chart:
             numbers = ("" if cell is None else str(100 * cell) for cell in cells)
             rows.append([name, model.name, *numbers])
     for line, name in enumerate(lines):
+        # Without this mark a score of 25% looks like a quarter of the way to 100%.
         if (chance := chances.get(name)) is not None:
             axes.plot([100 * chance] * 2, [line - 0.4, line + 0.4], color="0.6", linewidth=1.5)
         axes.axhline(line + 0.5, color="0.92", linewidth=0.8, zorder=0)

@@ -21,7 +21,8 @@ def routing_charts(result: RoutingResult) -> list[Chart]:
     """
     charts = [_quality_by_k(result)]
     for place, model in enumerate(result.models, start=1):
-        loads = np.array([model.load[domain] for domain in result.tokens])
+        loads = np.array([model.load[domain] for domain in result.tokens])  # [domains, layers, E]
+        # Domains have different numbers of tokens: the mean over them is not that over tokens.
         overall = np.average(loads, axis=0, weights=list(result.tokens.values()))
         ending = f"-{place}" if len(result.models) > 1 else ""
         caption = f"{model.name}: how often each routed expert is chosen on held-out text"
@@ -37,6 +38,7 @@ def _quality_by_k(result: RoutingResult) -> Chart:
         losses = {at.k: at.loss for at in model.quality}
         axes.plot(list(losses), list(losses.values()), "o-", color=color, ms=4, label=model.name)
         axes.plot(model.active, losses[model.active], "o", color=color, ms=9, fillstyle="none")
+    # The legend explains the ring once, in grey, instead of once for each model.
     axes.plot([], [], "o", color="0.4", ms=9, fillstyle="none", label="as saved")
     if result.reference_loss is not None:
         label = f"{result.reference} (dense)"

@@ -37,6 +37,7 @@ def routing_rows(result: RoutingResult) -> Rows:
     for model in result.models:
         layers = len(model.entropy)
         dead, noise = [len(experts) for experts in model.dead], model.domain_noise or [nan] * layers
+        # An absent noise becomes nan, so that one array holds all columns.
         columns = [model.entropy, dead, model.max_over_mean, model.domain_distance, noise]
         stats = np.array(columns).T  # [layers, columns]
         lines = [*((str(idx), stats[idx]) for idx in range(layers)), ("mean", stats.mean(0))]

@@ -37,6 +37,7 @@ def suite_rows(result: SuiteResult) -> Rows:
             beside += [with_interval(paired.average, "+.1f", scale=100)]
             kept = (paired.retention, paired.retention_above_chance)
             columns.append([*beside, *(with_interval(k, ".1f", scale=100) for k in kept), ""])
+        # Rows are begun above; a model adds one column to them, or two with its differences.
         for column in columns:
             for row, cell in zip(rows, column, strict=True):
                 row.append(cell)
@@ -58,6 +59,7 @@ def published_rows(result: SuiteResult) -> Rows:
         return rows
     rows.append([f"published, of other sizes, in percent: {SOURCE}"])
     for name, scores in PUBLISHED.items():
+        # An average over other benchmarks cannot be compared with the published one.
         whole = set(names) | {"average"} == set(scores)
         cells = [shown(scores.get(benchmark), ".1f") for benchmark in names]
         rows.append([name, f"{scores['average']:.1f}" if whole else "–", *cells])

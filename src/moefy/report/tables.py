@@ -78,6 +78,7 @@ def speed_title(comparison: SpeedComparison) -> str:
 def inspection_rows(inspection: Inspection) -> Rows:
     """Return header and rows of an inspection: each split beside the dense model."""
     costs = inspection.costs
+    # A model that is converted already has no dense model beside it.
     dense = costs["dense"].flops_per_token if "dense" in costs else None
     columns: Columns[str] = [
         ("split", str),

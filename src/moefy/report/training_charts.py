@@ -40,11 +40,13 @@ def training_charts(logs: Mapping[str, Log]) -> list[Chart]:
     charts = [_loss_chart(logs)] if logs else []
     for place, (name, log) in enumerate(logs.items(), start=1):
         ending = f"-{place}" if len(logs) > 1 else ""
+        # The first step always carries the weights; a second one says that they changed.
         if sum("mixture" in line for line in log) > 1:
             caption = f"{name}: each domain's share of the training text (log scale)."
             figure, rows = mixture_weights(log), mixture_rows(log)
             charts.append(Chart(f"mixture{ending}", figure, rows, caption))
         if "expert_load" in log[-1]:
+            # A single step's load is mostly which text it saw.
             last = log[-max(1, len(log) // 4) :]
             load = np.mean([line["expert_load"] for line in last], axis=0)
             caption = f"{name}: choices of each routed expert in the last quarter of the run"
@@ -99,7 +101,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def mixture_weights(log: Log) -> Figure:
-    """Draw the domains' weights over tokens, on a logarithmic scale: the small ones move most.
+    """Draw the domains' weights over tokens.
 
     Args:
         log: A run's steps. Those before which weights were set carry them as `mixture` (the fields
@@ -116,6 +118,7 @@ def mixture_weights(log: Log) -> Figure:
             ends = [*starts, log[-1]["tokens"] / 1e3], [*weights, weights[-1]]
             axes.step(*ends, where="post", label=domain)
     axes.set(xlabel="training tokens (thousands)", ylabel="weight in the mixture", yscale="log")
+    # On a logarithmic scale the small weights, which move most, can be told apart.
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -12,6 +12,7 @@ from moefy.report.tables import Columns, Rows, millions, number, table, with_int
 def verdict(report: Report) -> str:
     """Say in a sentence what the best MoE model keeps of the dense one, and at what cost."""
     results, dense = report.comparison.results, report.dense
+    # Several conversions may be shown: the sentence is about the one that lost least.
     moes = [result for result in results if result.cost.experts]
     best = min(moes or results, key=lambda result: result.perplexity)
     perplexity = number(best.perplexity)
@@ -22,6 +23,7 @@ def verdict(report: Report) -> str:
         )
     share = best.cost.active_params / dense.cost.active_params
     excess = best.excess_loss or Interval(0.0, 0.0, 0.0)
+    # Training on the same text can bring a conversion below its dense model.
     side = "below" if excess.value < 0 else "above"
     parts = [
         f"has a loss {abs(excess.value):.3f} nats per token {side} "
@@ -69,5 +71,6 @@ def _kept(report: Report, result: Result) -> Interval | None:
     """Return how many percent of the dense model's average on the benchmarks a model has."""
     models = report.suite.models if report.suite else []
     paired = next((m.against_reference for m in models if m.name == result.name), None)
+    # None where the dense model's average may be 0.
     kept = paired.retention if paired else None
     return kept and Interval(100 * kept.value, 100 * kept.low, 100 * kept.high)

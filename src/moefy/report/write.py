@@ -96,6 +96,7 @@ def write_report(
         done = _measure(run.out, named, facts, text, suite_options, routing, report)
         write_page(run.work, done, title="moefy report", lead=verdict(done))
         run.finish()
+    # The report is whole now: a card that cannot be written costs the card alone.
     own = {name: Path(model).expanduser() for name, model in named.items()}
     noted = [folder for name, folder in own.items() if cards and _note_in_card(folder, name, done)]
     return replace(done, cards=noted)
@@ -143,7 +144,7 @@ def _note_in_card(folder: Path, name: str, done: Report) -> bool:
         items = "all items" if suite.limit is None else f"at most {suite.limit:,} items of each"
         lines += [
             f"Benchmarks in percent ± standard error, {items}; differences from the dense model "
-            "and retention with 95 % intervals:",
+            "and retention with 95% intervals:",
             "",
             markdown(suite_rows(suite)),
         ]
@@ -159,6 +160,7 @@ def _command(out: str | Path, models: Sequence[str | Path], options: Mapping[str
     parameters = signature(write_report).parameters
     words = ["moefy", "report", str(out), *map(str, models)]
     for name, value in options.items():
+        # What is not written is the default of that version, which the page names.
         if value != parameters[name].default:
             flag = name.replace("_", "-")
             words.append(f"--no-{flag}" if value is False else f"--{flag}")
