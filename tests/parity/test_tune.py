@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tests.conftest import write_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import moefy
 import moefy.checkpoint.targets
@@ -33,8 +34,11 @@ from moefy.experts.balance import switch_loss
 from moefy.experts.router_trace import RouterTrace, routers_of
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
-from moefy.training.adapters import add_adapters, merged
-from moefy.training.recipe import TuneRecipe
+from moefy.run_folder import RunFolder
+from moefy.training.models import add_adapters, merge_adapters
+from moefy.training.processes import ONE
+from moefy.training.recipe import Lora, TuneRecipe
+from moefy.training.samples import best_fit
 from moefy.training.state import read_log
 from moefy.training.tune import heldout_loss
 
@@ -139,6 +143,72 @@ def test_packing_changes_nothing_but_the_rows(target: str, talks: Path, tmp_path
     in_rows = moefy.tune(moe, tmp_path / "rows", data=talks, packing=True, **SHORT)
     assert in_rows.conversations == len(train)
     assert in_rows.steps < len(train) / SHORT["global_batch_size"] / 2
+
+
+def test_the_steps_are_those_of_transformers_trainer(
+    moe: Path, talks: Path, tmp_path: Path
+) -> None:
+    """Order, the smaller last step of an epoch, rates, clipping and losses, over two epochs."""
+    train, _ = sides(moe, talks)
+    settings = SHORT | {"epochs": 2, "seed": 7, "global_batch_size": 6, "micro_batch_size": 3}
+    assert len(train) % 6
+    moefy.tune(moe, tmp_path / "out", data=talks, **settings)
+    network = load_model(moe, dtype=torch.float32)
+    for router in routers_of(network):
+        router.requires_grad_(False)
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {
+            name: pad_sequence(
+                [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value
+            )
+            for name, value in {"input_ids": 0, "labels": -100, "attention_mask": 0}.items()
+        }
+
+    trainer = Trainer(
+        network,
+        TrainingArguments(
+            output_dir=str(tmp_path / "trainer"),
+            num_train_epochs=2,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=2,
+            learning_rate=settings["learning_rate"],
+            lr_scheduler_type="cosine",
+            warmup_steps=TuneRecipe().warmup_fraction,
+            seed=7,
+            use_cpu=True,
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        data_collator=collate,
+        train_dataset=[
+            {"input_ids": e.ids, "labels": e.labels, "attention_mask": [1] * len(e.ids)}
+            for e in train
+        ],
+    )
+    trainer.train()
+    theirs = [line for line in trainer.state.log_history if "grad_norm" in line]
+    ours = read_log(tmp_path / "out")[1:]
+    assert len(ours) == 2 * -(-len(train) // 6)
+    for mine, line in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert mine[key] == pytest.approx(line[key], rel=1e-5), (key, mine["step"])
+
+
+def test_rows_are_filled_best_fit_first(moe: Path, talks: Path) -> None:
+    train, _ = sides(moe, talks)
+    by_length = sorted(train, key=lambda example: -len(example.ids))
+    rows = best_fit(train, 256)
+    assert sorted(id(e) for row in rows for e in row) == sorted(map(id, train))
+    spaces = [256 - sum(len(e.ids) for e in row) for row in rows]
+    assert min(spaces) >= 0
+    # no row could have been saved by its own first conversation
+    assert all(
+        space < len(later[0].ids) for i, space in enumerate(spaces) for later in rows[i + 1 :]
+    )
+    assert rows[0][0] is by_length[0]
 
 
 def test_tuning_teaches_and_keeps_the_form(moe: Path, talks: Path, tmp_path: Path) -> None:
@@ -264,18 +334,17 @@ def test_merged_adapters_give_the_same_logits(target: str, tmp_path: Path) -> No
     tokens = torch.arange(2 * 17).view(2, 17)
     with torch.no_grad():
         plain = network(tokens).logits
-        adapted = add_adapters(network, rank=3, alpha=6.0)
+        adapted = add_adapters(network, Lora(rank=3, alpha=6.0, modules="all"), 0, ONE)
         learning = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         assert all(".lora_" in name for name in learning)
         torch.manual_seed(1)
         for parameter in learning.values():
             parameter.normal_(std=0.05)
         with_adapters = adapted(tokens).logits
-        whole = merged(adapted)
-        assert set(whole.state_dict()) == names
+        merge_adapters(adapted)
+        assert set(adapted.state_dict()) == names
         assert (with_adapters - plain).abs().max() > 1e-2
-        assert torch.allclose(whole(tokens).logits, with_adapters, atol=2e-6)
-        assert routers_of(whole) == routers_of(network)
+        assert torch.allclose(adapted(tokens).logits, with_adapters, atol=2e-6)
 
 
 def test_lora_trains_a_plain_model(moe: Path, talks: Path, tmp_path: Path) -> None:
@@ -295,7 +364,8 @@ LONG: dict[str, Any] = SHORT | {"checkpoint_every_steps": 5, "epochs": 10}
 
 def ends(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """Return the weights and the log of a run, without times."""
-    log = [{k: v for k, v in line.items() if k != "elapsed_s"} for line in read_log(folder)]
+    timed = {"tokens_per_s", "mfu"}
+    log = [{k: v for k, v in line.items() if k not in timed} for line in read_log(folder)]
     return (folder / "model.safetensors").read_bytes(), log
 
 
@@ -348,7 +418,7 @@ def test_a_run_that_fails_when_all_is_trained(
     steps = moefy.tune(moe, whole, data=talks, **settings).steps
     assert steps % LONG["checkpoint_every_steps"] == 0
     with monkeypatch.context() as full_disk:
-        full_disk.setattr("moefy.training.tune.write_model", fail)
+        full_disk.setattr("moefy.training.loop.write_model", fail)
         with pytest.raises(OSError, match="No space"):
             moefy.tune(moe, failed, data=talks, **settings)
     assert moefy.tune(moe, failed, data=talks, **settings).resumed_from_step == steps
@@ -376,9 +446,9 @@ def test_what_cannot_be_done(
         "no conversation to train on.*says nothing within 4 tokens", CorpusError, sequence_length=4
     )
     with monkeypatch.context() as without:
-        without.setitem(sys.modules, "trl", None)
-        without.delitem(sys.modules, "moefy.training.trainer")
-        refused(r"tune needs the packages trl and peft \(.*pip install 'moefy\[tune\]'")
+        without.setitem(sys.modules, "peft", None)
+        message = r"lora needs the peft package: pip install 'moefy\[lora\]'"
+        refused(message, lora_rank=2, sequence_length=256)
     moefy.tune(moe, tmp_path / "done", data=talks, **SHORT)
     inside = talks.rename(tmp_path / "done" / "talks.jsonl")
     with pytest.raises(OutputError, match=r"would replace its own source .*talks\.jsonl"):
@@ -413,7 +483,7 @@ def test_a_lost_run_says_so_and_refuses_other_settings(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("moefy.training.tune.put_in_place", killed)
+        patched.setattr(RunFolder, "_swap", killed)
         with pytest.raises(KeyboardInterrupt):
             moefy.tune(moe, out, data=talks, overwrite=True, **more)
     found = moefy.tune(moe, out, data=talks, overwrite=True, **more)

@@ -109,7 +109,7 @@ def test_two_processes_train_as_one(layout: str, dense: Path, corpus: Path, tmp_
     moe = converted(dense, corpus, tmp_path / "moe", target)
     settings = {
         "teacher": dense,
-        "distillation": "{weight: 0.5, layers: residual}",
+        "distillation": "{alpha: 0.5, layers: residual}",
         "balance": "{kind: switch, coefficient: 0.1}",
         "learning_rate": 1e-3,
     }

@@ -200,22 +200,32 @@ def test_which_template(tmp_path: Path) -> None:
 
 
 def test_a_template_that_renders_earlier_answers_differently() -> None:
+    """Every answer is an example of its own, in the text in which the model is asked for it."""
     tok = tokenizer(PHI3, "<|end|>")
     assert end_of_turn(tok, chat_template(tok)) == tok.convert_tokens_to_ids("<|end|>")
-    with pytest.raises(UsageError, match=r"differently when more follows. Pass --chat-template"):
-        for_training(tok, chat_template(tok))
     for broken in ("{% if %}", "{{ raise_exception('system first') }}"):
         with pytest.raises(UsageError, match=r"refuses the conversation: .*--chat-temp"):
             for_training(tok, ChatTemplate("mine", broken))
+    unclear = "{% for m in messages %}{{ loop.length ~ m['content'] }}{% endfor %}"
+    with pytest.raises(UsageError, match=r"differently when more follows. Pass --chat-template"):
+        for_training(tok, ChatTemplate("mine", unclear))
     _, (line,) = make_examples([Conversation("x", TALK)], tok, chat_template(tok), max_length=4096)
     assert "renders the conversation differently when more follows" in line
 
-    from trl.chat_template_utils import qwen3_chat_template
-
-    tok = tokenizer(qwen3_chat_template, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    thought = "<think>\n\n</think>\n\n"  # Qwen3's: only the last answer keeps its thoughts
+    qwen3 = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '" + thought + "' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tok = tokenizer(qwen3, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     template = for_training(tok, chat_template(tok))
-    assert template.source is None  # the model keeps its own
-    made = example(tok, TALK[1:], template)
-    said = tok.decode([label for label in made.labels if label != IGNORED])
-    thought = "<think>\n\n</think>\n\n"
-    assert said == f"{thought} Servus 🙂\n<|im_end|>{thought}Baba<|im_end|>"
+    assert template == ChatTemplate("the model's own, by answer", None, by_answer=True)
+    made, unusable = make_examples([Conversation("x", TALK[1:])], tok, template, max_length=4096)
+    assert unusable == []
+    opening = "<|im_start|>user\nGrüß Gott\n\n<|im_end|>\n<|im_start|>assistant\n"
+    again = "\n<|im_start|>user\n<|im_start|>?<|im_end|>\n<|im_start|>assistant\n"
+    first = [(opening, False), (f"{thought} Servus 🙂\n<|im_end|>", True)]
+    last = [(f"{opening} Servus 🙂\n<|im_end|>{again}", False), (f"{thought}Baba<|im_end|>", True)]
+    assert [(e.ids, e.labels) for e in made] == [by_hand(tok, first), by_hand(tok, last)]

@@ -84,6 +84,9 @@ def train(
     done = call(moefy.train, model, out, data=data, recipe=recipe, overwrite=overwrite)
     if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports
         return
+    from moefy.report.training_charts import draw_training  # matplotlib takes a second
+
+    draw_training(done.folder)
     show(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
@@ -111,6 +114,8 @@ def tune(
     Example: `moefy tune out/trained out/tuned --data conversations.jsonl.gz`
     """
     done = call(moefy.tune, model, out, data=data, recipe=recipe, overwrite=overwrite)
+    if os.environ.get("RANK", "0") != "0":
+        return
     warn(*(f"left out: {line}" for line in done.broken[:10]))
     if done.broken:
         listed = done.folder / "broken.txt"

@@ -9,12 +9,12 @@ from moefy.data.conversations import Conversation
 from moefy.data.template import ChatTemplate, assistant_spans
 from moefy.progress import Progress, ProgressFn, silent
 
-IGNORED = -100  # the label of a token without loss, as transformers and TRL have it
+IGNORED = -100  # the label of a token without loss, as in transformers
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation's tokens."""
+    """The tokens of a conversation, or of its beginning up to one answer."""
 
     ids: list[int]
     labels: list[int]  # the same ids where the assistant speaks, elsewhere IGNORED
@@ -44,30 +44,33 @@ def make_examples(
     examples, unusable = [], []
     for done, conversation in enumerate(conversations, start=1):
         try:
-            examples.append(_example(conversation, tokenizer, template, max_length))
+            examples += _examples(conversation, tokenizer, template, max_length)
         except ValueError as error:
             unusable.append(f"{conversation.where}: {error}")
         report(Progress("tokenise conversations", done, len(conversations)))
     return examples, unusable
 
 
-def _example(
+def _examples(
     conversation: Conversation, tokenizer: Any, template: ChatTemplate, max_length: int
-) -> Example:
-    text, spans = assistant_spans(tokenizer, template, conversation.messages)
-    tokenised = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    # Tokenised whole, as the model will see it. A token belongs to the assistant when all of its
-    # characters do; one that begins before the turn is one that the model is never asked for.
-    ids: list[int] = tokenised["input_ids"]
-    labels = [IGNORED] * len(ids)
-    span_idx = 0
-    for i, (start, end) in enumerate(tokenised["offset_mapping"]):
-        while span_idx < len(spans) and start >= spans[span_idx][1]:
-            span_idx += 1
-        if span_idx < len(spans) and spans[span_idx][0] <= start and end <= spans[span_idx][1]:
-            labels[i] = ids[i]
-    if all(label == IGNORED for label in labels[:max_length]):
+) -> list[Example]:
+    found = []
+    for text, spans in assistant_spans(tokenizer, template, conversation.messages):
+        tokenised = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        # Tokenised whole, as the model will see it. A token belongs to the assistant when all of
+        # its characters do: the model is never asked for one that begins before the turn.
+        ids: list[int] = tokenised["input_ids"]
+        labels = [IGNORED] * len(ids)
+        span_idx = 0
+        for i, (start, end) in enumerate(tokenised["offset_mapping"]):
+            while span_idx < len(spans) and start >= spans[span_idx][1]:
+                span_idx += 1
+            if span_idx < len(spans) and spans[span_idx][0] <= start and end <= spans[span_idx][1]:
+                labels[i] = ids[i]
+        if any(label != IGNORED for label in labels[:max_length]):
+            found.append(Example(ids[:max_length], labels[:max_length], len(ids) > max_length))
+    if not found:
         raise ValueError(f"the assistant says nothing within {max_length:,} tokens")
-    return Example(ids[:max_length], labels[:max_length], len(ids) > max_length)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class ChatTemplate:
 
     name: str  # for people
     source: str | None = None  # Jinja text, saved with the model; None: the model's own stays
-    training: str | None = None  # Jinja text for training, where that differs
+    by_answer: bool = False  # every answer is trained in a text of its own
 
     def render(self, tokenizer: Any, messages: list[Message], *, answer: bool = False) -> str:
         """Return the text of messages.
@@ -43,7 +43,7 @@ class ChatTemplate:
                 messages,
                 tokenize=False,
                 add_generation_prompt=answer,
-                chat_template=self.training or self.source,
+                chat_template=self.source,
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
@@ -75,13 +75,13 @@ def chat_template(tokenizer: Any, asked: str | None = None) -> ChatTemplate:
 
 
 def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
-    """Return a template that renders a beginning of a conversation as the beginning of its text.
+    """Return the template as it is trained in: conversation by conversation, or answer by answer.
 
-    Some do not: Qwen3's drops the thoughts of all answers but the last, Phi-3's ends every text.
-    TRL knows a form for training of the common ones.
+    Some templates render earlier answers otherwise than the last one: Qwen3's drops their thoughts,
+    Phi-3's ends every text. There every answer is trained as the model will be asked for it.
 
     Raises:
-        UsageError: it does not, and TRL knows no other form of it.
+        UsageError: it cannot be told what the assistant said.
     """
     try:
         assistant_spans(tokenizer, template, _PROBE)
@@ -89,14 +89,10 @@ def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
         problem = error
     else:
         return template
-    from trl.chat_template_utils import get_training_chat_template
-
-    with suppress(ValueError):  # TRL knows no other form, or its form does the same
-        known = None if template.source else get_training_chat_template(tokenizer)
-        if known:
-            changed = ChatTemplate(f"{template.name} in TRL's form for training", None, known)
-            assistant_spans(tokenizer, changed, _PROBE)
-            return changed
+    by_answer = replace(template, name=f"{template.name}, by answer", by_answer=True)
+    with suppress(ValueError):
+        assistant_spans(tokenizer, by_answer, _PROBE)
+        return by_answer
     raise UsageError(
         f"with the chat template ({template.name}) it cannot be told what the assistant said: "
         f"{problem}. Pass --chat-template with a file that writes user and assistant in turn and "
@@ -104,34 +100,39 @@ def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
     ) from problem
 
 
+Spans = list[tuple[int, int]]
+
+
 def assistant_spans(
     tokenizer: Any, template: ChatTemplate, messages: list[Message]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return a conversation's text up to the assistant's last word, and where it speaks.
+) -> list[tuple[str, Spans]]:
+    """Return a conversation's texts up to the assistant's last word, and where it speaks.
 
     A span begins behind what opens the assistant's turn and ends with what closes it, which the
-    model has to learn to write; white space behind that is left out.
+    model has to learn to write; white space behind that is left out. There is one text, or with a
+    template that is used by answer, one for every answer with that answer's span.
 
     Raises:
         ValueError: the template refuses these messages, or renders them differently when more
             follows.
     """
     # What follows the last answer cannot be learned from.
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    whole = template.render(tokenizer, messages[: last + 1])
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    texts: list[tuple[str, Spans]] = []
+    whole = template.render(tokenizer, messages[: answers[-1] + 1])
     spans = []
-    for i, message in enumerate(messages[: last + 1]):
-        if message["role"] != "assistant":
-            continue
+    for i in answers:
         # Templates do not say who wrote what, but a turn is what its message adds to the text.
         before = template.render(tokenizer, messages[:i], answer=True)
         after = template.render(tokenizer, messages[: i + 1])
-        if not (whole.startswith(after) and after.startswith(before)):
+        whole_so_far = after if template.by_answer else whole
+        if not (whole_so_far.startswith(after) and after.startswith(before)):
             raise ValueError(
                 "the chat template renders the conversation differently when more follows"
             )
         spans.append((len(before), len(after.rstrip())))
-    return whole[: spans[-1][1]], spans
+        texts.append((after.rstrip(), spans[-1:]))
+    return texts if template.by_answer else [(whole[: spans[-1][1]], spans)]
 
 
 def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:

@@ -62,6 +62,7 @@ def window_means(
 def heldout_losses(
     network: Any,
     windows: Windows,
+    labels: Windows | None = None,
     *,
     precision: str,
     micro_batch_size: int = 1,
@@ -77,6 +78,8 @@ def heldout_losses(
     Args:
         network: any model of `checkpoint.load`.
         windows: token ids by domain.
+        labels: the token itself where it counts, else IGNORED; None if all but a window's first do.
+            Every label counts the same, and what follows a window's last one is not computed.
         precision: dtype of matrix products, float32 or bfloat16.
         micro_batch_size: sequences that one process computes at once.
         data_idx: which share of the sequences this process computes.
@@ -85,26 +88,35 @@ def heldout_losses(
     """
     names = list(windows)
     tokens = np.concatenate([windows[name] for name in names])
+    targets = tokens if labels is None else np.concatenate([labels[name] for name in names])
     domain_idxs = np.repeat(np.arange(len(names)), [len(windows[name]) for name in names])
     # float64: the sum must not depend on how many windows a process has
-    sums = torch.zeros(len(names), dtype=torch.float64)
+    sums = torch.zeros(2, len(names), dtype=torch.float64)  # of losses, of their weights
     was_training = network.training
     network.eval()
     for first in range(0, len(tokens), num_data * micro_batch_size):
-        # beyond the last window the first ones come again, and are not counted
-        idxs = first + data_idx * micro_batch_size + np.arange(micro_batch_size)
-        ids = torch.from_numpy(tokens[idxs % len(tokens)]).to(device())
+        # rows of all processes; beyond the last the first ones come again, and are not counted
+        rows = first + np.arange(num_data * micro_batch_size)
+        used = np.flatnonzero((targets[rows % len(tokens)] != IGNORED).any(0))[-1] + 1
+        idxs = rows[data_idx * micro_batch_size :][:micro_batch_size]
+        ids = torch.from_numpy(tokens[idxs % len(tokens), :used]).to(device())
         with products_in(precision, ids.device):
-            losses = window_means(LogitsInput.of(network, ids), ids).loss.cpu()
-        for idx, loss in zip(idxs.tolist(), losses, strict=True):
+            logits = LogitsInput.of(network, ids)
+            if labels is None:
+                losses, counts = window_means(logits, ids).loss, torch.ones(len(ids))
+            else:
+                wanted = torch.from_numpy(targets[idxs % len(tokens), 1:used]).to(ids.device)
+                losses = output_loss(logits.predicting(), wanted).cross_entropy.double().sum(1)
+                counts = (wanted != IGNORED).sum(1)
+        for idx, loss, count in zip(idxs.tolist(), losses.cpu(), counts.cpu(), strict=True):
             if idx < len(tokens):
-                sums[domain_idxs[idx]] += loss
+                sums[:, domain_idxs[idx]] += torch.stack([loss, count.double()])
     network.train(was_training)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the last weights would stay gathered
-    sums = total(sums.to(device())).cpu()
-    return {name: float(sums[i]) / len(windows[name]) for i, name in enumerate(names)}
+    totals, weights = total(sums.to(device())).cpu()
+    return {name: float(totals[i]) / float(weights[i]) for i, name in enumerate(names)}
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -316,8 +315,6 @@ def _lacks(ablation: Ablation, domains: list[str], talks: str | None) -> str | N
     """Say what an ablation needs and does not have."""
     if ablation.needs == "conversations" and talks is None:
         return "needs conversations: name them with --sft"
-    if ablation.needs == "conversations" and not (find_spec("trl") and find_spec("peft")):
-        return "needs the packages trl and peft: pip install 'moefy[tune]'"
     if ablation.needs == "seven domains":
         try:
             initial_weights("StaticSheared", domains)

@@ -16,7 +16,7 @@ from moefy.recipe import ConvertRecipe
 from moefy.storage import read_records, write_records
 from moefy.studies.ablations import Arm
 from moefy.studies.recipe import StudyRecipe
-from moefy.training.follow import is_dynamic
+from moefy.training.checks import is_dynamic
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 RUNS = "runs.jsonl"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moefy.checkpoint.cost import ffn_shape
+from moefy.data.strategies import find_strategy
 from moefy.errors import UsageError
 from moefy.training.recipe import Parallel, TrainRecipe
 
@@ -48,15 +49,16 @@ def check_processes(parallel: Parallel, size: int) -> tuple[int, int]:
     return shard, size // parallel.tensor
 
 
-def check_batch(recipe: TrainRecipe, num_data: int) -> None:
-    """Refuse a batch that the processes cannot divide.
+def check_run(recipe: TrainRecipe, num_data: int) -> None:
+    """Refuse a recipe that cannot run here, whatever the model.
 
     Args:
         recipe: of the run.
         num_data: processes that read a batch between them.
 
     Raises:
-        UsageError: it cannot be divided.
+        UsageError: the processes cannot divide a batch, or the mixture follows the losses of the
+            dense model and that is not named.
     """
     at_once = num_data * recipe.micro_batch_size
     if recipe.global_batch_size % at_once:
@@ -64,6 +66,17 @@ def check_batch(recipe: TrainRecipe, num_data: int) -> None:
             f"global_batch_size {recipe.global_batch_size} must be a multiple of {at_once}: "
             f"{num_data} processes with micro_batch_size {recipe.micro_batch_size}"
         )
+    if is_dynamic(recipe) and recipe.reference_losses == "dense" and recipe.teacher is None:
+        raise UsageError(
+            f"{recipe.mixture} compares the losses with the dense model's: name it with --teacher "
+            "(with distillation.alpha 0 it is used for nothing else), or set reference_losses to "
+            "published or to a file"
+        )
+
+
+def is_dynamic(recipe: TrainRecipe) -> bool:
+    """Whether the weights of the recipe's mixture follow the losses."""
+    return isinstance(recipe.mixture, str) and find_strategy(recipe.mixture).is_dynamic
 
 
 def check_context(config: Mapping[str, Any], sequence_length: int, name: str) -> None:

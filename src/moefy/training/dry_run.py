@@ -18,12 +18,11 @@ from moefy.checkpoint.reader import read_config
 from moefy.errors import UsageError
 from moefy.experts.lean import register
 from moefy.hardware import training_precision
-from moefy.training.checks import check_batch, check_model, check_processes
-from moefy.training.follow import check_reference
+from moefy.training.checks import check_model, check_processes, check_run
 from moefy.training.models import prepare_student
 from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
-from moefy.training.processes import Workers
+from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
 from moefy.training.throughput import flops_per_trained_token
 
@@ -87,20 +86,19 @@ def dry_run(
     choice = TrainRecipe.build(recipe, **settings)
     config = _config_of(model)
     shard, num_data = check_processes(choice.parallel, processes)
-    check_batch(choice, num_data)
+    check_run(choice, num_data)
     check_model(config, choice, str(model))
-    check_reference(choice)
     if choice.lora:
         raise UsageError(
             "a dry run does not count lora's adapters: without lora it says what is the most that "
             "the run can take"
         )
-    workers = Workers(size=processes)
+    place = Processes(size=processes)
     # tensors of the meta device, which transformers knows not to ask for their values
     with FakeTensorMode(), _followed():
         network = _built(config, choice)
         prepare_student(network, choice)
-        build_optimizer(network, Objective(network, None, choice, workers).noise, choice)
+        build_optimizer(network, Objective(network, None, choice, place).noise, choice)
         activation_bytes = _activations(network, choice) + _CHUNK_BYTES
         if choice.gradient_checkpointing:  # one layer at a time is computed again
             activation_bytes += _activations(

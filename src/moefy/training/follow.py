@@ -15,22 +15,17 @@ from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.mixture import Mixture, WeightUpdate
 from moefy.data.reference import published_reference, read_reference
-from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES, find_strategy
-from moefy.errors import UsageError
+from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES
 from moefy.evaluation.heldout import heldout_losses
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import replace_file
 from moefy.training.models import load_teacher
-from moefy.training.processes import Workers
+from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe
 
 REFERENCE = "reference.json"
 Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]
-
-
-def is_dynamic(recipe: TrainRecipe) -> bool:
-    """Whether the recipe's weights follow the losses."""
-    return isinstance(recipe.mixture, str) and find_strategy(recipe.mixture).is_dynamic
+"""Held-out token ids by domain."""
 
 
 class Follower:
@@ -38,10 +33,10 @@ class Follower:
 
     Args:
         mixture: of the run.
-        windows: held-out token ids of the domains that have weight.
+        windows: of the domains that have weight.
         reference: nats per token by domain.
         recipe: of the run.
-        workers: of the run.
+        processes: of the run.
     """
 
     def __init__(
@@ -50,10 +45,10 @@ class Follower:
         windows: Windows,
         reference: Mapping[str, float],
         recipe: TrainRecipe,
-        workers: Workers,
+        processes: Processes,
     ) -> None:
         self._mixture, self._windows, self._reference = mixture, windows, reference
-        self._recipe, self._workers = recipe, workers
+        self._recipe, self._processes = recipe, processes
         self._interval = recipe.mixture_interval_steps or UPDATE_INTERVAL_STEPS
 
     def update(self, network: Any) -> WeightUpdate | None:
@@ -64,20 +59,18 @@ class Follower:
         """
         if not self._mixture.update_due(self._interval):
             return None
-        losses = losses_of(network, self._windows, self._recipe, self._workers)
+        losses = losses_of(network, self._windows, self._recipe, self._processes)
         rule = UPDATE_RULES[self._recipe.mixture_update]
-        update: WeightUpdate = self._workers.of_first(
-            self._mixture.reweight(losses, self._reference, rule)
+        # the first process's, to the last bit: the processes must draw the same samples
+        update = self._processes.of_first(
+            lambda: self._mixture.reweight(losses, self._reference, rule)
         )
-        self._mixture.set_weights(update.weights)  # the first process's, to the last bit
+        self._mixture.set_weights(update.weights)
         return update
 
 
 def losses_of(
-    network: Any,
-    windows: Mapping[str, Int[np.ndarray, "_windows sequence"]],
-    recipe: TrainRecipe,
-    workers: Workers,
+    network: Any, windows: Windows, recipe: TrainRecipe, processes: Processes
 ) -> dict[str, float]:
     """Return a model's held-out loss by domain, nats per token, computed by all processes."""
     return heldout_losses(
@@ -85,9 +78,9 @@ def losses_of(
         windows,
         precision=recipe.precision,
         micro_batch_size=recipe.micro_batch_size,
-        data_idx=workers.data_idx,
-        num_data=workers.num_data,
-        total=workers.total,
+        data_idx=processes.data_idx,
+        num_data=processes.num_data,
+        total=processes.total,
     )
 
 
@@ -96,21 +89,21 @@ def reference_losses(
     teacher: Any | None,
     source: Path,
     recipe: TrainRecipe,
-    workers: Workers,
+    processes: Processes,
     report: ProgressFn,
 ) -> dict[str, float]:
     """Return what the losses are compared with: the dense model's, published ones, or a file's.
 
     Args:
-        windows: held-out token ids by domain.
+        windows: of the domains that have weight.
         teacher: the dense parent, if it is loaded.
         source: the model in training; published losses are chosen by its size.
         recipe: of the run.
-        workers: of the run.
+        processes: of the run.
         report: told about the measuring.
 
     Raises:
-        UsageError: the dense model is asked for and not named, or no published losses fit.
+        UsageError: no published losses fit.
         CorpusError: a file's domains are not the corpus's.
     """
     names = list(windows)
@@ -121,34 +114,20 @@ def reference_losses(
         )
     if recipe.reference_losses != "dense":
         return read_reference(recipe.reference_losses, names)
-    assert recipe.teacher is not None  # see `check_reference`
+    assert recipe.teacher is not None  # see `checks.check_run`
     report(Progress("measure the dense model", 0, 1))
-    dense = teacher or load_teacher(resolve(recipe.teacher), recipe, workers)
-    losses = losses_of(dense, windows, recipe, workers)
+    dense = teacher or load_teacher(resolve(recipe.teacher), recipe, processes)
+    losses = losses_of(dense, windows, recipe, processes)
     report(Progress("measure the dense model", 1, 1))
     return losses
 
 
-def keep_reference(out: Path, losses: Mapping[str, float]) -> None:
-    """Keep what a run's losses are compared with, so that a resumed run has the same."""
-    replace_file(out / REFERENCE, json.dumps(dict(losses), indent=2) + "\n")
+def keep_reference(folder: Path, losses: Mapping[str, float]) -> None:
+    """Keep what a run's losses are compared with."""
+    replace_file(folder / REFERENCE, json.dumps(dict(losses), indent=2) + "\n")
 
 
-def kept_reference(out: Path) -> dict[str, float]:
+def kept_reference(folder: Path) -> dict[str, float]:
     """Return what a run's losses are compared with, empty if they are with nothing."""
-    file = out / REFERENCE
+    file = folder / REFERENCE
     return dict(json.loads(file.read_text())) if file.is_file() else {}
-
-
-def check_reference(recipe: TrainRecipe) -> None:
-    """Refuse a mixture that follows the losses towards nothing.
-
-    Raises:
-        UsageError: the dense model is the reference and is not named.
-    """
-    if is_dynamic(recipe) and recipe.reference_losses == "dense" and recipe.teacher is None:
-        raise UsageError(
-            f"{recipe.mixture} compares the losses with the dense model's: name it with --teacher "
-            "(with distillation.alpha 0 it is used for nothing else), or set reference_losses to "
-            "published or to a file"
-        )

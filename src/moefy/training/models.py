@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.load import load_model
@@ -14,8 +16,9 @@ from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import UsageError
 from moefy.experts.lean import register
+from moefy.experts.router_trace import routers_of
 from moefy.hardware import device
-from moefy.training.processes import Workers
+from moefy.training.processes import Processes
 from moefy.training.recipe import Lora, TrainRecipe
 
 _PARTS = {
@@ -32,7 +35,7 @@ _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
+def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any:
     """Load the model that is trained, float32, in training mode.
 
     These are the master weights: in bfloat16 only the products are computed.
@@ -46,9 +49,9 @@ def load_student(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
     options: dict[str, Any] = {}
     if ffn_shape(read_config(source)).experts:
         options["experts_implementation"] = recipe.experts_implementation
-    network = _load(source, torch.float32, workers, workers.sizes, recipe, options).train()
+    network = _load(source, torch.float32, processes, processes.sizes, recipe, options).train()
     if recipe.lora:
-        network = _with_adapters(network, recipe.lora, recipe.seed % 2**63, workers)
+        network = add_adapters(network, recipe.lora, recipe.seed % 2**63, processes)
     prepare_student(network, recipe)
     return network
 
@@ -59,7 +62,13 @@ def prepare_student(network: Any, recipe: TrainRecipe) -> None:
     Raises:
         UsageError: the model has no such part, or nothing is left to learn.
     """
-    freeze_sinks(network)
+    # a converted model has attention sinks because its architecture does, so low that they do
+    # nothing: they must stay there
+    target = TARGETS.get(network.config.model_type)
+    if target and target.sinks:
+        for name, parameter in network.named_parameters():
+            if name.endswith(target.sinks):
+                parameter.requires_grad_(False)
     for part in recipe.frozen:
         found = [p for name, p in network.named_parameters() if re.search(_PARTS[part], name)]
         if not found:
@@ -77,43 +86,20 @@ def prepare_student(network: Any, recipe: TrainRecipe) -> None:
             layer.compile()
 
 
-def freeze_sinks(network: Any) -> None:
-    """Take attention sinks out of training.
-
-    A converted model has them because its architecture does, so low that they do nothing.
-    """
-    target = TARGETS.get(network.config.model_type)
-    if target and target.sinks:
-        for name, parameter in network.named_parameters():
-            if name.endswith(target.sinks):
-                parameter.requires_grad_(False)
-
-
-def load_teacher(source: Path, recipe: TrainRecipe, workers: Workers) -> Any:
+def load_teacher(source: Path, recipe: TrainRecipe, processes: Processes) -> Any:
     """Load the dense parent, frozen, in the precision of the products.
 
     Raises:
         CheckpointError: the folder is no model.
     """
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    return _load(source, dtype, workers, workers.dense(), recipe, {}).requires_grad_(False)
-
-
-def merge_adapters(network: Any) -> None:
-    """Add the adapters to the weights that they adapt, and remove them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found = [(n, m) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name, module in reversed(found):  # the inner ones first
-        module.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, module.get_base_layer())
+    return _load(source, dtype, processes, processes.dense(), recipe, {}).requires_grad_(False)
 
 
 def _load(
     source: Path,
     dtype: torch.dtype,
-    workers: Workers,
+    processes: Processes,
     sizes: dict[str, Any] | None,
     recipe: TrainRecipe,
     options: dict[str, Any],
@@ -127,8 +113,17 @@ def _load(
     return load_model(source, dtype=dtype, distributed_config=config, **options)
 
 
-def _with_adapters(network: Any, lora: Lora, seed: int, workers: Workers) -> Any:
-    if workers.size > 1:
+def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> Any:
+    """Return the model with low-rank adapters beside its matrices, which alone learn.
+
+    Source: LoRA (arXiv 2106.09685): W + (alpha / rank)·B·A with A [rank, inputs] random and
+    B [outputs, rank] zero. The experts of a layer are one tensor in memory; peft gives each expert
+    matrices of its own.
+
+    Raises:
+        UsageError: several processes, no peft, or matrices that are not there.
+    """
+    if processes.size > 1:
         raise UsageError(
             "lora runs in one process: its adapters are not sharded; start without torchrun"
         )
@@ -137,16 +132,21 @@ def _with_adapters(network: Any, lora: Lora, seed: int, workers: Workers) -> Any
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise UsageError("lora needs the peft package: pip install 'moefy[lora]'") from None
+    modules, tensors = lora.modules or _ATTENTION, _EXPERTS if lora.experts else []
+    if lora.modules == "all":
+        modules, tensors = _all_matrices(network)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.modules or _ATTENTION,
-        target_parameters=_EXPERTS if lora.experts else None,
+        target_modules=modules,
+        target_parameters=tensors or None,
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)  # of the adapters, so that a run begun again is the same
+            # peft asks transformers 5 for a name that is to go in 6
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             network = inject_adapter_in_model(config, network)
     except ValueError as error:
         raise UsageError(f"lora.modules: {error}") from error
@@ -157,3 +157,28 @@ def _with_adapters(network: Any, lora: Lora, seed: int, workers: Workers) -> Any
             "the layers, as q_proj"
         )
     return network
+
+
+def _all_matrices(network: Any) -> tuple[list[str], list[str]]:
+    """Return the names of all matrices of the layers but the routers, as modules and as tensors."""
+    routers = {id(part) for router in routers_of(network) for part in router.modules()}
+    linear = [
+        (f"model.{name}", module)
+        for name, module in network.model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in routers
+    ]
+    # peft takes `gate_proj` and its like in a GLM for old names of the fused experts
+    shared = [f"{name}.weight" for name, _ in linear if ".shared_experts." in name]
+    fused = [f"model.{name}" for name, p in network.model.named_parameters() if p.ndim == 3]
+    return [name for name, _ in linear if ".shared_experts." not in name], shared + fused
+
+
+def merge_adapters(network: Any) -> None:
+    """Add the adapters to the weights that they adapt, and remove them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(n, m) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, module in reversed(found):  # the inner ones first
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, module.get_base_layer())

@@ -1,4 +1,4 @@
-"""What a step minimises: next-token loss, distillation, balance, all passes and workers together.
+"""The loss of a step: next token, distillation and balance over all passes and processes.
 
 docs/objective.md has the formulas. Every term is a mean over the tokens of the whole batch, or a
 function of sums over them, so it does not matter how a batch is cut (but see `balance` on passes).
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from moefy.data.examples import IGNORED
 from moefy.evaluation.output_loss import LogitsInput, check_vocabularies, output_loss
 from moefy.experts.balance import (
     RouterSums,
@@ -27,27 +28,28 @@ from moefy.experts.noisy_gate import NoisyGate
 from moefy.experts.router_trace import RouterTrace, routers_of
 from moefy.experts.selection_bias import SelectionBias
 from moefy.training.layer_match import LayerMatch
-from moefy.training.processes import Workers
+from moefy.training.processes import Processes
 from moefy.training.recipe import (
     ImportanceLoadBalance,
     SelectionBiasBalance,
     SwitchBalance,
     TrainRecipe,
 )
+from moefy.training.samples import Rows, StepSamples
 
 
 @dataclass
 class StepLosses:
-    """What one worker's passes of a step came to; sums over its sequences, without gradients.
+    """What the passes of one process came to, without gradients.
 
     Attributes:
-        cross_entropy: of each sequence, nats per token, in the order of the batch.
-        terms: the other losses that the recipe has, weighted so that they add up over passes; over
-            workers they are means.
-        router: sums over the tokens of all workers; None for a dense model.
+        rows: domain, mean cross-entropy of the labels (nats) and number of labels of every row.
+        terms: the other losses of the recipe, weighted so that they add up over passes; over
+            processes they are means.
+        router: sums over the tokens of all processes; None for a dense model.
     """
 
-    cross_entropy: list[Tensor] = field(default_factory=list)
+    rows: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     terms: dict[str, Tensor] = field(default_factory=dict)
     router: RouterSums | None = None
 
@@ -63,7 +65,7 @@ class Objective:
         student: the model in training.
         teacher: its dense parent, or None.
         recipe: of the run.
-        workers: of the run.
+        processes: of the run.
 
     Attributes:
         noise: the noisy gate's matrices, which the optimizer learns too; None without noise.
@@ -75,14 +77,14 @@ class Objective:
     """
 
     def __init__(
-        self, student: Any, teacher: Any | None, recipe: TrainRecipe, workers: Workers
+        self, student: Any, teacher: Any | None, recipe: TrainRecipe, processes: Processes
     ) -> None:
-        self._student, self._teacher = student, teacher
-        self._recipe, self._workers = recipe, workers
+        self.student, self.teacher = student, teacher
+        self.recipe, self.processes = recipe, processes
         if teacher is not None:
             check_vocabularies(student.config.vocab_size, teacher.config.vocab_size)
             if recipe.distillation.layers != "none":
-                LayerMatch(student, teacher, recipe.distillation.layers)
+                LayerMatch(student, teacher, recipe.distillation.layers)  # raises
         balance = recipe.balance
         self.noise: NoisyGate | None = None
         if isinstance(balance, ImportanceLoadBalance) and balance.noise:
@@ -90,106 +92,107 @@ class Objective:
         self._bias = SelectionBias(student) if isinstance(balance, SelectionBiasBalance) else None
 
     @contextmanager
-    def step(self) -> Iterator[_Step]:
+    def step(self, samples: StepSamples) -> Iterator[_Step]:
         """Give what computes the passes of one step."""
-        distillation = self._recipe.distillation
+        layers = self.recipe.distillation.layers
         with ExitStack() as stack:
-            trace = stack.enter_context(RouterTrace(self._student, noise=self.noise))
+            trace = stack.enter_context(RouterTrace(self.student, noise=self.noise))
             match = None
-            if self._teacher is not None and distillation.layers != "none":
-                match = LayerMatch(self._student, self._teacher, distillation.layers)
-                stack.enter_context(match)
-            yield _Step(self._student, self._teacher, self._recipe, self._workers, trace, match)
+            if self.teacher is not None and layers != "none":
+                match = stack.enter_context(LayerMatch(self.student, self.teacher, layers))
+            yield _Step(self, samples, trace, match)
 
     def reduce_noise_gradients(self) -> None:
-        """Average the noisy gate's gradients over workers, as the student's are by FSDP."""
-        if self.noise is None or self._workers.size == 1:
+        """Average the noisy gate's gradients over processes, as the student's are by FSDP."""
+        if self.noise is None or self.processes.size == 1:
             return
         for parameter in self.noise.parameters():
             if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=self._workers.group)
-                parameter.grad /= self._workers.num_data
+                dist.all_reduce(parameter.grad, group=self.processes.group)
+                parameter.grad /= self.processes.num_data
 
     def after_step(self, done: StepLosses) -> None:
         """Shift the selection biases by what the whole batch chose."""
         if self._bias is not None and done.router is not None:
-            assert isinstance(self._recipe.balance, SelectionBiasBalance)
-            self._bias.update(done.router.choices, self._recipe.balance.rate)
+            assert isinstance(self.recipe.balance, SelectionBiasBalance)
+            self._bias.update(done.router.choices, self.recipe.balance.rate)
 
 
 class _Step:
-    """The passes of one step, one worker's part of them."""
+    """The passes of one step, one process's part of them."""
 
     def __init__(
-        self,
-        student: Any,
-        teacher: Any | None,
-        recipe: TrainRecipe,
-        workers: Workers,
-        trace: RouterTrace,
-        match: LayerMatch | None,
+        self, of: Objective, samples: StepSamples, trace: RouterTrace, match: LayerMatch | None
     ) -> None:
-        self._student, self._teacher = student, teacher
-        self._recipe, self._workers = recipe, workers
-        self._trace, self._match = trace, match
-        self._sequences = recipe.global_batch_size // workers.num_data
-        self._num_passes = self._sequences // recipe.micro_batch_size
+        self._of, self._samples, self._trace, self._match = of, samples, trace, match
         self._pass = 0
         self.done = StepLosses()
 
-    def loss(self, tokens: Int[Tensor, "batch sequence"]) -> Float[Tensor, ""]:
+    def loss(self, rows: Rows) -> Float[Tensor, ""]:
         """Return one pass's part of the step's loss; the gradients of all parts add up.
 
-        Where there are several workers their gradients are to be averaged.
+        Where there are several processes their gradients are to be averaged.
         """
-        distillation, done = self._recipe.distillation, self.done
+        of, done, num_passes = self._of, self.done, self._samples.num_passes
+        distillation = of.recipe.distillation
+        tokens, inputs = rows.tokens, rows.inputs()
         self._pass += 1
         self._trace.clear()
         parent = None
         if self._match is not None:
             self._match.clear()
-        if self._teacher is not None and distillation.needs_teacher:
+        if of.teacher is not None and distillation.needs_teacher:
             with torch.no_grad():
-                parent = LogitsInput.of(self._teacher, tokens).predicting()
+                parent = LogitsInput.of(of.teacher, tokens, **inputs).predicting()
+        labels = rows.labels[:, 1:]
         out = output_loss(
-            LogitsInput.of(self._student, tokens).predicting(),
-            tokens[:, 1:],
+            LogitsInput.of(of.student, tokens, **inputs).predicting(),
+            labels,
             teacher=parent,
             teacher_share=distillation.alpha if parent is not None else 0.0,
             temperature=distillation.temperature,
-            num_tokens=float(self._sequences * (tokens.shape[1] - 1)),
+            # the mean over processes of sums divided by this is the mean over all labels
+            num_tokens=self._samples.num_labels / of.processes.num_data,
         )
         loss = out.loss
-        done.cross_entropy += out.cross_entropy.mean(1).unbind()
+        counts = (labels != IGNORED).sum(1)
+        means = out.cross_entropy.sum(1) / counts.clamp(min=1)
+        done.rows += zip(rows.domains, means, counts, strict=True)
         if out.divergence is not None:
-            done.add("kl", out.divergence.mean() / self._num_passes)
+            done.add("kl", out.divergence.mean() / num_passes)
         if self._match is not None:
             layers = self._match.loss()
-            done.add("layer_loss", layers / self._num_passes)
-            loss = loss + distillation.layer_weight / self._num_passes * layers
-        return loss + self._router_loss(loss)
+            done.add("layer_loss", layers / num_passes)
+            loss = loss + distillation.layer_weight / num_passes * layers
+        return loss + self._router_loss(rows, loss)
 
-    def _router_loss(self, like: Tensor) -> Tensor:
-        """Return the pass's part of balance and z-loss; see the top of training/balance.py."""
-        total = like.new_zeros(())
-        own = self._trace.sums()
+    def _router_loss(self, rows: Rows, like: Tensor) -> Tensor:
+        """Return the pass's part of balance and z-loss; see the top of experts/balance.py."""
+        total, recipe, processes = like.new_zeros(()), self._of.recipe, self._of.processes
+        own = self._trace.sums(rows.is_real)
         if own is None:
             return total
-        num_workers = 1
-        if self._workers.group is not None:
-            own, num_workers = own.over_workers(self._workers.group), self._workers.num_data
+        if processes.group is not None:
+            own = own.over_workers(processes.group)
         before = self.done.router
         sums = own if before is None else before + own
         self.done.router = sums.detach()
-        weight = self._pass / self._num_passes
-        balance = self._recipe.balance
-        if isinstance(balance, SwitchBalance | ImportanceLoadBalance):
+        # pass p of P adds p/P times the loss of all sums so far: nearer to the whole batch's
+        # gradient than the mean of every pass's own loss
+        weight = self._pass / self._samples.num_passes
+        balance = recipe.balance
+        if isinstance(balance, SwitchBalance) and balance.per_pass:
+            value = switch_loss(own) / self._samples.num_passes
+            self.done.add("balance_loss", value)
+            total = total + balance.coefficient * value
+        elif isinstance(balance, SwitchBalance | ImportanceLoadBalance):
             is_switch = isinstance(balance, SwitchBalance)
             value = (switch_loss if is_switch else importance_and_load_loss)(sums)
             self.done.terms["balance_loss"] = value.detach()  # of all passes so far
             total = total + weight * balance.coefficient * value
-        if self._recipe.z_loss:
+        if recipe.z_loss:
             value = router_z_loss(sums)
             self.done.terms["z_loss"] = value.detach()
-            total = total + weight * self._recipe.z_loss * value
-        return num_workers * total.to(like.dtype)
+            total = total + weight * recipe.z_loss * value
+        # gradients are averaged over the processes, and these losses are the whole batch's
+        return processes.num_data * total.to(like.dtype)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from moefy.errors import UsageError
+from moefy.errors import MoefyError, UsageError
 from moefy.training.checks import check_processes
 from moefy.training.recipe import Parallel
 
+T = TypeVar("T")
 _TENSOR_PLAN = {"lm_head": "replicate", "model.embed_tokens": "replicate"}
-"""The output matrix stays whole: the chunked loss multiplies by it (training/output_loss.py)."""
+"""The output matrix stays whole: the chunked loss multiplies by it (evaluation/output_loss.py)."""
 
 
 @dataclass(frozen=True)
-class Workers:
+class Processes:
     """This process's place among all.
 
     Attributes:
         rank: of this process; 0 writes.
-        size: processes.
+        size: how many there are.
         data_idx: which part of every batch this process reads.
         num_data: parts of a batch; processes that only split matrices read the same part.
         group: the processes that read all parts between them; None for one process.
@@ -55,13 +57,25 @@ class Workers:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def of_first(self, value: Any) -> Any:
-        """Return the first process's value in every process."""
+    def of_first(self, make: Callable[[], T]) -> T:
+        """Return what the first process makes, in every process.
+
+        Raises:
+            MoefyError: the first process's, in every process, so that none waits for the others.
+        """
         if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+            return make()
+        made: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                made[0] = make()
+            except MoefyError as error:
+                made[1] = error
+        dist.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise made[1]
+        value: T = made[0]
+        return value
 
     def wait(self) -> None:
         """Wait until every process is here."""
@@ -69,11 +83,11 @@ class Workers:
             dist.barrier()
 
 
-ONE = Workers()
+ONE = Processes()
 """The only process."""
 
 
-def join_workers(parallel: Parallel) -> Workers:
+def join_processes(parallel: Parallel) -> Processes:
     """Join the processes that torchrun started, or return the only one.
 
     Raises:
@@ -84,15 +98,16 @@ def join_workers(parallel: Parallel) -> Workers:
     shard, num_data = check_processes(parallel, size)
     if size == 1:
         return ONE
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        if local >= torch.cuda.device_count():
+        # asked of all processes alike, so that the first one says it
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
             raise UsageError(
-                f"process {local} of this machine has no GPU: there are "
-                f"{torch.cuda.device_count()}; start as many processes"
+                f"{here} processes of this machine cannot share {gpus} GPU{'s' * (gpus > 1)}: "
+                "start as many as there are GPUs"
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     rank = dist.get_rank()
@@ -100,7 +115,7 @@ def join_workers(parallel: Parallel) -> Workers:
         dist.new_group(list(range(first, size, parallel.tensor)))
         for first in range(parallel.tensor)
     ]
-    return Workers(
+    return Processes(
         rank,
         size,
         data_idx=rank // parallel.tensor,

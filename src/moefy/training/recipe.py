@@ -37,10 +37,15 @@ class NoBalance(Recipe):
 
 
 class SwitchBalance(Recipe):
-    """The auxiliary loss of the native architectures (`balance.switch_loss`)."""
+    """The auxiliary loss of the native architectures (`balance.switch_loss`).
+
+    `per_pass` takes the mean of every pass's own loss, as transformers' Trainer does, instead of
+    the loss of all passes together.
+    """
 
     kind: Literal["switch"] = "switch"
     coefficient: NonNegative = 1e-2
+    per_pass: bool = False
 
 
 class ImportanceLoadBalance(Recipe):
@@ -92,14 +97,15 @@ class Distillation(Recipe):
 class Lora(Recipe):
     """Low-rank adapters (arXiv 2106.09685) through peft: the weights themselves stay as they are.
 
-    `modules` are the adapted matrices, by the ends of their names; None takes attention's.
-    `experts` adapts the fused matrices of the routed experts too.
+    `modules` are the adapted matrices, by the ends of their names; None takes attention's, `all`
+    every matrix of the layers but the routers. `experts` adapts the fused matrices of the routed
+    experts too.
     """
 
     rank: Positive = 16
-    alpha: Positive = 32
+    alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Share = 0.0
-    modules: list[str] | None = None
+    modules: list[str] | Literal["all"] | None = None
     experts: bool = False
 
 
@@ -302,6 +308,7 @@ class TuneSettings(TypedDict, total=False):
     heldout_conversations: int
     gradient_checkpointing: bool
     precision: Precision
+    parallel: Parallel | dict[str, Any]
     checkpoint_every_steps: int
     seed: int
 
@@ -343,6 +350,7 @@ class TuneRecipe(Recipe):
     heldout_conversations: Annotated[int, Field(ge=0)] = 100
     gradient_checkpointing: bool = False
     precision: Precision = "auto"
+    parallel: Parallel = Parallel()
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 25
     seed: Seed = 0
 

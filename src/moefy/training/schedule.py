@@ -6,7 +6,13 @@ import math
 
 
 def learning_rate(
-    step: int, num_steps: int, *, peak: float, warmup_fraction: float, final_fraction: float
+    step: int,
+    num_steps: int,
+    *,
+    peak: float,
+    warmup_fraction: float,
+    final_fraction: float,
+    as_trainer: bool = False,
 ) -> float:
     """Return the learning rate of one step: linear warm-up, then cosine to a floor.
 
@@ -18,10 +24,13 @@ def learning_rate(
         peak: highest learning rate.
         warmup_fraction: share of the steps that warm up.
         final_fraction: floor, as a share of the peak.
+        as_trainer: count as transformers' Trainer does: the first step has the rate 0, warm-up
+            rounds up to whole steps, and the floor would be reached one step after the last.
     """
-    num_warmup = round(num_steps * warmup_fraction)
+    num_warmup = (math.ceil if as_trainer else round)(num_steps * warmup_fraction)
+    last = num_steps if as_trainer else num_steps - 1
     if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - 1 - num_warmup)
+        return peak * (step if as_trainer else step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, last - num_warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return peak * (final_fraction + (1 - final_fraction) * cosine)

@@ -1,7 +1,7 @@
-"""A run's state on disk: enough to go on as if nothing had happened.
+"""A run's folder and state on disk: enough to go on as if nothing had happened.
 
     OUT/checkpoint/step-00000100/   torch.distributed.checkpoint's files, written by all processes
-    OUT/checkpoint/step-00000100/run.json   step, identity, mixture, and how large every file is
+    OUT/checkpoint/step-00000100/run.json   step, state of the samples, and how large every file is
 
 A checkpoint appears under its name when it is whole. Weights and optimizer are kept by the names of
 the parameters, whole, so that any number of processes can read them.
@@ -14,11 +14,10 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,63 +28,135 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moefy.errors import OutputError, StorageError
-from moefy.storage import check_same_settings, storage_errors, whole_folder
-from moefy.training.processes import Workers
+from moefy.errors import OutputError
+from moefy.run_folder import RunFolder
+from moefy.storage import storage_errors, sync_files
+from moefy.training.processes import Processes
 
 FOLDER = "checkpoint"
+FINISHED = ".finished"
 LOG = "log.jsonl"
+_OWN = (
+    *("recipe.yaml", LOG, "reference.json", "broken.txt", "wandb-run"),
+    *("tensorboard/*", "wandb/*"),
+)
 _RECORD = "run.json"
 _OPTIMIZER = re.compile(r"optimizer\.(\w+)\.(.+)")
 
 
-@dataclass(frozen=True)
-class Saved:
+class SharedFolder:
+    """A run's folder, which the first process keeps for all.
+
+    Attributes:
+        work: where the run writes, from `begin` on.
+    """
+
+    def __init__(self, folder: RunFolder, processes: Processes) -> None:
+        self._folder, self._processes = folder, processes
+        self.work = folder.work
+
+    def begin(self, identity: dict[str, Any]) -> bool:
+        """Go on with an unfinished run, or begin one; return whether it was already finished.
+
+        Args:
+            identity: what must be the same for a run to go on.
+        """
+
+        def begin() -> tuple[Path, bool]:
+            self._folder.begin(identity)
+            return self._folder.work, self._folder.was_finished
+
+        self.work, was_finished = self._processes.of_first(begin)
+        return was_finished
+
+    def require_bytes(self, count: int) -> None:
+        """Refuse to write what the disk cannot hold."""
+        self._processes.of_first(lambda: self._folder.require_bytes(count))
+
+    def publish(self, folder: Path) -> None:
+        """Move a written model's files into `work`."""
+        self._processes.of_first(lambda: self._folder.publish(folder))
+
+    def finish(self) -> None:
+        """Put the finished model in its place, without checkpoints."""
+
+        def finish() -> Path:
+            self._folder.finish()
+            return self._folder.work
+
+        self.work = self._processes.of_first(finish)
+
+
+@contextmanager
+def open_folder(
+    out: str | Path, processes: Processes, *, overwrite: bool, sources: Iterable[Any]
+) -> Iterator[SharedFolder]:
+    """Hold a run's folder until the block ends.
+
+    Args:
+        out: the folder of the model.
+        processes: of the run.
+        overwrite: a finished model in `out` may be replaced.
+        sources: what the run reads and must not replace; only paths count.
+    """
+    folder = RunFolder(
+        out,
+        "model",
+        overwrite=overwrite,
+        sources=[path for path in sources if isinstance(path, str | Path)],
+        resumes=True,
+        own=_OWN,
+        # figures are drawn into the finished folder, and replaced with it
+        scratch=(FOLDER, FINISHED, "*.png"),
+    )
+    with ExitStack() as stack:
+        processes.of_first(lambda: stack.enter_context(folder) and None)
+        yield SharedFolder(folder, processes)
+
+
+class Saved(NamedTuple):
     """What a checkpoint says beside its tensors.
 
     Attributes:
         step: optimizer steps that were done.
-        mixture: the fields of `data.mixture.MixtureState`.
+        samples: state of the samples.
     """
 
     step: int
-    mixture: dict[str, Any]
+    samples: dict[str, Any]
 
 
 class RunState:
     """The checkpoints of a run.
 
     Args:
-        out: the run's folder.
-        identity: what must be the same for the run to go on.
+        folder: of the run.
         modules: what learns, by a short name.
         optimizer: of all of them.
-        workers: of the run.
+        processes: of the run.
         kept: how many checkpoints stay.
     """
 
     def __init__(
         self,
-        out: Path,
+        folder: SharedFolder,
         *,
-        identity: dict[str, Any],
         modules: Mapping[str, nn.Module],
         optimizer: torch.optim.Optimizer,
-        workers: Workers,
+        processes: Processes,
         kept: int,
     ) -> None:
-        self._out, self._identity, self._workers, self._kept = out, identity, workers, kept
+        self._folder, self._processes, self._kept = folder, processes, kept
         self._optimizer = optimizer
-        self._parameters = {
-            f"{prefix}.{name}": parameter
-            for prefix, module in modules.items()
-            for name, parameter in module.named_parameters()
-        }
-        self._buffers = {
-            f"{prefix}.{name}": buffer
-            for prefix, module in modules.items()
-            for name, buffer in _kept_buffers(module)
-        }
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._buffers: dict[str, Tensor] = {}
+        for prefix, module in modules.items():
+            kept_names = module.state_dict().keys()
+            for name, parameter in module.named_parameters():
+                self._parameters[f"{prefix}.{name}"] = parameter
+            for name, buffer in module.named_buffers():
+                if name in kept_names:
+                    self._buffers[f"{prefix}.{name}"] = buffer
 
     def save(self, saved: Saved) -> None:
         """Write a checkpoint, then remove those that are more than `kept`.
@@ -96,42 +167,43 @@ class RunState:
         tensors = {
             name: _whole_shards(t) for name, t in {**self._weights(), **self._moments()}.items()
         }
-        target = self._out / FOLDER / f"step-{saved.step:08d}"
-        needed_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        with _shared_folder(target, needed_bytes, self._workers) as partial, _as_one():
-            save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))
-            if self._workers.is_first:
-                record = {
-                    "step": saved.step,
-                    "identity": self._identity,
-                    "mixture": saved.mixture,
-                    "bytes": {file.name: file.stat().st_size for file in partial.iterdir()},
-                }
-                (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        if self._workers.is_first:
-            found = _checkpoints(self._out)
-            # what is later was broken, or this run would not be here
-            later = [folder for folder in found if folder.name > target.name]
-            for folder in [*later, *found[len(later) + self._kept :]]:
-                shutil.rmtree(folder, ignore_errors=True)
+        self._folder.require_bytes(sum(t.numel() * t.element_size() for t in tensors.values()))
+        target = self._folder.work / FOLDER / f"step-{saved.step:08d}"
+        partial = target.with_name(".partial")
+        if self._processes.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._processes.wait()
+        try:
+            with storage_errors(target), _as_one():
+                save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))
+            self._processes.of_first(lambda: self._keep(partial, target, saved))
+        finally:
+            if self._processes.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
 
-    def load(self, *, or_begin_again: bool = False) -> Saved | None:
+    def _keep(self, partial: Path, target: Path, saved: Saved) -> None:
+        with storage_errors(target):
+            sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+            record = saved._asdict() | {"bytes": sizes}
+            (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            sync_files(partial)
+            shutil.rmtree(target, ignore_errors=True)  # one that was not whole
+            partial.rename(target)
+        found = self._checkpoints()
+        # what is later was broken, or this run would not be here
+        later = [folder for folder in found if folder.name > target.name]
+        for folder in [*later, *found[len(later) + self._kept :]]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def load(self) -> Saved | None:
         """Put the last whole checkpoint into modules and optimizer; None if there is none.
 
         A checkpoint with missing or shortened files is passed over for the one before it.
 
-        Args:
-            or_begin_again: None also where the checkpoints belong to another run or none is whole.
-
         Raises:
-            OutputError: the checkpoint belongs to another run, cannot be read, or none of several
-                is whole.
+            OutputError: the checkpoint cannot be read, or none of several is whole.
         """
-        found = None
-        if self._workers.is_first:
-            with suppress(OutputError) if or_begin_again else nullcontext():
-                found = self._last_whole()
-        found = self._workers.of_first(found)
+        found = self._processes.of_first(self._last_whole)
         if found is None:
             return None
         folder, record = found
@@ -143,15 +215,10 @@ class RunState:
                 if (match := _OPTIMIZER.fullmatch(name))
                 for key, of in [match.groups()]
             }
-            tensors = {
-                **self._weights(),
-                **{
-                    name: torch.zeros((), dtype=torch.float32)
-                    if key == "step"
-                    else torch.zeros_like(parameter.detach())
-                    for name, (parameter, key) in moments.items()
-                },
-            }
+            tensors = self._weights()
+            for name, (parameter, key) in moments.items():
+                like = torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
+                tensors[name] = like
             read = {name: _whole_shards(tensor) for name, tensor in tensors.items()}
             load(read, storage_reader=FileSystemReader(folder))
         with torch.no_grad():
@@ -165,7 +232,7 @@ class RunState:
             if key == "step" and parameter.device.type == "cuda":
                 tensor = tensor.to(parameter.device)  # where fused AdamW counts
             self._optimizer.state[parameter][key] = tensor
-        return Saved(record["step"], record["mixture"])
+        return Saved(record["step"], record["samples"])
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: t.detach() for name, t in {**self._parameters, **self._buffers}.items()}
@@ -177,30 +244,31 @@ class RunState:
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
 
+    def _checkpoints(self) -> list[Path]:
+        """Return the checkpoints' folders, the last first."""
+        return sorted((self._folder.work / FOLDER).glob("step-*"), reverse=True)
+
     def _last_whole(self) -> tuple[Path, dict[str, Any]] | None:
         broken = []
-        for folder in _checkpoints(self._out):
-            reason, record = _read_record(folder)
-            if record is not None:
-                wanted = json.loads(json.dumps(self._identity))
-                check_same_settings(self._out, record["identity"], wanted)
+        for folder in self._checkpoints():
+            try:
+                record = json.loads((folder / _RECORD).read_text())
+                for name, size in record["bytes"].items():
+                    if (found := (folder / name).stat().st_size) != size:
+                        raise ValueError(f"{name} has {found:,} of {size:,} bytes")
                 return folder, record
-            broken.append(f"{folder.name}: {reason}")
+            except (OSError, ValueError, KeyError) as error:
+                broken.append(f"{folder.name}: {error}")
         if broken:
             raise OutputError(
-                f"no checkpoint of {self._out} is whole ({'; '.join(broken)}): copy one back, or "
-                "pass --overwrite to start again"
+                f"no checkpoint of {self._folder.work} is whole ({'; '.join(broken)}): copy one "
+                "back, or pass --overwrite to start again"
             )
         return None
 
 
-def remove_state(out: Path) -> None:
-    """Delete the checkpoints of a finished run."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
-
-
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """Return the steps of a run, the first first; a line cut off by a kill is left out."""
+    """Return the lines of a run's log, the first first; one cut off by a kill is left out."""
     steps = []
     for line in (out / LOG).read_text().splitlines():
         try:
@@ -208,28 +276,6 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return steps
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Return the checkpoints' folders, the last first."""
-    return sorted((out / FOLDER).glob("step-*"), reverse=True)
-
-
-def _read_record(folder: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return a whole checkpoint's record, or why it is not whole."""
-    try:
-        record = json.loads((folder / _RECORD).read_text())
-        for name, size in record["bytes"].items():
-            if (found := (folder / name).stat().st_size) != size:
-                return f"{name} has {found:,} of {size:,} bytes", None
-    except (OSError, ValueError, KeyError) as error:
-        return f"{error}", None
-    return "", record
-
-
-def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    kept = module.state_dict()
-    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
 
 
 def _whole_shards(tensor: Any) -> Any:
@@ -240,25 +286,6 @@ def _whole_shards(tensor: Any) -> Any:
         Shard(p.dim) if isinstance(p, Shard | _StridedShard) else p for p in tensor.placements
     )
     return tensor if placements == tensor.placements else tensor.redistribute(placements=placements)
-
-
-@contextmanager
-def _shared_folder(target: Path, needed_bytes: int, workers: Workers) -> Iterator[Path]:
-    """Give all processes one folder to write in, which the first one puts in its place."""
-    with ExitStack() as stack:
-        partial, problem = None, None
-        if workers.is_first:
-            try:
-                partial = stack.enter_context(whole_folder(target, needed_bytes=needed_bytes))
-            except StorageError as error:
-                problem = error
-        partial, problem = workers.of_first((partial, problem))
-        if problem is not None:
-            raise problem
-        assert partial is not None
-        with storage_errors(target):
-            yield partial
-    workers.wait()
 
 
 @contextmanager

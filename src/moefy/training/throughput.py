@@ -8,7 +8,6 @@ and neither the teacher nor what gradient checkpointing computes again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,21 +32,8 @@ _PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest
 }
 
 
-@dataclass(frozen=True)
-class Peak:
-    """What one process's hardware can do.
-
-    Attributes:
-        flops_per_s: in the products' precision.
-        source: where that comes from.
-    """
-
-    flops_per_s: float
-    source: str
-
-
-def peak(precision: str) -> Peak:
-    """Return the published rate of a known GPU in bfloat16, else what a large product reaches here.
+def peak_flops(precision: str) -> float:
+    """Return the published FLOP/s of a known GPU in bfloat16, else those of a large product here.
 
     Args:
         precision: of the products, float32 or bfloat16.
@@ -55,8 +41,8 @@ def peak(precision: str) -> Peak:
     if device().type == "cuda" and precision == "bfloat16":
         chosen = known_gpu(torch.cuda.get_device_name())
         if chosen:
-            return Peak(_PUBLISHED_TFLOPS[chosen] * 1e12, f"data sheet of {chosen}")
-    return Peak(multiply_rate(getattr(torch, precision)), "a large matrix product, measured here")
+            return _PUBLISHED_TFLOPS[chosen] * 1e12
+    return multiply_rate(getattr(torch, precision))
 
 
 def known_gpu(name: str) -> str | None:

@@ -1,47 +1,49 @@
-"""Instruction tuning: a model, conversations, TRL's trainer, and a plain native model out of it."""
+"""Instruction tuning: the loop of `train` over conversations, with the loss on the answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config
-from moefy.checkpoint.source import resolve
 from moefy.data.conversations import read_conversations
 from moefy.data.examples import Example, make_examples
 from moefy.data.template import ChatTemplate, chat_template, for_training
 from moefy.errors import CorpusError, UsageError
-from moefy.evaluation.output_loss import LogitsInput, output_loss
-from moefy.experts.router_trace import routers_of
-from moefy.hardware import device, freed_memory_kept, products_in, training_precision
-from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import (
-    changed_settings,
-    check_output,
-    check_same_settings,
-    put_in_place,
-    replace_file,
-    run_folder,
-    storage_errors,
+from moefy.evaluation.heldout import heldout_losses
+from moefy.hardware import freed_memory_kept, training_precision
+from moefy.progress import ProgressFn, silent
+from moefy.training.checks import check_context, check_model, check_run
+from moefy.training.loop import TrainingLoop, resolve_first
+from moefy.training.processes import ONE, Processes, join_processes
+from moefy.training.recipe import (
+    Lora,
+    NoBalance,
+    SwitchBalance,
+    TrainRecipe,
+    TuneRecipe,
+    TuneSettings,
 )
-from moefy.training.checks import check_context
-from moefy.training.models import freeze_sinks
-from moefy.training.recipe import TuneRecipe, TuneSettings
-from moefy.training.state import FOLDER, LOG, read_log
+from moefy.training.samples import (
+    CONVERSATIONS,
+    ConversationSamples,
+    best_fit,
+    num_labels,
+    padded_rows,
+)
+from moefy.training.state import SharedFolder, open_folder, read_log
 from moefy.training.tuned_folder import finish_folder
-from moefy.training.write import versions, was_written, write_model
 
 BROKEN = "broken.txt"
+_FREE = {"micro_batch_size", "parallel", "gradient_checkpointing", "checkpoint_every_steps"}
+"""Keys that say how the work is cut and kept: a run may go on with others."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,17 @@ class Tuning:
     elapsed_s: float
 
 
+@dataclass(frozen=True)
+class _Talks:
+    """Conversations as tokens, in one template."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    trained: list[Example]
+    heldout: list[Example]
+    broken: list[str]
+
+
 @freed_memory_kept()
 def tune(
     model: str | Path,
@@ -92,177 +105,157 @@ def tune(
     """Fine-tune a model on conversations and write it in the form it had.
 
     The loss is cross-entropy on what the assistant says, the end of its turn included; see
-    `tuning.template.assistant_spans`. One conversation in twenty is held out; the loss on those is
+    `data.template.assistant_spans`. One conversation in twenty is held out; the loss on those is
     measured before and after. Broken conversations are left out and named in `broken.txt`.
 
-    A run that was stopped goes on when the same call is made again. The model appears in `out` when
-    the run is complete.
+    Processes and stopped runs are as in `train`.
 
     Args:
         model: a converted (or dense) model folder, or any source `convert` takes.
-        out: the run's folder.
-        data: conversations; see `tuning.conversations.read_conversations`.
+        out: the run's folder; the model appears in it when the run is complete.
+        data: conversations; see `data.conversations.read_conversations`.
         recipe: a `TuneRecipe` or a YAML file with its keys.
-        overwrite: replace what is in `out`: a model when the new one is complete; until then the
-            run lies beside it, in `.NAME.next`, where the same call goes on. An unfinished run is
-            begun again.
+        overwrite: replace a model in `out` when the new one is complete; begin an unfinished run
+            again.
         report: told about progress.
         **settings: single `TuneRecipe` keys; they override the recipe.
 
     Raises:
-        UsageError: recipe, model, conversations or output are not usable, or trl is missing.
+        UsageError: recipe, model, conversations or output are not usable, or LoRA without peft.
         TrainingError: the loss is not finite; the last checkpoint is kept.
         StorageError: the disk is full; the last checkpoint is kept.
     """
-    out = Path(out).expanduser()
     choice = TuneRecipe.build(recipe, **settings)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
-    folder = run_folder(out, overwrite=overwrite)
-    is_beside = folder != out
-    is_fresh = (overwrite and not is_beside) or not _is_unfinished(folder)
-    if is_fresh or is_beside:
-        read = (Path(model).expanduser(), Path(data).expanduser())
-        check_output(out, overwrite=overwrite, sources=read)
-    try:
-        from moefy.training.adapters import add_adapters, merged
-        from moefy.training.trainer import last_checkpoint, make_trainer
-    except ImportError as error:
+    processes = join_processes(choice.parallel)
+    report = report if processes.is_first else silent
+    with open_folder(out, processes, overwrite=overwrite, sources=(model, data, recipe)) as folder:
+        source = resolve_first(model, processes, report)
+        config = read_config(source)
+        check_context(config, choice.sequence_length, str(source))
+        talks = _read(data, source, choice, report)
+        samples = _samples(talks.trained, choice, processes)
+        plan = as_training(choice, samples.num_steps, config)
+        check_run(plan, processes.num_data)
+        check_model(config, plan, str(source))
+        loop = TrainingLoop("tune", source, None, samples, plan, processes)
+        measure = partial(heldout_loss, loop.student, talks.heldout, choice, processes)
+        identity = {
+            "source": processes.of_first(lambda: fingerprint(source)),
+            "data": str(data),
+            "tokens": _digest(talks.trained),
+            **choice.model_dump(mode="json", exclude=_FREE),
+        }
+        first_step = samples.num_steps
+        if not folder.begin(identity):
+            first_step = loop.resume(folder)
+            first_line = None if first_step else {"step": 0, "heldout_loss": measure()}
+            loop.run(first_step, choice, measure, report, first_line=first_line)
+            record = {"stage": "tune", "run": identity, "result": _result(folder, talks, samples)}
+            loop.write(record, amend=lambda finished: _finish(finished, config, talks))
+        result = processes.of_first(lambda: _result(folder, talks, samples))
+    return Tuning(
+        folder=Path(out).expanduser(),
+        recipe=choice,
+        resumed_from_step=first_step,
+        elapsed_s=loop.elapsed_s,
+        **result | {"broken": talks.broken},
+    )
+
+
+def as_training(recipe: TuneRecipe, num_steps: int, config: Mapping[str, Any]) -> TrainRecipe:
+    """Return the recipe of the loop that tunes.
+
+    Args:
+        recipe: of the tuning.
+        num_steps: of the optimizer.
+        config: config.json of the model.
+
+    Raises:
+        UsageError: the model has no routers to balance.
+    """
+    has_routers = bool(ffn_shape(config).experts)
+    is_balanced = recipe.router == "balanced"
+    if is_balanced and not has_routers:
         raise UsageError(
-            f"tune needs the packages trl and peft ({error}): pip install 'moefy[tune]'"
-        ) from error
-    source = resolve(model, report=report)
+            f"a {config['model_type']} model has no routers to balance: leave router out"
+        )
+    lora = None
+    if recipe.lora_rank:
+        alpha = recipe.lora_alpha or 2.0 * recipe.lora_rank
+        lora = Lora(rank=recipe.lora_rank, alpha=alpha, modules="all")
+    same = {
+        *("sequence_length", "global_batch_size", "micro_batch_size", "learning_rate", "seed"),
+        *("warmup_fraction", "weight_decay", "max_grad_norm", "router_lr_scale", "precision"),
+        *("parallel", "gradient_checkpointing", "checkpoint_every_steps"),
+    }
+    return TrainRecipe(
+        **recipe.model_dump(include=same),
+        tokens=num_steps * recipe.sequence_length * recipe.global_batch_size,
+        min_lr_ratio=0.0,
+        adam_betas=(0.9, 0.999),
+        frozen=("routers",) if has_routers and not is_balanced else (),
+        balance=SwitchBalance(coefficient=recipe.balance_coefficient, per_pass=True)
+        if is_balanced
+        else NoBalance(),
+        lora=lora,
+        checkpoints_kept=1,
+        evaluate_every_steps=num_steps if recipe.heldout_conversations else 0,
+    )
+
+
+def heldout_loss(
+    network: Any, examples: list[Example], recipe: TuneRecipe, processes: Processes = ONE
+) -> float | None:
+    """Return the mean loss of the assistant's tokens, every token counting the same, in nats."""
+    if not examples:
+        return None
+    length = max(len(example.ids) for example in examples)
+    rows = padded_rows([[example] for example in examples], height=len(examples), length=length)
+    found = heldout_losses(
+        network,
+        {CONVERSATIONS: rows.tokens.numpy()},
+        {CONVERSATIONS: rows.labels.numpy()},
+        precision=recipe.precision,
+        data_idx=processes.data_idx,
+        num_data=processes.num_data,
+        total=processes.total,
+    )
+    return found[CONVERSATIONS]
+
+
+def _samples(
+    trained: list[Example], recipe: TuneRecipe, processes: Processes
+) -> ConversationSamples:
+    rows = [[example] for example in trained]
+    if recipe.packing:
+        rows = best_fit(trained, recipe.sequence_length)
+    return ConversationSamples(
+        rows,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        processes=processes,
+    )
+
+
+def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn) -> _Talks:
+    """Return what is trained on, what is held out, and a line about everything broken.
+
+    Raises:
+        UsageError: tokenizer or template cannot tell what the assistant says.
+        CorpusError: nothing is left to train on.
+    """
     tokenizer = load_tokenizer(source)
     if not tokenizer.is_fast:
         raise UsageError(
             f"{source} has a slow tokenizer, which does not know where its tokens stand in the "
             "text: save it with a tokenizer.json"
         )
-    config = read_config(source)
-    check_context(config, choice.sequence_length, str(source))
-    template = for_training(tokenizer, chat_template(tokenizer, choice.chat_template))
-    trained, heldout, broken = _examples(data, tokenizer, template, choice, report)
-    network = load_model(source, dtype=torch.float32).to(device())
-    _freeze(network, choice)
-    identity = {
-        "source": fingerprint(source),
-        "data": str(data),
-        "tokens": _digest(trained),
-        **choice.model_dump(mode="json"),
-    }
-    if is_beside and was_written(folder, identity):  # killed just before its end
-        result = json.loads((folder / "moefy.json").read_text())["result"] | {"broken": broken}
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        put_in_place(folder, out)
-        return Tuning(out, choice, **result, resumed_from_step=result["steps"], elapsed_s=0.0)
-    checkpoints = folder / FOLDER
-    begun = checkpoints / "identity.json"
-    if not is_fresh and begun.is_file():
-        found = json.loads(begun.read_text())
-        if is_beside:
-            is_fresh = bool(changed_settings(found, identity))
-        else:
-            check_same_settings(folder, found, identity)
-    if is_fresh:  # only now is it sure that this run can begin
-        shutil.rmtree(folder, ignore_errors=True)
-    resumed = last_checkpoint(checkpoints)
-    resumed_from_step = int(resumed.name.partition("-")[2]) if resumed else 0
-    with storage_errors(folder):
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "recipe.yaml", choice.to_yaml())
-    replace_file(begun, json.dumps(identity, indent=2) + "\n")
-    if broken:
-        replace_file(folder / BROKEN, "".join(f"{line}\n" for line in broken))
-    lines = _kept_lines(folder, resumed_from_step) or [
-        {"step": 0, "heldout_loss": heldout_loss(network, heldout, choice, report)}
-    ]
-    replace_file(folder / LOG, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def write(line: dict[str, Any]) -> None:
-        with storage_errors(folder), (folder / LOG).open("a") as log:
-            log.write(json.dumps(line) + "\n")
-
-    if choice.lora_rank:
-        alpha = choice.lora_alpha or 2.0 * choice.lora_rank
-        network = add_adapters(network, rank=choice.lora_rank, alpha=alpha, seed=choice.seed)
-    trainer = make_trainer(
-        network, tokenizer, trained, choice, folder=checkpoints, write=write, report=report
-    )
-    started = time.perf_counter()
-    with storage_errors(folder):
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    elapsed_s = time.perf_counter() - started
-    network = merged(network)
-    after = heldout_loss(network, heldout, choice, report)
-    write({"step": trainer.state.global_step, "heldout_loss": after})
-    done = Tuning(
-        folder=out,
-        recipe=choice,
-        chat_template=template.name,
-        conversations=len(trained),
-        cut=sum(example.is_cut for example in trained),
-        broken=broken,
-        steps=trainer.state.global_step,
-        resumed_from_step=resumed_from_step,
-        heldout_before=lines[0]["heldout_loss"],
-        heldout_after=after,
-        heldout_tokens=sum(map(num_assistant_tokens, heldout)),
-        elapsed_s=elapsed_s,
-    )
-    results = vars(done) | {"broken": len(broken)}
-    for key in ("folder", "recipe", "elapsed_s", "resumed_from_step"):
-        del results[key]
-    record = {
-        "stage": "tune",
-        "run": identity,
-        "result": results,
-        "versions": versions("torch", "transformers", "trl", "peft"),
-    }
-    write_model(
-        network,
-        source,
-        folder,
-        record,
-        amend=lambda finished: finish_folder(finished, config, tokenizer, template),
-    )
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    put_in_place(folder, out)
-    return done
-
-
-@torch.inference_mode()
-def heldout_loss(
-    network: Any, examples: list[Example], recipe: TuneRecipe, report: ProgressFn = silent
-) -> float | None:
-    """Return the mean loss of the assistant's tokens, every token counting the same, in nats."""
-    network.eval()
-    total, count = 0.0, 0
-    for done, example in enumerate(examples, start=1):
-        ids = torch.tensor([example.ids], device=network.device)
-        labels = torch.tensor([example.labels], device=network.device)[:, 1:]
-        with products_in(recipe.precision, network.device):
-            logits = LogitsInput.of(network, ids).predicting()
-            losses: Float[Tensor, "1 positions"] = output_loss(logits, labels).cross_entropy
-        total += losses.sum().item()
-        count += num_assistant_tokens(example)
-        report(Progress("held-out loss", done, len(examples)))
-    return total / count if count else None
-
-
-def num_assistant_tokens(example: Example) -> int:
-    """Return how many tokens have a loss."""
-    return sum(label >= 0 for label in example.labels[1:])
-
-
-def _examples(
-    data: str | Path,
-    tokenizer: Any,
-    template: ChatTemplate,
-    recipe: TuneRecipe,
-    report: ProgressFn,
-) -> tuple[list[Example], list[Example], list[str]]:
-    """Return what is trained on, what is held out, and a line about everything broken."""
+    template = for_training(tokenizer, chat_template(tokenizer, recipe.chat_template))
     conversations, broken = read_conversations(data)
-    sides = []
+    sides: list[list[Example]] = []
     for is_held_out in (False, True):
         side = [c for c in conversations if c.is_held_out == is_held_out]
         if is_held_out:
@@ -272,40 +265,37 @@ def _examples(
         )
         sides.append(examples)
         broken += unusable
-    if not sides[0]:
+    trained, heldout = sides
+    if not trained:
         raise CorpusError(
             f"{data} holds no conversation to train on: "
             + (broken[0] if broken else "all of them are held out, add more")
         )
-    return sides[0], sides[1], broken
+    return _Talks(tokenizer, template, trained, heldout, broken)
 
 
-def _freeze(network: Any, recipe: TuneRecipe) -> None:
-    """Take routers out of training as chosen, and attention sinks always."""
-    routers = routers_of(network)
-    if recipe.router == "balanced" and not routers:
-        raise UsageError(
-            f"a {network.config.model_type} model has no routers to balance: leave router out"
-        )
-    if recipe.router == "frozen":
-        for router in routers:
-            router.requires_grad_(False)
-    freeze_sinks(network)
+def _result(folder: SharedFolder, talks: _Talks, samples: ConversationSamples) -> dict[str, Any]:
+    """Return what a finished run's record says of it."""
+    log = read_log(folder.work)
+    return {
+        "chat_template": talks.template.name,
+        "conversations": len(talks.trained),
+        "cut": sum(example.is_cut for example in talks.trained),
+        "broken": len(talks.broken),
+        "steps": samples.num_steps,
+        "heldout_before": log[0]["heldout_loss"],
+        "heldout_after": log[-1].get("heldout_loss"),
+        "heldout_tokens": num_labels(talks.heldout),
+    }
 
 
-def _kept_lines(out: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines of an earlier call's log up to a step, without its last held-out loss."""
-    if not (out / LOG).is_file():
-        return []
-    lines = [line for line in read_log(out) if line["step"] <= step]
-    return [line for line in lines if not line["step"] or "loss" in line]
+def _finish(folder: Path, config: dict[str, Any], talks: _Talks) -> None:
+    """Add to a written model what it was tuned to."""
+    finish_folder(folder, config, talks.tokenizer, talks.template)
+    if talks.broken:
+        (folder / BROKEN).write_text("".join(f"{line}\n" for line in talks.broken))
 
 
 def _digest(examples: list[Example]) -> str:
     tokens = json.dumps([(example.ids, example.labels) for example in examples])
     return hashlib.sha256(tokens.encode()).hexdigest()
-
-
-def _is_unfinished(out: Path) -> bool:
-    # not by recipe.yaml: a corpus that `prepare` wrote has one too
-    return (out / FOLDER).is_dir() and not (out / "config.json").exists()

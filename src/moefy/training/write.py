@@ -13,16 +13,17 @@ import torch
 
 from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import read_config, side_files
-from moefy.storage import has_model, storage_errors, sync, sync_files
-from moefy.training.processes import ONE, Workers
+from moefy.storage import storage_errors
+from moefy.training.processes import Processes
+from moefy.training.state import FINISHED, SharedFolder
 
 
 def write_model(
     network: Any,
     source: Path,
-    out: Path,
+    folder: SharedFolder,
     record: dict[str, Any],
-    workers: Workers = ONE,
+    processes: Processes,
     *,
     amend: Callable[[Path], None] = lambda _: None,
 ) -> None:
@@ -34,9 +35,9 @@ def write_model(
     Args:
         network: plain, without adapters.
         source: the folder it came from.
-        out: the run's folder.
+        folder: of the run.
         record: goes into moefy.json, between moefy's version and the source's own record.
-        workers: of the run.
+        processes: of the run.
         amend: changes the folder of weights and tokenizer before it is moved into place.
 
     Raises:
@@ -44,47 +45,28 @@ def write_model(
     """
     config = read_config(source)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    finished = out / ".finished"
-    if workers.is_first:
+    finished = folder.work / FINISHED
+    if processes.is_first:
         shutil.rmtree(finished, ignore_errors=True)
-    workers.wait()
-    with storage_errors(out):
-        _untied(_cast_weights(network, dtype)).save_pretrained(finished)
-        workers.wait()
-        if not workers.is_first:
-            return
-        origin = source / "moefy.json"
-        came_from = json.loads(origin.read_text()) if origin.is_file() else None
-        whole = {"moefy": version("moefy"), **record, "from": came_from}
-        for file in side_files(source):
-            shutil.copyfile(file, finished / file.name)
-        amend(finished)
-        (finished / "README.md").write_text(model_card(whole, config))
-        (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
-        shutil.copyfile(source / "config.json", finished / "config.json")
-        sync_files(finished)
-        for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(out / file.name)
-        finished.rmdir()
-        sync(out)
+    processes.wait()
+    with storage_errors(finished):
+        _untied(_cast_weights(network, dtype)).save_pretrained(finished)  # all processes gather
+    processes.wait()
 
+    def complete() -> None:
+        with storage_errors(finished):
+            origin = source / "moefy.json"
+            came_from = json.loads(origin.read_text()) if origin.is_file() else None
+            whole = {"moefy": version("moefy"), **record, "from": came_from}
+            for file in side_files(source):
+                shutil.copyfile(file, finished / file.name)
+            amend(finished)
+            (finished / "README.md").write_text(model_card(whole, config))
+            (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
+            shutil.copyfile(source / "config.json", finished / "config.json")
 
-def was_written(out: Path, identity: dict[str, Any]) -> bool:
-    """Return whether a run's folder holds its finished model.
-
-    Args:
-        out: the run's folder.
-        identity: of the run, `run` in its record.
-    """
-    if not has_model(out):
-        return False
-    record = json.loads((out / "moefy.json").read_text())
-    return bool(record.get("run") == json.loads(json.dumps(identity)))
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Return the installed versions of packages, for a record."""
-    return {name: version(name) for name in names}
+    processes.of_first(complete)
+    folder.publish(finished)
 
 
 def _untied(network: Any) -> Any:

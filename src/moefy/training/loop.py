@@ -1,0 +1,184 @@
+"""The training loop of `train` and `tune`: the same for one process and for torchrun's many.
+
+transformers' Trainer and TRL were tried for `tune`: transformers 5.23 saves fused experts in their
+on-disk form and does not find them when it resumes, its checkpoints are pickles, and its balance
+loss pools the tokens of all layers. One loop resumes exactly, and shares work among processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.source import resolve
+from moefy.progress import Progress, ProgressFn
+from moefy.recipe import Recipe
+from moefy.storage import replace_file
+from moefy.training.log import RunLog
+from moefy.training.models import load_student, load_teacher, merge_adapters
+from moefy.training.objective import Objective
+from moefy.training.optimizer import build_optimizer
+from moefy.training.processes import Processes
+from moefy.training.recipe import TrainRecipe
+from moefy.training.samples import Samples
+from moefy.training.schedule import learning_rate
+from moefy.training.state import RunState, Saved, SharedFolder
+from moefy.training.step import train_step
+from moefy.training.throughput import flops_per_trained_token, peak_flops
+from moefy.training.write import write_model
+
+
+class TrainingLoop:
+    """A run's models and samples, its steps, and its checkpoints.
+
+    Args:
+        stage: `train` or `tune`, for progress; each has its own count of the schedule's steps.
+        source: folder of the model.
+        parent: folder of the teacher, None without distillation.
+        samples: of the steps.
+        recipe: of the run, its precision decided.
+        processes: of the run.
+
+    Attributes:
+        source, recipe, processes: as given.
+        student, teacher: the models.
+        elapsed_s: seconds of this process's own steps.
+
+    Raises:
+        CheckpointError: a folder is no model.
+        ArchitectureError: model and teacher do not fit each other, or the recipe.
+        UsageError: the recipe is not for this model.
+    """
+
+    def __init__(
+        self,
+        stage: Literal["train", "tune"],
+        source: Path,
+        parent: Path | None,
+        samples: Samples,
+        recipe: TrainRecipe,
+        processes: Processes,
+    ) -> None:
+        self._stage, self._samples = stage, samples
+        self.source, self.recipe, self.processes = source, recipe, processes
+        self.student = load_student(source, recipe, processes)
+        self.teacher = load_teacher(parent, recipe, processes) if parent else None
+        self._objective = Objective(self.student, self.teacher, recipe, processes)
+        self._optimizer = build_optimizer(self.student, self._objective.noise, recipe)
+        self.elapsed_s = 0.0
+
+    def resume(self, folder: SharedFolder) -> int:
+        """Go on from the last checkpoint in a folder; return the first step to do.
+
+        Raises:
+            OutputError: the checkpoint cannot be read, or none of several is whole.
+        """
+        self._folder, noise = folder, self._objective.noise
+        self._state = RunState(
+            folder,
+            modules={"model": self.student} | ({"noise": noise} if noise else {}),
+            optimizer=self._optimizer,
+            processes=self.processes,
+            kept=self.recipe.checkpoints_kept,
+        )
+        saved = self._state.load()
+        if saved:
+            self._samples.restore(saved.samples)
+        return saved.step if saved else 0
+
+    def run(
+        self,
+        first_step: int,
+        shown: Recipe,
+        heldout: Callable[[], Any],
+        report: ProgressFn,
+        *,
+        first_line: dict[str, Any] | None = None,
+    ) -> None:
+        """Do the steps that are left, with a line of the log for each.
+
+        Args:
+            first_step: counted from 0.
+            shown: the recipe that the folder shows.
+            heldout: measures the held-out loss, at the recipe's interval.
+            report: told about progress.
+            first_line: of the log of a fresh run, before the first step's.
+
+        Raises:
+            TrainingError: the loss is not finite; the last checkpoint is kept.
+            StorageError: the disk is full; the last checkpoint is kept.
+        """
+        recipe, num_steps = self.recipe, self.recipe.num_steps
+        flops = flops_per_trained_token(read_config(self.source), recipe.sequence_length)
+        peak = self.processes.size * peak_flops(recipe.precision)
+        log = None
+        if self.processes.is_first:
+            replace_file(self._folder.work / "recipe.yaml", shown.to_yaml())
+            log = RunLog(self._folder.work, first_step, recipe)
+            if first_line and not first_step:
+                log.write(first_line)
+        for step in range(first_step, num_steps):
+            samples = self._samples.next_step(self.student)
+            rate = learning_rate(
+                step,
+                num_steps,
+                peak=recipe.learning_rate,
+                warmup_fraction=recipe.warmup_fraction,
+                final_fraction=recipe.min_lr_ratio,
+                as_trainer=self._stage == "tune",
+            )
+            started = time.perf_counter()
+            losses = train_step(step, rate, self._objective, self._optimizer, samples)
+            seconds = time.perf_counter() - started
+            self.elapsed_s += seconds
+            line = {"step": step + 1, "tokens": self._samples.tokens, **losses, **samples.notes}
+            line["tokens_per_s"] = samples.num_tokens / seconds
+            line["mfu"] = flops * line["tokens_per_s"] / peak
+            is_last, every = step + 1 == num_steps, recipe.evaluate_every_steps
+            if every and ((step + 1) % every == 0 or is_last):
+                line["heldout_loss"] = heldout()
+            if log:
+                log.write(line)
+            report(Progress(self._stage, step + 1, num_steps, _note(line)))
+            every = recipe.checkpoint_every_steps
+            # also behind the last step: writing the model may fail
+            if every and (step + 1) % every == 0:
+                self._state.save(Saved(step + 1, self._samples.state()))
+        if log:
+            log.close()
+
+    def write(
+        self, record: dict[str, Any], *, amend: Callable[[Path], None] = lambda _: None
+    ) -> None:
+        """Write the trained model into the run's folder and finish it.
+
+        Args:
+            record: see `write.write_model`.
+            amend: see there.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        if self.recipe.lora:
+            merge_adapters(self.student)
+        packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+        record |= {"versions": packages}
+        write_model(self.student, self.source, self._folder, record, self.processes, amend=amend)
+        self._folder.finish()
+
+
+def resolve_first(model: str | Path, processes: Processes, report: ProgressFn) -> Path:
+    """Resolve a model; the first process fetches what must be fetched."""
+    processes.of_first(lambda: resolve(model, report=report))
+    return resolve(model)
+
+
+def _note(line: dict[str, Any]) -> str:
+    note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, MFU {line['mfu']:.0%}"
+    for name, epoch in line.get("repeats", {}).items():
+        note += f"; {name} starts epoch {epoch + 1}"
+    return note
