@@ -53,7 +53,7 @@ def window_importance(
     head = replay.head()
     features, parts = [], []
     batches = torch.from_numpy(windows).split(_WINDOWS_AT_ONCE)
-    for done, ids in enumerate(batches):
+    for done, ids in enumerate(batches):  # [windows, sequence]
         hidden = replay.embed(ids)
         inputs = []
         for layer_idx in range(replay.num_layers):
@@ -102,6 +102,7 @@ def _backward(
     gradient: Float[Tensor, "windows sequence hidden"],
 ) -> tuple[Float[Tensor, "windows sequence hidden"], Float[Tensor, "windows sequence neurons"]]:
     """Return the gradient at a layer's inputs, and |h ⊙ ∂L/∂h|."""
+    # FFN and attention are computed again with a gradient, from the layer's stored inputs
     layer = replay.layer(layer_idx)
     leaf = inputs.requires_grad_()
     with torch.enable_grad():

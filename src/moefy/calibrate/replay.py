@@ -46,7 +46,7 @@ class LayerReplay:
         """Return the residual stream after attention: x + attention(norm(x))."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotary = self._rotary(hidden, positions)
-        parts = []
+        parts = []  # attention's scores of all windows at once would not fit
         for part in hidden.split(_WINDOWS_AT_ONCE):
             normed = self._module.input_layernorm(part)
             attention, _ = self._module.self_attn(
@@ -59,9 +59,10 @@ class LayerReplay:
         """Return the FFN with its inputs, all windows in one row of tokens.
 
         A token's error counts by ω = 1/mean(x²), x the residual stream that the FFN's output is
-        added to, scaled to the mean 1: the next norm divides by that size, so an equal error
-        matters less where the stream is large.
+        added to, scaled to the mean 1.
         """
+        # The next norm divides by the stream's size, so an equal error matters less where the
+        # stream is large.
         inputs = self._module.post_attention_layernorm(residual).flatten(0, 1)
         weights = 1 / residual.flatten(0, 1).square().mean(dim=1).clamp_min(1e-12)
         return FfnSample(

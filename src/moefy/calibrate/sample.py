@@ -19,25 +19,16 @@ _LARGEST = 1e15
 
 @dataclass
 class FfnSample:
-    """A layer's SwiGLU FFN and the calibration tokens' inputs to it.
-
-    Attributes:
-        gate, up, down: the dense matrices.
-        norm_gain: gain of the RMSNorm in front of the FFN.
-        inputs: z, the normed residual stream; no tokens without calibration.
-        token_weights: how much each token's error counts, mean 1.
-        desired: what the converted FFN should give, if not the dense outputs.
-        importance: importance of the neurons by cluster of text (see `calibrate.importance`).
-    """
+    """A layer's SwiGLU FFN and the calibration tokens' inputs to it."""
 
     gate: Float[Tensor, "neurons hidden"]
     up: Float[Tensor, "neurons hidden"]
     down: Float[Tensor, "hidden neurons"]
-    norm_gain: Float[Tensor, " hidden"]
-    inputs: Float[Tensor, "tokens hidden"]
-    token_weights: Float[Tensor, " tokens"]
-    desired: Float[Tensor, "tokens hidden"] | None = None
-    importance: Float[Tensor, "clusters neurons"] | None = None
+    norm_gain: Float[Tensor, " hidden"]  # of the RMSNorm in front of the FFN
+    inputs: Float[Tensor, "tokens hidden"]  # z, normed; no tokens without calibration
+    token_weights: Float[Tensor, " tokens"]  # how much each token's error counts, mean 1
+    desired: Float[Tensor, "tokens hidden"] | None = None  # if not the dense outputs
+    importance: Float[Tensor, "clusters neurons"] | None = None  # see `calibrate.importance`
     _kept: list[Tensor] = field(default_factory=list, repr=False)
 
     @property

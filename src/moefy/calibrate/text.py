@@ -83,6 +83,7 @@ def self_windows(
     """
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=torch.float32).to(device())
+    # some tokenizers have no token that begins a text, but one that ends it
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id

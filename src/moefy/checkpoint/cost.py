@@ -13,40 +13,24 @@ from moefy.errors import ArchitectureError
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs.
+    """What one model costs."""
 
-    Attributes:
-        experts, active_experts: routed experts per layer, and those that run for one token; a
-            shared one is not counted, and a dense model has 0.
-        total_params: all parameters; tied embeddings count once.
-        active_params: parameters that one token uses: all but the experts it is not routed to
-            (the count of the LLaMA-MoE paper, embeddings included).
-        flops_per_token: forward floating-point operations for one token, averaged over the
-            positions of a sequence of `context` tokens.
-    """
-
-    experts: int
-    active_experts: int
-    total_params: int
-    active_params: int
-    flops_per_token: int
+    experts: int  # routed experts per layer, 0 for a dense model
+    active_experts: int  # routed experts that run for one token
+    total_params: int  # tied embeddings count once
+    active_params: int  # all but the experts that a token is not routed to, as LLaMA-MoE counts
+    flops_per_token: int  # forward, averaged over the positions of a sequence of `context` tokens
     context: int
 
 
 @dataclass(frozen=True)
 class FfnShape:
-    """The FFN of one layer.
+    """The FFN of one layer; sizes are neurons."""
 
-    Attributes:
-        experts, active: routed experts, and those that run for one token; 0 for a dense model.
-        size: neurons of one expert, or of the dense FFN.
-        shared_size: neurons of the expert that always runs.
-    """
-
-    experts: int
-    active: int
-    size: int
-    shared_size: int
+    experts: int  # routed, 0 for a dense model
+    active: int  # routed experts that run for one token
+    size: int  # of one expert, or of the dense FFN
+    shared_size: int  # of the expert that always runs
 
     @property
     def running(self) -> int:
@@ -123,12 +107,14 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     shared = 3 * hidden * shape.shared_size
     router = hidden * shape.experts
     vectors = 2 * hidden + 2 * head_dim * qk_norm + sinks  # norms, sinks and biases
+    # biases on q, k and v, and on the output
     vectors += head_dim * (heads + 2 * kv_heads) * (bias != "none") + hidden * (bias == "qkvo")
     outside = vocab * hidden * (1 if tied else 2) + hidden
 
     def params(num_ffns: int) -> int:
         return outside + layers * (attention + shared + num_ffns * ffn + router + vectors)
 
+    # every token meets the output matrix, even where it is the embedding, which is looked up
     met = vocab * hidden + layers * (attention + shared + max(shape.active, 1) * ffn + router)
     attended = 2 * layers * heads * head_dim * (context + 1)
     return Cost(

@@ -28,38 +28,21 @@ class Fused:
 
 @dataclass(frozen=True)
 class DenseFamily:
-    """The checkpoint layout of one dense architecture; all have LLaMA's block.
-
-    Attributes:
-        model_type: `model_type` in config.json.
-        name: what `architectures[0]` begins with, where that is not the capitalised `model_type`.
-        attention_bias: projections that have a bias: "none", "qkv", "qkvo", or the config key that
-            switches it on for all four.
-        qk_norm: whether queries and keys are normed by head.
-        window_key: config key of the sliding window, if the family has one.
-        window_switch: config key that switches the window on, if there is one; the first
-            `max_window_layers` layers then go without it.
-        multipliers: whether the config scales embeddings, attention, residuals and logits.
-        rope_switches: config key of a list that says for each layer whether it has the rotary
-            embedding, if there is one.
-        partial_rotary: whether a part of each head may go without rotary embedding.
-        extra: config keys that transformers needs of this family alone.
-        defaults: values of keys that config.json may leave out, where they are not `DEFAULTS`.
-        fused: tensors that are stored as one; moefy knows their parts by LLaMA's names.
-    """
+    """The checkpoint layout of one dense architecture; all have LLaMA's block."""
 
     model_type: str
-    name: str = ""
-    attention_bias: str = "none"
-    qk_norm: bool = False
-    window_key: str | None = None
+    name: str = ""  # `architectures[0]` begins with it, or with the capitalised `model_type`
+    attention_bias: str = "none"  # a `Bias`, or the config key that switches all four on
+    qk_norm: bool = False  # whether queries and keys are normed by head
+    window_key: str | None = None  # config key of the sliding window, if the family has one
+    # config key that switches the window on; the first `max_window_layers` layers go without it
     window_switch: str | None = None
-    multipliers: bool = False
-    rope_switches: str | None = None
-    partial_rotary: bool = False
-    extra: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    fused: tuple[Fused, ...] = ()
+    multipliers: bool = False  # whether embeddings, attention, residuals and logits are scaled
+    rope_switches: str | None = None  # config key that says which layers have the rotary embedding
+    partial_rotary: bool = False  # whether a part of each head may go without rotary embedding
+    extra: tuple[str, ...] = ()  # config keys that transformers needs of this family alone
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of missing keys, over `DEFAULTS`
+    fused: tuple[Fused, ...] = ()  # tensors that are stored as one
 
     @property
     def architecture(self) -> str:

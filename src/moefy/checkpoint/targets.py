@@ -31,59 +31,41 @@ Window = Literal["no", "in all layers", "by layer"]
 class NativeTarget:
     """The checkpoint layout of one MoE architecture, in the form that lies on disk.
 
-    Attributes:
-        model_type, architecture: `model_type` and `architectures[0]` in config.json.
-        router: name of the router's matrix behind the layer prefix, [num_experts, hidden_size].
-        gate, up, down: names of an expert's matrices behind the layer prefix, with `{expert}`;
-            shapes as in the dense family with the expert's size for intermediate_size. Without
-            `{expert}` the tensors of all experts are one, [num_experts, …]; where `gate` and `up`
-            are the same name, gate lies above up.
-        shared_gate, shared_up, shared_down: the same of the shared expert, or None if the
-            architecture has none.
-        shared_optional: whether a model may go without it; elsewhere it must not be empty.
-        num_experts_key: config key of the number of routed experts.
-        expert_size_key: config key of an expert's neurons.
-        shared_key: config key of the shared expert's size.
-        shared_in_slices: whether that counts slices of an expert's size, or neurons.
-        score: how logits become weights. "softmax" over the chosen, "sigmoid" of each, doubled.
-        selection_bias: name of a bias [num_experts] that shifts the choice alone.
-        attention_bias: the most that the architecture can express; see `families.attention_bias`.
-        qk_norm: config key that norms queries and keys by head, True where it always does, or None.
-        tied: whether every runtime lets the output matrix be the embeddings; if not, it is written
-            as a tensor of its own (vLLM 0.32 loads a tied glm4_moe without a word and then answers
-            from a matrix that was never filled).
-        window: where it can express `families.sliding_window`. "by layer" goes with a rotary
-            embedding by layer (`families.rotary_layers`).
-        sinks: name of logits [num_heads] that every query's softmax has besides the keys' own.
-        multipliers, partial_rotary: whether it can express Granite's multipliers, and heads that
-            are rotated in part.
-        settings: config values that make the target compute what the conversion relies on.
+    Names of tensors are those behind the layer prefix. An expert's matrices have `{expert}` in
+    their names and the dense family's shapes with the expert's size for intermediate_size; without
+    `{expert}` the tensors of all experts are one, [num_experts, …]. Where `gate` and `up` have the
+    same name, gate lies above up.
     """
 
     model_type: str
-    architecture: str
-    router: str
+    architecture: str  # `architectures[0]` in config.json
+    router: str  # [num_experts, hidden_size]
     gate: str
     up: str
     down: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # what makes it compute what the conversion relies on
+    # the shared expert; None if the architecture has none
     shared_gate: str | None = None
     shared_up: str | None = None
     shared_down: str | None = None
+    # config keys; `shared_key` counts slices of an expert's size, or neurons
     num_experts_key: str = "num_local_experts"
     expert_size_key: str = "intermediate_size"
     shared_key: str = "shared_intermediate_size"
     shared_in_slices: bool = False
-    shared_optional: bool = False
-    score: RouterScore = "softmax"
-    selection_bias: str | None = None
-    attention_bias: Bias = "none"
-    qk_norm: str | bool | None = None
+    shared_optional: bool = False  # elsewhere the shared expert must not be empty
+    score: RouterScore = "softmax"  # over the chosen, or the sigmoid of each, doubled
+    selection_bias: str | None = None  # [num_experts], shifts the choice alone
+    attention_bias: Bias = "none"  # the most that it can express, see `families.attention_bias`
+    qk_norm: str | bool | None = None  # config key, or True where q and k are always normed by head
+    # Whether every runtime lets the output matrix be the embeddings; if not, it is written as a
+    # tensor of its own (vLLM 0.32 loads a tied glm4_moe without a word and then answers from a
+    # matrix that was never filled).
     tied: bool = True
-    window: Window = "no"
-    sinks: str | None = None
-    multipliers: bool = False
-    partial_rotary: bool = False
+    window: Window = "no"  # "by layer" goes with a rotary embedding by layer
+    sinks: str | None = None  # [num_heads], logits in every query's softmax besides the keys' own
+    multipliers: bool = False  # Granite's
+    partial_rotary: bool = False  # heads that are rotated in part
 
 
 MIXTRAL = NativeTarget(

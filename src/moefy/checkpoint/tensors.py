@@ -25,22 +25,15 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class TensorFile(ABC):
-    """An open weight file.
+    """An open weight file."""
 
-    Attributes:
-        headers: dtype and shape by name.
-    """
-
-    headers: Mapping[str, tuple[str, tuple[int, ...]]]
+    headers: Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors."""
-        sizes = (
-            math.prod(shape) * getattr(torch, dtype).itemsize
-            for dtype, shape in self.headers.values()
-        )
-        return sum(sizes)
+        found = ((getattr(torch, dtype).itemsize, shape) for dtype, shape in self.headers.values())
+        return sum(itemsize * math.prod(shape) for itemsize, shape in found)
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -51,22 +44,21 @@ class SafetensorsFile(TensorFile):
     """A `.safetensors` file; the library checks the header."""
 
     def __init__(self, path: Path) -> None:
-        self.headers = {}
-        with safe_open(path, framework="pt") as checked:
-            for name in checked.keys():  # noqa: SIM118 - safe_open is no mapping
-                view = checked.get_slice(name)
-                dtype = view.get_dtype()
-                shape = tuple(view.get_shape())
-                self.headers[name] = _SAFETENSORS_DTYPES.get(dtype, dtype), shape
+        with safe_open(path, framework="pt"):
+            pass
         # The data is mapped tensor by tensor, so that no more of a large file is in memory than
         # somebody holds; the library would map all of it.
         self._path = path
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(header_bytes))
-        self._starts = {
-            name: 8 + header_bytes + entries[name]["data_offsets"][0] for name in self.headers
+        entries.pop("__metadata__", None)
+        self.headers = {
+            name: (_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in entries.items()
         }
+        first_byte = 8 + header_bytes
+        self._starts = {name: first_byte + e["data_offsets"][0] for name, e in entries.items()}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or some of its rows."""
@@ -80,7 +72,7 @@ class SafetensorsFile(TensorFile):
         if size == 0:
             return torch.empty(shape, dtype=dtype)
         start = self._starts[name] + first * row_bytes
-        skipped = start % mmap.ALLOCATIONGRANULARITY
+        skipped = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
         with self._path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < start + size:
                 raise CheckpointError(f"{self._path} ends inside {name}: fetch it again")
@@ -131,13 +123,8 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def stored_form(family: DenseFamily, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a layer's tensors as its dense family stores them.
-
-    Args:
-        family: the layer's family; Phi-3 stores q, k and v as one tensor, their rows below each
-            other.
-        tensors: tensors by their name behind the layer prefix, parts apart.
-    """
+    """Return a layer's tensors as its dense family stores them, names behind the layer prefix."""
+    # Phi-3 stores q, k and v as one tensor, their rows below each other
     stored = dict(tensors)
     for fused in family.fused:
         stored[fused.stored] = torch.cat([stored.pop(part) for part in fused.parts])

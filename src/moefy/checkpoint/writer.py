@@ -67,6 +67,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         entry: dict[str, Any] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         entry["data_offsets"] = [self._filled_bytes, self._filled_bytes + size]
+        # a new shard where the data or the header would be too large
         room = len(_json({name: entry}))  # its braces stand for the comma
         if self._filled_bytes and (
             entry["data_offsets"][1] > self._shard_bytes

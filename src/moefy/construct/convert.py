@@ -57,21 +57,13 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did.
-
-    Attributes:
-        folder: the converted model.
-        recipe: every choice that was made.
-        num_layers: layers converted.
-        expert_size: neurons per expert.
-        written_bytes: size of the output's weights.
-    """
+    """What `convert` did: the output folder, every choice that was made, and sizes."""
 
     folder: Path
     recipe: ConvertRecipe
     num_layers: int
-    expert_size: int
-    written_bytes: int
+    expert_size: int  # neurons
+    written_bytes: int  # of weights
 
 
 def convert(
@@ -212,14 +204,8 @@ def split_layers(
     """Split the FFNs in the order of the layers.
 
     With calibration windows, each layer is fitted on the inputs that the layers already converted
-    give it (see `calibrate.walk`).
-
-    Args:
-        dense: the source.
-        recipe: the choices.
-        windows: calibration tokens, or None for weight-only methods.
-        score: how the target's router turns logits into weights.
-        report: told about the importance pass; the layers are counted by the caller.
+    give it (see `calibrate.walk`); without, only weight-only methods work. `report` is told about
+    the importance pass alone.
 
     Raises:
         CorpusError: an activation is not finite.

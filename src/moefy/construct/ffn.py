@@ -28,12 +28,7 @@ def stream(seed: int, purpose: str, layer_idx: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Partition:
-    """Neuron → expert.
-
-    Attributes:
-        shared: neurons that always run, ascending, [shared].
-        routed: neurons of each routed expert, ascending, [experts, size].
-    """
+    """Neurons that always run, and those of each routed expert, both ascending."""
 
     shared: Int[np.ndarray, " shared"]
     routed: Int[np.ndarray, "experts size"]
@@ -71,13 +66,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts run for a token, and with what weight.
-
-    Attributes:
-        router: rows of a linear router, [experts, hidden].
-        active: k.
-        score: how logits become weights.
-    """
+    """Which k = `active` experts run for a token, and with what weight."""
 
     router: Float[Tensor, "experts hidden"]
     active: int
@@ -88,6 +77,7 @@ class Routing:
 
         They are k·softmax over the k logits, or 2·sigmoid of each: 1 where the logits are 0.
         """
+        # topk of 0 has no softmax
         if self.active == 0:
             return inputs.new_zeros(len(inputs), len(self.router))
         logits = inputs @ self.router.T
@@ -96,7 +86,8 @@ class Routing:
         return torch.zeros_like(logits).scatter_(-1, chosen, weights)
 
     def chosen(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
-        """Return 1 for the k experts that run and 0 for the others, however small their weight."""
+        """Return 1 for the k experts that run and 0 for the others."""
+        # not weights() > 0: a softmax underflows where logits differ by more than about 100
         logits = inputs @ self.router.T
         return torch.zeros_like(logits).scatter_(-1, logits.topk(self.active, dim=-1).indices, 1.0)
 
@@ -113,11 +104,7 @@ class Routing:
 class SplitFfn:
     """One converted FFN, in the form that mathematics is done in (weights as in the dense sum).
 
-    Attributes:
-        partition: of the neurons.
-        routing: of the tokens.
-        gate, up: the dense matrices, [neurons, hidden]; the partition says which row goes where.
-        down: [hidden, slots], its columns in the order of `partition.slots`.
+    `gate` and `up` are the dense matrices; the columns of `down` follow `partition.slots`.
     """
 
     partition: Partition
@@ -141,13 +128,11 @@ class SplitFfn:
 def masked_chunks(
     sample: FfnSample, partition: Partition, routing: Routing
 ) -> Iterator[tuple[slice, Float[Tensor, "chunk slots"]]]:
-    """Iterate over h̃: the activations by slot, times the weight with which the slot runs.
-
-    That is 1 for shared slots, 0 for those of experts that were not chosen.
-    """
+    """Iterate over h̃: the activations by slot, times the weight with which the slot runs."""
     slots = torch.from_numpy(partition.slots)
     expert_of_slot = torch.from_numpy(partition.expert_of_slot)
     for tokens, activations in sample.chunks():
         weights = routing.weights(sample.inputs[tokens])  # [chunk, routed]
+        # column 0 is the shared expert, which runs with weight 1
         every = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
         yield tokens, activations[:, slots].mul_(every[:, expert_of_slot])

@@ -41,9 +41,6 @@ def export_dense(
         overwrite: replace an existing model in `out`.
         report: told about progress.
 
-    Returns:
-        The output folder.
-
     Raises:
         ArchitectureError: the model's experts do not add up to its dense source: its weights were
             fitted or trained, or its experts overlap.
@@ -134,6 +131,7 @@ def _slots(folder: Path, dense_config: dict[str, Any]) -> np.ndarray:
         slots = np.load(folder / PARTITION, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{folder / PARTITION} cannot be read ({error})") from error
+    # sharing methods put a neuron into several experts and leave others out
     if slots.shape != (layers, neurons) or not (np.sort(slots, axis=1) == np.arange(neurons)).all():
         raise ArchitectureError(
             f"{folder} does not hold every neuron once (its experts overlap): they do not add up "
@@ -167,7 +165,7 @@ def _merged(
         gates.append(gate.flatten(0, 1))
         ups.append(up.flatten(0, 1))
         downs.append(_divided(read(target.down), scale).transpose(0, 1).flatten(1))
-    order = torch.from_numpy(np.argsort(slots))
+    order = torch.from_numpy(np.argsort(slots))  # the slot of every neuron
     return torch.cat(gates)[order], torch.cat(ups)[order], torch.cat(downs, dim=1)[:, order]
 
 

@@ -8,21 +8,13 @@ from torch import Tensor
 
 
 class RidgeFactor:
-    """The Cholesky factor of G + λ·mean(diag G)·I, in float64.
-
-    Args:
-        gram: G, symmetric and positive semidefinite.
-        ridge: λ.
-
-    Attributes:
-        added: what was added to the diagonal, λ·mean(diag G).
-    """
+    """The Cholesky factor of G + λ·mean(diag G)·I, in float64; `added` is λ·mean(diag G)."""
 
     def __init__(self, gram: Float[Tensor, "n n"], ridge: float) -> None:
         system = gram.to(torch.float64, copy=True)
         self.added = ridge * max(float(system.diagonal().mean()), 1e-30)
         system.diagonal().add_(self.added)
-        self._factor = torch.linalg.cholesky(system, out=system)
+        self._factor = torch.linalg.cholesky(system, out=system)  # in place: G may take 1 GiB
 
     def solve(self, right: Float[Tensor, "n targets"]) -> Float[Tensor, "n targets"]:
         """Return the solution, in float64."""

@@ -26,25 +26,17 @@ from moefy.checkpoint.targets import RouterScore
 
 @dataclass(frozen=True)
 class RouterSums:
-    """Sums over tokens by layer and expert.
-
-    Attributes:
-        tokens: tokens counted.
-        choices: how often each expert was chosen.
-        probs: sum of the probabilities that the router gives each expert before it chooses: softmax
-            of the logits, or for sigmoid routers the sigmoids divided by their sum.
-        importance: sum of the weights with which the experts' outputs were added.
-        load: sum of the probabilities that an expert is chosen when its own noise is drawn again;
-            with no noise, `choices`, which has no gradient.
-        squared_logsumexp: sum of logsumexp(logits)².
-    """
+    """Sums over tokens by layer and expert."""
 
     tokens: Float[Tensor, ""]
-    choices: Float[Tensor, "layers experts"]
+    choices: Float[Tensor, "layers experts"]  # how often each expert was chosen
+    # the router's probabilities: softmax of the logits, or sigmoids divided by their sum
     probs: Float[Tensor, "layers experts"]
-    importance: Float[Tensor, "layers experts"]
+    importance: Float[Tensor, "layers experts"]  # weights with which outputs were added
+    # probabilities that an expert is chosen when its own noise is drawn again; with no noise,
+    # `choices`, which has no gradient
     load: Float[Tensor, "layers experts"]
-    squared_logsumexp: Float[Tensor, " layers"]
+    squared_logsumexp: Float[Tensor, " layers"]  # logsumexp(logits)²
 
     def __add__(self, other: RouterSums) -> RouterSums:
         pairs = zip(self._values(), other._values(), strict=True)
@@ -58,10 +50,8 @@ class RouterSums:
         """Return the sums over all data-parallel workers; gradients reach this worker's own part.
 
         The gradients of all workers then *sum* to that of the global batch. Where they are
-        averaged, as DDP and FSDP do, multiply the loss by the number of workers.
-
-        Args:
-            group: of torch.distributed; None for all processes.
+        averaged, as DDP and FSDP do, multiply the loss by the number of workers. `group` is that of
+        torch.distributed, None for all processes.
         """
         totals = []
         for value in self._values():
@@ -88,15 +78,9 @@ def router_sums(
     mask: Bool[Tensor, " tokens"] | None = None,
     choice_probs: Float[Tensor, "layers tokens experts"] | None = None,
 ) -> RouterSums:
-    """Sum what the routers did over the tokens that count.
+    """Sum what the routers did over the tokens that count, those where `mask` is True.
 
-    Args:
-        logits: logits by which the experts were chosen.
-        weights: weights of the chosen experts.
-        chosen: indices of the chosen experts.
-        score: how the router turns logits into weights.
-        mask: True for the tokens that count; None if all do.
-        choice_probs: see `noisy_gate.choice_probs`; None without noise.
+    `choice_probs` are those of `noisy_gate.choice_probs`, None without noise.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = logits.new_ones(logits.shape[1]) if mask is None else mask.to(logits.dtype)

@@ -131,6 +131,7 @@ class _Experts(torch.autograd.Function):
             products = F.grouped_mm(rows, gate_up.to(dtype).mT, offs=offsets)
             gated = apply_gate(products) * weights[:, None].to(dtype)
             out = F.grouped_mm(gated, down.to(dtype).mT, offs=offsets)
+        # neither the gathered rows nor the experts' outputs are kept
         ctx.save_for_backward(hidden, gate_up, down, weights, tokens, places, offsets, products)
         ctx.apply_gate, ctx.dtype = apply_gate, dtype
         return out[places].sum(1).to(hidden.dtype)
@@ -141,10 +142,11 @@ class _Experts(torch.autograd.Function):
         dtype = ctx.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             row_weights = weights[:, None].to(dtype)
-            with torch.enable_grad():
+            with torch.enable_grad():  # the activation is cheap, and may be any function
                 products = products.detach().requires_grad_()
                 ungated = ctx.apply_gate(products)
             rows_grad = out_grad.to(dtype)[tokens]
+            # [rows, size], then [experts, hidden, size]
             gated_grad = F.grouped_mm(rows_grad, down.to(dtype), offs=offsets)
             gated = (ungated.detach() * row_weights).to(dtype)
             down_grad = F.grouped_mm(rows_grad.T, gated, offs=offsets)

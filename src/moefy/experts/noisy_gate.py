@@ -110,8 +110,7 @@ def choice_probs(
         noisy: the same logits with noise.
         std: standard deviation of the noise.
         active: k.
-        selection_bias: bias of a sigmoid router, which chooses by sigmoid(logit) + bias; None where
-            the logits decide.
+        selection_bias: of a sigmoid router, which chooses by sigmoid(logit) + bias.
     """
     if active == clean.shape[-1]:
         return torch.ones_like(clean)

@@ -20,12 +20,8 @@ def shifted_bias(
 ) -> Float[Tensor, "layers experts"]:
     """Return the biases of the next step: b_e - γ·sign(load_e - mean load), layer by layer.
 
-    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
-
-    Args:
-        bias: biases of this step, added to the scores when the experts are chosen.
-        choices: `RouterSums.choices` of the step's whole batch, over all workers and passes.
-        rate: γ, in units of the score.
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; the load is `RouterSums.choices` of the
+    step's whole batch, over all workers and passes, and γ = `rate` in units of the score.
     """
     return bias - rate * (choices - choices.mean(-1, keepdim=True)).sign()
 

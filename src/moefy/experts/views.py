@@ -70,6 +70,7 @@ def expert_views(
     chosen = top_k_index[0].tolist()
     # torch's product of a matrix and a vector is the faster one in float32 only
     vectors = x.dtype == torch.float32
+    # [active, 2·size]
     if vectors:
         products = torch.stack([torch.mv(gate_up[e], x[0]) for e in chosen])
     else:

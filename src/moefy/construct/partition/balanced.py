@@ -11,24 +11,15 @@ def balanced_assignment(
 ) -> Int[np.ndarray, " items"]:
     """Give every item to one cluster, so that the sum of value[i, cluster(i)] is large.
 
-    The linear programme behind it (a transport problem) has one price per cluster: at the best
-    prices, every item takes the cluster with the largest value − price, and all capacities are met.
-    Bertsekas' auction finds them: unassigned items bid for their best cluster by their margin over
-    the second best plus ε, a full cluster keeps its highest bids and its price rises to the lowest
-    of them. All unassigned items bid at once, so a round is a few array operations; ε falls in
-    steps to 1e-4 times the spread of all values. The result is within items·ε of the optimum, so
-    one huge value costs the others their accuracy; exact assignment costs O(n³), which at
-    14,336 neurons and 128 experts is hours.
+    At the best prices, one per cluster, every item takes the cluster with the largest
+    value − price, and all capacities are met. Bertsekas' auction finds them: unassigned items bid
+    for their best cluster by their margin over the second best plus ε, a full cluster keeps its
+    highest bids and its price rises to the lowest of them. ε falls in steps to 1e-4 times the
+    spread of all values. The result is within items·ε of the optimum, so one huge value costs the
+    others their accuracy. Ties go to the lower index.
 
     Source: D. Bertsekas, D. Castañon, "The auction algorithm for the transportation problem",
     Annals of Operations Research 20 (1989).
-
-    Args:
-        value: of giving an item to a cluster.
-        capacity: items per cluster; must sum to the number of items.
-
-    Returns:
-        The cluster of every item. Deterministic: ties go to the lower index.
 
     Raises:
         ValueError: the capacities do not sum to the number of items, or a value is not finite.
@@ -38,14 +29,16 @@ def balanced_assignment(
         raise ValueError(f"capacities sum to {capacity.sum()}, there are {num_items} items")
     if not np.isfinite(value).all():
         raise ValueError("a value is not finite")
+    # exact assignment costs O(n³), which at 14,336 neurons and 128 experts is hours
     if num_clusters == 1:
         return np.zeros(num_items, dtype=np.int64)
     value = value.astype(np.float64)
-    open_clusters = np.flatnonzero(capacity)
+    open_clusters = np.flatnonzero(capacity)  # e.g. without shared slices, the first is closed
     value = value[:, open_clusters]
     prices = np.zeros(len(open_clusters))
     spread = float(np.ptp(value)) or 1.0
     cluster = np.zeros(num_items, dtype=np.int64)
+    # prices of a coarse auction let the next, finer one begin near its end
     for step in (1e-1, 1e-2, 1e-3, 1e-4):
         cluster, prices = _auction(value, capacity[open_clusters], prices, step * spread)
         prices -= prices.min()
@@ -65,7 +58,8 @@ def _auction(
     bids = np.zeros(len(value))
     waiting = np.arange(len(value))
     while len(waiting):
-        net = value[waiting] - prices
+        # all unassigned items bid at once, so that a round is a few array operations
+        net = value[waiting] - prices  # [waiting, clusters]
         best = net.argmax(axis=1)
         rows = np.arange(len(waiting))
         top = net[rows, best]
@@ -76,6 +70,7 @@ def _auction(
             members = np.flatnonzero(cluster == target)
             if len(members) < capacity[target]:
                 continue
+            # full: the lowest bids lose their place and wait again
             order = members[np.argsort(-bids[members], kind="stable")]
             cluster[order[capacity[target] :]] = -1
             prices[target] = bids[order[capacity[target] - 1]]

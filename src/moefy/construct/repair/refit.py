@@ -19,29 +19,24 @@ def refit_down_proj(
 
     W = argmin Σ_t ω_t·‖y_t − W·h̃_t‖² + λ̄·‖W − W₀‖², h̃ = h ⊙ the slot's gate weight (0 where its
     expert does not run, 1 for shared slots), W₀ the dense columns: with G = H̃ᵀΩH̃,
-    Wᵀ = (G + λ̄·I)⁻¹·(H̃ᵀΩY + λ̄·W₀ᵀ), λ̄ = λ·mean(diag G). Streamed: memory is the Gram matrix
-    and one chunk of activations.
+    Wᵀ = (G + λ̄·I)⁻¹·(H̃ᵀΩY + λ̄·W₀ᵀ), λ̄ = λ·mean(diag G), λ = `ridge`.
 
     W₀ is feasible, so the weighted calibration error never rises; a slot that no token uses keeps
     its dense column.
-
-    Args:
-        sample: of the layer, with its target y.
-        partition: of the neurons.
-        routing: of the tokens.
-        ridge: λ, in units of the mean diagonal of the Gram matrix.
     """
     target = sample.target()
     start = partition.columns(sample.down).double()
     num_slots = start.shape[1]
+    # streamed: memory is the Gram matrix and one chunk of activations
     gram = sample.down.new_zeros(num_slots, num_slots)
     right = sample.down.new_zeros(num_slots, len(start))
     for tokens, masked in masked_chunks(sample, partition, routing):
-        weighted = masked * sample.token_weights[tokens, None]
+        weighted = masked * sample.token_weights[tokens, None]  # [chunk, slots]
         for first in range(0, num_slots, _BLOCK_SLOTS):  # the other triangle is the same
             block = slice(first, first + _BLOCK_SLOTS)
             gram[block, first:] += weighted[:, block].T @ masked[:, first:]
         right += weighted.T @ target[tokens]
+    # the blocks on the diagonal have entries below it, which must not be counted twice
     gram.triu_()
     gram += gram.triu(1).T
     factor = RidgeFactor(gram, ridge)

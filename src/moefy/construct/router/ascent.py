@@ -35,17 +35,18 @@ def kept_energy_ascent(
 
     Args:
         router: the start, usually a ridge regression.
-        energies: e, of each routed expert.
+        energies: e, the energies of the routed experts.
         system: inputs and their factored Gram matrix.
         active: k, routed experts that run.
     """
+    # only their ratio matters, and products of small numbers would leave float32
     energies = energies / energies.mean().clamp_min(1e-30)
     for _ in range(STEPS):
         logits = system.inputs @ router.T
         spread = (logits - logits.mean(dim=1, keepdim=True)).std()
         change = system.solve(kept_energy_gradient(logits, energies, active, SOFTNESS * spread))
         size = (system.inputs @ change.T).std()
-        if not size > 0:
+        if not size > 0:  # all energies equal, or NaN
             break
         router = router + change * (STEP_SIZE * spread / size)
     return router
@@ -58,7 +59,7 @@ def kept_energy_gradient(
     softness: Float[Tensor, ""],
 ) -> Float[Tensor, "tokens experts"]:
     """Return g of `kept_energy_ascent`, in units of 1/τ; τ is `softness`."""
-    highest = logits.topk(active + 1, dim=1).values
+    highest = logits.topk(active + 1, dim=1).values  # the last two are the k-th and (k+1)-th
     threshold = highest[:, active - 1 :].mean(dim=1, keepdim=True)
     soft = torch.sigmoid((logits - threshold) / softness)
     slope = soft * (1 - soft)
