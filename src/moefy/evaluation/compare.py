@@ -25,48 +25,29 @@ _DECODE_PROMPT, _DECODE_TOKENS, _DECODE_ROUNDS = 32, 24, 3
 
 @dataclass(frozen=True)
 class Result:
-    """One model's row.
-
-    Attributes:
-        name: as given.
-        perplexity: over all tokens of all domains.
-        domain_perplexity: by domain.
-        excess_loss: mean loss minus the reference's on the same windows, nats per token, with its
-            95 % interval over windows; None for the reference and without one.
-        kl_to_reference: mean over tokens of KL(reference ‖ model), nats; None without a reference.
-        top1_agreement: share of positions where the likeliest token is the reference's; None
-            without a reference.
-        cost: parameters and FLOPs.
-        prefill_tokens_per_s: median over the evaluation windows, without the output matrix.
-        decode_tokens_per_s: median of greedy generation, batch 1; None if not measured.
-    """
+    """One model's row."""
 
     name: str
-    perplexity: float
+    perplexity: float  # over all tokens of all domains
     domain_perplexity: dict[str, float]
+    # mean loss minus the reference's on the same windows, nats per token, with its 95 % interval
+    # over windows; None for the reference and without one
     excess_loss: Interval | None
-    kl_to_reference: float | None
-    top1_agreement: float | None
+    kl_to_reference: float | None  # mean over tokens of KL(reference ‖ model), nats
+    top1_agreement: float | None  # share of positions with the reference's likeliest token
     cost: Cost
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float | None
+    prefill_tokens_per_s: float  # median over the windows, without the output matrix
+    decode_tokens_per_s: float | None  # median of greedy generation, batch 1; None if not measured
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `evaluate` measured.
+    """What `evaluate` measured."""
 
-    Attributes:
-        reference: the dense model that the KL is taken to, or None.
-        tokens: predicted tokens per model.
-        sequence_length: tokens per window.
-        results: one per model, in the order given.
-    """
-
-    reference: str | None
-    tokens: int
-    sequence_length: int
-    results: list[Result]
+    reference: str | None  # name of the dense model that the others are compared with
+    tokens: int  # predicted tokens per model
+    sequence_length: int  # tokens per window
+    results: list[Result]  # in the order given
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -84,20 +84,13 @@ def _passed_over(head: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class OutputLoss:
-    """What `output_loss` returns.
+    """What `output_loss` returns; only the first has gradients."""
 
-    Attributes:
-        loss: the weighted sum, with gradients.
-        cross_entropy: of every token, nats, without gradients; 0 where the label is IGNORED.
-        divergence: KL(teacher ‖ student) of every token at the temperature, nats, without gradients
-            and without the factor temperature²; None without a teacher.
-        agreement: whether teacher and student find the same token the likeliest; None without a
-            teacher, and where gradients are computed.
-    """
-
-    loss: Float[Tensor, ""]
-    cross_entropy: Float[Tensor, "*tokens"]
+    loss: Float[Tensor, ""]  # the weighted sum
+    cross_entropy: Float[Tensor, "*tokens"]  # nats; 0 where the label is IGNORED
+    # KL(teacher ‖ student) at the temperature, nats, without the factor τ²; None without a teacher
     divergence: Float[Tensor, "*tokens"] | None
+    # whether both find the same token the likeliest; None without a teacher or with gradients
     agreement: Bool[Tensor, "*tokens"] | None = None
 
 

@@ -32,24 +32,14 @@ from moefy.progress import Progress, ProgressFn, silent
 
 @dataclass(frozen=True)
 class KQuality:
-    """One model with k of its routed experts chosen per token.
-
-    Attributes:
-        k: routed experts chosen.
-        loss: mean −log p of the next token, nats, over all domains.
-        perplexity: of that loss.
-        kl_to_reference: mean over tokens of KL(reference ‖ model), nats; None without a reference.
-        top1_agreement: share of positions where the likeliest token is the reference's; None
-            without a reference.
-        active_params: parameters that one token uses.
-    """
+    """One model with k of its routed experts chosen per token."""
 
     k: int
-    loss: float
+    loss: float  # mean −log p of the next token, nats, over all domains
     perplexity: float
-    kl_to_reference: float | None
-    top1_agreement: float | None
-    active_params: int
+    kl_to_reference: float | None  # mean over tokens of KL(reference ‖ model), nats
+    top1_agreement: float | None  # share of positions with the reference's likeliest token
+    active_params: int  # parameters that one token uses
 
 
 @dataclass(frozen=True)
@@ -57,57 +47,34 @@ class RoutingStats:
     """What one model's routers chose, with as many experts as the model was saved with.
 
     A *choice* is one expert chosen for one token: a token makes `active` of them in every layer.
-
-    Attributes:
-        name: as given.
-        experts: routed experts per layer, E.
-        active: routed experts chosen per token, as saved.
-        shared: slices that always run; None where they are no whole number of experts.
-        load: by domain, layer and expert: the share of that domain's choices; sums to 1.
-        entropy: by layer, of the load over all tokens, divided by log E; 1 is even use.
-        dead: by layer, the experts that were never chosen.
-        max_over_mean: by layer, the largest load over the mean one.
-        coactivation: by layer, [e][f]: share of the tokens that chose e which chose f too, to 4
-            digits; 0 for all f where e is dead.
-        domain_distance: by layer, the Jensen–Shannon divergence of the domains' loads, bits; see
-            `routing_stats.divergence`.
-        domain_noise: by layer, what that would be if the domains did not differ, as far as one
-            domain's windows tell; None where a domain has a single window. See
-            `routing_stats.expected_divergence`.
-        quality: by k, ascending.
     """
 
     name: str
-    experts: int
-    active: int
-    shared: int | None
-    load: dict[str, list[list[float]]]
-    entropy: list[float]
-    dead: list[list[int]]
-    max_over_mean: list[float]
+    experts: int  # routed experts per layer, E
+    active: int  # routed experts chosen per token, as saved
+    shared: int | None  # slices that always run; None where they are no whole number of experts
+    load: dict[str, list[list[float]]]  # by domain, layer and expert: share of the domain's choices
+    entropy: list[float]  # by layer, of the load over all tokens, over log E; 1 is even use
+    dead: list[list[int]]  # by layer, experts that were never chosen
+    max_over_mean: list[float]  # by layer, the largest load over the mean one
+    # by layer, [e][f]: share of the tokens that chose e which chose f too; 0 where e is dead
     coactivation: list[list[list[float]]]
-    domain_distance: list[float]
+    domain_distance: list[float]  # by layer, bits: `routing_stats.divergence` of the domains' loads
+    # by layer, that of domains that do not differ (`routing_stats.expected_divergence`); None where
+    # a domain has a single window
     domain_noise: list[float] | None
-    quality: list[KQuality]
+    quality: list[KQuality]  # by k, ascending
 
 
 @dataclass(frozen=True)
 class RoutingResult:
-    """What `measure_routing` measured.
+    """What `measure_routing` measured."""
 
-    Attributes:
-        reference: name of the dense model, or None.
-        reference_loss: its mean −log p of the next token, nats, on the same text.
-        tokens: by domain, tokens that were routed.
-        sequence_length: tokens per window.
-        models: one per MoE model, in the order given.
-    """
-
-    reference: str | None
-    reference_loss: float | None
-    tokens: dict[str, int]
-    sequence_length: int
-    models: list[RoutingStats]
+    reference: str | None  # name of the dense model
+    reference_loss: float | None  # its mean −log p of the next token, nats, on the same text
+    tokens: dict[str, int]  # by domain, tokens that were routed
+    sequence_length: int  # tokens per window
+    models: list[RoutingStats]  # the MoE models, in the order given
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -36,56 +36,34 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in GGUF_DTYPES}
 
 @dataclass(frozen=True)
 class Speed:
-    """One model in one phase at one batch size.
+    """One model in one phase at one batch size."""
 
-    Attributes:
-        model: as named.
-        phase: "prefill" (the prompt) or "decode" (tokens after it, one by one).
-        batch: sequences at once.
-        tokens_per_s: of all sequences together; median.
-        of_active_size: that over the dense model's of the same active size; None without one.
-        implementation: of the experts, the fastest; None for a dense model or another runtime.
-        tried: tokens_per_s by implementation.
-        limits: share of the measured time that reading the weights alone would take ("memory"),
-            and multiplying alone ("arithmetic").
-        bound_by: the larger of them.
-    """
-
-    model: str
+    model: str  # its name
     phase: Phase
-    batch: int
-    tokens_per_s: float
-    of_active_size: float | None
-    implementation: str | None
-    tried: dict[str, float]
+    batch: int  # sequences at once
+    tokens_per_s: float  # of all sequences together; median
+    of_active_size: float | None  # that over the dense model's of the same active size
+    implementation: str | None  # of the experts, the fastest; None where there is no choice
+    tried: dict[str, float]  # tokens_per_s by implementation
+    # share of the measured time that reading the weights alone would take ("memory"), and
+    # multiplying alone ("arithmetic"); the larger of them
     limits: dict[str, float]
     bound_by: str
 
 
 @dataclass(frozen=True)
 class SpeedComparison:
-    """What `measure_speed` found.
-
-    Attributes:
-        runtime: "transformers" or "llama.cpp".
-        device: "cpu", or the accelerator's name.
-        threads: of the CPU.
-        dtype: of weights and computation.
-        bytes_per_s: read from memory, measured.
-        flops_per_s: of a large matrix product, measured.
-        prompt_tokens, new_tokens: of each sequence.
-        speeds: by phase, then batch, then model.
-    """
+    """What `measure_speed` found."""
 
     runtime: str
-    device: str
-    threads: int
-    dtype: str
-    bytes_per_s: float
-    flops_per_s: float
-    prompt_tokens: int
-    new_tokens: int
-    speeds: list[Speed]
+    device: str  # "cpu", or the accelerator's name
+    threads: int  # of the CPU
+    dtype: str  # of weights and computation
+    bytes_per_s: float  # read from memory, measured
+    flops_per_s: float  # of a large matrix product, measured
+    prompt_tokens: int  # of each sequence
+    new_tokens: int  # of each sequence
+    speeds: list[Speed]  # by phase, then batch, then model
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
