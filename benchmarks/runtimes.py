@@ -47,7 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 QWEN3 = ("qwen3_moe", "glm4_moe of Qwen3")
 HALF: dict[str, dict[str, Any]] = {
-    "dense of the active size": LLAMA_MOE | {"experts": 2, "active": 1, "shared": 1},
+    "dense (same active size)": LLAMA_MOE | {"experts": 2, "active": 1, "shared": 1},
     "MoE 4/8": LLAMA_MOE | {"experts": 8, "active": 4},
     "MoE 8/16": LLAMA_MOE | {"experts": 16, "active": 8},
     "MoE 32/64, 16 shared": LLAMA_MOE | {"experts": 64, "active": 32, "shared": 16},
@@ -242,8 +242,8 @@ def speed(work: Path) -> list[dict[str, str]]:
             "model": str(row["model"]),
             "prefill tok/s": f"{row['prefill tok/s']:.0f}",
             "decode tok/s": f"{row['decode tok/s']:.1f}",
-            "prefill, of the active size": _share(row, same_size, "prefill tok/s"),
-            "decode, of the active size": _share(row, same_size, "decode tok/s"),
+            "prefill, vs. dense (same active size)": _share(row, same_size, "prefill tok/s"),
+            "decode, vs. dense (same active size)": _share(row, same_size, "decode tok/s"),
         }
         for row in rows
     ]

@@ -59,7 +59,7 @@ def bench(
     runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
     as_json: options.Json = False,
 ) -> None:
-    """Measure prefill and decode speed beside a dense model of the active size.
+    """Measure prefill and decode speed and compare it with a dense model of the same active size.
 
     Example: `moefy bench smollm2-135m out/moe`
     """
