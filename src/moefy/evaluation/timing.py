@@ -30,7 +30,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 GGUF_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _SLOWER = 1.25  # an implementation this many times slower than the best is not measured again
-_COPIED_BYTES = 2**30  # batched_mm copies the weights of every token's experts: not more than this
+_COPIED_BYTES = 2**30  # batched_mm, which copies every token's experts, may copy this much
 
 # llama.cpp writes to stderr from C, and the memory of a model comes back when the process ends
 _RUN = """
@@ -119,7 +119,7 @@ def _one_round(
     setting: Setting,
     seconds: Seconds,
 ) -> None:
-    """Time both phases once, with every implementation that is still in the race."""
+    """Time both phases once, with every implementation that is still measured."""
     ids = random_prompt(config["vocab_size"], batch, setting.prompt_tokens)
     short = random_prompt(2, 1, 8)
     cache, token = None, ids
