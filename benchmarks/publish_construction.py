@@ -1,31 +1,48 @@
-"""Put the results of `moefy leaderboard` and of benchmarks/prototype.py into docs/construction.md.
+"""Put the ablation of methods of studies into docs/construction/ and docs/construction.md.
 
-    python benchmarks/publish_construction.py LEADERBOARD-OUT [PROTOTYPE-OUT]
+    moefy study OUT --only methods --set experts=64 --set active=32 ...
+    python benchmarks/publish_construction.py OUT...    # of each active size one; others stay
 
-Copies their files to docs/construction/ and docs/experiments/prototype/, and renews the tables.
+Rows of methods that no study has were measured by an earlier version (docs/construction.md).
 """
 
 from __future__ import annotations
 
 import csv
-import shutil
 import sys
 from pathlib import Path
 
-from publish import replace_table
+from publish import replace_table, rows_of
+
+from moefy.report.tables import write_csv
+from moefy.studies.recipe import StudyRecipe
+from moefy.studies.runs import read_arms
+from moefy.studies.summary import difference
 
 DOCS = Path(__file__).parents[1] / "docs"
-FILES = ("scores.jsonl", "leaderboard.csv", "leaderboard.md", "leaderboard.png")
+TABLES = {
+    "heldout": DOCS / "construction/leaderboard.csv",
+    "prototype": DOCS / "experiments/prototype/leaderboard.csv",
+}
 
 
 def main(folders: list[Path]) -> None:
-    places = {"heldout": DOCS / "construction", "prototype": DOCS / "experiments" / "prototype"}
-    for source, place in zip(folders, places.values(), strict=False):
-        place.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            shutil.copyfile(source / name, place / name)
-    for mark, place in places.items():
-        replace_table(DOCS / "construction.md", mark, nats_rows(place / "leaderboard.csv"))
+    with TABLES["heldout"].open() as lines:
+        rows = list(csv.DictReader(lines))
+    for folder in folders:
+        recipe = StudyRecipe.build(folder / "recipe.yaml")
+        split = {"experts": str(recipe.experts), "active": str(recipe.active)}
+        arms = read_arms(folder / "methods.csv")
+        for name, runs in arms.items():
+            above = difference(runs, arms["dense"])
+            if above is not None:
+                new = dict.fromkeys(rows[0], "") | split | {"method": name}
+                new["nats_above_dense"] = str(above.mean)
+                same = [row for row in rows if all(row[k] == new[k] for k in ("method", *split))]
+                rows = [row for row in rows if row not in same] + [new]
+    write_csv(TABLES["heldout"], rows_of(rows))
+    for mark, file in TABLES.items():
+        replace_table(DOCS / "construction.md", mark, nats_rows(file))
 
 
 def nats_rows(file: Path) -> list[list[str]]:
@@ -37,15 +54,10 @@ def nats_rows(file: Path) -> list[list[str]]:
         share = int(row["active"]) / int(row["experts"])
         shares[row["method"]][share] = f"{float(row['nats_above_dense']):.3f}"
     columns = sorted({share for found in shares.values() for share in found}, reverse=True)
-
-    def rank(method: str) -> tuple[float, float]:
-        half = shares[method].get(0.5)
-        return (float(half) if half else -1.0, 0.0)
-
     header = ["nats above dense", *(f"{share:.0%} of the FFN" for share in columns)]
     body = [
         [method, *(shares[method].get(share, "") for share in columns)]
-        for method in sorted(shares, key=rank)
+        for method in sorted(shares, key=lambda method: float(shares[method].get(0.5, -1)))
     ]
     return [header, *body]
 

@@ -15,17 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moefy.report.tables import Rows, markdown
+from moefy.run_folder import MARKER
 from moefy.studies.ablations import ABLATIONS, Ablation
 from moefy.studies.grid import GRID
-from moefy.studies.outcome import ArmOutcome, difference, read_outcome
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.report import HEAD, NOT_RUN, PAGE, conclusion_of, page
-from moefy.studies.runs import read_runs, seeds_text
+from moefy.studies.report import HEAD, NOT_RUN, PAGE, page, seeds_text
+from moefy.studies.runs import RUNS, Run, read_arms, read_runs
+from moefy.studies.summary import UNDECIDED, agreement, difference
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("*.csv", "*.png", "about.md", "recipe.yaml", "runs.jsonl")
+KINDS = ("*.csv", "*.png", HEAD, "recipe.yaml", RUNS, MARKER)  # with the marker a copy goes on
 Studies = dict[Path, StudyRecipe]
 """Their folders, the fewest tokens first."""
+Arms = dict[str, list[Run]]
 
 
 def publish(outs: Sequence[Path], docs: Path, package: Path) -> None:
@@ -55,15 +57,16 @@ def grid_of(studies: Studies) -> Path:
 
 
 def overview(studies: Studies, docs: Path) -> str:
-    """Return docs/study.md: each comparison in all of the studies, and what each concludes."""
+    """Return docs/study.md: each comparison in all of the studies."""
     head = (
-        "# The paper's ablations on SmolLM2-135M\n\n"
+        "# Ablations on SmolLM2-135M\n\n"
         "What `moefy study` found, beside what LLaMA-MoE (arXiv 2406.16554) found. The studies "
         "below differ in tokens and seeds: several seeds say which differences are more than "
         "chance, more tokens which way they go. A difference is of held-out loss in nats per token "
-        "(below 0: the arm is better than the other), with half of the 95 % interval over the "
-        "seeds; without ± it is of one seed. “The paper” is what its result would make of the "
-        "sign.\n\n"
+        "(below 0: the arm is better than the other), with half of the 95% interval over the "
+        "seeds; without ± it is of one seed. A result is “not decided” where the interval includes "
+        "0 or there is one seed. “The paper” is how its result says the loss differs, and whether "
+        "the study agrees.\n\n"
         "Generated from docs/study/ by `benchmarks/publish_study.py`; the commands are in "
         "CONTRIBUTING.md.\n"
     )
@@ -86,7 +89,7 @@ def overview(studies: Studies, docs: Path) -> str:
 def study_rows(studies: Studies, docs: Path) -> Rows:
     rows = [["study", "seeds", "held out per domain", "machines", "every loss"]]
     for folder, recipe in studies.items():
-        runs = read_runs(folder).values()
+        runs = read_runs(folder / RUNS).values()
         rows.append(
             [
                 _name(recipe),
@@ -100,41 +103,40 @@ def study_rows(studies: Studies, docs: Path) -> Rows:
 
 
 def _section(ablation: Ablation, folders: dict[str, Path], docs: Path) -> str:
-    outcomes = {
-        study: read_outcome(folder / f"{ablation.name}.csv") for study, folder in folders.items()
-    }
-    parts = [f"## {ablation.title}", ablation.setup, markdown(comparison_rows(outcomes)).rstrip()]
+    found = {study: read_arms(folder / f"{ablation.name}.csv") for study, folder in folders.items()}
+    parts = [f"## {ablation.title}", ablation.setup, markdown(comparison_rows(found)).rstrip()]
     for study, folder in folders.items():
         figure = (folder / f"{ablation.name}.png").relative_to(docs)
         parts.append(f"![{ablation.title}, {study}]({figure})")
-        parts.append(f"**{study}.** {conclusion_of(folder, ablation.name)}")
+    if ablation.paper:
+        parts.append(f"The paper: {ablation.paper}")
     return "\n\n".join(parts) + "\n"
 
 
-def comparison_rows(outcomes: dict[str, dict[str, ArmOutcome]]) -> Rows:
+def comparison_rows(found: dict[str, Arms]) -> Rows:
     """Return header and rows: how each arm differs from its other, in the studies by name."""
-    columns: list[tuple[str, dict[str, ArmOutcome], str]] = []
-    for study, arms in outcomes.items():
-        if any(arm.learned for arm in arms.values()):
-            columns += [(f"start, {study}", arms, "before"), (f"end, {study}", arms, "after")]
-        else:
-            columns.append((f"untrained, study of {study}", arms, "after"))
     pairs = {
-        (arm.name, arm.against): arm.expected or ""
-        for arms in outcomes.values()
-        for arm in arms.values()
-        if arm.against in arms
+        (name, runs[0].against): runs[0].expected
+        for arms in found.values()
+        for name, runs in arms.items()
+        if runs[0].against in arms
     }
-    rows = [["arm", "against", "the paper", *(title for title, _, _ in columns)]]
+    rows = [["arm", "compared with", "the paper"]]
+    for study, arms in found.items():
+        learned = any(run.trained or run.conversations for runs in arms.values() for run in runs)
+        ends = [f"start, {study}", f"end, {study}"] if learned else [f"untrained, study of {study}"]
+        rows[0] += [*ends, "result"]
     for (name, other), expected in pairs.items():
-        cells = [_difference(arms.get(name), arms.get(other), when) for _, arms, when in columns]
-        rows.append([name, other, expected, *cells])
+        row = [name, other, expected or ""]
+        for study, arms in found.items():
+            for when in ("loss_before", "loss")[f"end, {study}" not in rows[0] :]:
+                ends = difference(arms.get(name, []), arms.get(other, []), when)
+                row.append(ends.text("+") if ends else "")
+            mark = ends.mark if ends else ""
+            agrees = agreement(expected, mark) if mark not in ("", UNDECIDED) else ""
+            row.append(f"{mark} ({agrees})" if agrees else mark)
+        rows.append(row)
     return rows
-
-
-def _difference(ours: ArmOutcome | None, theirs: ArmOutcome | None, when: str) -> str:
-    found = difference(getattr(ours, when), getattr(theirs, when)) if ours and theirs else None
-    return found.text("+") if found else ""
 
 
 def _name(recipe: StudyRecipe) -> str:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the 
     from moefy.evaluation.speed import measure_speed as measure_speed
     from moefy.evaluation.suite import evaluate_suite as evaluate_suite
     from moefy.report.write import write_report as write_report
-    from moefy.studies.leaderboard import leaderboard as leaderboard
     from moefy.studies.plan import plan as plan
     from moefy.studies.run import study as study
     from moefy.training.dry_run import dry_run as dry_run
@@ -52,7 +51,6 @@ _HOME = {
     "export_gguf": "checkpoint.gguf.export_gguf",
     "inspect": "checkpoint.inspect.inspect",
     "judge": "evaluation.judge.judge",
-    "leaderboard": "studies.leaderboard.leaderboard",
     "measure_routing": "evaluation.routing.measure_routing",
     "measure_speed": "evaluation.speed.measure_speed",
     "plan": "studies.plan.plan",

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from moefy.studies.outcome import read_outcome
 
 from moefy.report.tables import markdown
 from moefy.studies.ablations import ABLATIONS
-from moefy.studies.outcome import read_outcome
 from moefy.studies.report import conclusion_of, outcome_rows
 from moefy.studies.toy import smoke_recipe
 

@@ -14,8 +14,6 @@ from moefy.training.state import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SMALL: dict[str, Any] = {"calibration_tokens": 1024, "windows": 3, "sequence_length": 64}
-
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -28,13 +26,14 @@ def test_every_method_builds_what_it_builds_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dense = make_llama(intermediate_size=256)
-    choices = {"data": corpus, "experts": 8, "fractions": [0.5], **SMALL}
-    ours = moefy.leaderboard(dense, tmp_path / "gpu", **choices)
+    choices: dict[str, Any] = {"data": corpus, "experts": 8, "active": 4, "seeds": 1, "windows": 3}
+    choices |= {"sequence_length": 64, "convert": {"calibration_tokens": 1024}}
+    ours = moefy.study(tmp_path / "gpu", model=dense, only=["methods"], **choices)
     on_the_cpu(monkeypatch)
-    expected = moefy.leaderboard(dense, tmp_path / "cpu", **choices)
-    assert [score.method for score in ours] == [score.method for score in expected]
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert mine.ffn_error == pytest.approx(theirs.ffn_error, abs=0.03), mine.method
+    expected = moefy.study(tmp_path / "cpu", model=dense, only=["methods"], **choices)
+    assert [run.arm for run in ours.runs] == [run.arm for run in expected.runs]
+    for mine, theirs in zip(ours.runs, expected.runs, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, abs=0.03), mine.arm
 
 
 def test_the_same_model_is_written_where_nothing_is_chosen_by_rounding(

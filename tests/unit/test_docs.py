@@ -13,7 +13,7 @@ from moefy.report.tables import markdown
 from moefy.studies.ablations import ablations_named
 from moefy.studies.grid import read_grid
 from moefy.studies.report import page, present, runs_of
-from moefy.studies.runs import read_runs, run_csv_rows
+from moefy.studies.runs import RUNS, read_runs, run_rows
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
@@ -107,9 +107,9 @@ def test_the_studies_and_the_grid_of_plan() -> None:
     studies = parts["studies_in"](ROOT / "docs/study")
     for folder, recipe in studies.items():
         assert page(folder) == (folder / "study.md").read_text()
-        runs = list(read_runs(folder).values())
+        runs = list(read_runs(folder / RUNS).values())
         for name in present(folder):
-            rows = run_csv_rows(runs_of(*ablations_named([name]), runs, recipe))
+            rows = run_rows(runs_of(*ablations_named([name]), runs, recipe))
             assert csv_rows(folder / f"{name}.csv") == rows
     assert parts["overview"](studies, ROOT / "docs") == (ROOT / "docs/study.md").read_text()
     assert read_grid(parts["grid_of"](studies)) == read_grid()

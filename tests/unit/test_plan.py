@@ -14,8 +14,8 @@ from moefy.checkpoint.cost import cost
 from moefy.checkpoint.inspect import SHAPES, split_config
 from moefy.errors import UsageError
 from moefy.report.tables import write_csv
-from moefy.studies.grid import GridPoint, front, grid_csv_rows, read_grid
-from moefy.studies.tables import plan_rows
+from moefy.studies.grid import GridPoint, csv_rows, grid_rows, read_grid
+from moefy.studies.plan import plan_rows
 
 DENSE = 134_515_008
 
@@ -49,18 +49,15 @@ POINTS = [
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
-    write_csv(tmp_path / "grid.csv", grid_csv_rows(POINTS))
+    write_csv(tmp_path / "grid.csv", csv_rows(POINTS))
     return tmp_path
 
 
 def test_the_grid_survives_its_file(grid: Path) -> None:
     points = [*POINTS, point(1, 8, 3.0, 1.0, half_width=None)]
-    write_csv(grid / "grid.csv", grid_csv_rows(points))
+    write_csv(grid / "grid.csv", csv_rows(points))
     assert read_grid(grid / "grid.csv") == points
-
-
-def test_the_front() -> None:
-    assert front([*POINTS, point(8, 16, 0.6, 1.0)]) == [POINTS[0], POINTS[3], POINTS[4]]
+    assert grid_rows(points)[3] == ["pruned 4/16", "4", "25%", "1.500 ± 0.020", "× 0.80", "× 1.60"]
 
 
 def test_the_lowest_loss_within_a_size(grid: Path) -> None:
@@ -85,7 +82,7 @@ def test_the_lowest_loss_within_a_size(grid: Path) -> None:
 )
 def test_what_can_be_read(tmp_path: Path, seeds: int, half_width: float | None, taken: int) -> None:
     points = [replace(point, seeds=seeds, half_width=half_width) for point in POINTS]
-    write_csv(tmp_path / "grid.csv", grid_csv_rows(points))
+    write_csv(tmp_path / "grid.csv", csv_rows(points))
     found = moefy.plan("smollm2-135m", active_params=85_000_000, study=tmp_path)
     assert found.recommended.point == points[taken]
 

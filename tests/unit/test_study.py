@@ -14,23 +14,22 @@ import pytest
 import moefy
 from moefy.data.conversations import read_conversations
 from moefy.errors import CorpusError, OutputError, UsageError
-from moefy.progress import Progress, silent
-from moefy.studies.report import page
-from moefy.studies.runs import Run, seeds_text
+from moefy.progress import Progress
+from moefy.studies.ablations import METHODS
+from moefy.studies.report import page, seeds_text
+from moefy.studies.runs import Run
 from moefy.studies.toy import SMOKE, make_toys
 
 TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128, "evaluations": 1}
 
 
 @pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toys")
-    make_toys(folder, silent)
-    return folder
+def toys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return make_toys(tmp_path_factory.mktemp("toys"))
 
 
-def tiny_study(toys: Path, out: Path, *only: str, **more: Any) -> Any:
-    choices = TINY | {"model": toys / "model", "data": toys / "text"} | more
+def tiny_study(toys: tuple[Path, ...], out: Path, *only: str, **more: Any) -> Any:
+    choices = TINY | {"model": toys[0], "data": toys[1]} | more
     return moefy.study(out, only=only, **choices)
 
 
@@ -38,7 +37,7 @@ def lines_of(out: Path) -> list[str]:
     return (out / "runs.jsonl").read_text().splitlines()
 
 
-def test_a_study_that_is_stopped_goes_on(toys: Path, tmp_path: Path) -> None:
+def test_a_study_that_is_stopped_goes_on(toys: tuple[Path, ...], tmp_path: Path) -> None:
     whole = tiny_study(toys, tmp_path / "whole", "rescaling")
     assert whole.measured == len(whole.runs) == 6
     assert {run.seed for run in whole.runs} == {0}
@@ -62,23 +61,22 @@ def test_a_study_that_is_stopped_goes_on(toys: Path, tmp_path: Path) -> None:
     assert so_far.skipped["rescaling: 4/16 rescaled"] == "not yet, seed 0, 1"
     assert so_far.skipped["rescaling: 4/16 not rescaled"] == "not yet, seed 1"
     assert "- rescaling: 4/16 rescaled: not yet, seed 0, 1" in (out / "study.md").read_text()
+    assert list((out / "work/models").iterdir())  # a report leaves the stopped run as it is
     done = tiny_study(toys, out, "rescaling")
     assert done.measured == 4
     assert lines_of(out)[:2] == kept
     assert lines_of(out) == lines_of(tmp_path / "whole")
-    for name in ("rescaling.csv", "rescaling-curves.csv", "study.md"):
+    for name in ("rescaling.csv", "study.md"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not list((out / "work/models").iterdir())
-    assert not list((out / "work/runs").iterdir())
+    assert not (out / "work").exists()
 
     again = tiny_study(toys, out, "rescaling")
     assert (again.measured, lines_of(out)) == (0, lines_of(tmp_path / "whole"))
 
 
-def test_runs_that_ablations_share_are_done_once(toys: Path, tmp_path: Path) -> None:
+def test_runs_that_ablations_share_are_done_once(toys: tuple[Path, ...], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = tiny_study(toys, out, "scratch", keep=True)
-    assert list((out / "work/models").iterdir())
+    first = tiny_study(toys, out, "scratch")
     assert [run.arm for run in first.runs] == [
         *("dense", "converted", "same architecture from scratch"),
         *("pruned dense", "pruned dense, not refitted"),
@@ -94,24 +92,64 @@ def test_runs_that_ablations_share_are_done_once(toys: Path, tmp_path: Path) -> 
 
     both = tiny_study(toys, out, "sampling")
     assert both.measured == 4  # not the dense model, and not Uniform: that is "converted"
-    assert list((out / "work/models").iterdir())  # kept, as the first call said
     uniform = next(run for run in both.runs if run.arm == "Uniform")
     assert uniform.domain_loss == converted.domain_loss
     for name in ("scratch", "sampling"):  # the page shows both
         assert f"{name}.csv" in (out / "study.md").read_text()
 
 
-def test_seeds_of_several_machines_are_put_together(toys: Path, tmp_path: Path) -> None:
-    out, parts = tmp_path / "out", [tmp_path / "first", tmp_path / "second"]
-    for seed, part in enumerate(parts):
-        tiny_study(toys, part, "rescaling", first_seed=seed)
-    out.mkdir()
-    (out / "runs.jsonl").write_text("".join((p / "runs.jsonl").read_text() for p in parts))
+def test_every_method_is_measured_untrained(toys: tuple[Path, ...], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    some = tiny_study(toys, out, "methods:sharing", "methods:random")
+    arms = [run.arm for run in some.runs]
+    assert arms == [
+        *("dense", "moefy", "random", "random + paper's rescale", "sharing-inner"),
+        *("sharing-inter", "moefy: random partition"),
+    ]
+    done = tiny_study(toys, out, "methods")
+    assert done.measured == len(METHODS) + 1 - len(arms)
+    by_arm = {run.arm: run for run in done.runs}
+    assert set(by_arm) == {"dense", *METHODS}
+    assert {run.trained for run in done.runs} == {0}
+    assert by_arm["moefy"].loss < by_arm["moefy: no repair"].loss
+    assert by_arm["static + refit"].total_params < by_arm["dense"].total_params
+    own = by_arm["moefy: the model's own text"]
+    assert own.loss != by_arm["moefy"].loss
+    assert [row[0] for row in done.tables["methods"][1:]] == ["dense", *METHODS]
+
+
+def test_seeds_of_several_machines_are_put_together(toys: tuple[Path, ...], tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    tiny_study(toys, out, "rescaling")
+    tiny_study(toys, other, "rescaling", first_seed=1)
+    with (out / "runs.jsonl").open("a") as file:
+        file.write((other / "runs.jsonl").read_text())
     both = tiny_study(toys, out, "rescaling", seeds=2)
     assert both.measured == 0
     tiny_study(toys, tmp_path / "whole", "rescaling", seeds=2)
-    for name in ("rescaling.csv", "rescaling-curves.csv", "study.md"):
+    for name in ("rescaling.csv", "study.md"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_runs_of_other_settings_are_done_again(toys: tuple[Path, ...], tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    tiny_study(toys, out, "rescaling")
+    tiny_study(toys, other, "rescaling", first_seed=1, tokens=256)
+    with (out / "runs.jsonl").open("a") as file:
+        file.write((other / "runs.jsonl").read_text())
+    found = tiny_study(toys, out, "rescaling", report_only=True, seeds=2)
+    assert found.skipped["rescaling: 4/16 rescaled"] == "not yet, seed 1"
+    assert "rescaling: dense" not in found.skipped  # it is not trained
+    assert {run.trained for run in found.runs} == {0, 128}
+    done = tiny_study(toys, out, "rescaling", seeds=2)
+    assert done.measured == 5
+    assert {run.trained for run in done.runs} == {0, 128}
+
+
+def test_a_copied_study_goes_on(toys: tuple[Path, ...], tmp_path: Path) -> None:
+    tiny_study(toys, tmp_path / "out", "rescaling")
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    assert tiny_study(toys, tmp_path / "copy", "rescaling").measured == 0
 
 
 def test_seeds_are_said_for_each_ablation() -> None:
@@ -122,33 +160,16 @@ def test_seeds_are_said_for_each_ablation() -> None:
     assert seeds_text([*sizes, *others]) == "0 (size: 0, 1, 2)"
 
 
-def test_runs_of_other_settings_are_not_reported(toys: Path, tmp_path: Path) -> None:
-    out, other = tmp_path / "out", tmp_path / "other"
-    tiny_study(toys, out, "rescaling")
-    shown = (out / "rescaling.csv").read_text()
-    tiny_study(toys, other, "rescaling", first_seed=1, tokens=256)
-    both = (out / "runs.jsonl").read_text() + (other / "runs.jsonl").read_text()
-    (out / "runs.jsonl").write_text(both)
-    found = tiny_study(toys, out, "rescaling", report_only=True)
-    again = (out / "rescaling.csv").read_text().splitlines()
-    assert [line for line in again if not line.startswith("dense,1")] == shown.splitlines()
-    assert found.skipped["rescaling: 4/16 rescaled, seed 1"] == "was run with other settings"
-    assert "rescaling: dense, seed 1" not in found.skipped  # it is not trained
-    (other / "study.json").unlink()
-    with pytest.raises(UsageError, match=r"no run in .* is of these settings"):
-        tiny_study(toys, other, "rescaling", report_only=True, windows=2)
-
-
-def test_a_report_of_nothing_leaves_nothing(toys: Path, tmp_path: Path) -> None:
+def test_a_report_of_nothing_leaves_nothing(toys: tuple[Path, ...], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no runs to report"):
         tiny_study(toys, tmp_path / "out", "rescaling", report_only=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_losses_are_those_of_evaluate(toys: Path, tmp_path: Path) -> None:
+def test_losses_are_those_of_evaluate(toys: tuple[Path, ...], tmp_path: Path) -> None:
     done = tiny_study(toys, tmp_path / "out", "rescaling", windows=3)
-    text = {"data": toys / "text", "windows": 3, "sequence_length": TINY["sequence_length"]}
-    (expected,) = moefy.evaluate(toys / "model", decode=False, **text).results
+    text = {"data": toys[1], "windows": 3, "sequence_length": TINY["sequence_length"]}
+    (expected,) = moefy.evaluate(toys[0], decode=False, **text).results
     dense = done.runs[0]
     assert dense.arm == "dense"
     assert {d: math.exp(loss) for d, loss in dense.domain_loss.items()} == pytest.approx(
@@ -156,23 +177,26 @@ def test_losses_are_those_of_evaluate(toys: Path, tmp_path: Path) -> None:
     )
 
 
-def test_the_page_follows_from_its_files(toys: Path, tmp_path: Path) -> None:
+def test_the_page_follows_from_its_files(toys: tuple[Path, ...], tmp_path: Path) -> None:
     out, copied = tmp_path / "out", tmp_path / "copied"
     tiny_study(toys, out, "rescaling", seeds=2)
     copied.mkdir()
-    for name in ("about.md", "rescaling.csv", "rescaling-curves.csv"):
+    for name in ("about.md", "rescaling.csv"):
         shutil.copyfile(out / name, copied / name)
     written = (out / "study.md").read_text()
     assert page(copied) == written
     assert "Seeds: 0, 1." in written
     text = (copied / "rescaling.csv").read_text()
-    row = next(line for line in text.splitlines() if line.startswith("4/16 rescaled,1"))
-    loss = row.split(",")[10]
+    (loss,) = (
+        str(run["loss"])
+        for run in map(json.loads, lines_of(out))
+        if (run["arm"], run["seed"]) == ("4/16 rescaled", 1)
+    )
     (copied / "rescaling.csv").write_text(text.replace(loss, "9.0"))
     assert page(copied) != written
 
 
-def test_other_settings_are_refused(toys: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused(toys: tuple[Path, ...], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = tiny_study(toys, out, "rescaling")
     with pytest.raises(OutputError, match=r"other settings .*tokens: was 128, now 256"):
@@ -183,17 +207,19 @@ def test_other_settings_are_refused(toys: Path, tmp_path: Path) -> None:
     (out / "runs.jsonl").write_text('{"ablation": "torn')
     with pytest.raises(OutputError, match=r"runs.jsonl, line 1 is no run of this version"):
         tiny_study(toys, out, "rescaling")
-    with pytest.raises(OutputError, match="holds files but no study"):
-        tiny_study(toys, toys / "text", "rescaling")
+    anew = tiny_study(toys, out, "rescaling", tokens=256, overwrite=True)
+    assert {run.trained for run in anew.runs} == {0, 256}
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        tiny_study(toys, toys[1], "rescaling", data="demo")
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="is a file"):
+    with pytest.raises(OutputError, match="is not a plain folder"):
         tiny_study(toys, tmp_path / "file", "rescaling")
 
 
-def test_what_cannot_be_studied(toys: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_studied(toys: tuple[Path, ...], tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
-    shutil.copyfile(toys / "text/wiki.jsonl", text / "wiki.jsonl")
+    shutil.copyfile(toys[1] / "wiki.jsonl", text / "wiki.jsonl")
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=r"seven domains .*there are wiki; tuning: .*--sft"):
         tiny_study(toys, out, "sampling", "tuning", data=text)
@@ -201,14 +227,16 @@ def test_what_cannot_be_studied(toys: Path, tmp_path: Path) -> None:
         tiny_study(toys, out, "rescaling", experts=48)
     with pytest.raises(UsageError, match="unknown key 'tokns'"):
         tiny_study(toys, out, "rescaling", train={"tokns": 3})
+    with pytest.raises(UsageError, match=r"no arm of methods .*'magic'.* there are dense; moefy;"):
+        tiny_study(toys, out, "methods:magic")
     talks = tmp_path / "talks.jsonl"
-    lines = (toys / "conversations.jsonl").read_text().splitlines(keepends=True)
-    whole, _ = read_conversations(toys / "conversations.jsonl")
+    lines = toys[2].read_text().splitlines(keepends=True)
+    whole, _ = read_conversations(toys[2])
     talks.write_text("".join(t for t, c in zip(lines, whole, strict=True) if not c.is_held_out))
     with pytest.raises(CorpusError, match=r"conversations in .* none is held out"):
         tiny_study(toys, out, "tuning", sft=talks)
     with pytest.raises(UsageError, match="heldout_conversations 0"):
-        tiny_study(toys, out, sft=toys / "conversations.jsonl", tune={"heldout_conversations": 0})
+        tiny_study(toys, out, sft=toys[2], tune={"heldout_conversations": 0})
     assert not out.exists()
     done = tiny_study(toys, out, "rescaling", "sampling", data=text)
     assert list(done.skipped) == ["sampling"]

@@ -26,6 +26,7 @@ _MOVED = {
     "eval --suite": "moefy suite",
     "eval --tasks": "moefy suite --tasks",
     "convert --rescale": "moefy convert --repair",
+    "leaderboard": "moefy study OUT --only methods",
 }
 """Earlier spellings, and what does the same now."""
 
@@ -64,6 +65,6 @@ def _refuse_moved(arguments: list[str]) -> None:
     # `--suite=llama-moe` is the option --suite, too
     words = {word.partition("=")[0] for word in arguments}
     for old, new in _MOVED.items():
-        name, option = old.split()
-        if command == name and option in words:
+        name, *options = old.split()
+        if command == name and words.issuperset(options):
             raise UsageError(f"moefy {old} is now {new}: see {' '.join(new.split()[:2])} --help")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 import moefy
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, ResumedOut, listed, recipe_options
+from moefy.cli.options import Data, Json, Overwrite, ResumedOut, listed, recipe_options
 from moefy.cli.output import call, show, warn
 from moefy.errors import UsageError
-from moefy.recipe import ConvertRecipe
-from moefy.studies import tables
 from moefy.studies.recipe import StudyRecipe
 
 
@@ -31,25 +29,25 @@ def study(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ablations: rescaling, construction, sampling, scratch, size, tuning. "
-            "[default: all]"
+            help="Ablations: rescaling, construction, methods, sampling, scratch, size, tuning; "
+            "methods:CMoE for the arms with CMoE in their names. [default: all]"
         ),
     ] = None,
     recipe: StudyRecipe,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Run all of it on a toy model, in minutes.")
     ] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the models.")] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Run nothing; report the runs that are there.")
     ] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Run the paper's ablations: tables, figures and conclusions.
+    """Run ablations, the paper's and one of construction methods: tables and figures.
 
     Example: `moefy study out/study --only rescaling,construction --tokens 65536`
     """
-    how = {"only": listed(only), "smoke": smoke, "keep": keep, "report_only": report_only}
+    how = {"only": listed(only), "smoke": smoke, "report_only": report_only, "overwrite": overwrite}
     # the settings and not the recipe: `smoke` has defaults of its own for all others
     chosen = recipe.model_dump(exclude_unset=True)
     done = call(moefy.study, out, model=model, data=data, sft=sft, **how, **chosen)
@@ -59,41 +57,11 @@ def study(
         "runs": [vars(run) for run in done.runs],
         "measured": done.measured,
         "skipped": done.skipped,
-        "conclusions": done.conclusions,
+        "tables": done.tables,
     }
-    text = "".join(f"{name}: {said}\n\n" for name, said in done.conclusions.items())
-    text += f"{done.folder / 'study.md'}: {len(done.runs)} runs, {done.measured} of them new"
-    show(record, as_json=as_json, text=text)
-
-
-@app.command()
-@recipe_options
-def leaderboard(
-    source: Annotated[str, typer.Argument(help="Dense model, as for convert.")],
-    out: ResumedOut,
-    *,
-    data: Data = "demo",
-    split: Annotated[dict[str, Any], ConvertRecipe(experts=64), "experts", "seed"],
-    shares: Annotated[str, typer.Option(help="Shares of the FFN.")] = "0.75,0.5,0.25",
-    methods: Annotated[
-        list[str] | None, typer.Option(help="Names, or parts of names. [default: all]")
-    ] = None,
-    windows: Annotated[dict[str, Any], StudyRecipe(), "windows", "sequence_length"],
-    as_json: Json = False,
-) -> None:
-    """Compare ways to build experts on the same tokens.
-
-    Example: `moefy leaderboard smollm2-135m out/leaderboard --shares 0.5 --methods refit,FLAP`
-    """
-    fractions = [float(part) for part in shares.split(",")]
-    which = {"fractions": fractions, "methods": listed(methods), **split, **windows}
-    scores = call(moefy.leaderboard, source, out, data=data, **which)
-    show(
-        [vars(score) for score in scores],
-        (tables.leaderboard_rows(scores, brief=True), f"{source}, {split['experts']} experts"),
-        as_json=as_json,
-        text=f"Table, CSV and figure: {out}",
-    )
+    text = f"{done.folder / 'study.md'}: {len(done.runs)} runs, {done.measured} of them new"
+    tables = [(rows, name) for name, rows in done.tables.items()]
+    show(record, *tables, as_json=as_json, text=text)
 
 
 @app.command()
@@ -118,12 +86,14 @@ def plan(
 
     Example: `moefy plan smollm2-135m --active-params 100M`
     """
+    from moefy.studies.plan import plan_rows  # imports torch
+
     most = _count(active_params) if active_params else None
     done = moefy.plan(model, active_params=most, speedup=speedup, phase=phase, study=study)
     warn(*(f"left out: {name}: {why}" for name, why in done.left_out.items()))
     show(
         done.to_dict(),
-        (tables.plan_rows(done), f"{model}: splits that were measured, best first"),
+        (plan_rows(done), f"{model}: splits that were measured, best first"),
         as_json=as_json,
         text=f"{done.basis}\nWhat next: {done.command}",
     )

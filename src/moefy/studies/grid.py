@@ -1,44 +1,32 @@
-"""The grid of splits: what each costs in loss, and how fast it runs beside the dense model."""
+"""The grid of splits: the loss of each, and how fast it runs compared with the dense model."""
 
 from __future__ import annotations
 
 import csv
-import math
-import re
-from collections.abc import Sequence
+import json
+import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
+from moefy.checkpoint.inspect import split_config
 from moefy.errors import UsageError
-from moefy.studies.outcome import ArmOutcome, difference
+from moefy.evaluation.timing import Contender, Setting, in_transformers
+from moefy.hardware import device
+from moefy.progress import ProgressFn
+from moefy.report.tables import Columns, Rows, table, with_error, write_csv
+from moefy.split import Split
+from moefy.storage import replace_file, storage_errors
+from moefy.studies.recipe import StudyRecipe
+from moefy.studies.runs import Run
+from moefy.studies.summary import difference
 
 GRID, SPEED = "grid.csv", "speed.json"
-
-
-@dataclass(frozen=True, order=True)
-class Split:
-    """Slices of every FFN; where all active ones are shared, a smaller dense model."""
-
-    experts: int
-    active: int
-    shared: int
-
-    @property
-    def name(self) -> str:
-        """As arms of the ablation of size are called."""
-        return ("pruned " if self.shared == self.active else "") + f"{self.active}/{self.experts}"
-
-
-def split_named(name: str) -> Split | None:
-    """Return the split that an arm's name means (see `ablations`), or None."""
-    found = re.fullmatch(r"(pruned )?(\d+)/(\d+)", name)
-    if not found:
-        return None
-    active, experts = int(found[2]), int(found[3])
-    return Split(experts, active, active if found[1] else active // 2)
 
 
 @dataclass(frozen=True)
@@ -47,13 +35,13 @@ class GridPoint:
 
     Attributes:
         experts, active, shared: the split.
-        seeds: measured.
-        trained: tokens trained on before that.
-        nats_above_dense: mean over the seeds of the held-out loss minus the dense model's.
-        half_width: of its 95 % interval over the seeds; None for one seed.
+        seeds: number of seeds.
+        trained: training tokens before the measurement.
+        nats_above_dense: held-out loss minus the dense model's, mean over the seeds.
+        half_width: of its 95% interval over the seeds; None for one seed.
         prefill_of_dense, decode_of_dense: tokens per second over the dense model's.
         active_of_dense: active parameters over the dense model's parameters.
-        dense_params: parameters of the dense model that it was measured on.
+        dense_params: parameters of the dense model that was split.
         model, data, machine: that model, the text, and where speed was measured.
     """
 
@@ -74,73 +62,106 @@ class GridPoint:
 
     @property
     def split(self) -> Split:
-        """The split alone."""
+        """The three counts as one value."""
         return Split(self.experts, self.active, self.shared)
 
+    @property
+    def name(self) -> str:
+        """Name of the arm of the ablation of size."""
+        pruned = "pruned " if self.shared == self.active else ""
+        return f"{pruned}{self.active}/{self.experts}"
 
-Speeds = dict[str, dict[str, float]]
-"""Tokens per second by split ("dense" for none) and phase."""
+
+def machine_name() -> str:
+    """Say what speeds and losses are measured on."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    count = torch.get_num_threads()
+    return f"{count} CPU thread{'s' if count > 1 else ''}"
 
 
-def grid_of(
-    arms: dict[str, ArmOutcome], speeds: Speeds, *, model: str, data: str, machine: str
-) -> list[GridPoint]:
-    """Put losses and speeds together, the smallest split first.
+def measure_speeds(
+    out: Path,
+    splits: Mapping[str, Split],
+    config: Mapping[str, Any],
+    recipe: StudyRecipe,
+    report: ProgressFn,
+) -> None:
+    """Time the splits of a dense model in turn and write `speed.json`, unless that was done.
+
+    Speed does not depend on the weights, so they are random. One sequence at once, the fastest
+    expert implementation of each phase, medians over the rounds.
 
     Args:
-        arms: of the ablation of size.
-        speeds: of the same splits.
-        model: that they were measured on.
-        data: the text.
-        machine: of the speeds.
+        out: folder of the study.
+        splits: by the name of their arm.
+        config: config.json of the dense model.
+        recipe: of the study.
+        report: told about progress.
     """
-    dense = arms["dense"]
+    about = {
+        "splits": {name: asdict(split) for name, split in splits.items()},
+        "machine": machine_name(),
+        **{name: getattr(recipe, name) for name in ("prompt_tokens", "new_tokens", "rounds")},
+    }
+    file = out / SPEED
+    if file.is_file() and json.loads(file.read_text())["about"] == about:
+        return
+    plain = {key: config[key] for key in config if key != "quantization_config"}
+    models = {"dense": plain}
+    models |= {name: split_config(plain, **asdict(split)) for name, split in splits.items()}
+    contenders = [Contender(name, model) for name, model in models.items()]
+    setting = Setting((1,), recipe.prompt_tokens, recipe.new_tokens, recipe.rounds, torch.float32)
+    speeds: dict[str, dict[str, float]] = {name: {} for name in models}
+    for (i, phase, _), measured in in_transformers(contenders, setting, report).items():
+        best = min(statistics.median(values) for values in measured.values())
+        tokens = recipe.prompt_tokens if phase == "prefill" else 1
+        speeds[contenders[i].name][phase] = tokens / best
+    replace_file(file, json.dumps({"about": about, "tokens_per_s": speeds}, indent=2) + "\n")
+
+
+def write_grid(out: Path, arms: Mapping[str, list[Run]], model: str, data: str) -> None:
+    """Put losses and speeds together in `grid.csv`, the smallest split first.
+
+    Without a `speed.json` in the study's folder there is no grid.
+    """
+    if not (out / SPEED).is_file() or "dense" not in arms:
+        return
+    found = json.loads((out / SPEED).read_text())
+    about, speeds, dense = found["about"], found["tokens_per_s"], arms["dense"][0]
     points = []
-    for name, arm in arms.items():
-        split = split_named(name)
-        if split is None or name not in speeds:
+    for name, split in about["splits"].items():
+        runs = arms.get(name, [])
+        above = difference(runs, arms["dense"])
+        if above is None:
             continue
-        found = difference(arm.after, dense.after)
-        if found is None:
-            continue
-        ratios = {phase: speed / speeds["dense"][phase] for phase, speed in speeds[name].items()}
+        faster = {phase: speed / speeds["dense"][phase] for phase, speed in speeds[name].items()}
         points.append(
             GridPoint(
-                **asdict(split),
-                seeds=len(arm.after.keys() & dense.after.keys()),
-                trained=arm.trained,
-                nats_above_dense=found.mean,
-                half_width=found.half_width,
-                prefill_of_dense=ratios["prefill"],
-                decode_of_dense=ratios["decode"],
-                active_of_dense=arm.active_params / dense.total_params,
+                **split,
+                seeds=len(runs),
+                trained=runs[0].trained,
+                nats_above_dense=above.mean,
+                half_width=above.half_width,
+                prefill_of_dense=faster["prefill"],
+                decode_of_dense=faster["decode"],
+                active_of_dense=runs[0].active_params / dense.total_params,
                 dense_params=dense.total_params,
                 model=model,
                 data=data,
-                machine=machine,
+                machine=about["machine"],
             )
         )
-    return sorted(points, key=lambda point: (point.active / point.experts, point.experts))
+    points.sort(key=lambda point: (point.active / point.experts, point.experts))
+    with storage_errors(out):
+        write_csv(out / GRID, csv_rows(points))
 
 
-def front(points: Sequence[GridPoint]) -> list[GridPoint]:
-    """Return the points of which no other has fewer active parameters and a loss as low.
-
-    Losses are means over the seeds.
-    """
-    best, found = math.inf, []
-    for point in sorted(points, key=lambda p: (p.active_of_dense, p.nats_above_dense)):
-        if point.nats_above_dense < best:
-            best = point.nats_above_dense
-            found.append(point)
-    return found
-
-
-def grid_csv_rows(points: Sequence[GridPoint]) -> list[list[str]]:
-    """Return header and rows of a grid's file."""
-    header = [field.name for field in fields(GridPoint)]
-    cells = [[getattr(point, name) for name in header] for point in points]
-    return [header, *[["" if cell is None else str(cell) for cell in row] for row in cells]]
+def csv_rows(points: list[GridPoint]) -> Rows:
+    """Return header and rows of a grid's file, which `read_grid` reads back."""
+    names = [field.name for field in fields(GridPoint)]
+    cells = [[getattr(point, name) for name in names] for point in points]
+    return [names, *[["" if cell is None else str(cell) for cell in row] for row in cells]]
 
 
 def read_grid(file: Path | None = None) -> list[GridPoint]:
@@ -151,11 +172,8 @@ def read_grid(file: Path | None = None) -> list[GridPoint]:
     """
     try:
         text = (file or files("moefy.studies") / GRID).read_text()
-        rows = csv.DictReader(text.splitlines())
-        point = TypeAdapter(GridPoint)
-        return [
-            point.validate_python({key: cell or None for key, cell in row.items()}) for row in rows
-        ]
+        rows = [{k: v or None for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
+        return TypeAdapter(list[GridPoint]).validate_python(rows)
     except OSError as error:
         raise UsageError(
             f"{file} cannot be read ({error.strerror}): name a folder in which `moefy study OUT "
@@ -163,3 +181,16 @@ def read_grid(file: Path | None = None) -> list[GridPoint]:
         ) from error
     except ValidationError as error:
         raise UsageError(f"{file} is no grid of this version of moefy: {error}") from error
+
+
+def grid_rows(points: list[GridPoint]) -> Rows:
+    """Return header and rows of the grid: loss and speed against the dense model."""
+    columns: Columns[GridPoint] = [
+        ("split", lambda point: point.name),
+        ("shared", lambda point: str(point.shared)),
+        ("active", lambda point: f"{point.active_of_dense:.0%}"),
+        ("nats above dense", lambda point: with_error(point.nats_above_dense, point.half_width)),
+        ("prefill", lambda point: f"× {point.prefill_of_dense:.2f}"),
+        ("decode", lambda point: f"× {point.decode_of_dense:.2f}"),
+    ]
+    return table(points, columns)

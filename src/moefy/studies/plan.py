@@ -1,9 +1,9 @@
-"""Which split of a model to take, out of the grid that was measured."""
+"""Which split of a model to take, according to the grid that was measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,29 @@ from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.inspect import config_of, split_config
 from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
+from moefy.report.tables import Columns, Rows, millions, table, with_error
 from moefy.studies.grid import GRID, GridPoint, read_grid
 
 READABLE = 0.03
-"""Of one seed, differences below this many nats are not to be read: two standard deviations over
+"""Differences between single seeds below this many nats are not read: two standard deviations over
 the seeds of most splits (docs/study/262144-tokens/size.csv)."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlannedSplit:
     """One split of the model.
 
     Attributes:
         point: what was measured of this split, on the grid's model.
         cost: counted for this model.
-        fits: whether it is what was asked for.
+        speedup: tokens per second over the dense model's in the phase that was asked for.
+        fits: whether it meets the target.
     """
 
     point: GridPoint
     cost: Cost
+    speedup: float
     fits: bool
-
-    def speed(self, phase: str) -> float:
-        """Return tokens per second over the dense model's, as measured on the grid's model."""
-        return self.point.decode_of_dense if phase == "decode" else self.point.prefill_of_dense
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Plan:
 
     model: str
     dense: Cost
-    candidates: list[Candidate]
-    recommended: Candidate
+    candidates: list[PlannedSplit]
+    recommended: PlannedSplit
     left_out: dict[str, str]
     command: str
     basis: str
@@ -104,94 +103,66 @@ def plan(
     context = min(4096, config.get("max_position_embeddings") or 4096)
     dense = cost(config, context=context)
     candidates, left_out = [], {}
-    for point in points:
+    for point in sorted(points, key=lambda point: point.nats_above_dense):
         try:
-            counted = _cost(config, point, context, str(model))
+            made = split_config(config, **asdict(point.split), name=str(model))
         except UsageError as error:
-            left_out[point.split.name] = str(error)
+            left_out[point.name] = str(error)
             continue
-        found = Candidate(point, counted, fits=True)
-        if active_params is not None:
-            fits = counted.active_params <= active_params
-        else:
-            assert speedup is not None
-            fits = found.speed(phase) >= speedup
-        candidates.append(Candidate(point, counted, fits))
+        counted = cost(made, context=context)
+        faster = getattr(point, f"{phase}_of_dense")
+        small_enough = active_params is None or counted.active_params <= active_params
+        fits = small_enough and faster >= (speedup or 0)
+        candidates.append(PlannedSplit(point, counted, faster, fits))
     if not candidates:
         raise UsageError(f"{model} allows no split of the grid: {next(iter(left_out.values()))}")
-    candidates.sort(key=lambda candidate: candidate.point.nats_above_dense)
-    _check_reachable(str(model), dense, candidates, active_params, speedup, phase)
-    recommended = _best([each for each in candidates if each.fits], phase)
-    return Plan(
-        str(model),
-        dense,
-        candidates,
-        recommended,
-        left_out,
-        _command(_convertible(model), recommended.point),
-        _basis(str(model), dense, recommended.point),
-    )
+    fitting = [each for each in candidates if each.fits]
+    if not fitting or (active_params or 0) >= dense.total_params:
+        raise UsageError(_unreachable(str(model), dense, candidates, active_params, speedup, phase))
+    # Of splits that cannot be told from the lowest loss, speed decides.
+    equal = [each for each in fitting if _is_equal(each.point, fitting[0].point)]
+    best = max(equal, key=lambda each: each.speedup)
+    has_weights = Path(model).expanduser().is_dir() or str(model) == BUILTIN
+    named = str(model) if has_weights else "MODEL"
+    basis = _basis(str(model), named, dense, best.point)
+    command = _command(named, best.point)
+    return Plan(str(model), dense, candidates, best, left_out, command, basis)
 
 
-def _cost(config: Mapping[str, Any], point: GridPoint, context: int, name: str) -> Cost:
-    return cost(split_config(config, **asdict(point.split), name=name), context=context)
+def _is_equal(one: GridPoint, lowest: GridPoint) -> bool:
+    above = one.nats_above_dense - lowest.nats_above_dense
+    if min(one.seeds, lowest.seeds) == 1:
+        return above <= READABLE
+    # The half-width of a difference of independent means; None is of a split without any seed.
+    return above <= math.hypot(one.half_width or 0.0, lowest.half_width or 0.0)
 
 
-def _best(fitting: Sequence[Candidate], phase: str) -> Candidate:
-    lowest = fitting[0].point
-    equal = [
-        each
-        for each in fitting
-        if each.point.nats_above_dense - lowest.nats_above_dense <= _readable(each.point, lowest)
-    ]
-    return max(equal, key=lambda candidate: candidate.speed(phase))
-
-
-def _readable(one: GridPoint, other: GridPoint) -> float:
-    """Return the smallest difference in nats that is more than chance between seeds."""
-    if min(one.seeds, other.seeds) == 1:
-        return READABLE
-    return math.hypot(one.half_width or 0.0, other.half_width or 0.0)  # None: of no seed
-
-
-def _check_reachable(
+def _unreachable(
     model: str,
     dense: Cost,
-    candidates: list[Candidate],
+    candidates: Sequence[PlannedSplit],
     active_params: int | None,
     speedup: float | None,
     phase: str,
-) -> None:
-    small, large = (
-        pick(candidates, key=lambda candidate: candidate.cost.active_params) for pick in (min, max)
-    )
-    if active_params is not None and active_params >= dense.total_params:
-        raise UsageError(
+) -> str:
+    """Say what is possible instead."""
+    if active_params is None:
+        fastest = max(candidates, key=lambda each: each.speedup)
+        return (
+            f"no split in the grid is {speedup:g} times as fast as the dense model: the fastest in "
+            f"{phase} is {fastest.point.name}, {fastest.speedup:.2f} times"
+        )
+    by_size = sorted(candidates, key=lambda each: each.cost.active_params)
+    sizes = [f"{each.cost.active_params:,} ({each.point.name})" for each in by_size]
+    if active_params >= dense.total_params:
+        return (
             f"{model} has {dense.total_params:,} parameters, so {active_params:,} active ones need "
-            f"no split: ask for fewer; the grid goes from {_size(small)} to {_size(large)}"
+            f"no split: ask for fewer; the grid goes from {sizes[0]} to {sizes[-1]}"
         )
-    if any(candidate.fits for candidate in candidates):
-        return
-    if active_params is not None:
-        raise UsageError(
-            f"no split of {model} in the grid has {active_params:,} active parameters or fewer: "
-            f"the smallest has {_size(small)}, since embeddings and attention always run"
-        )
-    fastest = max(candidates, key=lambda candidate: candidate.speed(phase))
-    raise UsageError(
-        f"no split in the grid is {speedup:g} times as fast as the dense model: the fastest in "
-        f"{phase} is {fastest.point.split.name}, {fastest.speed(phase):.2f} times"
+    return (
+        f"no split of {model} in the grid has {active_params:,} active parameters or fewer: the "
+        f"smallest has {sizes[0]}, since embeddings and attention always run"
     )
-
-
-def _size(candidate: Candidate) -> str:
-    return f"{candidate.cost.active_params:,} ({candidate.point.split.name})"
-
-
-def _convertible(model: str | Path) -> str:
-    """Return how commands may name the model: a shape or a config.json has no weights."""
-    found = Path(model).expanduser().is_dir() or str(model) == BUILTIN
-    return str(model) if found else "MODEL"
 
 
 def _command(model: str, point: GridPoint) -> str:
@@ -202,7 +173,7 @@ def _command(model: str, point: GridPoint) -> str:
     return command
 
 
-def _basis(model: str, dense: Cost, point: GridPoint) -> str:
+def _basis(model: str, named: str, dense: Cost, point: GridPoint) -> str:
     times = dense.total_params / point.dense_params
     seeds = "one seed" if point.seeds == 1 else f"{point.seeds} seeds"
     when = f"after {point.trained:,} tokens of training" if point.trained else "before any training"
@@ -212,9 +183,29 @@ def _basis(model: str, dense: Cost, point: GridPoint) -> str:
     )
     if times == 1:
         return f"{text}, which has as many parameters."
-    far = f"{times:,.1f} times" if times > 1 else f"1/{1 / times:,.1f} of"
     return (
-        f"{text}; {model} has {far} its parameters, and its own numbers will be others: "
-        f"`moefy study OUT --model {_convertible(model)} --only size` measures them, `--study OUT` "
+        f"{text}; {model} has {times:,.3g} times its parameters, and its own numbers will be "
+        f"others: `moefy study OUT --model {named} --only size` measures them, `--study OUT` "
         "plans by them."
     )
+
+
+def plan_rows(plan: Plan) -> Rows:
+    """Return header and rows of a plan: its candidates, the recommended one marked."""
+    columns: Columns[PlannedSplit] = [
+        ("split", lambda each: each.point.name),
+        ("shared", lambda each: str(each.point.shared)),
+        ("active", lambda each: millions(each.cost.active_params)),
+        ("of dense", lambda each: f"{each.cost.active_params / plan.dense.total_params:.0%}"),
+        (
+            "nats above dense",
+            lambda each: with_error(each.point.nats_above_dense, each.point.half_width),
+        ),
+        ("prefill", lambda each: f"× {each.point.prefill_of_dense:.2f}"),
+        ("decode", lambda each: f"× {each.point.decode_of_dense:.2f}"),
+        (
+            "meets target",
+            lambda each: "recommended" if each is plan.recommended else "yes" * each.fits,
+        ),
+    ]
+    return table(plan.candidates, columns)

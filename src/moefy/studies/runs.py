@@ -1,14 +1,14 @@
-"""One run of a study: an arm with a seed, every choice made, and what it came to."""
+"""One run of a study: an arm with a seed, every choice made, and its results."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
-import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -21,49 +21,84 @@ from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 RUNS = "runs.jsonl"
 OWN = "dense"
-"""As a teacher: the study's own dense model, wherever it lies."""
+"""As a teacher: the study's own dense model, wherever its folder is."""
+Place = tuple[str, str, int]
+"""Ablation, arm and seed: which run it is."""
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What an arm does with a seed, every choice made.
+class Job:
+    """A run that is to be done, every choice made; None is a step that it does not take.
 
-    Attributes:
-        start: see `ablations.Arm`.
-        convert: of a conversion; None for the dense model.
-        train: None if it is not trained.
-        tune: None if it is not tuned.
-        seed: None where nothing depends on it.
+    `measured_on` names model, text and windows that the loss is measured on, as plain values.
     """
 
-    start: Literal["dense", "converted", "scratch"]
+    ablation: str
+    arm: Arm
+    seed: int
     convert: ConvertRecipe | None
     train: TrainRecipe | None
     tune: TuneRecipe | None
-    seed: int | None
+    measured_on: Mapping[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON: all that decides what the run comes to."""
+    @classmethod
+    def of(
+        cls,
+        ablation: str,
+        arm: Arm,
+        recipe: StudyRecipe,
+        seed: int,
+        intermediate_size: int,
+        measured_on: Mapping[str, Any],
+    ) -> Job:
+        """Make every choice of a run.
+
+        Raises:
+            UsageError: the split cannot be made, or a setting is not allowed.
+        """
+        convert = train = tune = None
+        if arm.start != "dense":
+            convert = ConvertRecipe.build(**{**recipe.convert, **arm.convert, "seed": seed})
+            convert = convert.for_model(intermediate_size)
+        if arm.train is not None:
+            train = _train_recipe(arm, recipe, seed)
+        if arm.tunes:
+            tune = TuneRecipe.build(**{**recipe.tune, "seed": seed})
+        else:  # then the conversations do not change its results
+            measured_on = {name: value for name, value in measured_on.items() if name != "sft"}
+        return cls(ablation, arm, seed, convert, train, tune, measured_on)
+
+    @property
+    def place(self) -> Place:
+        """Which run it makes."""
+        return self.ablation, self.arm.name, self.seed
+
+    @property
+    def model_key(self) -> str:
+        """Name of the model that it begins with; other jobs may begin with the same."""
+        return "dense" if self.convert is None else digest(self._beginning())
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the results, except the machine."""
+        train = self.train.identity() if self.train else None
+        tune = self.tune.model_dump(mode="json") if self.tune else None
+        steps = {**self._beginning(), "train": train, "tune": tune}
+        return digest({"steps": steps, "conditions": dict(self.measured_on)})
+
+    def _beginning(self) -> dict[str, Any]:
+        # The untouched dense model is the same with every seed, so its key has none.
+        fixed = not (self.convert or self.train or self.tune)
         return {
-            "start": self.start,
+            "start": self.arm.start,
             "convert": self.convert.model_dump(mode="json") if self.convert else None,
-            "train": self.train.identity() if self.train else None,
-            "tune": self.tune.model_dump(mode="json") if self.tune else None,
-            "seed": self.seed,
+            "text": self.arm.text,
+            "seed": None if fixed else self.seed,
         }
 
-    def model_keys(self) -> set[str]:
-        """Return the names of the models that must be there for it to begin."""
-        keys = {self.model_key()}
-        if self.start == "scratch":  # the architecture is a conversion's
-            keys |= replace(self, start="converted").model_keys()
-        return keys
-
-    def model_key(self) -> str:
-        """Return a name for the model that it begins with; other arms may begin with the same."""
-        whole = self.to_dict()
-        parts = {key: whole[key] for key in ("start", "convert", "seed")}
-        return "dense" if self.start == "dense" else digest(parts)
+    def as_converted(self) -> Job:
+        """Return the job that begins with the plain conversion of the same choices."""
+        return replace(self, arm=replace(self.arm, start="converted"))
 
 
 @dataclass(frozen=True)
@@ -73,16 +108,16 @@ class Run:
     Attributes:
         ablation, arm, seed: which run.
         against, expected: see `ablations.Arm`.
-        key: of everything that decides the numbers but the machine; runs of the same key are the
-            same but for rounding, and where the precision is left to the machine, for that.
+        key: see `Job`. Runs of the same key have the same results except for rounding, and for the
+            precision of training where the recipe leaves it to the machine.
         trained: tokens trained on.
-        conversations: tuned on.
-        total_params, active_params, flops_per_token: see `evaluation.cost`.
+        conversations: number of conversations tuned on.
+        total_params, active_params, flops_per_token: see `checkpoint.cost`.
         loss_before: before training, or before tuning where it is tuned.
-        loss: in the end; of a model that is not trained, the same.
-        domain_loss: by domain, in the end; `loss` is their mean.
+        loss: at the end; the same as before where nothing is trained.
+        domain_loss: by domain, at the end; `loss` is their mean.
         curve: held-out loss by tokens trained on, from 0.
-        machine: that it ran on.
+        machine: where it ran.
     """
 
     ablation: str
@@ -103,62 +138,28 @@ class Run:
     machine: str
 
     @property
-    def place(self) -> tuple[str, str, int]:
+    def place(self) -> Place:
         """Which run it is."""
         return self.ablation, self.arm, self.seed
 
 
-def steps_of(arm: Arm, recipe: StudyRecipe, seed: int, intermediate_size: int) -> Steps:
-    """Make every choice of a run.
-
-    Args:
-        arm: of an ablation.
-        recipe: of the study.
-        seed: of partition, router, fresh weights and the order of samples.
-        intermediate_size: of the dense model.
-
-    Raises:
-        UsageError: the split cannot be made, or a setting is not allowed.
-    """
-    convert = train = tune = None
-    if arm.start != "dense":
-        choices = {**recipe.convert, **arm.convert, "seed": seed}
-        convert = ConvertRecipe.build(**choices).for_model(intermediate_size)
-    if arm.train is not None:
-        train = _train_recipe(arm.train, recipe, seed)
-    if arm.tunes:
-        tune = tune_recipe(recipe, seed)
-    fixed = arm.start == "dense" and not (train or tune)
-    return Steps(arm.start, convert, train, tune, None if fixed else seed)
+_RUN = TypeAdapter(Run)
 
 
-def tune_recipe(recipe: StudyRecipe, seed: int) -> TuneRecipe:
-    """Return how the arms of a study are tuned."""
-    return TuneRecipe.build(**{**recipe.tune, "seed": seed})
-
-
-def _train_recipe(arm: Mapping[str, Any], recipe: StudyRecipe, seed: int) -> TrainRecipe:
-    choices = {
-        "tokens": recipe.tokens,
-        "sequence_length": recipe.sequence_length,
-        **recipe.train,
-        **arm,
-        "heldout_sequences": recipe.windows,
-        "seed": seed,
-    }
+def _train_recipe(arm: Arm, recipe: StudyRecipe, seed: int) -> TrainRecipe:
+    sizes = {"tokens": recipe.tokens, "sequence_length": recipe.sequence_length}
+    fixed = {"heldout_sequences": recipe.windows, "seed": seed}
+    choices: dict[str, Any] = {**sizes, **recipe.train, **(arm.train or {}), **fixed}
     made = TrainRecipe.build(**choices)
     every = max(1, made.num_steps // recipe.evaluations)
-    choices["evaluate_every_steps"] = every if every < made.num_steps else 0  # the end: by `carry`
+    # The end is measured by the study itself, in float32, as the losses of all other models.
+    choices["evaluate_every_steps"] = every if every < made.num_steps else 0
+    choices["learning_rate"] = arm.rate * made.learning_rate
     if is_dynamic(made):
         choices = {"mixture_interval_steps": every, "reference_losses": "dense", **choices}
-        if made.teacher is None:  # asked for its losses, and for nothing else
+        if made.teacher is None:  # it only gives the reference losses
             choices |= {"teacher": OWN, "distillation": {"alpha": 0.0}}
     return TrainRecipe.build(**choices)
-
-
-def run_key(steps: Steps, conditions: Mapping[str, Any]) -> str:
-    """Return the key of a run: a hash of its steps and of what they are measured on."""
-    return digest({"steps": steps.to_dict(), "conditions": dict(conditions)})
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -166,40 +167,44 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_runs(out: Path) -> dict[tuple[str, str, int], Run]:
-    """Read the runs of a folder, by place.
+def read_runs(file: Path) -> dict[Place, Run]:
+    """Read a `runs.jsonl`; nothing where there is none.
 
     Raises:
         OutputError: a line is no run of this version.
     """
-    runs = read_records(out / RUNS, TypeAdapter(Run).validate_python, what="run")
-    return {run.place: run for run in runs}
+    return {run.place: run for run in read_records(file, _RUN.validate_python, what="run")}
 
 
-def write_runs(out: Path, runs: Mapping[tuple[str, str, int], Run]) -> None:
-    """Write the runs of a folder, whole."""
-    write_records(out / RUNS, (asdict(run) for run in runs.values()))
+def write_runs(file: Path, runs: Mapping[Place, Run]) -> None:
+    """Write a `runs.jsonl`, whole."""
+    write_records(file, (asdict(run) for run in runs.values()))
 
 
-def seeds_text(runs: Iterable[Run]) -> str:
-    """Say which seeds were run, as in "0, 1, 2", or "0 (size: 0, 1, 2)" where ablations differ."""
-    found: dict[str, set[int]] = {}
-    for run in runs:
-        found.setdefault(run.ablation, set()).add(run.seed)
-    texts = {name: ", ".join(map(str, sorted(seeds))) for name, seeds in found.items()}
-    usual = statistics.mode(texts.values())
-    others = "; ".join(f"{name}: {text}" for name, text in texts.items() if text != usual)
-    return f"{usual} ({others})" if others else usual
-
-
-def run_csv_rows(runs: list[Run]) -> list[list[str]]:
-    """Return header and rows of an ablation's CSV file: a run a row, in the order of the arms."""
+def run_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Return header and rows of an ablation's CSV file, which `read_arms` reads back."""
     domains = list(dict.fromkeys(name for run in runs for name in run.domain_loss))
-    header = ["arm", "seed", "against", "expected", "trained", "conversations", "total_params"]
-    header += ["active_params", "flops_per_token", "loss_before", "loss"]
-    rows = [[*header, *(f"loss_{domain}" for domain in domains), "machine"]]
+    plain = [f.name for f in fields(Run) if f.name not in ("ablation", "domain_loss", "curve")]
+    rows = [[*plain, *(f"loss_{domain}" for domain in domains), "curve"]]
     for run in runs:
-        cells = [getattr(run, name) for name in header]
-        cells += [*(run.domain_loss.get(domain) for domain in domains), run.machine]
-        rows.append(["" if cell is None else str(cell) for cell in cells])
+        cells = [getattr(run, name) for name in plain]
+        cells += [run.domain_loss.get(domain) for domain in domains]
+        rows.append(["" if c is None else str(c) for c in (*cells, json.dumps(run.curve))])
     return rows
+
+
+def read_arms(file: Path) -> dict[str, list[Run]]:
+    """Read an ablation's CSV file: runs by arm, in its order."""
+    arms: dict[str, list[Run]] = {}
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            losses = {
+                name.removeprefix("loss_"): cell
+                for name, cell in row.items()
+                if cell and name.startswith("loss_") and name != "loss_before"
+            }
+            more = {"domain_loss": losses, "curve": json.loads(row["curve"])}
+            values = {name: cell or None for name, cell in row.items()} | more
+            run = _RUN.validate_python({"ablation": file.stem} | values)
+            arms.setdefault(run.arm, []).append(run)
+    return arms

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from moefy.data.strategies import SLIMPAJAMA
-from moefy.progress import ProgressFn
-from moefy.storage import whole_folder, write_records
-from moefy.studies.recipe import StudyRecipe
+from moefy.progress import ProgressFn, silent
+from moefy.storage import cached_folder
 from moefy.training.run import train
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": 257,
     "hidden_size": 32,
     "intermediate_size": 128,
@@ -25,9 +24,6 @@ _SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 512,
 }
-_TRAINED_TOKENS = 24_576
-_DOCUMENTS, _LETTERS = 150, 400
-
 SMOKE: dict[str, Any] = {
     "tokens": 512,
     "seeds": 2,
@@ -41,12 +37,7 @@ SMOKE: dict[str, Any] = {
     "train": {"global_batch_size": 2, "micro_batch_size": 2, "precision": "float32"},
     "tune": {"epochs": 1, "sequence_length": 128, "global_batch_size": 4, "precision": "float32"},
 }
-"""Settings at which every ablation ends within minutes on two cores."""
-
-
-def smoke_recipe(**choices: Any) -> StudyRecipe:
-    """Return the recipe of a smoke run."""
-    return StudyRecipe.build(**SMOKE | choices)
+"""Settings at which every ablation ends within a minute or two on two cores."""
 
 
 def byte_tokenizer() -> Any:
@@ -62,41 +53,42 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
-def make_toys(folder: Path, report: ProgressFn) -> None:
-    """Write `text/`, `conversations.jsonl` and `model/`, whatever is not there yet.
-
-    The model is trained for a moment, so that its conversions differ from it.
-    """
-    text, talks, model = folder / "text", folder / "conversations.jsonl", folder / "model"
-    if not text.is_dir():
-        with whole_folder(text) as partial:
-            _write_text(partial)
-    if not talks.is_file():
-        write_records(talks, _conversations())
-    if not (model / "config.json").is_file():
-        with whole_folder(folder / "untrained") as partial:
-            _write_model(partial)
-        train(
-            folder / "untrained",
-            model,
-            data=text,
-            tokens=_TRAINED_TOKENS,
-            sequence_length=64,
-            global_batch_size=4,
-            micro_batch_size=4,
-            learning_rate=1e-2,
-            precision="float32",
-            report=report,
-        )
-
-
-def _write_model(folder: Path) -> None:
+def write_toy_llama(folder: Path, **settings: Any) -> Path:
+    """Write a random LLaMA with grouped-query attention and a byte tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**_SHAPE)).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**SHAPE | settings)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_toys(folder: Path, report: ProgressFn = silent) -> tuple[Path, Path, Path]:
+    """Return paths of a model, text and conversations, which are made if they are not there."""
+    model, text, talks = folder / "model", folder / "text", folder / "talks/talks.jsonl"
+    if not text.is_dir():
+        with cached_folder(text) as partial:
+            _write_text(partial)
+    if not talks.parent.is_dir():
+        with cached_folder(talks.parent) as partial:
+            (partial / talks.name).write_text("".join(map(_conversation, range(80))))
+    if not model.is_dir():
+        # A random model loses nothing when it is split, so the toy is trained for a moment.
+        with cached_folder(model) as partial:
+            train(
+                write_toy_llama(partial / "untrained"),
+                partial / "trained",
+                data=text,
+                tokens=24_576,
+                sequence_length=64,
+                global_batch_size=4,
+                micro_batch_size=4,
+                learning_rate=1e-2,
+                precision="float32",
+                report=report,
+            )
+    return model / "trained", text, talks
 
 
 def _write_text(folder: Path) -> None:
@@ -104,26 +96,23 @@ def _write_text(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for place, domain in enumerate(SLIMPAJAMA):
         letters = list("abcdefghijklmnopqrstuvwxyz"[2 * place : 2 * place + 6] + " ")
+        # Each row is the distribution of the letter that follows one of the letters.
         habits = generator.dirichlet(np.full(len(letters), 0.3), size=len(letters))
         lines = []
-        for _ in range(_DOCUMENTS):
+        for _ in range(150):
             letter, written = 0, []
-            for _ in range(_LETTERS):
+            for _ in range(400):
                 letter = generator.choice(len(letters), p=habits[letter])
                 written.append(letters[letter])
             lines.append(json.dumps({"text": "".join(written)}) + "\n")
         (folder / f"{domain}.jsonl").write_text("".join(lines))
 
 
-def _conversations() -> list[dict[str, Any]]:
-    """Return questions that have an answer; a few of them are held out by their content."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {a} + {b}?"},
-                {"role": "assistant", "content": f"It is {a + b}."},
-            ]
-        }
-        for a in range(8)
-        for b in range(10)
+def _conversation(number: int) -> str:
+    """Return a question that has an answer; a few of them are held out by their content."""
+    a, b = divmod(number, 10)
+    messages = [
+        {"role": "user", "content": f"What is {a} + {b}?"},
+        {"role": "assistant", "content": f"It is {a + b}."},
     ]
+    return json.dumps({"messages": messages}) + "\n"
