@@ -134,6 +134,8 @@ def test_a_folder_for_each_domain(tmp_path: Path, run: Callable[..., TokenShards
     write(data / "web/b/2.jsonl.gz", rows("second"))
     write(data / "web/a.jsonl", rows("first"))
     write(data / "web/.cache/c.jsonl", rows("hidden"))
+    (data / "web").rename(tmp_path / "elsewhere")
+    (data / "web").symlink_to(tmp_path / "elsewhere")
     write(data / "code.jsonl.zst", rows("code"))
     write(data / ".cache/d.jsonl", rows("hidden"))
     (data / "notes.txt").write_text("no corpus")

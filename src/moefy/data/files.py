@@ -96,16 +96,6 @@ def read_file(file: Path, keys: list[str], meter: Meter) -> Iterator[bytes]:
             yield from _lines(file, content)
 
 
-def read_lines(file: Path) -> Iterator[bytes]:
-    """Iterate over the lines of a file, decompressed.
-
-    Raises:
-        CorpusError: see `read_file`.
-    """
-    with _opened(file, Meter()) as content:
-        yield from _lines(file, content)
-
-
 def encode(row: Any) -> bytes:
     """Return a row as a JSON line."""
     return json.dumps(row, default=str).encode() + b"\n"

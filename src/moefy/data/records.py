@@ -141,7 +141,9 @@ def _files(path: Path, forms: tuple[str, ...]) -> list[Path]:
             raise CorpusError(f"{path} is in no form that is read here: name a {READABLE} file")
         return [path]
     by_form: defaultdict[str, list[Path]] = defaultdict(list)
-    for file in sorted(path.rglob("*")):
+    # rglob does not enter links, but a domain's folder may be one.
+    inside = (file for entry in path.iterdir() for file in [entry, *entry.rglob("*")])
+    for file in sorted(inside):
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if not is_hidden and file.is_file():
             by_form[form_of(file)].append(file)
