@@ -128,10 +128,16 @@ def test_the_loss_shows_the_course_of_training_and_not_what_a_step_drew() -> Non
     for place, domain in enumerate(generator.choice(list(offsets), 320)):
         found = offsets[domain] + course[place] + generator.normal(0, 0.3)
         steps.append({"loss": found, "domain_loss": {domain: found}})
-    means = np.array(running_mean(steady_losses(steps)))
+    raw = [step["loss"] for step in steps]
     inner = slice(40, -40)  # at the ends fewer steps are on one side
-    assert np.abs(means - means.mean() - (course - course.mean()))[inner].max() < 0.15
-    assert np.std([step["loss"] for step in steps]) > 0.9
+
+    def error(losses: list[float]) -> float:
+        return float(np.std((np.array(losses) - course)[inner]))
+
+    steady = steady_losses(steps)
+    assert fmean(steady) == pytest.approx(fmean(raw))
+    assert error(steady) < 0.4 < 0.9 < error(raw)
+    assert error(running_mean(steady)) < 0.05
     assert running_mean([4.0, 2.0]) == [4.0, 2.0]  # too few to smooth
 
 
