@@ -118,6 +118,8 @@ def test_training_charts_show_what_their_tables_say(log: list[dict[str, Any]]) -
     assert [float(y) for y in smooth.get_ydata()] == [4.0, 3.0, 2.0]
     assert load.rows[1:] == [["0", "0", "1.5"], ["0", "1", "0.5"], ["1", "0", "1"], ["1", "1", "1"]]
     assert [chart.name for chart in training_charts({"one": log})] == ["loss", "expert-load"]
+    tuned = [{"step": 0, "heldout_loss": 5.0}, *log, {"step": 3, "heldout_loss": 2.0}]
+    assert training_charts({"one": tuned})[0].rows == training_charts({"one": log})[0].rows
 
 
 def test_the_loss_shows_the_course_of_training_and_not_what_a_step_drew() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -84,9 +85,7 @@ def train(
     done = call(moefy.train, model, out, data=data, recipe=recipe, overwrite=overwrite)
     if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports
         return
-    from moefy.report.training_charts import draw_training  # matplotlib takes a second
-
-    draw_training(done.folder)
+    _draw(done.folder)
     show(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
@@ -116,6 +115,7 @@ def tune(
     done = call(moefy.tune, model, out, data=data, recipe=recipe, overwrite=overwrite)
     if os.environ.get("RANK", "0") != "0":
         return
+    _draw(done.folder)
     warn(*(f"left out: {line}" for line in done.broken[:10]))
     if done.broken:
         listed = done.folder / "broken.txt"
@@ -133,3 +133,9 @@ def tune(
         f"{done.steps} steps ({done.elapsed_s:.0f} s), chat template: {done.chat_template}. "
         f"What next: moefy chat {done.folder}",
     )
+
+
+def _draw(folder: Path) -> None:
+    from moefy.report.training_charts import draw_training  # matplotlib takes a second
+
+    draw_training(folder)

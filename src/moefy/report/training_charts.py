@@ -37,8 +37,10 @@ def training_charts(logs: Mapping[str, Log]) -> list[Chart]:
     Args:
         logs: The steps of each run, by model.
     """
-    charts = [_loss_chart(logs)] if logs else []
-    for place, (name, log) in enumerate(logs.items(), start=1):
+    # The first and the last line of `tune` hold a held-out loss and are no steps.
+    steps = {name: [line for line in log if "loss" in line] for name, log in logs.items()}
+    charts = [_loss_chart(steps)] if logs else []
+    for place, (name, log) in enumerate(steps.items(), start=1):
         ending = f"-{place}" if len(logs) > 1 else ""
         # The first step always carries the weights; a second one says that they changed.
         if sum("mixture" in line for line in log) > 1:
