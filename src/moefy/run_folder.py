@@ -216,7 +216,7 @@ class RunFolder:
                 marker = read_marker(folder)
                 if marker is None or marker.identity != identity or marker.state != "finished":
                     continue
-                if self._reopens and folder == self.out:
+                if self._reopens and folder == self.out and not self._overwrite:
                     self._mark(folder, "unfinished", identity)
                     return True
                 if folder == self._next or self._lock.was_left:
@@ -225,7 +225,9 @@ class RunFolder:
                     return True
             marker = read_marker(self.out)
             if marker and marker.state == "finished" and self.work == self.out:
-                raise self._other_settings(marker, identity)
+                if not self._overwrite:
+                    raise self._other_settings(marker, identity)
+                self.work = self._next  # the finished folder stays until the new one is whole
             if marker and marker.state == "finished" and not self._overwrite:
                 raise self._in_the_way(marker)
             marker = read_marker(self.work) if self._resumes else None

@@ -305,6 +305,8 @@ def test_a_judge_marks_the_answers(
     moefy.judge(tuned, out, endpoint=endpoint, judge_model="mild", **options)
     assert [request["model"] for request in Endpoint.requests[6:]] == ["mild"] * 4
     assert "secret" not in "".join(file.read_text() for file in out.iterdir())
+    moefy.judge(tuned, out, questions=questions, max_new_tokens=8, overwrite=True)
+    assert not (out / "judgements.jsonl").exists()
 
 
 def test_a_judge_that_refuses(

@@ -177,6 +177,23 @@ def test_a_finished_folder_is_reopened_by_its_own_kind_alone(tmp_path: Path) -> 
         steps(out)
 
 
+def test_a_finished_folder_that_reopens_is_begun_anew_on_request(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for seed, overwrite in ((0, False), (1, True), (1, True)):
+        with RunFolder(out, "study", resumes=True, reopens=True, overwrite=overwrite) as run:
+            assert not run.begin({"seed": seed})
+            assert not (run.work / "row").exists()
+            assert (out / "row").exists() is overwrite  # it stays until the new one is whole
+            (run.work / "row").write_text(str(seed))
+            run.finish()
+        assert (out / "row").read_text() == str(seed)
+    with (
+        pytest.raises(OutputError, match=r"seed: was 1, now 2.* or --overwrite to start again"),
+        RunFolder(out, "study", resumes=True, reopens=True) as run,
+    ):
+        run.begin({"seed": 2})
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"kind": "model"}', "[" * 100_000])
 def test_a_damaged_marker_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / MARKER).write_text(content)

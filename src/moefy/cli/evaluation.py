@@ -211,6 +211,7 @@ def judge(
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")] = "gpt-4",
     max_new_tokens: options.NewTokens = 1024,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Answer MT-bench's questions and let a judge mark the answers.
@@ -219,7 +220,7 @@ def judge(
     """
     # without an endpoint the answers are written all the same: a judge may be asked later
     judged_by = {"endpoint": endpoint, "judge_model": judge_model}
-    asked = {"questions": questions, "max_new_tokens": max_new_tokens}
+    asked = {"questions": questions, "max_new_tokens": max_new_tokens, "overwrite": overwrite}
     done = call(moefy.judge, model, out, **asked, **judged_by)
     text = f"{done.unscored} of {2 * done.questions} judgements hold no mark. All are in {out}"
     if endpoint is None:

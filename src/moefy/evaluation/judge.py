@@ -62,6 +62,7 @@ def judge(
     endpoint: str | None = None,
     judge_model: str = "gpt-4",
     max_new_tokens: int = 1024,
+    overwrite: bool = False,
     report: ProgressFn = silent,
 ) -> Judging:
     """Answer MT-bench's questions, and let a judge mark the answers from 1 to 10.
@@ -79,6 +80,7 @@ def judge(
             `requests.jsonl`. The key in $OPENAI_API_KEY is sent where there is one.
         judge_model: the judge's name there.
         max_new_tokens: the longest answer.
+        overwrite: an earlier result in `out` may be replaced.
         report: told about progress.
 
     Raises:
@@ -95,8 +97,15 @@ def judge(
         "max_new_tokens": max_new_tokens,
     }
     speaker = functools.cache(lambda: Speaker(source))  # not loaded where all answers are there
-    own = (ANSWERS, REQUESTS, JUDGEMENTS)
-    with RunFolder(out, "judging", sources=(source,), resumes=True, reopens=True, own=own) as run:
+    owner = RunFolder(
+        *(out, "judging"),
+        overwrite=overwrite,
+        sources=(source,),
+        resumes=True,
+        reopens=True,
+        own=(ANSWERS, REQUESTS, JUDGEMENTS),
+    )
+    with owner as run:
         # The judge is no part of the identity: several may mark the same answers.
         run.begin(identity)
         answer = functools.partial(_answer, speaker, str(model), max_new_tokens)
