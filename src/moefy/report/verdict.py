@@ -6,7 +6,7 @@ from moefy.evaluation.compare import Result
 from moefy.evaluation.paired import Interval
 from moefy.report.findings import Report
 from moefy.report.suite_tables import percent
-from moefy.report.tables import Columns, Rows, millions, number, table, with_interval
+from moefy.report.tables import Columns, Rows, millions, number, shown, table, with_interval
 
 
 def verdict(report: Report) -> str:
@@ -43,13 +43,12 @@ def verdict_rows(report: Report) -> Rows:
     """Return header and rows of the verdict: quality, speed and size of every model."""
     dense, suite = report.dense, report.suite
 
-    def speed(tokens_per_s: float | None, of_dense: float | None) -> str:
-        if tokens_per_s is None or of_dense is None:
-            return "–" if tokens_per_s is None else number(tokens_per_s)
-        return f"{number(tokens_per_s)} (× {tokens_per_s / of_dense:.2f})"
+    def decode(result: Result) -> str:
+        speed = shown(result.decode_tokens_per_s, ".1f")
+        if not (dense and dense.decode_tokens_per_s and result.decode_tokens_per_s):
+            return speed
+        return f"{speed} (× {result.decode_tokens_per_s / dense.decode_tokens_per_s:.2f})"
 
-    prefill = dense.prefill_tokens_per_s if dense else None
-    decode = dense.decode_tokens_per_s if dense else None
     columns: Columns[Result] = [("model", lambda r: r.name)]
     if dense:
         columns.append(("loss above dense, nats", lambda r: with_interval(r.excess_loss, ".3f")))
@@ -59,10 +58,9 @@ def verdict_rows(report: Report) -> Rows:
         columns.append(("benchmarks, %", lambda r: averages[r.name]))
         columns.append(("kept of dense, %", lambda r: with_interval(_kept(report, r), ".1f")))
     columns += [
-        ("prefill, tokens/s", lambda r: speed(r.prefill_tokens_per_s, prefill)),
-        ("decode, tokens/s", lambda r: speed(r.decode_tokens_per_s, decode)),
+        ("decode, tokens/s", decode),
         ("parameters", lambda r: millions(r.cost.total_params)),
-        ("active per token", lambda r: millions(r.cost.active_params)),
+        ("active", lambda r: millions(r.cost.active_params)),
     ]
     return table(report.comparison.results, columns)
 
