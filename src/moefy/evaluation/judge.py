@@ -36,22 +36,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Judging:
-    """What `judge` did.
+    """What `judge` did."""
 
-    Attributes:
-        folder: holds `answers.jsonl` (FastChat's form), `requests.jsonl` (OpenAI's batch form) and,
-            where a judge was asked, `judgements.jsonl`.
-        questions: how many were answered, two turns each.
-        score: mean of the judge's marks (1 to 10); None where no judge was asked.
-        scores: the same by category and by turn.
-        unscored: judgements in which no mark was found; they count nowhere.
-    """
-
+    # Holds `answers.jsonl` (FastChat's form), `requests.jsonl` (OpenAI's batch form) and, where a
+    # judge was asked, `judgements.jsonl`.
     folder: Path
-    questions: int
-    score: float | None
-    scores: dict[str, float]
-    unscored: int
+    questions: int  # answered, two turns each
+    score: float | None  # mean of the judge's marks (1 to 10); None where no judge was asked
+    scores: dict[str, float]  # the same by category and by turn
+    unscored: int  # judgements in which no mark was found; they count nowhere
 
 
 def judge(

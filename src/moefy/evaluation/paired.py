@@ -16,33 +16,21 @@ _PERCENTILES = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap interval of 95 %.
+    """A value with its bootstrap interval of 95 %."""
 
-    Attributes:
-        value: on the items themselves.
-        low: 2.5th percentile of the resamples.
-        high: 97.5th percentile.
-    """
-
-    value: float
-    low: float
-    high: float
+    value: float  # on the items themselves
+    low: float  # 2.5th percentile of the resamples
+    high: float  # 97.5th
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A model beside a reference on the same items.
+    """A model beside a reference on the same items."""
 
-    Attributes:
-        differences: by benchmark, model minus reference.
-        average: the same of the mean over benchmarks.
-        retention: the model's mean over the reference's; None where the latter may be 0.
-        retention_above_chance: the same of what lies above chance; None where chance is not known
-            or the reference may not lie above it.
-    """
-
-    differences: dict[str, Interval]
-    average: Interval
+    differences: dict[str, Interval]  # by benchmark, model minus reference
+    average: Interval  # the same of the mean over benchmarks
+    # The model's mean over the reference's, and the same of what lies above chance; None where the
+    # reference may lie at 0 or at chance, or chance is not known.
     retention: Interval | None
     retention_above_chance: Interval | None
 

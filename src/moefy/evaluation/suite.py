@@ -26,63 +26,42 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One model on one benchmark: the mean of the harness's metric over the items.
-
-    Attributes:
-        stderr: standard error of `value`; None for a single item.
-        gold_nll: mean −log p of the right answer after its question, nats; None where the harness
-            asks for none. It moves before the accuracy does.
-        truncated: requests cut from the left to fit into the model's context.
-        elapsed_s: seconds it took, when it was measured.
-    """
+    """One model on one benchmark: the mean of the harness's metric over the items."""
 
     metric: str
     value: float
-    stderr: float | None
+    stderr: float | None  # None for a single item
     items: int
+    # Mean −log p of the right answer after its question, nats; None where the harness asks for
+    # none. It moves before the accuracy does.
     gold_nll: float | None
     gold_nll_stderr: float | None
-    truncated: int
-    elapsed_s: float
+    truncated: int  # requests cut from the left to fit into the model's context
+    elapsed_s: float  # seconds it took when it was measured
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model on all benchmarks.
-
-    Attributes:
-        scores: by benchmark.
-        failed: by benchmark, the reason why it has no score.
-        average: of the scores; None unless all are there.
-        against_reference: the comparison with the reference, item by item; None for the reference.
-    """
+    """One model on all benchmarks."""
 
     name: str
-    scores: dict[str, BenchmarkScore]
-    failed: dict[str, str]
-    average: float | None
+    scores: dict[str, BenchmarkScore]  # by benchmark
+    failed: dict[str, str]  # by benchmark, the reason why it has no score
+    average: float | None  # of the scores; None unless all are there
     average_stderr: float | None
-    against_reference: Paired | None
+    against_reference: Paired | None  # item by item; None for the reference itself
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What `evaluate_suite` measured.
-
-    Attributes:
-        source: "hub" or "archives", of the data.
-        differs: by benchmark, how its data is not the paper's.
-        limit: items per benchmark, or None for all.
-        dtype: of weights and computation.
-        reference: name of the first dense model, with which the others are compared.
-    """
+    """What `evaluate_suite` measured."""
 
     benchmarks: list[Benchmark]
-    source: str
-    differs: dict[str, str]
-    limit: int | None
-    dtype: str
-    reference: str | None
+    source: str  # "hub" or "archives", of the data
+    differs: dict[str, str]  # by benchmark, how its data is not the paper's
+    limit: int | None  # items per benchmark; None for all
+    dtype: str  # of weights and computation
+    reference: str | None  # the first dense model, with which the others are compared
     models: list[ModelScores]
 
     @property

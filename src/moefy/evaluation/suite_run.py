@@ -40,19 +40,12 @@ _FORMAT = 3  # raise it when what is kept of a task changes, or how it is comput
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A benchmark and the harness's tasks that it is made of.
-
-    Attributes:
-        benchmark: what to measure.
-        tasks: by name, what `load_tasks` takes.
-        version: of the tasks' data.
-        problem: why it cannot be measured, empty if it can.
-    """
+    """A benchmark and the harness's tasks that it is made of."""
 
     benchmark: Benchmark
-    tasks: dict[str, str | dict[str, Any]]
-    version: str = "hub"
-    problem: str = ""
+    tasks: dict[str, str | dict[str, Any]]  # by name, what `load_tasks` takes
+    version: str = "hub"  # of the tasks' data
+    problem: str = ""  # why it cannot be measured
 
 
 def plan_tasks(
