@@ -87,14 +87,8 @@ def evaluate(
     """
     compared = compared_models(models, names, report)
     costs = [cost(model.config, context=sequence_length) for model in compared]
-    text = evaluation_windows(
-        data,
-        compared[0].folder,
-        split=split,
-        windows=windows,
-        sequence_length=sequence_length,
-        report=report,
-    )
+    folder = compared[0].folder
+    text = evaluation_windows(data, folder, windows, sequence_length, split, report=report)
     found: dict[int, Result] = {}
     reference: _Reference | None = None
     # dense models first: the others are compared with the first of them

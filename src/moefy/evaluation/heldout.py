@@ -192,10 +192,10 @@ def perplexity(loss: float) -> float:
 def evaluation_windows(
     data: str | Path,
     folder: Path,
-    *,
-    split: Side = "heldout",
     windows: int,
     sequence_length: int,
+    split: Side = "heldout",
+    *,
     report: ProgressFn = silent,
 ) -> dict[str, Int[np.ndarray, "windows sequence"]]:
     """Return token ids by domain.
@@ -203,9 +203,9 @@ def evaluation_windows(
     Args:
         data: a corpus; see `open_domains`.
         folder: of a model, for its tokenizer.
-        split: whose documents to read.
         windows: per domain; fewer where a domain has less text.
         sequence_length: tokens per window.
+        split: whose documents to read.
         report: told about progress.
 
     Raises:

@@ -38,7 +38,7 @@ class LogitsInput:
     weight: Float[Tensor, "vocab hidden"]
 
     @classmethod
-    def of(cls, model: Any, tokens: Int[Tensor, "batch sequence"]) -> LogitsInput:
+    def of(cls, model: Any, tokens: Int[Tensor, "batch sequence"], **inputs: Any) -> LogitsInput:
         """Run a transformers language model up to its output matrix.
 
         The model's own forward runs, with the matrix passed over: FSDP gathers the weights in it.
@@ -46,6 +46,7 @@ class LogitsInput:
         Args:
             model: any family or target of moefy.
             tokens: ids.
+            **inputs: of the model's forward pass, such as `attention_mask`.
 
         Raises:
             ArchitectureError: the logits are more than a matrix product.
@@ -57,7 +58,7 @@ class LogitsInput:
                 "which the chunked loss does not know"
             )
         with _passed_over(head):
-            hidden = model(tokens, use_cache=False).logits
+            hidden = model(tokens, use_cache=False, **inputs).logits
         # a tied matrix is taken where FSDP keeps it up to date: the head's has rows that never
         # change where the vocabulary has no multiple of the processes (pytorch issue 176076)
         tied = getattr(model.config, "tie_word_embeddings", False)

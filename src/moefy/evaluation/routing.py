@@ -126,14 +126,8 @@ def measure_routing(
             "name one that `moefy convert` wrote"
         )
     tried = [_numbers_to_try(each, active) for each in routed]
-    text = evaluation_windows(
-        data,
-        compared[0].folder,
-        split=split,
-        windows=windows,
-        sequence_length=sequence_length,
-        report=report,
-    )
+    folder = compared[0].folder
+    text = evaluation_windows(data, folder, windows, sequence_length, split, report=report)
     states: list[LogitsInput] | None = None
     reference_loss = None
     if dense:
