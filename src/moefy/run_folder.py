@@ -10,27 +10,24 @@ OUT/.moefy.json     marker: kind, state, identity, own files
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ValidationError
 
 from moefy.errors import OutputError, StorageError
-from moefy.storage import changed_settings, replace_file, storage_errors, sync, sync_files
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there two processes are not kept apart
-    fcntl = None
+from moefy.storage import (
+    Lock,
+    changed_settings,
+    check_place,
+    replace_file,
+    storage_errors,
+    sync,
+    sync_files,
+)
 
 MARKER = ".moefy.json"
 State = Literal["unfinished", "finished"]
@@ -70,61 +67,6 @@ def read_marker(folder: Path) -> Marker | None:
             f"{file} is damaged ({where or 'JSON'}: {first['msg']}): move {folder} away, or choose "
             "another folder"
         ) from error
-
-
-class Lock:
-    """An exclusive lock on an output, held by a file beside it until `release` or the process ends.
-
-    Attributes:
-        was_left: the process that held it before was killed.
-
-    Raises:
-        OutputError: another process holds it.
-        StorageError: the place cannot be written.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._out, self._file = out, out.with_name(f".{out.name}.lock")
-        # Folders above OUT that are made for the lock go away again if nothing is written.
-        self._made = [parent for parent in out.parents if not parent.exists()]
-        with storage_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-                self._take(out)
-                # The holder before us may have removed the file between our two calls.
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(self._file.stat(), os.fstat(self._handle)):
-                        break
-                os.close(self._handle)
-            self.was_left = bool(os.read(self._handle, 1))
-            os.truncate(self._handle, 0)
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-            os.pwrite(self._handle, json.dumps(holder).encode(), 0)
-
-    def _take(self, out: Path) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._handle, 300, 0).decode(errors="replace")
-            os.close(self._handle)
-            raise OutputError(
-                f"another process is writing {out} ({holder}): wait until it ends, or choose "
-                "another folder"
-            ) from None
-        except OSError:
-            return  # a network file system without locks
-
-    def release(self) -> None:
-        """Give the lock back and remove its file."""
-        self._file.unlink(missing_ok=True)
-        os.close(self._handle)
-        if not self._out.exists():
-            for parent in self._made:
-                with suppress(OSError):  # somebody else put files there
-                    parent.rmdir()
 
 
 class RunFolder:
@@ -411,63 +353,3 @@ def _is_one_of(names: Collection[str], owned: Collection[str]) -> bool:
     return any(
         name in owned or any(fnmatchcase(name, pattern) for pattern in patterns) for name in names
     )
-
-
-def check_place(out: Path, sources: Iterable[Path] = ()) -> None:
-    """Refuse a path that cannot become a folder of ours.
-
-    Raises:
-        OutputError: it is a file, a link, a mount point or has no name, lies below a file, or is
-            (or contains) one of the sources.
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
-    if out.name in {"", ".."} or os.path.ismount(out):
-        raise OutputError(
-            f"{out} cannot be replaced as a whole, which is how outputs appear: name a folder in it"
-        )
-    above = next(parent for parent in out.parents if parent.exists())
-    if not above.is_dir():
-        raise OutputError(f"{above} is a file, so {out} cannot lie in it: choose another folder")
-    resolved = out.resolve()
-    for source in sources:
-        if source.exists() and resolved in (source.resolve(), *source.resolve().parents):
-            raise OutputError(
-                f"the output {out} would replace its own source {source}: choose another folder"
-            )
-
-
-@contextmanager
-def whole_file(
-    out: Path, *, overwrite: bool = False, sources: Iterable[Path] = ()
-) -> Iterator[Path]:
-    """Give a path to write a file at; on success it becomes `out`, on any error it vanishes.
-
-    Raises:
-        OutputError: `out` exists and `overwrite` is not set, is a folder or a source, or another
-            process writes it.
-        StorageError: the disk is full, or the place cannot be written.
-    """
-    if out.is_dir() or (out.exists() and not overwrite):
-        what = "is a folder" if out.is_dir() else "exists"
-        raise OutputError(
-            f"{out} {what}: choose another file" + " or pass --overwrite" * (not out.is_dir())
-        )
-    if any(source.exists() and out.resolve() == source.resolve() for source in sources):
-        raise OutputError(f"the output {out} would replace its own source: choose another file")
-    check_place(out.parent / f".{out.name}.next")
-    lock = Lock(out)
-    partial = out.with_name(f".{out.name}.next")
-    try:
-        with storage_errors(out):
-            yield partial
-            sync(partial)
-            partial.replace(out)
-            sync(out.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-        lock.release()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from moefy.errors import OutputError, StorageError
-from moefy.run_folder import MARKER, RunFolder, read_marker, whole_file
+from moefy.run_folder import MARKER, RunFolder, read_marker
+from moefy.storage import whole_file
 
 IDENTITY = {"seed": 0}
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}

@@ -1,83 +1,29 @@
-"""Outputs appear whole or not at all."""
+"""Caches and files appear whole or not at all."""
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 
-from moefy.errors import OutputError, StorageError
-from moefy.storage import cache_folder, check_output, put_in_place, run_folder, whole_folder
+from moefy.errors import OutputError
+from moefy.storage import cache_folder, cached_folder, check_place, read_records, replace_file
 
 
-def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    with pytest.raises(FileNotFoundError), whole_folder(out) as partial:  # noqa: PT012
-        (partial / "config.json").write_text("new")
-        (partial / "missing").read_text()
-    assert (out / "config.json").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-    with whole_folder(out) as partial:
-        (partial / "config.json").write_text("new")
-    assert (out / "config.json").read_text() == "new"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_too_little_space_is_seen_before_the_work(tmp_path: Path) -> None:
-    with (
-        pytest.raises(StorageError, match="GB free"),
-        whole_folder(tmp_path / "out", needed_bytes=1 << 60),
-    ):
-        raise AssertionError("the work began")
-    assert not list(tmp_path.iterdir())
-
-
-def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path: Path) -> None:
-    host, dead = socket.gethostname(), 2**22 + 1  # above any Linux process id
-    (tmp_path / f".out.partial-{host}-{dead}").mkdir()
-    alive = tmp_path / f".out.partial-{host}-1"
-    other_host = tmp_path / f".out.partial-not-{host}-{dead}"
-    old = tmp_path / f".out.old-{host}-{dead}"
-    # of the process before this one in a container that was started again
-    own = tmp_path / f".out.partial-{host}-{os.getpid()}"
-    for folder in (alive, other_host, old, own):
-        folder.mkdir()
-    (old / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):
-        raise RuntimeError
-    assert set(tmp_path.iterdir()) == {alive, other_host, tmp_path / "out"}
-    assert (tmp_path / "out/config.json").read_text() == "old"  # it was in mid-swap
-
-
-def test_an_output_never_replaces_its_source(tmp_path: Path) -> None:
-    source = tmp_path / "models" / "dense"
-    source.mkdir(parents=True)
-    (source / "config.json").touch()
-    for out in (source, source.parent, source / ".." / "dense"):
-        with pytest.raises(OutputError, match="its own source"):
-            check_output(out, overwrite=True, sources=(source,))
-
-
-def test_only_models_are_replaced(tmp_path: Path) -> None:
-    model, study = tmp_path / "model", tmp_path / "study"
-    model.mkdir()
-    study.mkdir()
-    (study / "recipe.yaml").touch()  # a corpus has one too
-    (study / "runs.jsonl").touch()
-    with pytest.raises(OutputError, match="no model"):
-        check_output(study, overwrite=True)
-    (model / "config.json").write_text('{"name": "something else"}')
-    with pytest.raises(OutputError, match="no model"):
-        check_output(model, overwrite=True)
-    (model / "config.json").write_text('{"model_type": "llama"}')
-    check_output(model, overwrite=True)
-    (model / "thesis.tex").touch()
-    with pytest.raises(OutputError, match=r"holds thesis.tex beside a model"):
-        check_output(model, overwrite=True)
+def test_a_cache_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "model"
+    with pytest.raises(FileNotFoundError), cached_folder(cache) as folder:
+        (folder / "missing").read_text()
+    assert list(cache.parent.iterdir()) == []
+    with cached_folder(cache) as folder:
+        (folder / "weights").write_text("first")
+        with cached_folder(cache.with_name("other")) as other:
+            (other / "weights").write_text("other")
+    assert (cache / "weights").read_text() == "first"
+    with cached_folder(cache) as folder:  # a process that was slower than the first one
+        (folder / "weights").write_text("second")
+    assert (cache / "weights").read_text() == "first"
+    assert sorted(file.name for file in cache.parent.iterdir()) == ["model", "other"]
 
 
 def test_what_cannot_be_replaced_as_a_whole(
@@ -85,35 +31,19 @@ def test_what_cannot_be_replaced_as_a_whole(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for out in (Path(), Path(".."), Path("/proc")):
-        run_folder(out, overwrite=True, is_whole=Path.is_dir)
         with pytest.raises(OutputError, match="name a folder in it"):
-            check_output(out, overwrite=False)
+            check_place(out)
 
 
-def test_a_run_beside_what_it_will_replace(tmp_path: Path) -> None:
-    out, beside = tmp_path / "out", tmp_path / ".out.next"
-    assert run_folder(out, overwrite=True) == out
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    assert run_folder(out, overwrite=False) == out
-    assert run_folder(out, overwrite=True) == beside
-    assert run_folder(out, overwrite=True, is_whole=lambda _: False) == out
-    beside.mkdir()
-    (beside / "config.json").write_text("new")
-    out.rename(tmp_path / f".out.old-{socket.gethostname()}-{2**22 + 1}")  # killed in the swap
-    assert run_folder(out, overwrite=True) == beside
-    assert (out / "config.json").read_text() == "old"
-    put_in_place(beside, out)
-    assert (out / "config.json").read_text() == "new"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_file_or_link_is_no_output(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path)
-    for name in ("file", "link"):
-        with pytest.raises(OutputError, match="not a plain folder"):
-            check_output(tmp_path / name, overwrite=True)
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    replace_file(file, '{"step": 1}\n')
+    replace_file(file, '{"step": 2}\n')
+    assert read_records(file, lambda line: line["step"], what="line") == [2]
+    assert list(tmp_path.iterdir()) == [file]
+    replace_file(file, "[]\n")
+    with pytest.raises(OutputError, match=r"log\.jsonl, line 1 is no line"):
+        read_records(file, lambda line: line["step"], what="line")
 
 
 def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import check_known
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.run_folder import whole_file
+from moefy.storage import whole_file
 
 _READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
