@@ -209,11 +209,11 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
             assert sums is not None
             loss = loss + importance_and_load_loss(sums) + router_z_loss(sums)
             noted = [routed.logits for routed in trace._routed.values()]
-            noted += match._outputs[0].values()
+            noted += [match._outputs[part] for parts, _ in match._pairs for part in parts]
             loss.backward()
             # what is recomputed must not be held: it would keep every layer's activations
             held = [routed.logits for routed in trace._routed.values()]
-            held += match._outputs[0].values()
+            held += [match._outputs[part] for parts, _ in match._pairs for part in parts]
             assert all(a is b for a, b in zip(noted, held, strict=True))
         parameters = [*model.parameters(), *gate.parameters()]
         gradients.append([p.grad for p in parameters if p.grad is not None])
@@ -256,7 +256,7 @@ def test_layers_of_an_exact_split_match(place: Any, family: str, tmp_path: Path)
         with LayerMatch(student, teacher, place) as match, torch.no_grad():
             teacher(tokens)
             student(tokens)
-            match._sides = [side[:1] for side in match._sides]
+            match._pairs = match._pairs[:1]
             assert match.loss(mask).item() == pytest.approx(first.item(), rel=1e-9)
 
 

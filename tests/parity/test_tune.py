@@ -37,7 +37,7 @@ from moefy.recipe import LLAMA_MOE
 from moefy.run_folder import RunFolder
 from moefy.training.models import add_adapters, merge_adapters
 from moefy.training.processes import ONE
-from moefy.training.recipe import Lora, TuneRecipe
+from moefy.training.recipe import Lora, TrainRecipe, TuneRecipe
 from moefy.training.samples import best_fit
 from moefy.training.state import read_log
 from moefy.training.tune import heldout_loss
@@ -355,7 +355,7 @@ def test_lora_trains_a_plain_model(moe: Path, talks: Path, tmp_path: Path) -> No
     assert done.heldout_after < done.heldout_before - 0.2
     _, heldout = sides(out, talks)
     model = AutoModelForCausalLM.from_pretrained(out)
-    loss = heldout_loss(model, heldout, TuneRecipe(precision="float32"))
+    loss = heldout_loss(model, heldout, TrainRecipe(precision="float32"))
     assert loss == pytest.approx(done.heldout_after, abs=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -135,6 +136,37 @@ def test_two_processes_train_as_one(layout: str, dense: Path, corpus: Path, tmp_
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.allclose(found[name], tensor, atol=2e-3), name
+
+
+def test_two_processes_tune_as_one(moe: Path, tmp_path: Path) -> None:
+    """The last step of an epoch has one conversation: the second process waits with padding."""
+    talks = tmp_path / "talks.jsonl"
+    turns = [
+        [{"from": "human", "value": f"say {i}"}, {"from": "gpt", "value": "ab" * (i % 7 + 1)}]
+        for i in range(14)
+    ]
+    talks.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
+    settings = {"epochs": 2, "sequence_length": 64, "global_batch_size": 4, "learning_rate": 1e-3}
+    settings |= {"precision": "float32", "heldout_conversations": 3}
+    flags = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
+    logs, weights = [], []
+    for processes in (1, 2):
+        out = tmp_path / f"tuned{processes}"
+        launcher = command(moe, out, talks, processes, 1)
+        launcher = launcher[: launcher.index("moefy") + 1]
+        done = run([*launcher, "tune", str(moe), str(out), "--data", str(talks), *flags])
+        assert done.stdout.count("chat template") == 1
+        logs.append(read_log(out))
+        weights.append(load_file(out / "model.safetensors"))
+    one, two = logs
+    assert len(one) == len(two) == 2 * 4 + 1
+    for mine, theirs in zip(two[1:], one[1:], strict=True):
+        for key in ("loss", "grad_norm", "tokens", "epoch"):
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-4), (key, mine["step"])
+    for line in (0, -1):
+        assert two[line]["heldout_loss"] == pytest.approx(one[line]["heldout_loss"], rel=1e-4)
+    for name, tensor in weights[0].items():
+        assert torch.allclose(weights[1][name], tensor, atol=2e-3), name
 
 
 def test_a_stopped_run_goes_on_with_any_number_of_processes(

@@ -14,21 +14,13 @@ from moefy.training.recipe import Parallel, TrainRecipe
 def check_processes(parallel: Parallel, size: int) -> tuple[int, int]:
     """Return how many processes share one copy of the weights, and how many read a batch.
 
-    Args:
-        parallel: of the recipe.
-        size: processes that were started.
-
     Raises:
-        UsageError: they are not as many as the recipe asks for, or cannot do what it asks for.
+        UsageError: `size` processes are not what the recipe asks for, or cannot do it.
     """
     fixed = parallel.replicate * parallel.tensor
     shard = parallel.shard or max(1, size // fixed)
     if shard * fixed != size:
-        asked = {
-            "shard": parallel.shard,
-            "replicate": parallel.replicate,
-            "tensor": parallel.tensor,
-        }
+        asked = parallel.model_dump(include={"shard", "replicate", "tensor"})
         factors = " × ".join(f"{name} {count}" for name, count in asked.items() if count)
         raise UsageError(
             f"the recipe's parallel ({factors}) does not make {size} process{'es' * (size > 1)}: "
@@ -41,6 +33,7 @@ def check_processes(parallel: Parallel, size: int) -> tuple[int, int]:
             "have: start more processes with torchrun, or leave it out"
         )
     expert = parallel.expert
+    # experts are spread inside one copy of the weights, over whole groups of tensor parallelism
     if (shard * parallel.tensor) % expert or (expert > 1 and expert % parallel.tensor):
         raise UsageError(
             f"expert {expert} is impossible with shard {shard} and tensor {parallel.tensor}: it "
@@ -50,15 +43,11 @@ def check_processes(parallel: Parallel, size: int) -> tuple[int, int]:
 
 
 def check_run(recipe: TrainRecipe, num_data: int) -> None:
-    """Refuse a recipe that cannot run here, whatever the model.
-
-    Args:
-        recipe: of the run.
-        num_data: processes that read a batch between them.
+    """Refuse a recipe that cannot run, whatever the model.
 
     Raises:
-        UsageError: the processes cannot divide a batch, or the mixture follows the losses of the
-            dense model and that is not named.
+        UsageError: `num_data` processes cannot divide a batch, or the mixture follows the losses of
+            the dense model and that is not named.
     """
     at_once = num_data * recipe.micro_batch_size
     if recipe.global_batch_size % at_once:
@@ -80,15 +69,12 @@ def is_dynamic(recipe: TrainRecipe) -> bool:
 
 
 def check_context(config: Mapping[str, Any], sequence_length: int, name: str) -> None:
-    """Refuse sequences that are longer than a model's context.
+    """Raise UsageError for sequences that are longer than the context of a model.
 
     Args:
-        config: its config.json.
+        config: config.json of the model.
         sequence_length: in tokens.
         name: of the model, for the message.
-
-    Raises:
-        UsageError: they are.
     """
     context = config.get("max_position_embeddings")
     if context and sequence_length > context:
@@ -99,16 +85,7 @@ def check_context(config: Mapping[str, Any], sequence_length: int, name: str) ->
 
 
 def check_model(config: Mapping[str, Any], recipe: TrainRecipe, name: str) -> None:
-    """Refuse a model that the recipe is not for.
-
-    Args:
-        config: its config.json.
-        recipe: of the run.
-        name: of the model, for the message.
-
-    Raises:
-        UsageError: the sequences are longer than its context, or its experts cannot be spread.
-    """
+    """Raise UsageError for a model with too short a context, or experts that cannot be spread."""
     check_context(config, recipe.sequence_length, name)
     experts, expert = ffn_shape(config).experts, recipe.parallel.expert
     if expert > 1 and (not experts or experts % expert):

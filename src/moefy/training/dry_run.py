@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -32,33 +31,19 @@ _CHUNK_BYTES = 3 * (64 << 20)  # of logits, see training/output_loss.py
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would be.
+    """What a run would be."""
 
-    Attributes:
-        steps: optimizer steps.
-        tokens_per_step: of all processes.
-        processes: how many the recipe needs.
-        total_params, active_params: of the model.
-        learned_params: of those, not frozen.
-        passes_per_step: forward and backward passes of one process.
-        state_bytes: weights, gradients and optimizer of one process.
-        activation_bytes: what one pass keeps for its backward pass, measured on the meta device,
-            and the logits' chunks.
-        teacher_bytes: the frozen parent's weights in one process; 0 without distillation.
-        total_flops: of the whole run, forward and backward, and the teacher's forward passes.
-    """
-
-    steps: int
-    tokens_per_step: int
+    steps: int  # of the optimizer
+    tokens_per_step: int  # of all processes
     processes: int
     total_params: int
-    active_params: int
-    learned_params: int
-    passes_per_step: int
-    state_bytes: int
-    activation_bytes: int
-    teacher_bytes: int
-    total_flops: int
+    active_params: int  # per token
+    learned_params: int  # not frozen
+    passes_per_step: int  # forward and backward, of one process
+    state_bytes: int  # weights, gradients and optimizer of one process
+    activation_bytes: int  # what one pass keeps for its backward pass, and chunks of logits
+    teacher_bytes: int  # the frozen parent's weights in one process; 0 without distillation
+    total_flops: int  # of the whole run, the teacher's forward passes too
 
 
 def dry_run(
@@ -77,7 +62,7 @@ def dry_run(
         model: a converted or dense model folder, its config.json, or a shape that `inspect` knows,
             also split: `llama-2-7b:4/16`.
         processes: that torchrun would start.
-        recipe: a YAML file with `TrainRecipe` keys.
+        recipe: a `TrainRecipe` or a YAML file with its keys.
         **settings: single `TrainRecipe` keys; they override the recipe.
 
     Raises:
@@ -94,16 +79,23 @@ def dry_run(
             "the run can take"
         )
     place = Processes(size=processes)
-    # tensors of the meta device, which transformers knows not to ask for their values
-    with FakeTensorMode(), _followed():
-        network = _built(config, choice)
-        prepare_student(network, choice)
-        build_optimizer(network, Objective(network, None, choice, place).noise, choice)
-        activation_bytes = _activations(network, choice) + _CHUNK_BYTES
-        if choice.gradient_checkpointing:  # one layer at a time is computed again
-            activation_bytes += _activations(
-                _built({**config, "num_hidden_layers": 1}, choice), choice
-            )
+    try:
+        # tensors of the meta device, which transformers knows not to ask for their values
+        with FakeTensorMode():
+            network = _built(config, choice)
+            prepare_student(network, choice)
+            build_optimizer(network, Objective(network, None, choice, place).noise, choice)
+            activation_bytes = _activations(network, choice) + _CHUNK_BYTES
+            if choice.gradient_checkpointing:  # one layer at a time is computed again
+                layer = _built({**config, "num_hidden_layers": 1}, choice)
+                activation_bytes += _activations(layer, choice)
+    except DynamicOutputShapeException as error:
+        # which experts a token chooses needs numbers
+        raise UsageError(
+            "a dry run cannot follow experts that run one by one, as with experts_implementation "
+            "eager, or in slices whose size is no multiple of 8: try it with the nearest split, "
+            "and experts_implementation lean"
+        ) from error
     learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     held = _OPTIMIZER_BYTES * learned + 4 * (total - learned)
@@ -158,19 +150,6 @@ def _built(config: Mapping[str, Any], recipe: TrainRecipe) -> Any:
         register()
         network.set_experts_implementation(recipe.experts_implementation)
     return network
-
-
-@contextmanager
-def _followed() -> Iterator[None]:
-    """Refuse experts that run one by one: which of them a token chooses needs numbers."""
-    try:
-        yield
-    except DynamicOutputShapeException as error:
-        raise UsageError(
-            "a dry run cannot follow experts that run one by one, as with experts_implementation "
-            "eager, or in slices whose size is no multiple of 8: try it with the nearest split, "
-            "and experts_implementation lean"
-        ) from error
 
 
 def _activations(network: Any, recipe: TrainRecipe) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -20,17 +22,12 @@ def relative_error(
     teacher: Float[Tensor, "batch sequence hidden"],
     mask: Bool[Tensor, "batch sequence"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean over tokens of ‖y_student - y_teacher‖² / ‖y_teacher‖².
+    """Return the mean over the tokens of `mask` of ‖y_student - y_teacher‖² / ‖y_teacher‖².
 
-    Each token is divided by its own norm, so that tokens whose stream is large do not outweigh the
-    others; the RMSNorm behind it sees directions only. As a mean over tokens, it does not depend on
-    how a batch is cut where every part has as many tokens.
-
-    Args:
-        student: gets the gradients.
-        teacher: the target.
-        mask: True for the tokens that count; None if all do.
+    As a mean over tokens, it does not depend on how a batch is cut where every part has as many.
     """
+    # each token is divided by its own norm, or tokens whose stream is large would outweigh the
+    # others; the RMSNorm behind it sees directions only
     wide = torch.promote_types(student.dtype, torch.float32)
     target = teacher.to(wide)
     error = (student.to(wide) - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-10)
@@ -62,50 +59,32 @@ class LayerMatch(ForwardHooks):
                 f"{shapes[1][0]} of {shapes[1][1]}: layers can only be matched with those of the "
                 "model that was converted"
             )
-        self._sides = [
-            [_modules(layer, place) for layer in model.model.layers] for model in (student, teacher)
+        self._pairs = [
+            [_modules(layer, place) for layer in layers]
+            for layers in zip(student.model.layers, teacher.model.layers, strict=True)
         ]
-        self._outputs: list[dict[tuple[int, int], Tensor]] = [{}, {}]
+        self._outputs: dict[Any, Tensor] = {}  # by module
 
     def hooks(self) -> Iterable[tuple[Any, Callable[..., Any]]]:
         """Return what is compared on both sides, each module with its hook."""
-        return [
-            (module, self._hook(side, (layer_idx, part)))
-            for side, layers in enumerate(self._sides)
-            for layer_idx, modules in enumerate(layers)
-            for part, module in enumerate(modules)
-        ]
+        sides = [side for pair in self._pairs for side in pair]
+        return [(module, self._note) for side in sides for module in side]
+
+    def _note(self, module: Any, _inputs: Any, output: Tensor) -> None:
+        # gradient checkpointing runs a layer twice; the first output is in the loss's graph
+        self._outputs.setdefault(module, output)
 
     def clear(self) -> None:
         """Forget the last forward passes; to be called before the next."""
-        for outputs in self._outputs:
-            outputs.clear()
+        self._outputs.clear()
 
     def loss(self, mask: Bool[Tensor, "batch sequence"] | None = None) -> Float[Tensor, ""]:
-        """Return the mean over layers of `relative_error`, after both models have run.
-
-        Args:
-            mask: True for the tokens that count; None if all do.
-        """
-        errors = [
-            relative_error(self._output(0, layer_idx), self._output(1, layer_idx), mask)
-            for layer_idx in range(len(self._sides[0]))
-        ]
+        """Return the mean over layers of `relative_error`, after both models have run."""
+        errors = []
+        for pair in self._pairs:
+            student, teacher = (reduce(add, [self._outputs[m] for m in side]) for side in pair)
+            errors.append(relative_error(student, teacher, mask))
         return torch.stack(errors).mean()
-
-    def _output(self, side: int, layer_idx: int) -> Tensor:
-        first, *others = (
-            self._outputs[side][layer_idx, part]
-            for part in range(len(self._sides[side][layer_idx]))
-        )
-        return sum(others, first)
-
-    def _hook(self, side: int, place: tuple[int, int]) -> Callable[[Any, Any, Tensor], None]:
-        def note(_module: Any, _inputs: Any, output: Tensor) -> None:
-            # gradient checkpointing runs a layer twice; the first output is in the loss's graph
-            self._outputs[side].setdefault(place, output)
-
-        return note
 
 
 def _modules(layer: Any, place: Place) -> list[Any]:

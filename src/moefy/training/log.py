@@ -16,27 +16,17 @@ from moefy.training.state import LOG, read_log
 
 
 class RunLog:
-    """Writes `log.jsonl`; used by one process.
-
-    Args:
-        folder: of the run.
-        first_step: what the log says of later steps is done again, and written again.
-        recipe: which trackers follow, and what they show as settings.
-    """
+    """Writes the log of a run that goes on behind `first_step`; used by one process."""
 
     def __init__(self, folder: Path, first_step: int, recipe: TrainRecipe) -> None:
         self._file = folder / LOG
         kept = read_log(folder) if first_step else []
-        kept = [line for line in kept if line["step"] <= first_step]
+        kept = [line for line in kept if line["step"] <= first_step]  # later steps are done again
         replace_file(self._file, "".join(json.dumps(line) + "\n" for line in kept))
         self._trackers = [_tracker(name, folder, first_step, recipe) for name in recipe.trackers]
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add a step.
-
-        Raises:
-            StorageError: the disk is full.
-        """
+        """Add a step; raise StorageError if the disk is full."""
         with storage_errors(self._file), self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
@@ -49,7 +39,7 @@ class RunLog:
 
 
 def check_trackers(recipe: TrainRecipe) -> None:
-    """Refuse a tracker that is not installed, before any work is done."""
+    """Raise UsageError for a tracker that is not installed."""
     for name in recipe.trackers:
         if find_spec(name) is None:
             raise UsageError(

@@ -17,6 +17,7 @@ from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.progress import Progress, ProgressFn
 from moefy.recipe import Recipe
+from moefy.run_folder import RunFolder
 from moefy.storage import replace_file
 from moefy.training.log import RunLog
 from moefy.training.models import load_student, load_teacher, merge_adapters
@@ -26,7 +27,7 @@ from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe
 from moefy.training.samples import Samples
 from moefy.training.schedule import learning_rate
-from moefy.training.state import RunState, Saved, SharedFolder
+from moefy.training.state import RunState
 from moefy.training.step import train_step
 from moefy.training.throughput import flops_per_trained_token, peak_flops
 from moefy.training.write import write_model
@@ -36,17 +37,12 @@ class TrainingLoop:
     """A run's models and samples, its steps, and its checkpoints.
 
     Args:
-        stage: `train` or `tune`, for progress; each has its own count of the schedule's steps.
+        stage: `train` or `tune`, which count the steps of the schedule differently.
         source: folder of the model.
         parent: folder of the teacher, None without distillation.
         samples: of the steps.
         recipe: of the run, its precision decided.
         processes: of the run.
-
-    Attributes:
-        source, recipe, processes: as given.
-        student, teacher: the models.
-        elapsed_s: seconds of this process's own steps.
 
     Raises:
         CheckpointError: a folder is no model.
@@ -69,14 +65,10 @@ class TrainingLoop:
         self.teacher = load_teacher(parent, recipe, processes) if parent else None
         self._objective = Objective(self.student, self.teacher, recipe, processes)
         self._optimizer = build_optimizer(self.student, self._objective.noise, recipe)
-        self.elapsed_s = 0.0
+        self.elapsed_s = 0.0  # of this process's own steps
 
-    def resume(self, folder: SharedFolder) -> int:
-        """Go on from the last checkpoint in a folder; return the first step to do.
-
-        Raises:
-            OutputError: the checkpoint cannot be read, or none of several is whole.
-        """
+    def resume(self, folder: RunFolder) -> int:
+        """Go on from the last checkpoint in a folder; return the first step to do."""
         self._folder, noise = folder, self._objective.noise
         self._state = RunState(
             folder,
@@ -85,10 +77,10 @@ class TrainingLoop:
             processes=self.processes,
             kept=self.recipe.checkpoints_kept,
         )
-        saved = self._state.load()
-        if saved:
-            self._samples.restore(saved.samples)
-        return saved.step if saved else 0
+        step, samples = self._state.load() or (0, None)
+        if samples:
+            self._samples.restore(samples)
+        return step
 
     def run(
         self,
@@ -147,28 +139,20 @@ class TrainingLoop:
             every = recipe.checkpoint_every_steps
             # also behind the last step: writing the model may fail
             if every and (step + 1) % every == 0:
-                self._state.save(Saved(step + 1, self._samples.state()))
+                self._state.save(step + 1, self._samples.state())
         if log:
             log.close()
 
     def write(
         self, record: dict[str, Any], *, amend: Callable[[Path], None] = lambda _: None
     ) -> None:
-        """Write the trained model into the run's folder and finish it.
-
-        Args:
-            record: see `write.write_model`.
-            amend: see there.
-
-        Raises:
-            StorageError: the disk is full.
-        """
+        """Write the trained model into the run's folder and finish it; see `write_model`."""
         if self.recipe.lora:
             merge_adapters(self.student)
         packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
         record |= {"versions": packages}
         write_model(self.student, self.source, self._folder, record, self.processes, amend=amend)
-        self._folder.finish()
+        self.processes.of_first(self._folder.finish)
 
 
 def resolve_first(model: str | Path, processes: Processes, report: ProgressFn) -> Path:

@@ -49,7 +49,10 @@ def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any
     options: dict[str, Any] = {}
     if ffn_shape(read_config(source)).experts:
         options["experts_implementation"] = recipe.experts_implementation
-    network = _load(source, torch.float32, processes, processes.sizes, recipe, options).train()
+    if processes.sizes:
+        options["distributed_config"] = _distributed(processes.sizes, recipe)
+    network = load_model(source, dtype=torch.float32, **options)
+    network = (network if processes.sizes else network.to(device())).train()
     if recipe.lora:
         network = add_adapters(network, recipe.lora, recipe.seed % 2**63, processes)
     prepare_student(network, recipe)
@@ -93,24 +96,18 @@ def load_teacher(source: Path, recipe: TrainRecipe, processes: Processes) -> Any
         CheckpointError: the folder is no model.
     """
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    return _load(source, dtype, processes, processes.dense(), recipe, {}).requires_grad_(False)
+    if not processes.sizes:
+        return load_model(source, dtype=dtype).to(device()).requires_grad_(False)
+    sizes = processes.sizes | {"ep_size": 1}  # a dense model has no experts to spread
+    config = _distributed(sizes, recipe)
+    return load_model(source, dtype=dtype, distributed_config=config).requires_grad_(False)
 
 
-def _load(
-    source: Path,
-    dtype: torch.dtype,
-    processes: Processes,
-    sizes: dict[str, Any] | None,
-    recipe: TrainRecipe,
-    options: dict[str, Any],
-) -> Any:
-    if sizes is None:
-        return load_model(source, dtype=dtype, **options).to(device())
+def _distributed(sizes: dict[str, Any], recipe: TrainRecipe) -> Any:
     from transformers.distributed import DistributedConfig
 
     is_mixed = recipe.precision == "bfloat16" and device().type == "cuda"
-    config = DistributedConfig(**sizes, fsdp_mixed_precision=is_mixed)
-    return load_model(source, dtype=dtype, distributed_config=config, **options)
+    return DistributedConfig(**sizes, fsdp_mixed_precision=is_mixed)
 
 
 def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> Any:

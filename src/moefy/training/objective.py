@@ -40,18 +40,13 @@ from moefy.training.samples import Rows, StepSamples
 
 @dataclass
 class StepLosses:
-    """What the passes of one process came to, without gradients.
+    """What the passes of one process came to, without gradients."""
 
-    Attributes:
-        rows: domain, mean cross-entropy of the labels (nats) and number of labels of every row.
-        terms: the other losses of the recipe, weighted so that they add up over passes; over
-            processes they are means.
-        router: sums over the tokens of all processes; None for a dense model.
-    """
-
+    # domain, mean cross-entropy of the labels (nats) and number of labels of every row
     rows: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    # the other losses, weighted so that they add up over passes; over processes they are means
     terms: dict[str, Tensor] = field(default_factory=dict)
-    router: RouterSums | None = None
+    router: RouterSums | None = None  # over the tokens of all processes; None for a dense model
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a pass's share of a term."""
@@ -59,16 +54,7 @@ class StepLosses:
 
 
 class Objective:
-    """The losses of a recipe for one student.
-
-    Args:
-        student: the model in training.
-        teacher: its dense parent, or None.
-        recipe: of the run.
-        processes: of the run.
-
-    Attributes:
-        noise: the noisy gate's matrices, which the optimizer learns too; None without noise.
+    """The losses of a recipe for one student, and its teacher where there is one.
 
     Raises:
         UsageError: selection-bias balancing of a model whose checkpoint cannot hold the bias.
@@ -86,21 +72,23 @@ class Objective:
             if recipe.distillation.layers != "none":
                 LayerMatch(student, teacher, recipe.distillation.layers)  # raises
         balance = recipe.balance
-        self.noise: NoisyGate | None = None
+        self.noise: NoisyGate | None = None  # its matrices are learned too
         if isinstance(balance, ImportanceLoadBalance) and balance.noise:
             self.noise = NoisyGate(routers_of(student), scale=balance.noise)
         self._bias = SelectionBias(student) if isinstance(balance, SelectionBiasBalance) else None
 
     @contextmanager
-    def step(self, samples: StepSamples) -> Iterator[_Step]:
-        """Give what computes the passes of one step."""
+    def step(self, samples: StepSamples) -> Iterator[StepLosses]:
+        """Watch the models while `loss` computes the passes of a step; give what they come to."""
         layers = self.recipe.distillation.layers
+        self._samples, self._done, self._pass = samples, StepLosses(), 0
         with ExitStack() as stack:
-            trace = stack.enter_context(RouterTrace(self.student, noise=self.noise))
-            match = None
+            self._trace = stack.enter_context(RouterTrace(self.student, noise=self.noise))
+            self._match: LayerMatch | None = None
             if self.teacher is not None and layers != "none":
-                match = stack.enter_context(LayerMatch(self.student, self.teacher, layers))
-            yield _Step(self, samples, trace, match)
+                self._match = LayerMatch(self.student, self.teacher, layers)
+                stack.enter_context(self._match)
+            yield self._done
 
     def reduce_noise_gradients(self) -> None:
         """Average the noisy gate's gradients over processes, as the student's are by FSDP."""
@@ -111,48 +99,38 @@ class Objective:
                 dist.all_reduce(parameter.grad, group=self.processes.group)
                 parameter.grad /= self.processes.num_data
 
-    def after_step(self, done: StepLosses) -> None:
+    def after_step(self) -> None:
         """Shift the selection biases by what the whole batch chose."""
-        if self._bias is not None and done.router is not None:
+        router = self._done.router
+        if self._bias is not None and router is not None:
             assert isinstance(self.recipe.balance, SelectionBiasBalance)
-            self._bias.update(done.router.choices, self.recipe.balance.rate)
-
-
-class _Step:
-    """The passes of one step, one process's part of them."""
-
-    def __init__(
-        self, of: Objective, samples: StepSamples, trace: RouterTrace, match: LayerMatch | None
-    ) -> None:
-        self._of, self._samples, self._trace, self._match = of, samples, trace, match
-        self._pass = 0
-        self.done = StepLosses()
+            self._bias.update(router.choices, self.recipe.balance.rate)
 
     def loss(self, rows: Rows) -> Float[Tensor, ""]:
         """Return one pass's part of the step's loss; the gradients of all parts add up.
 
         Where there are several processes their gradients are to be averaged.
         """
-        of, done, num_passes = self._of, self.done, self._samples.num_passes
-        distillation = of.recipe.distillation
+        done, num_passes = self._done, self._samples.num_passes
+        distillation = self.recipe.distillation
         tokens, inputs = rows.tokens, rows.inputs()
         self._pass += 1
         self._trace.clear()
         parent = None
         if self._match is not None:
             self._match.clear()
-        if of.teacher is not None and distillation.needs_teacher:
+        if self.teacher is not None and distillation.needs_teacher:
             with torch.no_grad():
-                parent = LogitsInput.of(of.teacher, tokens, **inputs).predicting()
+                parent = LogitsInput.of(self.teacher, tokens, **inputs).predicting()
         labels = rows.labels[:, 1:]
         out = output_loss(
-            LogitsInput.of(of.student, tokens, **inputs).predicting(),
+            LogitsInput.of(self.student, tokens, **inputs).predicting(),
             labels,
             teacher=parent,
             teacher_share=distillation.alpha if parent is not None else 0.0,
             temperature=distillation.temperature,
             # the mean over processes of sums divided by this is the mean over all labels
-            num_tokens=self._samples.num_labels / of.processes.num_data,
+            num_tokens=self._samples.num_labels / self.processes.num_data,
         )
         loss = out.loss
         counts = (labels != IGNORED).sum(1)
@@ -168,31 +146,31 @@ class _Step:
 
     def _router_loss(self, rows: Rows, like: Tensor) -> Tensor:
         """Return the pass's part of balance and z-loss; see the top of experts/balance.py."""
-        total, recipe, processes = like.new_zeros(()), self._of.recipe, self._of.processes
+        total, recipe, processes = like.new_zeros(()), self.recipe, self.processes
         own = self._trace.sums(rows.is_real)
         if own is None:
             return total
         if processes.group is not None:
             own = own.over_workers(processes.group)
-        before = self.done.router
+        before = self._done.router
         sums = own if before is None else before + own
-        self.done.router = sums.detach()
+        self._done.router = sums.detach()
         # pass p of P adds p/P times the loss of all sums so far: nearer to the whole batch's
         # gradient than the mean of every pass's own loss
         weight = self._pass / self._samples.num_passes
         balance = recipe.balance
         if isinstance(balance, SwitchBalance) and balance.per_pass:
             value = switch_loss(own) / self._samples.num_passes
-            self.done.add("balance_loss", value)
+            self._done.add("balance_loss", value)
             total = total + balance.coefficient * value
         elif isinstance(balance, SwitchBalance | ImportanceLoadBalance):
             is_switch = isinstance(balance, SwitchBalance)
             value = (switch_loss if is_switch else importance_and_load_loss)(sums)
-            self.done.terms["balance_loss"] = value.detach()  # of all passes so far
+            self._done.terms["balance_loss"] = value.detach()  # of all passes so far
             total = total + weight * balance.coefficient * value
         if recipe.z_loss:
             value = router_z_loss(sums)
-            self.done.terms["z_loss"] = value.detach()
+            self._done.terms["z_loss"] = value.detach()
             total = total + weight * recipe.z_loss * value
         # gradients are averaged over the processes, and these losses are the whole batch's
         return processes.num_data * total.to(like.dtype)

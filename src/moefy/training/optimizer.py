@@ -25,52 +25,36 @@ def build_optimizer(
 
     Args:
         network: what learns; its frozen parameters stay out.
-        noise: the noisy gate, learned with the routers.
+        noise: the noisy gate, which is learned with the routers; None without noise.
         recipe: of the run.
 
     Raises:
         UsageError: routers are to learn alone at first, and there is none that learns.
     """
-    groups = parameter_groups(network, noise, weight_decay=recipe.weight_decay)
+    routers = {id(p) for router in routers_of(network) for p in router.parameters()}
+    gate = list(noise.parameters()) if noise is not None else []
+    routers |= set(map(id, gate))
+    by_kind: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+    for parameter in [*network.parameters(), *gate]:
+        if parameter.requires_grad:
+            is_router, is_matrix = id(parameter) in routers, parameter.ndim > 1
+            # fused AdamW takes parameters of one layout at a time
+            by_kind[is_router, is_matrix, _layout(parameter)].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": members,
+            "weight_decay": recipe.weight_decay if is_matrix else 0.0,
+            "is_router": is_router,
+            "rate_fraction": recipe.router_lr_scale if is_router else 1.0,
+        }
+        for (is_router, is_matrix, _), members in by_kind.items()
+    ]
     if recipe.router_warmup_fraction and not any(group["is_router"] for group in groups):
         raise UsageError(
             f"router_warmup_fraction {recipe.router_warmup_fraction}: no router learns here (a "
             "dense model has none, lora and frozen routers leave them as they are): set it to 0"
         )
-    for group in groups:
-        group["rate_fraction"] = recipe.router_lr_scale if group["is_router"] else 1.0
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.adam_betas, fused=True)
-
-
-def parameter_groups(
-    network: Any, noise: nn.Module | None = None, *, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Return what learns, in groups of what AdamW treats alike: only matrices decay.
-
-    Args:
-        network: its frozen parameters stay out.
-        noise: the noisy gate, which is learned with the routers.
-        weight_decay: of matrices.
-
-    Returns:
-        Groups with `params`, `weight_decay` and `is_router`.
-    """
-    routers = {id(p) for router in routers_of(network) for p in router.parameters()}
-    gate = list(noise.parameters()) if noise is not None else []
-    routers |= set(map(id, gate))
-    groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
-    for parameter in [*network.parameters(), *gate]:
-        if parameter.requires_grad:
-            is_router, is_matrix = id(parameter) in routers, parameter.ndim > 1
-            groups[is_router, is_matrix, _layout(parameter)].append(parameter)
-    return [
-        {
-            "params": members,
-            "weight_decay": weight_decay if is_matrix else 0.0,
-            "is_router": is_router,
-        }
-        for (is_router, is_matrix, _), members in groups.items()
-    ]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
@@ -82,20 +66,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Float
     for parameter in parameters:
         if parameter.grad is not None:
             groups[_layout(parameter)].append(parameter.grad)
-    squares = []
+    squares = []  # of the norms of groups, whole on every process
     for gradients in groups.values():
         norm = nn.utils.get_total_norm(gradients)
         squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).square())
     total = torch.stack(squares).sum().sqrt()
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradients in groups.values():
-        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        own = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(own, factor)
     return total
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _layout(parameter: Tensor) -> Any:

@@ -17,38 +17,25 @@ from moefy.training.checks import check_processes
 from moefy.training.recipe import Parallel
 
 T = TypeVar("T")
+# the output matrix stays whole: the chunked loss multiplies by it (evaluation/output_loss.py)
 _TENSOR_PLAN = {"lm_head": "replicate", "model.embed_tokens": "replicate"}
-"""The output matrix stays whole: the chunked loss multiplies by it (evaluation/output_loss.py)."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among all.
+    """This process's place among all."""
 
-    Attributes:
-        rank: of this process; 0 writes.
-        size: how many there are.
-        data_idx: which part of every batch this process reads.
-        num_data: parts of a batch; processes that only split matrices read the same part.
-        group: the processes that read all parts between them; None for one process.
-        sizes: keyword arguments of transformers' DistributedConfig; None for one process.
-    """
-
-    rank: int = 0
-    size: int = 1
-    data_idx: int = 0
-    num_data: int = 1
-    group: Any = None
-    sizes: dict[str, Any] | None = None
+    rank: int = 0  # of this process; 0 writes
+    size: int = 1  # how many there are
+    data_idx: int = 0  # which part of every batch this process reads
+    num_data: int = 1  # parts of a batch; processes that only split matrices read the same part
+    group: Any = None  # the processes that read all parts between them; None for one process
+    sizes: dict[str, Any] | None = None  # for transformers' DistributedConfig
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
-
-    def dense(self) -> dict[str, Any] | None:
-        """Return the sizes for a model without experts, as the teacher is."""
-        return None if self.sizes is None else self.sizes | {"ep_size": 1}
 
     def total(self, values: Float[Tensor, "*values"]) -> Float[Tensor, "*values"]:
         """Return the sum over the parts of the batch."""
@@ -58,14 +45,10 @@ class Processes:
         return values
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """Return what the first process makes, in every process.
-
-        Raises:
-            MoefyError: the first process's, in every process, so that none waits for the others.
-        """
+        """Return what the first process makes, or raise its error, in every process."""
         if self.size == 1:
             return make()
-        made: list[Any] = [None, None]
+        made: list[Any] = [None, None]  # the value, or the error: no process may wait for ever
         if self.is_first:
             try:
                 made[0] = make()
@@ -84,7 +67,6 @@ class Processes:
 
 
 ONE = Processes()
-"""The only process."""
 
 
 def join_processes(parallel: Parallel) -> Processes:

@@ -13,9 +13,9 @@ from moefy.data.mixture import Mixture
 from moefy.data.strategies import initial_weights
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import ProgressFn, silent
+from moefy.run_folder import RunFolder
 from moefy.training.checks import check_context, check_model, check_run, is_dynamic
 from moefy.training.follow import (
-    Follower,
     Windows,
     keep_reference,
     kept_reference,
@@ -27,27 +27,19 @@ from moefy.training.loop import TrainingLoop, resolve_first
 from moefy.training.processes import Processes, join_processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
 from moefy.training.samples import WindowSamples
-from moefy.training.state import SharedFolder, open_folder, read_log
+from moefy.training.state import begin, open_folder, read_log
 
 
 @dataclass(frozen=True)
 class Training:
-    """What `train` did.
+    """What `train` did."""
 
-    Attributes:
-        folder: the trained model, with `recipe.yaml` and `log.jsonl` (one line a step).
-        recipe: every choice that was made.
-        resumed_from_step: 0 for a fresh run.
-        first_loss, last_loss: training loss of the first and the last step, nats per token.
-        elapsed_s: seconds of this process's own steps.
-    """
-
-    folder: Path
-    recipe: TrainRecipe
-    resumed_from_step: int
-    first_loss: float
-    last_loss: float
-    elapsed_s: float
+    folder: Path  # the trained model, with `recipe.yaml` and `log.jsonl`, one line a step
+    recipe: TrainRecipe  # every choice that was made
+    resumed_from_step: int  # 0 for a fresh run
+    first_loss: float  # training loss of the first step, nats per token
+    last_loss: float  # and of the last one
+    elapsed_s: float  # of this process's own steps
 
 
 @freed_memory_kept()
@@ -63,27 +55,22 @@ def train(
 ) -> Training:
     """Continue pre-training on a mixture of domains and write the trained model.
 
-    What is minimised is in `training.objective`. Weights and optimizer are float32; matrix products
-    run in bfloat16 where the processor has them. One document in twenty is held out (see
-    `data.domains.is_held_out`).
-
-    Started by torchrun, every process calls this with the same arguments, and `recipe.parallel`
-    says how they share the work. A run that was stopped goes on when the same call is made again,
-    with the same result, bit for bit, on the same machine with as many processes.
+    Weights and optimizer are float32; matrix products run in bfloat16 where the processor has them.
+    Started by torchrun, every process makes the same call, and `recipe.parallel` says how they
+    share the work. A run that was stopped goes on with the same call, to the same result bit for
+    bit on the same machine with as many processes.
 
     Args:
         model: a converted (or dense) model folder, or any source `convert` takes.
         out: the run's folder; the model appears in it when the run is complete.
         data: a folder that `prepare` wrote, a folder of `<domain>.jsonl(.gz)` files, or `demo`.
         recipe: a `TrainRecipe` or a YAML file with its keys.
-        overwrite: replace a model in `out` when the new one is complete; begin an unfinished run
-            again.
+        overwrite: replace a model in `out` when the new one is complete, or an unfinished run.
         report: told about progress, in the first process.
         **settings: single `TrainRecipe` keys; they override the recipe.
 
     Raises:
-        UsageError: recipe, model, text or output are not usable, or the processes are not those
-            that the recipe asks for.
+        UsageError: recipe, model, text, output or number of processes are not usable.
         TrainingError: the loss is not finite; the last checkpoint is kept.
         StorageError: the disk is full; the last checkpoint is kept.
     """
@@ -107,10 +94,10 @@ def train(
             **choice.identity(),
         }
         first_step = choice.num_steps
-        if not folder.begin(identity):
+        if not begin(folder, identity, processes):
             first_step = loop.resume(folder)
             if is_dynamic(choice):
-                samples.follower = _follower(folder, loop, samples, heldout, first_step, report)
+                _follow(folder, loop, samples, heldout, first_step, report)
             measure = partial(losses_of, loop.student, heldout, choice, processes)
             loop.run(first_step, choice, measure, report)
             loop.write({"stage": "train", "run": identity})
@@ -160,18 +147,18 @@ def _heldout(corpus: Corpus, mixture: Mixture, choice: TrainRecipe) -> Windows:
     return heldout_of(corpus, weighted, choice.heldout_sequences)
 
 
-def _follower(
-    folder: SharedFolder,
+def _follow(
+    folder: RunFolder,
     loop: TrainingLoop,
     samples: WindowSamples,
     heldout: Windows,
     first_step: int,
     report: ProgressFn,
-) -> Follower:
-    """Return what renews the mixture's weights; a resumed run keeps the losses it began with."""
+) -> None:
+    """Let the mixture follow the losses; a resumed run compares them with what it began with."""
     recipe, processes = loop.recipe, loop.processes
     reference = processes.of_first(lambda: kept_reference(folder.work) if first_step else {})
     if not reference:
         reference = reference_losses(heldout, loop.teacher, loop.source, recipe, processes, report)
         processes.of_first(lambda: keep_reference(folder.work, reference))
-    return Follower(samples.mixture, heldout, reference, recipe, processes)
+    samples.follow(heldout, reference)

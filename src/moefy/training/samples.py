@@ -20,31 +20,23 @@ from torch import Tensor
 from moefy.data.corpus import Corpus
 from moefy.data.examples import IGNORED, Example
 from moefy.data.mixture import Mixture, MixtureState, Sample, WeightUpdate
-from moefy.training.follow import Follower
+from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES
+from moefy.training.follow import Windows, losses_of
 from moefy.training.processes import Processes
-from moefy.training.recipe import TrainRecipe
+from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 CONVERSATIONS = "conversations"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one process computes in one pass.
+    """What one process computes in one pass."""
 
-    Attributes:
-        tokens: ids, padded on the right.
-        labels: the token itself where it is learned, else IGNORED.
-        domains: of the rows.
-        positions: of every token in its own conversation, where a row holds several; None where
-            every row is one sequence.
-        is_real: False for padding; None without padding.
-    """
-
-    tokens: Int[Tensor, "rows length"]
-    labels: Int[Tensor, "rows length"]
-    domains: tuple[str, ...]
-    positions: Int[Tensor, "rows length"] | None = None
-    is_real: Bool[Tensor, "rows length"] | None = None
+    tokens: Int[Tensor, "rows length"]  # padded on the right
+    labels: Int[Tensor, "rows length"]  # the token itself where it is learned, else IGNORED
+    domains: tuple[str, ...]  # of the rows
+    positions: Int[Tensor, "rows length"] | None = None  # where rows hold several conversations
+    is_real: Bool[Tensor, "rows length"] | None = None  # False for padding; None without any
 
     def to(self, place: torch.device) -> Rows:
         """Return the same on a device."""
@@ -54,56 +46,44 @@ class Rows:
         return replace(self, **moved)
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return what a model's forward pass takes beside the tokens.
-
-        transformers lets no token attend across a place where the positions begin again. Padding
-        on the right needs no attention mask: no token looks forward.
-        """
+        """Return what a model's forward pass takes beside the tokens."""
+        # transformers lets no token attend across a place where the positions begin again;
+        # padding on the right needs no attention mask: no token looks forward
         return {} if self.positions is None else {"position_ids": self.positions}
 
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The samples of one step.
+    """The samples of one step."""
 
-    Attributes:
-        passes: of this process, made when they are asked for.
-        num_passes: the same on all processes.
-        num_labels, num_tokens: of all processes.
-        domains: of all processes' rows, sorted.
-        names: of all processes' samples, for an error.
-        notes: what the step's line of the log says of them.
-    """
-
-    passes: Iterator[Rows]
-    num_passes: int
-    num_labels: int
-    num_tokens: int
-    domains: list[str]
-    names: list[str]
-    notes: dict[str, Any]
+    passes: Iterator[Rows]  # of this process, made when they are asked for
+    num_passes: int  # the same on all processes
+    num_labels: int  # of all processes
+    num_tokens: int  # of all processes
+    domains: list[str]  # of all processes, sorted
+    names: list[str]  # of all samples, for an error
+    notes: dict[str, Any]  # for the step's line of the log
 
 
 class WindowSamples:
-    """Windows of several domains, drawn by the weights of a mixture that may follow the losses.
-
-    Args:
-        corpus: the windows.
-        mixture: draws them.
-        recipe: the batch sizes.
-        processes: of the run.
-
-    Attributes:
-        mixture: of the run.
-        follower: renews the weights; None where they are fixed.
-    """
+    """Windows of several domains, drawn by a mixture whose weights may follow the losses."""
 
     def __init__(
         self, corpus: Corpus, mixture: Mixture, recipe: TrainRecipe, processes: Processes
     ) -> None:
         self._corpus, self.mixture = corpus, mixture
         self._recipe, self._processes = recipe, processes
-        self.follower: Follower | None = None
+        self._heldout: Windows = {}
+        self._reference: Mapping[str, float] = {}
+
+    def follow(self, heldout: Windows, reference: Mapping[str, float]) -> None:
+        """Renew the weights by held-out losses (Sheared-LLaMA's dynamic batch loading).
+
+        Args:
+            heldout: windows of the domains that have weight.
+            reference: what the losses are compared with, nats per token.
+        """
+        self._heldout, self._reference = heldout, reference
 
     @property
     def tokens(self) -> int:
@@ -116,8 +96,16 @@ class WindowSamples:
         update = None
         if mixture.step == 0:
             update = WeightUpdate(0, mixture.weights, {}, {})
-        elif self.follower:
-            update = self.follower.update(network)
+        elif self._heldout and mixture.update_due(
+            recipe.mixture_interval_steps or UPDATE_INTERVAL_STEPS
+        ):
+            losses = losses_of(network, self._heldout, recipe, self._processes)
+            rule = UPDATE_RULES[recipe.mixture_update]
+            # the first process's, to the last bit: all must draw the same samples
+            update = self._processes.of_first(
+                lambda: mixture.reweight(losses, self._reference, rule)
+            )
+            mixture.set_weights(update.weights)
         batch = mixture.next_batch()
         mine = batch.of_worker(self._processes.data_idx, self._processes.num_data)
         at_once, count = recipe.micro_batch_size, len(batch.samples)
@@ -147,44 +135,25 @@ class WindowSamples:
 
 
 class ConversationSamples:
-    """Rows of conversations, every row once an epoch; the last step of an epoch may be smaller.
+    """Rows of conversations, every row once an epoch; the last step of an epoch may be smaller."""
 
-    Args:
-        rows: a row's conversations, which stand behind each other.
-        epochs: how often every row is seen.
-        seed: of the order.
-        global_batch_size: rows of a step.
-        micro_batch_size: rows of a pass.
-        processes: of the run.
-
-    Attributes:
-        steps_per_epoch, num_steps: of the optimizer.
-        tokens: of the steps so far.
-    """
-
-    def __init__(
-        self,
-        rows: list[list[Example]],
-        *,
-        epochs: int,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        processes: Processes,
-    ) -> None:
-        self._rows, self._seed, self._processes = rows, seed, processes
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self.steps_per_epoch = -(-len(rows) // global_batch_size)
-        self.num_steps = epochs * self.steps_per_epoch
-        self.tokens = self._step = 0
+    def __init__(self, examples: list[Example], recipe: TuneRecipe, processes: Processes) -> None:
+        self._rows = [[example] for example in examples]
+        if recipe.packing:
+            self._rows = best_fit(examples, recipe.sequence_length)
+        self._recipe, self._processes = recipe, processes
+        self._steps_per_epoch = -(-len(self._rows) // recipe.global_batch_size)
+        self.num_steps = recipe.epochs * self._steps_per_epoch
+        self.tokens = self._step = 0  # so far
 
     def next_step(self, _network: Any) -> StepSamples:
         """Take the next rows in the epoch's order."""
-        epoch, place = divmod(self._step, self.steps_per_epoch)
+        epoch, place = divmod(self._step, self._steps_per_epoch)
         # the order of transformers' Trainer, so that runs can be compared with its runs
-        generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
+        generator = torch.Generator().manual_seed((self._recipe.seed + epoch) % 2**63)
         order = torch.randperm(len(self._rows), generator=generator).tolist()
-        chosen = order[place * self._global_batch_size :][: self._global_batch_size]
+        size = self._recipe.global_batch_size
+        chosen = order[place * size :][:size]
         examples = [example for idx in chosen for example in self._rows[idx]]
         num_tokens = sum(len(example.ids) for example in examples)
         self._step += 1
@@ -197,9 +166,7 @@ class ConversationSamples:
             num_tokens=num_tokens,
             domains=[CONVERSATIONS],
             names=[f"row {idx}" for idx in chosen],
-            notes={
-                "epoch": epoch + (place * self._global_batch_size + len(chosen)) / len(self._rows)
-            },
+            notes={"epoch": epoch + (place * size + len(chosen)) / len(self._rows)},
         )
 
     def state(self) -> dict[str, Any]:
@@ -212,7 +179,7 @@ class ConversationSamples:
 
     def _passes(self, rows: list[list[Example]]) -> Iterator[Rows]:
         """Cut a step's rows into this process's passes, as many and as large as the others'."""
-        own, at_once = self._processes, self._micro_batch_size
+        own, at_once = self._processes, self._recipe.micro_batch_size
         share = -(-len(rows) // own.num_data)
         for first in range(0, share, at_once):
             parts = [
@@ -228,13 +195,7 @@ Samples = WindowSamples | ConversationSamples
 
 
 def padded_rows(rows: list[list[Example]], *, height: int, length: int) -> Rows:
-    """Return rows of conversations, filled up with padding.
-
-    Args:
-        rows: at most `height`.
-        height: rows.
-        length: tokens of a row.
-    """
+    """Return at most `height` rows of conversations, filled up with padding to `length`."""
     tokens = torch.zeros(height, length, dtype=torch.long)
     labels = torch.full_like(tokens, IGNORED)
     is_real = torch.zeros_like(tokens, dtype=torch.bool)
@@ -260,13 +221,9 @@ def num_labels(examples: Sequence[Example]) -> int:
 
 
 def best_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Group conversations into rows: the longest first, each into the fullest row that has room.
+    """Group conversations into rows of at most `length` tokens: best fit decreasing.
 
-    Best fit decreasing, as TRL packs (its `bfd`); conversations of one length keep their order.
-
-    Args:
-        examples: none longer than a row.
-        length: tokens of a row.
+    The longest first, each into the fullest row that has room; of one length, in order.
     """
     rows: list[list[Example]] = []
     by_space: defaultdict[int, deque[list[Example]]] = defaultdict(deque)

@@ -24,9 +24,9 @@ def learning_rate(
         peak: highest learning rate.
         warmup_fraction: share of the steps that warm up.
         final_fraction: floor, as a share of the peak.
-        as_trainer: count as transformers' Trainer does: the first step has the rate 0, warm-up
-            rounds up to whole steps, and the floor would be reached one step after the last.
+        as_trainer: count as transformers' Trainer does.
     """
+    # Trainer begins at the rate 0, rounds warm-up up, and ends one step before the floor
     num_warmup = (math.ceil if as_trainer else round)(num_steps * warmup_fraction)
     last = num_steps if as_trainer else num_steps - 1
     if step < num_warmup:

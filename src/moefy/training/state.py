@@ -14,10 +14,10 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,57 +44,14 @@ _RECORD = "run.json"
 _OPTIMIZER = re.compile(r"optimizer\.(\w+)\.(.+)")
 
 
-class SharedFolder:
-    """A run's folder, which the first process keeps for all.
-
-    Attributes:
-        work: where the run writes, from `begin` on.
-    """
-
-    def __init__(self, folder: RunFolder, processes: Processes) -> None:
-        self._folder, self._processes = folder, processes
-        self.work = folder.work
-
-    def begin(self, identity: dict[str, Any]) -> bool:
-        """Go on with an unfinished run, or begin one; return whether it was already finished.
-
-        Args:
-            identity: what must be the same for a run to go on.
-        """
-
-        def begin() -> tuple[Path, bool]:
-            self._folder.begin(identity)
-            return self._folder.work, self._folder.was_finished
-
-        self.work, was_finished = self._processes.of_first(begin)
-        return was_finished
-
-    def require_bytes(self, count: int) -> None:
-        """Refuse to write what the disk cannot hold."""
-        self._processes.of_first(lambda: self._folder.require_bytes(count))
-
-    def publish(self, folder: Path) -> None:
-        """Move a written model's files into `work`."""
-        self._processes.of_first(lambda: self._folder.publish(folder))
-
-    def finish(self) -> None:
-        """Put the finished model in its place, without checkpoints."""
-
-        def finish() -> Path:
-            self._folder.finish()
-            return self._folder.work
-
-        self.work = self._processes.of_first(finish)
-
-
 @contextmanager
 def open_folder(
     out: str | Path, processes: Processes, *, overwrite: bool, sources: Iterable[Any]
-) -> Iterator[SharedFolder]:
-    """Hold a run's folder until the block ends.
+) -> Iterator[RunFolder]:
+    """Hold the folder of a run until the block ends; the first process does so for all.
 
     Args:
-        out: the folder of the model.
+        out: where the model will be.
         processes: of the run.
         overwrite: a finished model in `out` may be replaced.
         sources: what the run reads and must not replace; only paths count.
@@ -111,55 +68,41 @@ def open_folder(
     )
     with ExitStack() as stack:
         processes.of_first(lambda: stack.enter_context(folder) and None)
-        yield SharedFolder(folder, processes)
+        yield folder
 
 
-class Saved(NamedTuple):
-    """What a checkpoint says beside its tensors.
+def begin(folder: RunFolder, identity: dict[str, Any], processes: Processes) -> bool:
+    """Go on with a run of this identity or begin it; return whether it is finished already."""
 
-    Attributes:
-        step: optimizer steps that were done.
-        samples: state of the samples.
-    """
+    def decide() -> tuple[Path, bool]:
+        folder.begin(identity)
+        return folder.work, folder.was_finished
 
-    step: int
-    samples: dict[str, Any]
+    folder.work, was_finished = processes.of_first(decide)
+    return was_finished
 
 
 class RunState:
-    """The checkpoints of a run.
-
-    Args:
-        folder: of the run.
-        modules: what learns, by a short name.
-        optimizer: of all of them.
-        processes: of the run.
-        kept: how many checkpoints stay.
-    """
+    """The checkpoints of a run, of which the last `kept` stay."""
 
     def __init__(
         self,
-        folder: SharedFolder,
+        folder: RunFolder,
         *,
-        modules: Mapping[str, nn.Module],
+        modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         processes: Processes,
         kept: int,
     ) -> None:
         self._folder, self._processes, self._kept = folder, processes, kept
         self._optimizer = optimizer
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._buffers: dict[str, Tensor] = {}
-        for prefix, module in modules.items():
-            kept_names = module.state_dict().keys()
-            for name, parameter in module.named_parameters():
-                self._parameters[f"{prefix}.{name}"] = parameter
-            for name, buffer in module.named_buffers():
-                if name in kept_names:
-                    self._buffers[f"{prefix}.{name}"] = buffer
+        learned = nn.ModuleDict(modules)
+        names = learned.state_dict().keys()  # without buffers that are computed again
+        self._parameters = dict(learned.named_parameters())
+        self._buffers = {name: b for name, b in learned.named_buffers() if name in names}
 
-    def save(self, saved: Saved) -> None:
-        """Write a checkpoint, then remove those that are more than `kept`.
+    def save(self, step: int, samples: dict[str, Any]) -> None:
+        """Write a checkpoint behind a step, with the state of the samples.
 
         Raises:
             StorageError: the disk is full; the earlier checkpoints are still there.
@@ -167,8 +110,9 @@ class RunState:
         tensors = {
             name: _whole_shards(t) for name, t in {**self._weights(), **self._moments()}.items()
         }
-        self._folder.require_bytes(sum(t.numel() * t.element_size() for t in tensors.values()))
-        target = self._folder.work / FOLDER / f"step-{saved.step:08d}"
+        needed_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        self._processes.of_first(lambda: self._folder.require_bytes(needed_bytes))
+        target = self._folder.work / FOLDER / f"step-{step:08d}"
         partial = target.with_name(".partial")
         if self._processes.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -176,15 +120,17 @@ class RunState:
         try:
             with storage_errors(target), _as_one():
                 save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))
-            self._processes.of_first(lambda: self._keep(partial, target, saved))
+            record = {"step": step, "samples": samples}
+            self._processes.of_first(lambda: self._keep(partial, target, record))
         finally:
             if self._processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _keep(self, partial: Path, target: Path, saved: Saved) -> None:
+    def _keep(self, partial: Path, target: Path, record: dict[str, Any]) -> None:
+        """Give a written checkpoint its name, and remove those that are too many."""
         with storage_errors(target):
-            sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
-            record = saved._asdict() | {"bytes": sizes}
+            # the sizes tell a checkpoint that lost its end, as in a power cut or a copy
+            record["bytes"] = {file.name: file.stat().st_size for file in partial.iterdir()}
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
             sync_files(partial)
             shutil.rmtree(target, ignore_errors=True)  # one that was not whole
@@ -195,10 +141,11 @@ class RunState:
         for folder in [*later, *found[len(later) + self._kept :]]:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def load(self) -> Saved | None:
+    def load(self) -> tuple[int, dict[str, Any]] | None:
         """Put the last whole checkpoint into modules and optimizer; None if there is none.
 
-        A checkpoint with missing or shortened files is passed over for the one before it.
+        Returns:
+            The step and the state of the samples that it was saved with.
 
         Raises:
             OutputError: the checkpoint cannot be read, or none of several is whole.
@@ -215,7 +162,7 @@ class RunState:
                 if (match := _OPTIMIZER.fullmatch(name))
                 for key, of in [match.groups()]
             }
-            tensors = self._weights()
+            tensors = self._weights()  # read into in place
             for name, (parameter, key) in moments.items():
                 like = torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
                 tensors[name] = like
@@ -232,7 +179,7 @@ class RunState:
             if key == "step" and parameter.device.type == "cuda":
                 tensor = tensor.to(parameter.device)  # where fused AdamW counts
             self._optimizer.state[parameter][key] = tensor
-        return Saved(record["step"], record["samples"])
+        return record["step"], record["samples"]
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: t.detach() for name, t in {**self._parameters, **self._buffers}.items()}

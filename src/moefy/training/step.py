@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,14 +24,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     samples: StepSamples,
 ) -> dict[str, Any]:
-    """Do one optimizer step and return its line of the log.
-
-    Args:
-        step: counted from 0.
-        rate: learning rate.
-        objective: of the run.
-        optimizer: of what learns.
-        samples: of the step.
+    """Do one optimizer step, counted from 0, and return its line of the log.
 
     Raises:
         TrainingError: loss or gradient is not finite; nothing has moved.
@@ -41,11 +32,17 @@ def train_step(
     recipe, processes = objective.recipe, objective.processes
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_fraction"]
-    with _randomness_of(recipe.seed, step, processes), objective.step(samples) as passes:
+    own = device()
+    # a step has its own dropout and noise, so that a resumed run draws the same
+    with (
+        torch.random.fork_rng(devices=[own] if own.type == "cuda" else []),
+        objective.step(samples) as done,
+    ):
+        torch.manual_seed(((recipe.seed * 1_000_003 + step) * 4099 + processes.data_idx) % 2**63)
         for rows in samples.passes:
-            rows = rows.to(device())
+            rows = rows.to(own)
             with products_in(recipe.precision, rows.tokens.device):
-                loss = passes.loss(rows)
+                loss = objective.loss(rows)
             loss.backward()
     objective.reduce_noise_gradients()
     if step < recipe.router_warmup_fraction * recipe.num_steps:
@@ -55,7 +52,7 @@ def train_step(
                     parameter.grad = None
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = float(clip_gradients(learned, recipe.max_grad_norm))
-    losses = _losses(passes.done, samples, processes)
+    losses = _losses(done, samples, processes)
     if not (losses["loss"] < float("inf") and grad_norm < float("inf")):
         drawn = ", ".join(samples.names[:_NAMED])
         if len(samples.names) > _NAMED:
@@ -67,7 +64,7 @@ def train_step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    objective.after_step(passes.done)
+    objective.after_step()
     return losses | {"learning_rate": rate, "grad_norm": grad_norm}
 
 
@@ -97,12 +94,3 @@ def _losses(done: StepLosses, samples: StepSamples, processes: Processes) -> dic
         line["router_entropy"] = [round(x, 5) for x in entropy.tolist()]
         line["expert_load"] = [[round(x, 5) for x in row] for row in load.tolist()]
     return line
-
-
-@contextmanager
-def _randomness_of(seed: int, step: int, processes: Processes) -> Iterator[None]:
-    """Give a step its own dropout and noise, so that a resumed run draws the same."""
-    own = device()
-    with torch.random.fork_rng(devices=[own] if own.type == "cuda" else []):
-        torch.manual_seed(((seed * 1_000_003 + step) * 4099 + processes.data_idx) % 2**63)
-        yield

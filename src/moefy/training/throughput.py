@@ -16,28 +16,14 @@ from moefy.checkpoint.cost import cost
 from moefy.hardware import device, multiply_rate
 
 _PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest name that fits
-    "B200": 2250.0,
-    "H200": 989.5,
-    "H100": 989.5,
-    "H100 PCIe": 756.5,
-    "H100 NVL": 835.5,
-    "A100": 312.0,
-    "A10": 125.0,
-    "A40": 149.7,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.2,
-    "V100": 125.0,
+    **{"B200": 2250.0, "H200": 989.5, "H100": 989.5, "H100 PCIe": 756.5, "H100 NVL": 835.5},
+    **{"A100": 312.0, "A10": 125.0, "A40": 149.7, "L40S": 362.0, "L4": 121.0, "V100": 125.0},
+    **{"RTX 4090": 165.2, "RTX 3090": 71.2},
 }
 
 
 def peak_flops(precision: str) -> float:
-    """Return the published FLOP/s of a known GPU in bfloat16, else those of a large product here.
-
-    Args:
-        precision: of the products, float32 or bfloat16.
-    """
+    """Return the published FLOP/s of a known GPU in bfloat16, else those of a large product."""
     if device().type == "cuda" and precision == "bfloat16":
         chosen = known_gpu(torch.cuda.get_device_name())
         if chosen:
@@ -55,10 +41,6 @@ def known_gpu(name: str) -> str | None:
 
 
 def flops_per_trained_token(config: Mapping[str, Any], sequence_length: int) -> int:
-    """Return the FLOPs of forward and backward pass for one token.
-
-    Args:
-        config: config.json of the model.
-        sequence_length: for attention's share.
-    """
+    """Return the FLOPs of forward and backward pass for one token of a sequence."""
+    # forward once, backward twice: the gradients of the inputs and of the weights
     return 3 * cost(config, context=sequence_length).flops_per_token

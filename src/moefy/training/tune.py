@@ -15,12 +15,13 @@ from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.data.conversations import read_conversations
 from moefy.data.examples import Example, make_examples
-from moefy.data.template import ChatTemplate, chat_template, for_training
+from moefy.data.template import ChatTemplate, chat_template, end_of_turn, for_training
 from moefy.errors import CorpusError, UsageError
-from moefy.evaluation.heldout import heldout_losses
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import ProgressFn, silent
+from moefy.run_folder import RunFolder
 from moefy.training.checks import check_context, check_model, check_run
+from moefy.training.follow import losses_of
 from moefy.training.loop import TrainingLoop, resolve_first
 from moefy.training.processes import ONE, Processes, join_processes
 from moefy.training.recipe import (
@@ -34,50 +35,30 @@ from moefy.training.recipe import (
 from moefy.training.samples import (
     CONVERSATIONS,
     ConversationSamples,
-    best_fit,
     num_labels,
     padded_rows,
 )
-from moefy.training.state import SharedFolder, open_folder, read_log
-from moefy.training.tuned_folder import finish_folder
+from moefy.training.state import begin, open_folder, read_log
 
 BROKEN = "broken.txt"
-_FREE = {"micro_batch_size", "parallel", "gradient_checkpointing", "checkpoint_every_steps"}
-"""Keys that say how the work is cut and kept: a run may go on with others."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` did.
+    """What `tune` did."""
 
-    Attributes:
-        folder: the tuned model, with `recipe.yaml`, `log.jsonl` and, where there is something to
-            name, `broken.txt`.
-        recipe: every choice that was made.
-        chat_template: what the conversations were written in.
-        conversations: trained on.
-        cut: of those, longer than a sequence and cut there.
-        broken: a line about each conversation that was left out: file, line, reason.
-        steps: of the optimizer.
-        resumed_from_step: 0 for a fresh run.
-        heldout_before, heldout_after: mean loss of the assistant's tokens in held-out
-            conversations, nats; None without any.
-        heldout_tokens: how many those are.
-        elapsed_s: seconds of this process's own steps.
-    """
-
-    folder: Path
-    recipe: TuneRecipe
-    chat_template: str
-    conversations: int
-    cut: int
-    broken: list[str]
-    steps: int
-    resumed_from_step: int
-    heldout_before: float | None
+    folder: Path  # the tuned model, with `recipe.yaml`, `log.jsonl` and perhaps `broken.txt`
+    recipe: TuneRecipe  # every choice that was made
+    chat_template: str  # in which the conversations were written
+    conversations: int  # trained on
+    cut: int  # of those, longer than a sequence and cut there
+    broken: list[str]  # of each conversation that was left out: file, line, reason
+    steps: int  # of the optimizer
+    resumed_from_step: int  # 0 for a fresh run
+    heldout_before: float | None  # loss of held-out answers, nats per token; None without any
     heldout_after: float | None
-    heldout_tokens: int
-    elapsed_s: float
+    heldout_tokens: int  # how many those are
+    elapsed_s: float  # of this process's own steps
 
 
 @dataclass(frozen=True)
@@ -106,17 +87,14 @@ def tune(
 
     The loss is cross-entropy on what the assistant says, the end of its turn included; see
     `data.template.assistant_spans`. One conversation in twenty is held out; the loss on those is
-    measured before and after. Broken conversations are left out and named in `broken.txt`.
-
-    Processes and stopped runs are as in `train`.
+    measured before and after. Processes and stopped runs are as in `train`.
 
     Args:
         model: a converted (or dense) model folder, or any source `convert` takes.
         out: the run's folder; the model appears in it when the run is complete.
-        data: conversations; see `data.conversations.read_conversations`.
+        data: conversations; see `data.conversations.read_conversations`. Broken ones are left out.
         recipe: a `TuneRecipe` or a YAML file with its keys.
-        overwrite: replace a model in `out` when the new one is complete; begin an unfinished run
-            again.
+        overwrite: replace a model in `out` when the new one is complete, or an unfinished run.
         report: told about progress.
         **settings: single `TuneRecipe` keys; they override the recipe.
 
@@ -132,44 +110,28 @@ def tune(
     with open_folder(out, processes, overwrite=overwrite, sources=(model, data, recipe)) as folder:
         source = resolve_first(model, processes, report)
         config = read_config(source)
-        check_context(config, choice.sequence_length, str(source))
         talks = _read(data, source, choice, report)
-        samples = _samples(talks.trained, choice, processes)
+        samples = ConversationSamples(talks.trained, choice, processes)
         plan = as_training(choice, samples.num_steps, config)
         check_run(plan, processes.num_data)
         check_model(config, plan, str(source))
         loop = TrainingLoop("tune", source, None, samples, plan, processes)
-        measure = partial(heldout_loss, loop.student, talks.heldout, choice, processes)
-        identity = {
-            "source": processes.of_first(lambda: fingerprint(source)),
-            "data": str(data),
-            "tokens": _digest(talks.trained),
-            **choice.model_dump(mode="json", exclude=_FREE),
-        }
+        measure = partial(heldout_loss, loop.student, talks.heldout, plan, processes)
+        identity = processes.of_first(lambda: _identity(source, data, talks, choice))
         first_step = samples.num_steps
-        if not folder.begin(identity):
+        if not begin(folder, identity, processes):
             first_step = loop.resume(folder)
-            first_line = None if first_step else {"step": 0, "heldout_loss": measure()}
-            loop.run(first_step, choice, measure, report, first_line=first_line)
+            begun = None if first_step else {"step": 0, "heldout_loss": measure()}
+            loop.run(first_step, choice, measure, report, first_line=begun)
             record = {"stage": "tune", "run": identity, "result": _result(folder, talks, samples)}
             loop.write(record, amend=lambda finished: _finish(finished, config, talks))
         result = processes.of_first(lambda: _result(folder, talks, samples))
-    return Tuning(
-        folder=Path(out).expanduser(),
-        recipe=choice,
-        resumed_from_step=first_step,
-        elapsed_s=loop.elapsed_s,
-        **result | {"broken": talks.broken},
-    )
+    result |= {"broken": talks.broken, "resumed_from_step": first_step}
+    return Tuning(Path(out).expanduser(), choice, elapsed_s=loop.elapsed_s, **result)
 
 
 def as_training(recipe: TuneRecipe, num_steps: int, config: Mapping[str, Any]) -> TrainRecipe:
-    """Return the recipe of the loop that tunes.
-
-    Args:
-        recipe: of the tuning.
-        num_steps: of the optimizer.
-        config: config.json of the model.
+    """Return the recipe of the loop that tunes a model of this config.json.
 
     Raises:
         UsageError: the model has no routers to balance.
@@ -193,8 +155,9 @@ def as_training(recipe: TuneRecipe, num_steps: int, config: Mapping[str, Any]) -
         **recipe.model_dump(include=same),
         tokens=num_steps * recipe.sequence_length * recipe.global_batch_size,
         min_lr_ratio=0.0,
-        adam_betas=(0.9, 0.999),
+        adam_betas=(0.9, 0.999),  # torch's own, which are usual for this step
         frozen=("routers",) if has_routers and not is_balanced else (),
+        # per pass, as transformers' Trainer has it
         balance=SwitchBalance(coefficient=recipe.balance_coefficient, per_pass=True)
         if is_balanced
         else NoBalance(),
@@ -205,48 +168,20 @@ def as_training(recipe: TuneRecipe, num_steps: int, config: Mapping[str, Any]) -
 
 
 def heldout_loss(
-    network: Any, examples: list[Example], recipe: TuneRecipe, processes: Processes = ONE
+    network: Any, examples: list[Example], recipe: TrainRecipe, processes: Processes = ONE
 ) -> float | None:
     """Return the mean loss of the assistant's tokens, every token counting the same, in nats."""
     if not examples:
         return None
     length = max(len(example.ids) for example in examples)
     rows = padded_rows([[example] for example in examples], height=len(examples), length=length)
-    found = heldout_losses(
-        network,
-        {CONVERSATIONS: rows.tokens.numpy()},
-        {CONVERSATIONS: rows.labels.numpy()},
-        precision=recipe.precision,
-        data_idx=processes.data_idx,
-        num_data=processes.num_data,
-        total=processes.total,
-    )
-    return found[CONVERSATIONS]
-
-
-def _samples(
-    trained: list[Example], recipe: TuneRecipe, processes: Processes
-) -> ConversationSamples:
-    rows = [[example] for example in trained]
-    if recipe.packing:
-        rows = best_fit(trained, recipe.sequence_length)
-    return ConversationSamples(
-        rows,
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        global_batch_size=recipe.global_batch_size,
-        micro_batch_size=recipe.micro_batch_size,
-        processes=processes,
-    )
+    windows, labels = {CONVERSATIONS: rows.tokens.numpy()}, {CONVERSATIONS: rows.labels.numpy()}
+    return losses_of(network, windows, recipe, processes, labels)[CONVERSATIONS]
 
 
 def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn) -> _Talks:
-    """Return what is trained on, what is held out, and a line about everything broken.
-
-    Raises:
-        UsageError: tokenizer or template cannot tell what the assistant says.
-        CorpusError: nothing is left to train on.
-    """
+    """Return what is trained on, what is held out, and a line about everything broken."""
+    check_context(read_config(source), recipe.sequence_length, str(source))
     tokenizer = load_tokenizer(source)
     if not tokenizer.is_fast:
         raise UsageError(
@@ -255,17 +190,11 @@ def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn
         )
     template = for_training(tokenizer, chat_template(tokenizer, recipe.chat_template))
     conversations, broken = read_conversations(data)
-    sides: list[list[Example]] = []
-    for is_held_out in (False, True):
-        side = [c for c in conversations if c.is_held_out == is_held_out]
-        if is_held_out:
-            side = side[: recipe.heldout_conversations]
-        examples, unusable = make_examples(
-            side, tokenizer, template, max_length=recipe.sequence_length, report=report
-        )
-        sides.append(examples)
-        broken += unusable
-    trained, heldout = sides
+    make = partial(make_examples, max_length=recipe.sequence_length, report=report)
+    trained, unusable = make([c for c in conversations if not c.is_held_out], tokenizer, template)
+    kept = [c for c in conversations if c.is_held_out][: recipe.heldout_conversations]
+    heldout, unusable_heldout = make(kept, tokenizer, template)
+    broken += unusable + unusable_heldout
     if not trained:
         raise CorpusError(
             f"{data} holds no conversation to train on: "
@@ -274,7 +203,7 @@ def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn
     return _Talks(tokenizer, template, trained, heldout, broken)
 
 
-def _result(folder: SharedFolder, talks: _Talks, samples: ConversationSamples) -> dict[str, Any]:
+def _result(folder: RunFolder, talks: _Talks, samples: ConversationSamples) -> dict[str, Any]:
     """Return what a finished run's record says of it."""
     log = read_log(folder.work)
     return {
@@ -291,11 +220,44 @@ def _result(folder: SharedFolder, talks: _Talks, samples: ConversationSamples) -
 
 def _finish(folder: Path, config: dict[str, Any], talks: _Talks) -> None:
     """Add to a written model what it was tuned to."""
-    finish_folder(folder, config, talks.tokenizer, talks.template)
+    if talks.template.source is not None:
+        _replace_template(folder, talks.template.source)
+    _stop_at(folder, config, end_of_turn(talks.tokenizer, talks.template))
     if talks.broken:
         (folder / BROKEN).write_text("".join(f"{line}\n" for line in talks.broken))
 
 
-def _digest(examples: list[Example]) -> str:
-    tokens = json.dumps([(example.ids, example.labels) for example in examples])
-    return hashlib.sha256(tokens.encode()).hexdigest()
+def _replace_template(folder: Path, text: str) -> None:
+    """Write the template where runtimes look first, and nowhere else."""
+    (folder / "chat_template.jinja").write_text(text)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        content = json.loads(settings.read_text())
+        if content.pop("chat_template", None) is not None:
+            settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _stop_at(folder: Path, config: dict[str, Any], token: int | None) -> None:
+    """Make generation stop where the assistant's turn ends, besides where it stopped before."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    known = settings.get("eos_token_id", config.get("eos_token_id"))
+    stops = known if isinstance(known, list) else [] if known is None else [known]
+    if token is None or token in stops:
+        return
+    settings["eos_token_id"] = [*stops, token]
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _identity(source: Path, data: str | Path, talks: _Talks, recipe: TuneRecipe) -> dict[str, Any]:
+    """Return what must be the same for a stopped run to go on."""
+    # how the work is cut and kept may change
+    free = {"micro_batch_size", "parallel", "gradient_checkpointing", "checkpoint_every_steps"}
+    tokens = json.dumps([(example.ids, example.labels) for example in talks.trained])
+    return {
+        "source": fingerprint(source),
+        "data": str(data),
+        "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+        **recipe.model_dump(mode="json", exclude=free),
+    }

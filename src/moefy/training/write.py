@@ -13,24 +13,22 @@ import torch
 
 from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import read_config, side_files
+from moefy.run_folder import RunFolder
 from moefy.storage import storage_errors
 from moefy.training.processes import Processes
-from moefy.training.state import FINISHED, SharedFolder
+from moefy.training.state import FINISHED
 
 
 def write_model(
     network: Any,
     source: Path,
-    folder: SharedFolder,
+    folder: RunFolder,
     record: dict[str, Any],
     processes: Processes,
     *,
     amend: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Put the finished model into the run's folder, config.json last.
-
-    Weights go back to the dtype and the on-disk form of the source; its config.json is kept as it
-    is, because other runtimes read spellings there that transformers would not write again.
+    """Put the finished model into the run's folder, in the dtype and the form of its source.
 
     Args:
         network: plain, without adapters.
@@ -50,7 +48,11 @@ def write_model(
         shutil.rmtree(finished, ignore_errors=True)
     processes.wait()
     with storage_errors(finished):
-        _untied(_cast_weights(network, dtype)).save_pretrained(finished)  # all processes gather
+        _round_weights(network, dtype)
+        head = network.get_output_embeddings()
+        if head.weight is network.get_input_embeddings().weight:
+            head.weight = None  # a tied one, gathered from several processes, is written twice
+        network.save_pretrained(finished)  # all processes gather
     processes.wait()
 
     def complete() -> None:
@@ -63,25 +65,17 @@ def write_model(
             amend(finished)
             (finished / "README.md").write_text(model_card(whole, config))
             (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
+            # other runtimes read spellings in it that transformers would not write again
             shutil.copyfile(source / "config.json", finished / "config.json")
+        folder.publish(finished)
 
     processes.of_first(complete)
-    folder.publish(finished)
 
 
-def _untied(network: Any) -> Any:
-    """Drop a tied output matrix: gathered from several processes, it would be written twice."""
-    head = network.get_output_embeddings()
-    if head.weight is network.get_input_embeddings().weight:
-        head.weight = None
-    return network
-
-
-def _cast_weights(network: Any, dtype: torch.dtype) -> Any:
+def _round_weights(network: Any, dtype: torch.dtype) -> None:
     """Round the weights; buffers, as selection biases, keep what small steps have added up to."""
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network.to(dtype)
     for name, buffer in kept.items():
         module, _, own = name.rpartition(".")
         setattr(network.get_submodule(module), own, buffer)
-    return network
