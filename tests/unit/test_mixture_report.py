@@ -11,8 +11,7 @@ import pytest
 
 from moefy.data.mixture import Mixture, WeightUpdate
 from moefy.data.strategies import llama_moe_update
-from moefy.report.tables import write_csv
-from moefy.report.training_charts import mixture_rows, mixture_weights
+from moefy.report.training_charts import mixture_chart
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def log() -> list[dict[str, Any]]:
 
 
 def test_the_figure_shows_each_weight_from_its_step_to_the_next(log: list[dict[str, Any]]) -> None:
-    (axes,) = mixture_weights(log).axes
+    (axes,) = mixture_chart("mixture", log, "").figure.axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
     assert set(lines) == {"a", "b"}  # c was left out
     assert [float(x) for x in lines["b"].get_xdata()] == [0, 4, 6]
@@ -47,7 +46,7 @@ def test_the_figure_shows_each_weight_from_its_step_to_the_next(log: list[dict[s
 
 
 def test_the_table_holds_the_whole_history(log: list[dict[str, Any]], tmp_path: Path) -> None:
-    write_csv(tmp_path / "mixture.csv", mixture_rows(log))
+    mixture_chart("mixture", log, "").write(tmp_path)
     with (tmp_path / "mixture.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["tokens"], row["domain"]) for row in rows] == [

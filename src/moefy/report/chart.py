@@ -23,21 +23,13 @@ _REFERENCES = re.compile(r'(\bid="|\bhref="#|url\(#)')
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of a report.
+    """A figure of a report."""
 
-    Attributes:
-        name: Name of its files, without ending.
-        figure: The drawing.
-        rows: Header and rows of what it shows.
-        caption: How to read it.
-        is_detail: Whether it explains a result rather than shows one.
-    """
-
-    name: str
+    name: str  # of its files, without ending
     figure: Figure
-    rows: Rows
-    caption: str
-    is_detail: bool = False
+    rows: Rows  # the numbers that it shows
+    caption: str  # how to read it
+    is_detail: bool = False  # it explains a result rather than shows one
 
     def __post_init__(self) -> None:
         # A model may be called "a$b$c", which is no formula.

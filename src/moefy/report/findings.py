@@ -27,28 +27,16 @@ SPLIT_NAMES: dict[Side, str] = {"heldout": "held-out", "train": "training", "all
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, and where it was written.
+    """What was measured, and where it was written."""
 
-    Attributes:
-        folder: Folder with `report.html`, `results.json`, `results.md`, and every figure as PNG
-            and CSV.
-        comparison: Held-out loss, cost and speed of all models.
-        suite: Benchmarks of all models in the same order, if they were asked for.
-        routing: Routers of the MoE models, if there are any and they were asked for.
-        records: By model, its moefy.json; None if moefy did not make the model.
-        logs: Steps of the training of the models that `train` made.
-        facts: Data, split, command, date, machine, versions, and what else results.json says.
-        cards: Model folders whose cards show these results.
-    """
-
-    folder: Path
+    folder: Path  # holds the page, results.json, results.md, every figure as PNG and CSV
     comparison: Comparison
-    suite: SuiteResult | None
-    routing: RoutingResult | None
-    records: Mapping[str, dict[str, Any] | None]
-    logs: Mapping[str, list[dict[str, Any]]]
-    facts: Mapping[str, Any]
-    cards: Sequence[Path] = ()
+    suite: SuiteResult | None  # of the same models in the same order; None if not asked for
+    routing: RoutingResult | None  # of the MoE models; None without any, or if not asked for
+    records: Mapping[str, dict[str, Any] | None]  # moefy.json by model; None: not made by moefy
+    logs: Mapping[str, list[dict[str, Any]]]  # the steps of training, by model that was trained
+    facts: Mapping[str, Any]  # what else results.json says: data, split, command, date, machine
+    cards: Sequence[Path] = ()  # model folders whose cards show these results
 
     @property
     def dense(self) -> Result | None:
@@ -69,13 +57,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the steps of the training are in the charts' files."""
-        return {
-            **self.facts,
-            "comparison": self.comparison.to_dict(),
-            "suite": None if self.suite is None else self.suite.to_dict(),
-            "routing": None if self.routing is None else self.routing.to_dict(),
-            "models": dict(self.records),
-        }
+        parts = ("comparison", "suite", "routing")
+        found = {part: getattr(self, part) for part in parts}
+        measured = {part: result and result.to_dict() for part, result in found.items()}
+        return {**self.facts, **measured, "models": dict(self.records)}
 
 
 def facts_of(command: str, data: str, split: Side, *, suite: bool = False) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from moefy.report.chart import Chart, legend_below, load_chart, plain_figure
-from moefy.report.tables import Rows
 from moefy.storage import storage_errors
 from moefy.training.state import read_log
 
@@ -45,8 +43,7 @@ def training_charts(logs: Mapping[str, Log]) -> list[Chart]:
         # The first step always carries the weights; a second one says that they changed.
         if sum("mixture" in line for line in log) > 1:
             caption = f"{name}: each domain's share of the training text (log scale)."
-            figure, rows = mixture_weights(log), mixture_rows(log)
-            charts.append(Chart(f"mixture{ending}", figure, rows, caption))
+            charts.append(mixture_chart(f"mixture{ending}", log, caption))
         if "expert_load" in log[-1]:
             # A single step's load is mostly which text it saw.
             last = log[-max(1, len(log) // 4) :]
@@ -102,16 +99,26 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return [fmean(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
 
 
-def mixture_weights(log: Log) -> Figure:
-    """Draw the domains' weights over tokens.
+def mixture_chart(name: str, log: Log, caption: str) -> Chart:
+    """Draw the domains' weights over tokens; the rows say for each domain and change why.
 
     Args:
+        name: Name of the chart.
         log: A run's steps. Those before which weights were set carry them as `mixture` (the fields
             of `data.mixture.WeightUpdate`). Domains that were left out are not drawn.
+        caption: Caption of the chart.
     """
     figure, axes = plain_figure()
     updates = [line["mixture"] for line in log if "mixture" in line]
-    tokens_per_step = log[0]["tokens"] / log[0]["step"]
+    tokens_per_step = log[0]["tokens"] // log[0]["step"]
+    rows = [["step", "tokens", "domain", "weight", "loss", "reference"]]
+    for update in updates:
+        step = update["step"]
+        for domain, weight in update["weights"].items():
+            # The weights that a run starts with come from no losses.
+            losses = (update[key].get(domain, "") for key in ("losses", "reference"))
+            cells = (step, step * tokens_per_step, domain, weight, *losses)
+            rows.append([str(cell) for cell in cells])
     starts = [update["step"] * tokens_per_step / 1e3 for update in updates]
     for domain in sorted({domain for update in updates for domain in update["weights"]}):
         weights = [update["weights"][domain] for update in updates]
@@ -125,20 +132,4 @@ def mixture_weights(log: Log) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     legend_below(figure, axes)
-    return figure
-
-
-def mixture_rows(log: Log) -> Rows:
-    """Return header and rows of a mixture's history: one row for each domain and change.
-
-    The losses of the weights that a run starts with are empty.
-    """
-    rows = [["step", "tokens", "domain", "weight", "loss", "reference"]]
-    tokens_per_step = log[0]["tokens"] // log[0]["step"]
-    for update in (line["mixture"] for line in log if "mixture" in line):
-        step = update["step"]
-        for domain, weight in update["weights"].items():
-            losses = (update[key].get(domain, "") for key in ("losses", "reference"))
-            cells = (step, step * tokens_per_step, domain, weight, *losses)
-            rows.append([str(cell) for cell in cells])
-    return rows
+    return Chart(name, figure, rows, caption)
