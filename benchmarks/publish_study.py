@@ -19,7 +19,7 @@ from moefy.run_folder import MARKER
 from moefy.studies.ablations import ABLATIONS, Ablation
 from moefy.studies.grid import GRID
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.report import HEAD, NOT_RUN, PAGE, page, seeds_text
+from moefy.studies.report import HEAD, NOT_RUN, PAGE, page
 from moefy.studies.runs import RUNS, Run, read_arms, read_runs
 from moefy.studies.summary import UNDECIDED, agreement, difference
 
@@ -93,7 +93,7 @@ def study_rows(studies: Studies, docs: Path) -> Rows:
         rows.append(
             [
                 _name(recipe),
-                seeds_text(runs),
+                ", ".join(sorted({str(run.seed) for run in runs})),
                 f"{recipe.windows} × {recipe.sequence_length} tokens",
                 ", ".join(sorted({run.machine for run in runs})),
                 f"[{folder.name}/{PAGE}]({(folder / PAGE).relative_to(docs)})",
@@ -122,14 +122,16 @@ def comparison_rows(found: dict[str, Arms]) -> Rows:
         if runs[0].against in arms
     }
     rows = [["arm", "compared with", "the paper"]]
+    losses: dict[str, list[str]] = {}
     for study, arms in found.items():
         learned = any(run.trained or run.conversations for runs in arms.values() for run in runs)
         ends = [f"start, {study}", f"end, {study}"] if learned else [f"untrained, study of {study}"]
+        losses[study] = ["loss_before", "loss"] if learned else ["loss"]
         rows[0] += [*ends, "result"]
     for (name, other), expected in pairs.items():
         row = [name, other, expected or ""]
         for study, arms in found.items():
-            for when in ("loss_before", "loss")[f"end, {study}" not in rows[0] :]:
+            for when in losses[study]:
                 ends = difference(arms.get(name, []), arms.get(other, []), when)
                 row.append(ends.text("+") if ends else "")
             mark = ends.mark if ends else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from moefy.data.conversations import read_conversations
 from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.progress import Progress
 from moefy.studies.ablations import METHODS
-from moefy.studies.report import page, seeds_text
-from moefy.studies.runs import Run
+from moefy.studies.report import page
 from moefy.studies.toy import SMOKE, make_toys
 
 TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128, "evaluations": 1}
@@ -58,9 +56,9 @@ def test_a_study_that_is_stopped_goes_on(toys: tuple[Path, ...], tmp_path: Path)
     assert list((out / "work/models").iterdir())  # the conversion of the run that stopped
     so_far = tiny_study(toys, out, "rescaling", report_only=True, seeds=2)
     assert (so_far.measured, lines_of(out)) == (0, kept)
-    assert so_far.skipped["rescaling: 4/16 rescaled"] == "not yet, seed 0, 1"
-    assert so_far.skipped["rescaling: 4/16 not rescaled"] == "not yet, seed 1"
-    assert "- rescaling: 4/16 rescaled: not yet, seed 0, 1" in (out / "study.md").read_text()
+    assert so_far.skipped["rescaling: 4/16 rescaled, seed 0"] == "not measured yet"
+    assert "rescaling: 4/16 not rescaled, seed 0" not in so_far.skipped
+    assert "- rescaling: 4/16 rescaled, seed 1: not measured yet" in (out / "study.md").read_text()
     assert list((out / "work/models").iterdir())  # a report leaves the stopped run as it is
     done = tiny_study(toys, out, "rescaling")
     assert done.measured == 4
@@ -138,8 +136,8 @@ def test_runs_of_other_settings_are_done_again(toys: tuple[Path, ...], tmp_path:
     with (out / "runs.jsonl").open("a") as file:
         file.write((other / "runs.jsonl").read_text())
     found = tiny_study(toys, out, "rescaling", report_only=True, seeds=2)
-    assert found.skipped["rescaling: 4/16 rescaled"] == "not yet, seed 1"
-    assert "rescaling: dense" not in found.skipped  # it is not trained
+    assert found.skipped["rescaling: 4/16 rescaled, seed 1"] == "not measured yet"
+    assert "rescaling: dense, seed 1" not in found.skipped  # it is not trained
     assert {run.trained for run in found.runs} == {0, 128}
     done = tiny_study(toys, out, "rescaling", seeds=2)
     assert done.measured == 5
@@ -150,14 +148,6 @@ def test_a_copied_study_goes_on(toys: tuple[Path, ...], tmp_path: Path) -> None:
     tiny_study(toys, tmp_path / "out", "rescaling")
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     assert tiny_study(toys, tmp_path / "copy", "rescaling").measured == 0
-
-
-def test_seeds_are_said_for_each_ablation() -> None:
-    run = Run("size", "dense", 0, None, None, "", 0, 0, 1, 1, 1, 1.0, 1.0, {}, [], "here")
-    sizes = [replace(run, seed=seed) for seed in (2, 0, 1)]
-    others = [replace(run, ablation=name) for name in ("rescaling", "scratch")]
-    assert seeds_text(sizes) == "0, 1, 2"
-    assert seeds_text([*sizes, *others]) == "0 (size: 0, 1, 2)"
 
 
 def test_a_report_of_nothing_leaves_nothing(toys: tuple[Path, ...], tmp_path: Path) -> None:
@@ -185,7 +175,6 @@ def test_the_page_follows_from_its_files(toys: tuple[Path, ...], tmp_path: Path)
         shutil.copyfile(out / name, copied / name)
     written = (out / "study.md").read_text()
     assert page(copied) == written
-    assert "Seeds: 0, 1." in written
     text = (copied / "rescaling.csv").read_text()
     (loss,) = (
         str(run["loss"])

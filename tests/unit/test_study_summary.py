@@ -28,7 +28,7 @@ def run(
         seed=seed,
         against=against,
         expected=expected,
-        key=f"{arm}{seed}",
+        key="",
         trained=0 if arm == "dense" else 1000,
         conversations=0,
         total_params=2_000_000,

@@ -30,6 +30,7 @@ def ablation_figure(arms: Mapping[str, Sequence[Run]]) -> Figure:
             tokens = [tokens / 1e3 for tokens, _ in runs[0].curve]
             losses = list(zip(*([loss for _, loss in run.curve] for run in runs), strict=True))
             (line,) = axes.plot(tokens, list(map(statistics.fmean, losses)), "o-", ms=3, label=name)
+            # the range of the seeds; an interval of three seeds would hide the other lines
             low, high = list(map(min, losses)), list(map(max, losses))
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel="training tokens (thousands)", ylabel="held-out loss (nats per token)")
@@ -69,6 +70,7 @@ def grid_figure(points: Sequence[GridPoint]) -> Figure:
                 yerr=[point.half_width or 0.0 for point in found],
                 fmt="s" if name == "pruned" else "o",
                 color="0.2" if name == "pruned" else None,
+                # speed is no function of the size, so its points are not joined
                 linestyle="-" if measure == "active" else "none",
                 markersize=4,
                 label=name,

@@ -87,17 +87,9 @@ def measure_speeds(
     recipe: StudyRecipe,
     report: ProgressFn,
 ) -> None:
-    """Time the splits of a dense model in turn and write `speed.json`, unless that was done.
+    """Time the splits, by the name of their arm, and write `speed.json`, unless that was done.
 
-    Speed does not depend on the weights, so they are random. One sequence at once, the fastest
-    expert implementation of each phase, medians over the rounds.
-
-    Args:
-        out: folder of the study.
-        splits: by the name of their arm.
-        config: config.json of the dense model.
-        recipe: of the study.
-        report: told about progress.
+    One sequence at once, the fastest expert implementation of each phase, medians over the rounds.
     """
     about = {
         "splits": {name: asdict(split) for name, split in splits.items()},
@@ -107,6 +99,7 @@ def measure_speeds(
     file = out / SPEED
     if file.is_file() and json.loads(file.read_text())["about"] == about:
         return
+    # Speed does not depend on the weights: they are random, and nothing is read or dequantised.
     plain = {key: config[key] for key in config if key != "quantization_config"}
     models = {"dense": plain}
     models |= {name: split_config(plain, **asdict(split)) for name, split in splits.items()}
@@ -133,7 +126,7 @@ def write_grid(out: Path, arms: Mapping[str, list[Run]], model: str, data: str) 
     for name, split in about["splits"].items():
         runs = arms.get(name, [])
         above = difference(runs, arms["dense"])
-        if above is None:
+        if above is None:  # it has speeds, but no run with a seed of the dense model's
             continue
         faster = {phase: speed / speeds["dense"][phase] for phase, speed in speeds[name].items()}
         points.append(

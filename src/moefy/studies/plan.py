@@ -111,6 +111,7 @@ def plan(
             continue
         counted = cost(made, context=context)
         faster = getattr(point, f"{phase}_of_dense")
+        # Parameters are this model's own, speed is the grid's: neither is interpolated.
         small_enough = active_params is None or counted.active_params <= active_params
         fits = small_enough and faster >= (speedup or 0)
         candidates.append(PlannedSplit(point, counted, faster, fits))
@@ -122,6 +123,7 @@ def plan(
     # Of splits that cannot be told from the lowest loss, speed decides.
     equal = [each for each in fitting if _is_equal(each.point, fitting[0].point)]
     best = max(equal, key=lambda each: each.speedup)
+    # A shape or a config.json has no weights, so commands cannot name it.
     has_weights = Path(model).expanduser().is_dir() or str(model) == BUILTIN
     named = str(model) if has_weights else "MODEL"
     basis = _basis(str(model), named, dense, best.point)
@@ -168,7 +170,7 @@ def _unreachable(
 def _command(model: str, point: GridPoint) -> str:
     command = f"moefy convert {model} OUT --experts {point.experts} --active {point.active}"
     command += f" --shared {point.shared}"
-    if point.shared == point.active:
+    if point.shared == point.active:  # static pruning, with its own choices (ablations.yaml)
         command += " --partition coactivation --set refit_ridge=0.01"
     return command
 

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from moefy.recipe import Positive, Recipe, option
 
 Settings = dict[str, Any]
+# They add runs, or measure speed, and change no run that is there.
 _FREE = {"seeds", "first_seed", "grid", "prompt_tokens", "new_tokens", "rounds"}
-"""Where the results may differ and stand in one folder."""
 
 
 class StudySettings(TypedDict, total=False):

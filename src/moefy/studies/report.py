@@ -5,7 +5,6 @@ The page is made from the files in the folder alone.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,15 +32,9 @@ def write_report(
     model: str,
     data: str,
 ) -> dict[str, Rows]:
-    """Write tables, figures and the page; return the tables by ablation.
+    """Write tables, figures and the page of all runs; return the tables by ablation.
 
-    Args:
-        out: the study's folder.
-        runs: all that are shown.
-        recipe: of the study.
-        skipped: what is missing, and why.
-        model: name of the dense model.
-        data: name of the text.
+    `skipped` says what is missing and why, `model` and `data` are names.
     """
     for ablation in ABLATIONS:
         table, picture = (out / f"{ablation.name}{end}" for end in (".csv", ".png"))
@@ -50,6 +43,7 @@ def write_report(
             continue
         with storage_errors(out):
             write_csv(table, run_rows(found))
+        # What is drawn and written comes from the file, so that it can be made again from it.
         arms = read_arms(table)
         figure = ablation_figure(arms)
         if ablation.name == "size":
@@ -63,7 +57,7 @@ def write_report(
         f"# Study\n\nAblations on {model}, text: {data}, as `moefy study` ran them ({machines}). "
         f"Losses are measured on {recipe.windows} held-out windows of {recipe.sequence_length} "
         "tokens per domain, the same for every model, and are means over the domains.\n\n"
-        f"Seeds: {seeds_text(runs)}. A seed decides partition, router, fresh weights and the order "
+        "A seed decides partition, router, fresh weights and the order "
         "of samples, not the held-out text. ± is half of the 95% interval of the mean over the "
         "seeds (Student's t). Differences are paired by seed; a result is not decided where the "
         "interval includes 0 or is of one seed. Every setting is in `recipe.yaml`.\n"
@@ -107,14 +101,3 @@ def _section(folder: Path, name: str) -> str:
         parts.append(f"The paper: {ablation.paper}")
     parts.append(f"Loss: {ablation.measure}. Every run: {', '.join(files)}.")
     return "\n\n".join(parts) + "\n"
-
-
-def seeds_text(runs: Iterable[Run]) -> str:
-    """Say which seeds were run, as in "0, 1, 2", or "0 (size: 0, 1, 2)" where ablations differ."""
-    found: dict[str, set[int]] = {}
-    for run in runs:
-        found.setdefault(run.ablation, set()).add(run.seed)
-    texts = {name: ", ".join(map(str, sorted(seeds))) for name, seeds in found.items()}
-    usual = statistics.mode(texts.values())
-    others = "; ".join(f"{name}: {text}" for name, text in texts.items() if text != usual)
-    return f"{usual} ({others})" if others else usual

@@ -23,7 +23,7 @@ from moefy.studies.grid import SPEED, measure_speeds
 from moefy.studies.recipe import StudyRecipe, StudySettings
 from moefy.studies.report import write_report
 from moefy.studies.runner import Runner
-from moefy.studies.runs import RUNS, Job, Place, Run, digest, read_runs, write_runs
+from moefy.studies.runs import RUNS, Job, Place, Run, digest, job_of, read_runs, write_runs
 from moefy.studies.toy import SMOKE, make_toys
 from moefy.training.recipe import TuneRecipe
 
@@ -96,11 +96,13 @@ def study(
     wanted = ablations_named(only)
     if smoke:
         choice = StudyRecipe.build(recipe, **{**SMOKE, **settings})
+        # In the cache, because the identity of the study must be known before its folder is begun.
         model, data, sft = make_toys(cache_folder() / "toys", report)
     else:
         choice = StudyRecipe.build(recipe, **settings)
     dense = resolve(model, report=report)
     inputs = {"model": fingerprint(dense), "data": str(data)}
+    # Everything that can be refused is refused here, before the first model is made.
     jobs, skipped = _jobs(wanted, choice, dense, data, sft, inputs, report)
     if report_only and not (out / RUNS).is_file():
         raise UsageError(f"{out} holds no runs to report: leave --report-only out to make them")
@@ -128,7 +130,9 @@ def study(
             size = [job for job in jobs if job.ablation == "size"]
             if splits := {job.arm.name: job.convert.split for job in size if job.convert}:
                 measure_speeds(work, splits, read_config(dense), choice, report)
-        skipped |= _missing(jobs, runs)
+        for job in jobs:
+            if job.place not in runs:
+                skipped[f"{job.ablation}: {job.arm.name}, seed {job.seed}"] = "not measured yet"
         names = {"model": Path(model).name, "data": Path(data).name}
         tables = write_report(work, list(runs.values()), choice, skipped, **names)
         if not report_only:  # the models of a stopped run stay for the call that goes on
@@ -170,12 +174,13 @@ def _jobs(
         for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
             for arm in ablation.arms(recipe):
                 count = arm.convert.get("experts")
+                # A grid may hold counts that one model allows and another does not.
                 if count and inner % count:
                     skipped[f"{ablation.name}: {arm.name}"] = (
                         f"intermediate_size {inner} cannot be split into {count} equal experts"
                     )
                 else:
-                    jobs.append(Job.of(ablation.name, arm, recipe, seed, inner, measured_on))
+                    jobs.append(job_of(ablation.name, arm, recipe, seed, inner, measured_on))
     if not any(job.convert for job in jobs):
         reasons = "; ".join(f"{what}: {why}" for what, why in skipped.items())
         raise UsageError(f"nothing can be studied here ({reasons})")
@@ -220,6 +225,7 @@ def _run_all(
         report(Progress("study", number, len(jobs), f"{job.ablation}: {job.arm.name}"))
         if job.place in runs:
             continue
+        # Arms of two ablations may be the same run: it is measured once and kept under both names.
         if job.key not in done:
             done[job.key] = runner.run(job)
             measured += 1
@@ -227,15 +233,7 @@ def _run_all(
         same = replace(done[job.key], ablation=ablation, arm=arm, seed=seed)
         runs[job.place] = replace(same, against=job.arm.against, expected=job.arm.expected)
         write_runs(file, runs)
+        # A model is removed as soon as no later job needs it: a study makes hundreds of them.
         runner.clear(other for other in jobs[number + 1 :] if other.key not in done)
     report(Progress("study", len(jobs), len(jobs)))
     return measured
-
-
-def _missing(jobs: Sequence[Job], runs: Mapping[Place, Run]) -> dict[str, str]:
-    """Name the arms of which seeds are missing, and say which."""
-    seeds: dict[str, list[str]] = {}
-    for job in jobs:
-        if job.place not in runs:
-            seeds.setdefault(f"{job.ablation}: {job.arm.name}", []).append(str(job.seed))
-    return {name: f"not yet, seed {', '.join(found)}" for name, found in seeds.items()}

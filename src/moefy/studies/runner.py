@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Int
 
 from moefy.checkpoint.cost import cost
+from moefy.checkpoint.inspect import split_config
 from moefy.checkpoint.load import load_model
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.construct.convert import convert
@@ -33,18 +35,10 @@ _AT_ONCE = 8  # windows in one forward pass
 
 
 class Runner:
-    """Does one job after another in a folder of its own.
+    """Does one job after another, with models in the folder `work`.
 
     Every step is a public function of moefy that writes a folder. A complete folder is not made
     again, and a step that was stopped goes on where it was.
-
-    Args:
-        work: folder for models.
-        dense: folder of the dense model.
-        data: text by domain.
-        sft: conversations, if there are any.
-        recipe: of the study.
-        report: told about progress.
     """
 
     def __init__(
@@ -67,8 +61,10 @@ class Runner:
             MoefyError: of the step that failed; the folders of the other steps are kept.
         """
         model = self._beginning(job)
+        # Training and tuning keep the architecture, so it is counted before.
         counted = cost(read_config(model), context=self._recipe.sequence_length)
         found: dict[str, Any] = {"trained": 0, "conversations": 0, "curve": []}
+        # Where a model is tuned, its loss is that of conversations, before tuning and after.
         if job.tune is None:
             if job.model_key not in self._losses:
                 self._losses[job.model_key] = self._heldout(model)
@@ -99,7 +95,7 @@ class Runner:
     def clear(self, left: Iterable[Job]) -> None:
         """Remove trained models, and those that none of the jobs that are left begins with."""
         shutil.rmtree(self._work / "runs", ignore_errors=True)
-        kept = {key for job in left for key in (job.model_key, job.as_converted().model_key)}
+        kept = {job.model_key for job in left}
         for folder in (self._work / "models").glob("*"):
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -117,6 +113,7 @@ class Runner:
 
     def _heldout(self, model: Path) -> dict[str, float]:
         self._report(Progress("held-out loss", 0, 1))
+        # float32 on every machine: a study's differences can be smaller than bfloat16's rounding.
         network = load_model(model, dtype=torch.float32).to(device())
         losses = heldout_losses(
             network, self._windows, precision="float32", micro_batch_size=_AT_ONCE
@@ -132,15 +129,18 @@ class Runner:
         if _is_complete(folder):
             return folder
         if job.arm.start == "scratch":
-            return _write_fresh(self._beginning(job.as_converted()), folder, job.seed)
-        text = job.arm.text or self._data
-        convert(self._dense, folder, data=text, recipe=job.convert, report=self._report)
+            config = split_config(read_config(self._dense), **asdict(job.convert.split))
+            _write_fresh(config, side_files(self._dense), folder, job.seed)
+        else:
+            text = job.arm.text or self._data
+            convert(self._dense, folder, data=text, recipe=job.convert, report=self._report)
         return folder
 
     def _trained(self, job: Job, model: Path) -> Path:
         folder = self._work / "runs" / f"{job.key}-trained"
         if job.train and not _is_complete(folder):
             recipe = job.train
+            # Keys must not depend on where the dense model is, so the path is filled in here.
             if recipe.teacher == OWN:
                 recipe = recipe.model_copy(update={"teacher": str(self._dense)})
             train(model, folder, data=self._data, recipe=recipe, report=self._report)
@@ -151,6 +151,7 @@ class Runner:
         folder = self._work / "runs" / f"{job.key}-tuned"
         if not _is_complete(folder):
             tune(model, folder, data=self._sft, recipe=job.tune, report=self._report)
+        # From the file, since the folder may have been complete before this call.
         result = json.loads((folder / "moefy.json").read_text())["result"]
         return {
             "conversations": result["conversations"],
@@ -160,19 +161,19 @@ class Runner:
         }
 
 
-def _write_fresh(architecture: Path, out: Path, seed: int) -> Path:
-    """Write a model of the same architecture with transformers' own initial weights."""
+def _write_fresh(config: dict[str, Any], files: Iterable[Path], out: Path, seed: int) -> None:
+    """Write a model with transformers' own initial weights, and files beside it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(architecture)
+    # fork_rng: the caller's random numbers stay what they would be without this.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        made = AutoConfig.for_model(**config)
+        network = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     with cached_folder(out) as partial:
         network.save_pretrained(partial)
-        for file in (*side_files(architecture), architecture / "config.json"):
+        for file in files:  # the tokenizer's
             shutil.copyfile(file, partial / file.name)
-    return out
 
 
 def _curve(before: float, log: list[dict[str, Any]], after: float) -> list[tuple[int, float]]:

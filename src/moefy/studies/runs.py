@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,7 @@ Place = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is to be done, every choice made; None is a step that it does not take.
-
-    `measured_on` names model, text and windows that the loss is measured on, as plain values.
-    """
+    """A run that is to be done, every choice made; None is a step that it does not take."""
 
     ablation: str
     arm: Arm
@@ -39,34 +36,7 @@ class Job:
     convert: ConvertRecipe | None
     train: TrainRecipe | None
     tune: TuneRecipe | None
-    measured_on: Mapping[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        ablation: str,
-        arm: Arm,
-        recipe: StudyRecipe,
-        seed: int,
-        intermediate_size: int,
-        measured_on: Mapping[str, Any],
-    ) -> Job:
-        """Make every choice of a run.
-
-        Raises:
-            UsageError: the split cannot be made, or a setting is not allowed.
-        """
-        convert = train = tune = None
-        if arm.start != "dense":
-            convert = ConvertRecipe.build(**{**recipe.convert, **arm.convert, "seed": seed})
-            convert = convert.for_model(intermediate_size)
-        if arm.train is not None:
-            train = _train_recipe(arm, recipe, seed)
-        if arm.tunes:
-            tune = TuneRecipe.build(**{**recipe.tune, "seed": seed})
-        else:  # then the conversations do not change its results
-            measured_on = {name: value for name, value in measured_on.items() if name != "sft"}
-        return cls(ablation, arm, seed, convert, train, tune, measured_on)
+    measured_on: Mapping[str, Any]  # model, text and windows, as plain values
 
     @property
     def place(self) -> Place:
@@ -95,10 +65,6 @@ class Job:
             "text": self.arm.text,
             "seed": None if fixed else self.seed,
         }
-
-    def as_converted(self) -> Job:
-        """Return the job that begins with the plain conversion of the same choices."""
-        return replace(self, arm=replace(self.arm, start="converted"))
 
 
 @dataclass(frozen=True)
@@ -146,7 +112,34 @@ class Run:
 _RUN = TypeAdapter(Run)
 
 
+def job_of(
+    ablation: str,
+    arm: Arm,
+    recipe: StudyRecipe,
+    seed: int,
+    intermediate_size: int,
+    measured_on: Mapping[str, Any],
+) -> Job:
+    """Make every choice of a run.
+
+    Raises:
+        UsageError: the split cannot be made, or a setting is not allowed.
+    """
+    convert = train = tune = None
+    if arm.start != "dense":
+        convert = ConvertRecipe.build(**{**recipe.convert, **arm.convert, "seed": seed})
+        convert = convert.for_model(intermediate_size)
+    if arm.train is not None:
+        train = _train_recipe(arm, recipe, seed)
+    if arm.tunes:
+        tune = TuneRecipe.build(**{**recipe.tune, "seed": seed})
+    else:  # then the conversations do not change its results
+        measured_on = {name: value for name, value in measured_on.items() if name != "sft"}
+    return Job(ablation, arm, seed, convert, train, tune, measured_on)
+
+
 def _train_recipe(arm: Arm, recipe: StudyRecipe, seed: int) -> TrainRecipe:
+    # What the arm says comes before the study's recipe, and the study's measuring before both.
     sizes = {"tokens": recipe.tokens, "sequence_length": recipe.sequence_length}
     fixed = {"heldout_sequences": recipe.windows, "seed": seed}
     choices: dict[str, Any] = {**sizes, **recipe.train, **(arm.train or {}), **fixed}
@@ -184,7 +177,9 @@ def write_runs(file: Path, runs: Mapping[Place, Run]) -> None:
 def run_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Return header and rows of an ablation's CSV file, which `read_arms` reads back."""
     domains = list(dict.fromkeys(name for run in runs for name in run.domain_loss))
-    plain = [f.name for f in fields(Run) if f.name not in ("ablation", "domain_loss", "curve")]
+    # Keys are left out, so that the files do not change when a recipe gets a new setting.
+    others = {"ablation", "key", "domain_loss", "curve"}
+    plain = [f.name for f in fields(Run) if f.name not in others]
     rows = [[*plain, *(f"loss_{domain}" for domain in domains), "curve"]]
     for run in runs:
         cells = [getattr(run, name) for name in plain]
@@ -203,7 +198,7 @@ def read_arms(file: Path) -> dict[str, list[Run]]:
                 for name, cell in row.items()
                 if cell and name.startswith("loss_") and name != "loss_before"
             }
-            more = {"domain_loss": losses, "curve": json.loads(row["curve"])}
+            more = {"key": "", "domain_loss": losses, "curve": json.loads(row["curve"])}
             values = {name: cell or None for name, cell in row.items()} | more
             run = _RUN.validate_python({"ablation": file.stem} | values)
             arms.setdefault(run.arm, []).append(run)

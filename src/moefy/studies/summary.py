@@ -31,6 +31,7 @@ class Spread:
     @property
     def mark(self) -> str:
         """Whether it is higher or lower than 0, where the interval and three decimals show it."""
+        # One value has no spread, so it cannot be called more than chance.
         if self.half_width is None or abs(self.mean) <= max(self.half_width, _SMALLEST):
             return UNDECIDED
         return "higher" if self.mean > 0 else "lower"
@@ -49,6 +50,7 @@ def spread(values: Sequence[float]) -> Spread:
     """
     if len(set(values)) < 2:
         return Spread(values[0], None)
+    # Few seeds have a wide interval: with three, t is 4.3 instead of the normal 1.96.
     t = _T[min(len(values) - 1, len(_T)) - 1]
     half_width = t * statistics.stdev(values) / math.sqrt(len(values))
     return Spread(statistics.fmean(values), half_width)

@@ -33,6 +33,7 @@ SMOKE: dict[str, Any] = {
     "prompt_tokens": 16,
     "new_tokens": 4,
     "rounds": 1,
+    "grid": (8, 16),
     "convert": {"calibration_tokens": 1024, "calibration_length": 64},
     "train": {"global_batch_size": 2, "micro_batch_size": 2, "precision": "float32"},
     "tune": {"epochs": 1, "sequence_length": 128, "global_batch_size": 4, "precision": "float32"},
@@ -72,9 +73,10 @@ def make_toys(folder: Path, report: ProgressFn = silent) -> tuple[Path, Path, Pa
             _write_text(partial)
     if not talks.parent.is_dir():
         with cached_folder(talks.parent) as partial:
-            (partial / talks.name).write_text("".join(map(_conversation, range(80))))
+            lines = [_conversation(a, b) for a in range(8) for b in range(10)]
+            (partial / talks.name).write_text("".join(lines))
     if not model.is_dir():
-        # A random model loses nothing when it is split, so the toy is trained for a moment.
+        # The FFNs of a random model do little, so its splits would hardly differ from it.
         with cached_folder(model) as partial:
             train(
                 write_toy_llama(partial / "untrained"),
@@ -96,23 +98,15 @@ def _write_text(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for place, domain in enumerate(SLIMPAJAMA):
         letters = list("abcdefghijklmnopqrstuvwxyz"[2 * place : 2 * place + 6] + " ")
-        # Each row is the distribution of the letter that follows one of the letters.
-        habits = generator.dirichlet(np.full(len(letters), 0.3), size=len(letters))
-        lines = []
-        for _ in range(150):
-            letter, written = 0, []
-            for _ in range(400):
-                letter = generator.choice(len(letters), p=habits[letter])
-                written.append(letters[letter])
-            lines.append(json.dumps({"text": "".join(written)}) + "\n")
-        (folder / f"{domain}.jsonl").write_text("".join(lines))
+        # Some letters are frequent and some rare, so that there is something to learn.
+        shares = generator.dirichlet(np.full(len(letters), 0.3))
+        texts = ["".join(generator.choice(letters, size=400, p=shares)) for _ in range(150)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{domain}.jsonl").write_text(lines)
 
 
-def _conversation(number: int) -> str:
-    """Return a question that has an answer; a few of them are held out by their content."""
-    a, b = divmod(number, 10)
-    messages = [
-        {"role": "user", "content": f"What is {a} + {b}?"},
-        {"role": "assistant", "content": f"It is {a + b}."},
-    ]
-    return json.dumps({"messages": messages}) + "\n"
+def _conversation(a: int, b: int) -> str:
+    """Return a question with its answer; its content decides whether it is held out."""
+    asked = {"role": "user", "content": f"What is {a} + {b}?"}
+    answered = {"role": "assistant", "content": f"It is {a + b}."}
+    return json.dumps({"messages": [asked, answered]}) + "\n"
