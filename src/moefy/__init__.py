@@ -67,6 +67,7 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        # before torch is imported, which reads the environment once
         import_module("moefy.hardware").ask_for_huge_pages()
         module, _, attribute = _HOME[name].rpartition(".")
         return getattr(import_module(f"moefy.{module}"), attribute)

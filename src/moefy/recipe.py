@@ -57,6 +57,7 @@ class Recipe(BaseModel):
             if not settings:
                 return recipe
         values = recipe.model_dump() if isinstance(recipe, Recipe) else _read(recipe)
+        # one by one, because `a.b` may change what an earlier key `a` has set
         for key, value in settings.items():
             _set(values, key, value)
         try:
@@ -67,6 +68,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keys_are_known(cls, values: Any) -> Any:
+        # pydantic would forbid them too, but it cannot say what is allowed or what took their place
         for key in values if isinstance(values, dict) else ():
             if new := cls.renamed.get(key):
                 raise ValueError(f"{key} is now called {new}")
@@ -186,6 +188,7 @@ class ConvertRecipe(Recipe):
         Raises:
             UsageError: see `Split.check`.
         """
+        # sharing-inner has no shared experts, whatever the usual number is
         shared = 0 if self.partition == "sharing-inner" else self.shared
         split = Split.of(intermediate_size, self.experts, self.active, shared)
         return self.model_copy(update=asdict(split))
@@ -284,7 +287,7 @@ def parse_weights(text: str) -> dict[str, float]:
     try:
         pairs = [entry.split("=") for entry in text.split(",")]
         weights = {name.strip(): float(number) for name, number in pairs}
-    except ValueError:
+    except ValueError:  # no number, or more or fewer than one "="
         weights = {"": 0.0}
     if not all(weights):
         raise UsageError(
@@ -326,7 +329,8 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(map(str, item["loc"]))
-        if item["type"] == "value_error":  # ours, with a text that names the value
+        # errors that recipes raise themselves name the value in a sentence of their own
+        if item["type"] == "value_error":
             text = item["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {text}" if where else text)
         else:

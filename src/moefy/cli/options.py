@@ -25,7 +25,9 @@ Data = Annotated[
     str, typer.Option(help="File, folder of DOMAIN.jsonl files, hf:DATASET or 'demo'.")
 ]
 SplitName = Annotated[
-    Literal["heldout", "train", "all"], typer.Option(help="Documents to measure on.")
+    Literal["heldout", "train", "all"],
+    # a metavar of its own: Typer's would list the names and squeeze all other texts
+    typer.Option(metavar="<str>", help="Documents to measure on: heldout, train or all."),
 ]
 Dtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
 Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of lm_eval, as in sciq,piqa.")]
