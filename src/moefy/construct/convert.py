@@ -103,6 +103,7 @@ def convert(
         dense = DenseCheckpoint(resolve(source, report=report))
         choice, target = _for_model(asked, dense)
         windows = None
+        # text and recipe are refused before the folder is touched
         if choice.calibrated:
             windows = calibration_windows(
                 data,
@@ -170,6 +171,7 @@ def _write(
         config = pruned_config(dense.config, split)
     else:
         config = target_config(target, dense.config, split, dtype=dense.dtype)
+    # an upper bound: the header's size must be known before the tensors are
     tensors_per_layer = len(dense.layer_tensors) + 3 * split.routed + 6
     max_tensors = (dense.num_layers + 1) * tensors_per_layer
     with ShardWriter(folder, max_tensors=max_tensors) as writer, ThreadPoolExecutor(1) as beside:
@@ -178,6 +180,7 @@ def _write(
             shutil.copyfile(file, folder / file.name)
         for name in dense.model_tensors():
             writer.add(name, dense[name])
+        # not every runtime lets a target's output matrix be the embeddings, see `NativeTarget.tied`
         if dense.tied and not config["tie_word_embeddings"]:
             writer.add("lm_head.weight", dense["model.embed_tokens.weight"])
         slots = []
@@ -191,7 +194,7 @@ def _write(
         record["source"]["sha256"] = hashes.result()
         (folder / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
         (folder / "README.md").write_text(model_card(record, config))
-        writer.finish(config)
+        writer.finish(config)  # config.json last: without it the folder is no model
 
 
 def split_layers(
@@ -212,6 +215,7 @@ def split_layers(
     """
     if windows is None:
         for layer_idx in range(dense.num_layers):
+            # weight-only methods promise the same bytes whatever the number of threads
             with one_thread():  # sums in another order could give other experts
                 split = split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx, score)
             yield split
@@ -258,6 +262,7 @@ def _record(
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
     if windows is not None:
+        # the same bytes on machines of either byte order
         tokens = hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()
         name = str(data) if str(data).startswith(HUB) else Path(data).name
         record["calibration"] = {"data": name, "tokens": windows.size, "sha256": tokens}

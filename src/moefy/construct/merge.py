@@ -53,49 +53,39 @@ def export_dense(
         raise ArchitectureError(
             f"{folder} is a {config.get('model_type')!r} model and no split one: nothing to undo"
         )
+    # what cannot be undone is refused before anything is written
     recipe, dense_config = _record(folder)
     slots = _slots(folder, dense_config)
+    family, tied = FAMILIES[dense_config["model_type"]], dense_config["tie_word_embeddings"]
     with RunFolder(out, "model", overwrite=overwrite, sources=[folder]) as run:
         files = [open_tensors(folder / name) for name in weight_files(folder)]
         stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
         if not run.begin({"export": str(model)}):
             run.require_bytes(sum(file.num_bytes for file in files))
-            with storage_errors(run.out):
-                _write(run.work, folder, stored, target, recipe, dense_config, slots, report)
+            with (
+                storage_errors(run.out),
+                ShardWriter(run.work, max_tensors=16 * (len(slots) + 1)) as writer,
+            ):
+                for file in side_files(folder):
+                    shutil.copyfile(file, run.work / file.name)
+                for name in family.model_tensors:
+                    if name in stored and not (tied and name == "lm_head.weight"):
+                        writer.add(name, stored[name].read(name))
+                for layer_idx, order in enumerate(slots):
+                    prefix = family.layer.format(layer=layer_idx)
+
+                    def read(name: str, prefix: str = prefix) -> Tensor:
+                        return stored[prefix + name].read(prefix + name)
+
+                    layer = {name: read(name) for name in layer_tensors(dense_config)}
+                    matrices = _merged(read, target, recipe, order)
+                    layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
+                    for name, tensor in stored_form(family, layer).items():
+                        writer.add(prefix + name, tensor)
+                    report(Progress("export dense", layer_idx + 1, len(slots)))
+                writer.finish({**dense_config, "architectures": [family.architecture]})
         run.finish()
     return run.out
-
-
-def _write(
-    out: Path,
-    folder: Path,
-    stored: dict[str, TensorFile],
-    target: NativeTarget,
-    recipe: ConvertRecipe,
-    dense_config: dict[str, Any],
-    slots: np.ndarray,
-    report: ProgressFn,
-) -> None:
-    family, tied = FAMILIES[dense_config["model_type"]], dense_config["tie_word_embeddings"]
-    with ShardWriter(out, max_tensors=16 * (len(slots) + 1)) as writer:
-        for file in side_files(folder):
-            shutil.copyfile(file, out / file.name)
-        for name in family.model_tensors:
-            if name in stored and not (tied and name == "lm_head.weight"):
-                writer.add(name, stored[name].read(name))
-        for layer_idx, order in enumerate(slots):
-            prefix = family.layer.format(layer=layer_idx)
-
-            def read(name: str, prefix: str = prefix) -> Tensor:
-                return stored[prefix + name].read(prefix + name)
-
-            layer = {name: read(name) for name in layer_tensors(dense_config)}
-            matrices = _merged(read, target, recipe, order)
-            layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
-            for name, tensor in stored_form(family, layer).items():
-                writer.add(prefix + name, tensor)
-            report(Progress("export dense", layer_idx + 1, len(slots)))
-        writer.finish({**dense_config, "architectures": [family.architecture]})
 
 
 def _record(folder: Path) -> tuple[ConvertRecipe, dict[str, Any]]:

@@ -37,6 +37,7 @@ def native_layer(
     yield from ((prefix + name, tensor) for name, tensor in layer.items())
     if target is None:
         return
+    # Qwen2 has biases on q, k and v alone; with a zero on the output the target computes the same
     if target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
         queries = layer["self_attn.q_proj.weight"]
         yield prefix + O_BIAS, queries.new_zeros(queries.shape[1])
@@ -45,6 +46,7 @@ def native_layer(
     if target.sinks:
         sinks = torch.full((dense.config["num_attention_heads"],), NO_SINK)
         yield prefix + target.sinks, sinks.to(dtype)
+    # float32 whatever the weights are: training moves it by a thousandth a step
     if target.selection_bias:
         yield prefix + target.selection_bias, torch.zeros(len(split.partition.routed))
 
@@ -70,6 +72,7 @@ def _experts(
             yield target.shared_gate, gate
             yield target.shared_up, up
         yield target.shared_down, _times(1 / residual_scale, split.down[:, :kept])
+    # what the router's weights lack of 1 goes into down_proj, where every runtime reads it
     factor = split.routing.folded_factor / residual_scale
     neurons = torch.from_numpy(split.partition.routed)  # [experts, size]
     downs = (_times(factor, columns) for columns in split.down[:, kept:].split(size, dim=1))

@@ -39,6 +39,7 @@ def flap(sample: FfnSample, num_kept: int) -> PrunedFfn:
     for _, activations in sample.chunks():
         total += activations.double().sum(0)
         squares += activations.double().square().sum(0)
+    # variances in float64: of large means they are small differences
     mean = total / sample.num_tokens
     variance = squares / sample.num_tokens - mean.square()
     kept = highest(variance * sample.down.double().square().sum(0), num_kept)

@@ -13,6 +13,7 @@ import torch
 
 from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import read_config, side_files
+from moefy.checkpoint.source import origin
 from moefy.run_folder import RunFolder
 from moefy.storage import storage_errors
 from moefy.training.processes import Processes
@@ -57,13 +58,14 @@ def write_model(
 
     def complete() -> None:
         with storage_errors(finished):
-            origin = source / "moefy.json"
-            came_from = json.loads(origin.read_text()) if origin.is_file() else None
+            earlier = source / "moefy.json"
+            came_from = json.loads(earlier.read_text()) if earlier.is_file() else None
             whole = {"moefy": version("moefy"), **record, "from": came_from}
             for file in side_files(source):
                 shutil.copyfile(file, finished / file.name)
             amend(finished)
-            (finished / "README.md").write_text(model_card(whole, config))
+            card = model_card(whole, config, None if came_from else origin(source, source))
+            (finished / "README.md").write_text(card)
             (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
             # other runtimes read spellings in it that transformers would not write again
             shutil.copyfile(source / "config.json", finished / "config.json")

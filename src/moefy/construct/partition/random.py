@@ -20,6 +20,7 @@ def independent_random(num_neurons: int, split: Split, generator: np.random.Gene
     """
     if num_neurons % split.experts:
         raise ValueError(f"{num_neurons} neurons do not divide into {split.experts} experts")
+    # the first slices are shared; which they are is random, like the rest
     slices = generator.permutation(num_neurons).reshape(split.experts, -1)
     shared, routed = slices[: split.shared].ravel(), slices[split.shared :]
     return Partition(np.sort(shared), np.sort(routed, axis=1))

@@ -56,4 +56,4 @@ def least_squares_scale(sample: FfnSample, partition: Partition, routing: Routin
         weight = sample.token_weights[tokens, None]
         above += float((weight * outputs * target[tokens]).double().sum())
         below += float((weight * outputs.square()).double().sum())
-    return above / below if below else 1.0
+    return above / below if below else 1.0  # nothing runs where all outputs are 0

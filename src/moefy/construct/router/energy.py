@@ -20,6 +20,7 @@ def expert_energies(sample: FfnSample, partition: Partition) -> Float[Tensor, "t
     one product with an indicator matrix. The other one was tried: docs/experiments.md, section 3.
     """
     member = energy_members(sample, partition)
+    # [chunk, neurons] @ [neurons, experts]
     return torch.cat([activations.square() @ member for _, activations in sample.chunks()])
 
 
@@ -41,6 +42,7 @@ def scaled(
     mean(z²) = 1; if the z_j are taken as uncorrelated, the logits of expert e have the variance
     Σ_j (g_j·W_ej)².
     """
+    # what all experts have in common moves no choice and no softmax
     centred = (router - router.mean(dim=0)) * norm_gain
     spread = float(centred.double().square().sum(dim=1).mean().sqrt())
     # a power of two, so that not even rounding changes a choice

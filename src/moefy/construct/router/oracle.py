@@ -26,6 +26,7 @@ class OracleRouting(Routing):
 
     def chosen(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
         """Return 1 for the experts with the largest energies and 0 for the others."""
+        # computed again from the inputs, which may be other tokens than the sample's
         activations = swiglu(inputs, self.sample.gate, self.sample.up)
         energies = activations.square() @ energy_members(self.sample, self.partition)
         chosen = energies.topk(self.active, dim=-1).indices

@@ -26,6 +26,7 @@ def random_router(
     initialisation, where the weights of the chosen experts differ by tens of percent before
     anything has been learned.
     """
+    # drawn by numpy in float64: the same on every device and version of torch
     normal = generator.standard_normal((num_experts, norm_gain.numel()))
     scale = LOGIT_STD / norm_gain.double().norm().clamp_min(1e-12)
     return (torch.from_numpy(normal).to(scale) * scale).float()

@@ -33,6 +33,7 @@ class RidgeSystem:
 
         (Zᵀ·Ω·Z + λ̄·I)·Wᵀ = Zᵀ·Ω·target. No bias, as the native targets have none.
         """
+        # in float64: a Gram matrix has the squared condition number of the inputs
         return self._factor.solve(self._weighted.T @ target).T.float().contiguous()
 
 
@@ -42,4 +43,5 @@ def log_energies(energies: Float[Tensor, "tokens experts"]) -> Float[Tensor, "to
     Only the order of the experts within a token matters; the logarithm keeps the few tokens with
     enormous energies from fixing it for all others.
     """
+    # 1e-3 of the mean is below what decides a choice; 1e-30 where a layer is all zeros
     return (energies + 1e-3 * energies.mean() + 1e-30).log()
