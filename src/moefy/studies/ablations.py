@@ -19,54 +19,31 @@ METHODS: dict[str, dict[str, Any]] = _DATA["methods"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to get a model.
-
-    Attributes:
-        name: as tables show it.
-        start: the dense model, a conversion, or the conversion's architecture with fresh weights.
-        convert: keys of `ConvertRecipe`.
-        text: calibration text, as `convert` takes it; None for the study's text.
-        train: keys of `TrainRecipe`; None if the model is not trained.
-        rate: factor on the study's learning rate.
-        tunes: whether the model is tuned on conversations at the end.
-        against: name of the arm that this one is compared with.
-        expected: how the loss differs from that arm's according to the paper.
-    """
+    """One way to get a model."""
 
     name: str
-    start: Literal["dense", "converted", "scratch"] = "converted"
-    convert: Mapping[str, Any] = field(default_factory=dict)
-    text: str | None = None
-    train: Mapping[str, Any] | None = None
-    rate: float = 1.0
-    tunes: bool = False
-    against: str | None = None
-    expected: Literal["lower", "higher", "same"] | None = None
+    start: Literal["dense", "converted", "scratch"] = "converted"  # scratch: with fresh weights
+    convert: Mapping[str, Any] = field(default_factory=dict)  # keys of ConvertRecipe
+    text: str | None = None  # calibration text; None for the study's
+    train: Mapping[str, Any] | None = None  # keys of TrainRecipe; None: it is not trained
+    rate: float = 1.0  # factor on the study's learning rate
+    tunes: bool = False  # on conversations, at the end
+    against: str | None = None  # name of the arm that it is compared with
+    expected: Literal["lower", "higher", "same"] | None = None  # its loss, says the paper
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A question and the arms that answer it.
+    """A question and the arms that answer it."""
 
-    Attributes:
-        name: for `--only` and file names.
-        title: heading of its section.
-        setup: what the arms have in common.
-        paper: what the paper found, with its numbers, and why a study may find something else.
-        needs: what a study must have besides a model and text.
-        measure: which loss is measured.
-        entries: arms as they are written in the file.
-        parts: only arms whose names contain one of these are wanted; none means all.
-    """
-
-    name: str
+    name: str  # for --only and file names
     title: str
-    setup: str
-    entries: Sequence[Mapping[str, Any]]
-    paper: str = ""
+    setup: str  # what the arms have in common
+    entries: Sequence[Mapping[str, Any]]  # arms as they are written in the file
+    paper: str = ""  # what it found, and why a study may find something else
     needs: Literal["conversations", "seven domains"] | None = None
     measure: str = "held-out loss, nats per token"
-    parts: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()  # of names of the wanted arms; none means all
 
     def arms(self, recipe: StudyRecipe) -> list[Arm]:
         """Return the wanted arms for a study's recipe, the dense model first.

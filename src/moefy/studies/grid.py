@@ -31,34 +31,22 @@ GRID, SPEED = "grid.csv", "speed.json"
 
 @dataclass(frozen=True)
 class GridPoint:
-    """What one split was measured to be.
-
-    Attributes:
-        experts, active, shared: the split.
-        seeds: number of seeds.
-        trained: training tokens before the measurement.
-        nats_above_dense: held-out loss minus the dense model's, mean over the seeds.
-        half_width: of its 95% interval over the seeds; None for one seed.
-        prefill_of_dense, decode_of_dense: tokens per second over the dense model's.
-        active_of_dense: active parameters over the dense model's parameters.
-        dense_params: parameters of the dense model that was split.
-        model, data, machine: that model, the text, and where speed was measured.
-    """
+    """What one split was measured to be."""
 
     experts: int
     active: int
     shared: int
-    seeds: int
-    trained: int
-    nats_above_dense: float
-    half_width: float | None
-    prefill_of_dense: float
+    seeds: int  # how many
+    trained: int  # tokens, before the measurement
+    nats_above_dense: float  # held-out loss minus the dense model's, mean over the seeds
+    half_width: float | None  # of its 95% interval over the seeds; None for one seed
+    prefill_of_dense: float  # tokens per second over the dense model's
     decode_of_dense: float
-    active_of_dense: float
-    dense_params: int
+    active_of_dense: float  # active parameters over the dense model's parameters
+    dense_params: int  # of the model that was split
     model: str
     data: str
-    machine: str
+    machine: str  # that speed was measured on
 
     @property
     def split(self) -> Split:

@@ -23,42 +23,25 @@ the seeds of most splits (docs/study/262144-tokens/size.csv)."""
 
 @dataclass(frozen=True)
 class PlannedSplit:
-    """One split of the model.
+    """One split of the model."""
 
-    Attributes:
-        point: what was measured of this split, on the grid's model.
-        cost: counted for this model.
-        speedup: tokens per second over the dense model's in the phase that was asked for.
-        fits: whether it meets the target.
-    """
-
-    point: GridPoint
-    cost: Cost
-    speedup: float
-    fits: bool
+    point: GridPoint  # measured of this split, on the grid's model
+    cost: Cost  # counted for this model
+    speedup: float  # tokens per second over the dense model's, in the wanted phase
+    fits: bool  # it meets the target
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
-
-    Attributes:
-        model: as named.
-        dense: cost of the dense model.
-        candidates: every split of the grid that this model allows, the best predicted loss first.
-        recommended: one of them.
-        left_out: splits that the model does not allow, and why.
-        command: what makes the recommended one; MODEL is its folder, where only a shape was named.
-        basis: what the prediction rests on.
-    """
+    """What `plan` found."""
 
     model: str
     dense: Cost
-    candidates: list[PlannedSplit]
+    candidates: list[PlannedSplit]  # that the model allows, the best predicted loss first
     recommended: PlannedSplit
-    left_out: dict[str, str]
-    command: str
-    basis: str
+    left_out: dict[str, str]  # splits that the model does not allow, and why
+    command: str  # what makes the recommended split
+    basis: str  # what the prediction rests on
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

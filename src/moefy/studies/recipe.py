@@ -37,27 +37,20 @@ class StudySettings(TypedDict, total=False):
 class StudyRecipe(Recipe):
     """Settings that are the same for every arm of every ablation.
 
-    `seeds` of them are run, from `first_seed` on: other machines may run others into folders of
-    their own, whose `runs.jsonl` are then put together.
-    `experts` and `active` are the split of all ablations but that of size, the paper's 4/16;
-    `grid` are the numbers of experts of the ablation of size, which is trained
-    only with `train_sizes`. `tokens` are trained on by every arm
-    that trains, `windows` of `sequence_length` tokens are held out in every domain, and the loss
-    there is measured `evaluations` times along training. `convert`, `train` and `tune` hold keys of
-    these commands' recipes; what an arm itself says comes before them, and the teacher `dense` is
-    the study's own model. Speed is measured on `prompt_tokens` and `new_tokens`, in `rounds`.
+    `convert`, `train` and `tune` hold keys of these commands' recipes; what an arm itself says
+    comes before them, and the teacher `dense` is the study's own model.
     """
 
     tokens: Annotated[int, option("Number of tokens that every arm trains on", ge=1)] = 32_768
     seeds: Annotated[int, option("Number of seeds of every arm", ge=1)] = 3
-    first_seed: Annotated[int, Field(ge=0)] = 0
+    first_seed: Annotated[int, Field(ge=0)] = 0  # several machines share a study by seeds
     sequence_length: Annotated[int, option("Tokens per held-out window", ge=2)] = 512
     windows: Annotated[int, option("Number of held-out windows per domain", ge=1)] = 8
-    evaluations: Positive = 8
+    evaluations: Positive = 8  # measurements of the held-out loss along training
     experts: Positive = 16
-    active: Annotated[int, Field(ge=2)] = 4
-    grid: tuple[Positive, ...] = (8, 16, 32, 64)
-    train_sizes: bool = False
+    active: Annotated[int, Field(ge=2)] = 4  # the paper's 4/16, in all ablations but size
+    grid: tuple[Positive, ...] = (8, 16, 32, 64)  # numbers of experts in the ablation of size
+    train_sizes: bool = False  # the arms of the ablation of size are trained too
     prompt_tokens: Annotated[int, option("Prompt tokens of a speed measurement", ge=1)] = 128
     new_tokens: Annotated[int, option("Generated tokens of a speed measurement", ge=1)] = 32
     rounds: Annotated[int, option("Number of speed measurements", ge=1)] = 3

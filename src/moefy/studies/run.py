@@ -30,23 +30,14 @@ from moefy.training.recipe import TuneRecipe
 
 @dataclass(frozen=True)
 class Study:
-    """What `study` did.
+    """What `study` did."""
 
-    Attributes:
-        folder: holds `study.md`, and for each ablation a CSV file and a figure.
-        recipe: every choice that was made.
-        runs: all runs in the report.
-        measured: number of runs that this call measured.
-        skipped: arms that are missing or not complete in the report, and why.
-        tables: by ablation, as in `study.md`.
-    """
-
-    folder: Path
+    folder: Path  # holds study.md, and for each ablation a CSV file and a figure
     recipe: StudyRecipe
-    runs: list[Run]
-    measured: int
-    skipped: dict[str, str]
-    tables: dict[str, Rows]
+    runs: list[Run]  # all that are in the report
+    measured: int  # runs that this call measured
+    skipped: dict[str, str]  # what is missing in the report, and why
+    tables: dict[str, Rows]  # by ablation, as in study.md
 
 
 def study(

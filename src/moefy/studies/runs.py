@@ -32,7 +32,7 @@ class Job:
 
     ablation: str
     arm: Arm
-    seed: int
+    seed: int  # of partition, router, fresh weights and the order of samples
     convert: ConvertRecipe | None
     train: TrainRecipe | None
     tune: TuneRecipe | None
@@ -71,36 +71,25 @@ class Job:
 class Run:
     """What an arm came to with one seed.
 
-    Attributes:
-        ablation, arm, seed: which run.
-        against, expected: see `ablations.Arm`.
-        key: see `Job`. Runs of the same key have the same results except for rounding, and for the
-            precision of training where the recipe leaves it to the machine.
-        trained: tokens trained on.
-        conversations: number of conversations tuned on.
-        total_params, active_params, flops_per_token: see `checkpoint.cost`.
-        loss_before: before training, or before tuning where it is tuned.
-        loss: at the end; the same as before where nothing is trained.
-        domain_loss: by domain, at the end; `loss` is their mean.
-        curve: held-out loss by tokens trained on, from 0.
-        machine: where it ran.
+    Runs of the same key have the same results except for rounding, and for the precision of
+    training where the recipe leaves it to the machine.
     """
 
     ablation: str
     arm: str
     seed: int
-    against: str | None
-    expected: str | None
-    key: str
-    trained: int
-    conversations: int
+    against: str | None  # see `Arm`
+    expected: str | None  # see `Arm`
+    key: str  # see `Job`
+    trained: int  # tokens
+    conversations: int  # tuned on
     total_params: int
     active_params: int
     flops_per_token: int
-    loss_before: float
-    loss: float
-    domain_loss: dict[str, float]
-    curve: list[tuple[int, float]]
+    loss_before: float  # before training, or before tuning where it is tuned
+    loss: float  # at the end, nats per token; without training the same as before
+    domain_loss: dict[str, float]  # at the end; `loss` is their mean
+    curve: list[tuple[int, float]]  # tokens trained on and held-out loss, from 0 tokens
     machine: str
 
     @property

@@ -18,15 +18,10 @@ UNDECIDED = "not decided"
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds.
-
-    Attributes:
-        mean: of the values.
-        half_width: of the 95% interval of the mean; None for a single value.
-    """
+    """A mean over seeds."""
 
     mean: float
-    half_width: float | None
+    half_width: float | None  # of the 95% interval of the mean; None for a single value
 
     @property
     def mark(self) -> str:
