@@ -79,19 +79,11 @@ def available_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory that this process has held (since `reset_peak_rss`, on Linux)."""
+    """Return the most memory that this process has held."""
     if found := _kilobytes(Path("/proc/self/status"), "VmHWM"):
         return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak_rss() -> None:
-    """Forget the highest memory so far; nothing changes where the system is not Linux."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def _kilobytes(file: Path, key: str) -> int | None:

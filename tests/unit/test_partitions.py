@@ -26,10 +26,8 @@ from moefy.construct.pipeline import split_ffn
 from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
 from moefy.construct.router.ascent import kept_energy_ascent, kept_energy_gradient
 from moefy.construct.router.energy import expert_energies
-from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.ridge import RidgeSystem, log_energies
-from moefy.construct.static import flap
 from moefy.errors import CorpusError
 from moefy.recipe import ConvertRecipe
 from moefy.split import Split
@@ -204,10 +202,6 @@ def test_energies_by_hand(sample: FfnSample) -> None:
         expected = sum(float(h[j] * norms[j]) ** 2 for j in neurons)
         found = float(expert_energies(sample, partition)[5, expert])
         assert found == pytest.approx(expected, rel=1e-4)
-    oracle = OracleRouting(torch.zeros(3, 16), 1, sample=sample, partition=partition).weights(
-        sample.inputs
-    )
-    assert (oracle.argmax(1) == expert_energies(sample, partition).argmax(1)).all()
 
 
 def test_prototype_routers(sample: FfnSample) -> None:
@@ -222,21 +216,6 @@ def test_prototype_routers(sample: FfnSample) -> None:
         cosine = [float(h[:, j] @ centre / h[:, j].norm()) for j in neurons]
         assert max(cosine) > min(cosine) * 1.01
         assert torch.equal(row, sample.gate[neurons[int(np.argmax(cosine))]])
-
-
-def test_flap_by_hand(sample: FfnSample) -> None:
-    """Kept by Var(h)·‖w‖²; what is dropped leaves its mean behind."""
-    h = torch.cat([h for _, h in sample.chunks()]).double().numpy()
-    down = sample.down.double().numpy()
-    score = h.var(axis=0) * (down**2).sum(axis=0)
-    kept = sorted(np.argsort(-score)[:8].tolist())
-    dropped = [j for j in range(20) if j not in kept]
-    pruned = flap(sample, 8)
-    assert pruned.kept.tolist() == kept
-    bias = sum(h[:, j].mean() * down[:, j] for j in dropped)
-    assert np.allclose(pruned.bias.numpy(), bias, atol=1e-4)
-    expected = h[:, kept] @ down[:, kept].T + bias
-    assert np.allclose(pruned(sample).numpy(), expected, atol=1e-3)
 
 
 def test_importance_by_cluster_finds_planted_texts() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -117,12 +117,6 @@ class SplitFfn:
         """Return the converted FFN's outputs for the tokens of a sample of the dense one."""
         chunks = masked_chunks(sample, self.partition, self.routing)
         return torch.cat([masked @ self.down.T for _, masked in chunks])
-
-    def to(self, place: torch.device) -> SplitFfn:
-        """Return it with its matrices on a device."""
-        moved = {name: getattr(self, name).to(place) for name in ("gate", "up", "down")}
-        routing = replace(self.routing, router=self.routing.router.to(place))
-        return replace(self, routing=routing, **moved)
 
 
 def masked_chunks(

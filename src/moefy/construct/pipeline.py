@@ -21,7 +21,6 @@ from moefy.construct.repair.refit import least_squares_scale, refit_down_proj
 from moefy.construct.repair.rescale import fixed_scale
 from moefy.construct.router.ascent import kept_energy_ascent
 from moefy.construct.router.energy import expert_energies, scaled
-from moefy.construct.router.oracle import OracleRouting
 from moefy.construct.router.prototype import mean_gate_router, representative_router
 from moefy.construct.router.random import LOGIT_STD, random_router
 from moefy.construct.router.ridge import RidgeSystem, log_energies
@@ -33,8 +32,6 @@ def split_ffn(
     recipe: ConvertRecipe,
     layer_idx: int,
     score: RouterScore = "softmax",
-    *,
-    oracle: bool = False,
 ) -> SplitFfn:
     """Split one FFN.
 
@@ -43,7 +40,6 @@ def split_ffn(
         recipe: the choices; checked.
         layer_idx: keys the random streams.
         score: how the target's router turns logits into weights.
-        oracle: choose by the true energies instead of the router (for evaluation only).
     """
     split = recipe.split
     system = None
@@ -54,8 +50,6 @@ def split_ffn(
     partition = _partition(sample, recipe, system, layer_idx)
     router = _router(sample, recipe, partition, system, layer_idx)
     routing = Routing(router, split.chosen, score)
-    if oracle:
-        routing = OracleRouting(router, split.chosen, sample=sample, partition=partition)
     down = _repaired_down(sample, recipe, partition, routing)
     return SplitFfn(partition, routing, sample.gate, sample.up, down)
 
