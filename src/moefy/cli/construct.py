@@ -112,13 +112,12 @@ def demo(
 
     Example: `moefy demo --out moefy-demo`
     """
-    from moefy.report.demo import demo as run
-    from moefy.report.demo import headline
+    from moefy.report import demo as demos
 
-    done = call(run, out, overwrite=overwrite, **split, **recipe)
+    done = call(demos.demo, out, overwrite=overwrite, **split, **recipe)
     show(
         None,
         (tables.comparison_rows(done.comparison), "SmolLM2-135M, held-out text"),
-        text=f"{headline(done.comparison)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
+        text=f"{demos.headline(done.comparison)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
         f"{done.facts['peak_rss_bytes'] / 2**30:.1f} GiB. Report: {done.folder / 'report.html'}",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from moefy.cli import options
 from moefy.cli.app import app
 from moefy.cli.options import recipe_options
 from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
-from moefy.report import routing_tables, suite_tables, tables
+from moefy.report import suite_tables, tables
 from moefy.studies.recipe import StudyRecipe
 
 # larger than in a study, which measures many models: speed needs long prompts to settle
@@ -88,6 +89,8 @@ def routing(
 
     Example: `moefy routing smollm2-135m out/moe --top-k 1,2,8`
     """
+    from moefy.report import routing_tables  # here, because it imports numpy
+
     active = options.counts("--top-k", top_k)
     done = call(moefy.routing, models, data=data, split=split, active=active, **sizes)
     use = f"Use of the experts, {sum(done.tokens.values()):,} tokens"
@@ -243,9 +246,7 @@ def _typed_lines() -> Iterator[str]:
         return
     import readline  # noqa: F401  (lets `input` edit the line)
 
-    while True:
-        try:
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
             yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    print()  # the shell's prompt begins a line of its own
