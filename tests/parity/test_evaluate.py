@@ -24,7 +24,7 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import CorpusError, UsageError
 from moefy.evaluation import compared
-from moefy.evaluation.heldout import window_means
+from moefy.evaluation.heldout import Quality
 from moefy.evaluation.output_loss import LogitsInput
 from moefy.recipe import LLAMA_MOE
 
@@ -87,15 +87,16 @@ def test_means_by_hand() -> None:
     reference = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
     model = torch.tensor([[[0.25, 0.75], [0.6, 0.4]]]).log()
     ids, matrix = torch.tensor([[0, 1]]), torch.eye(2)
+    found, alone = Quality(), Quality()
     with torch.no_grad():
-        found = window_means(LogitsInput(model, matrix), ids, LogitsInput(reference, matrix))
-        alone = window_means(LogitsInput(model, matrix), ids)
-    assert found.loss.item() == alone.loss.item() == pytest.approx(-math.log(0.75))
+        found.add("a", LogitsInput(model, matrix), ids, LogitsInput(reference, matrix))
+        alone.add("a", LogitsInput(model, matrix), ids)
+    assert found.loss == alone.loss == pytest.approx(-math.log(0.75))
     first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     second = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
-    assert found.divergence.item() == pytest.approx((first + second) / 2, abs=1e-6)
-    assert found.agreement.item() == 0.5
-    assert alone.divergence is alone.agreement is None
+    assert found.kl_to_reference == pytest.approx((first + second) / 2, abs=1e-6)
+    assert found.top1_agreement == 0.5
+    assert alone.kl_to_reference is alone.top1_agreement is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,15 +107,15 @@ def test_means_are_those_of_all_logits(tmp_path: Path, family: str) -> None:
     dense, other = (AutoModelForCausalLM.from_pretrained(tmp_path).double() for _ in "ab")
     other.model.layers[0].mlp.down_proj.weight.data *= 0.5
     ids = torch.arange(24).view(3, 8)
+    found = Quality()
     with torch.no_grad():
-        reference = LogitsInput.of(dense, ids)
-        found = window_means(LogitsInput.of(other, ids), ids, reference)
+        found.add("a", LogitsInput.of(other, ids), ids, LogitsInput.of(dense, ids))
         log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (dense, other))
     losses = -log_q[:, :-1].gather(-1, ids[:, 1:, None]).mean((1, 2))
-    assert found.loss.tolist() == pytest.approx(losses.tolist(), rel=1e-12)
+    assert found.losses == {"a": pytest.approx(losses.tolist(), rel=1e-12)}
     divergences = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
-    assert found.divergence.tolist() == pytest.approx(divergences.tolist(), rel=1e-9)
-    assert found.agreement.tolist() == pytest.approx(
+    assert found.divergences == pytest.approx(divergences.tolist(), rel=1e-9)
+    assert found.agreements == pytest.approx(
         (log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).tolist()
     )
 

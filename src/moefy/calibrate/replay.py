@@ -142,12 +142,8 @@ class OutputHead:
     """The final norm and the output matrix, in float32."""
 
     def __init__(self, norm: Any, matrix: Float[Tensor, "vocab hidden"], scale: float) -> None:
-        self._norm, self.matrix, self._scale = norm, matrix, scale
-
-    def states(self, hidden: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
-        """Return what the output matrix is applied to."""
-        return self._scale * self._norm(hidden)
+        self._norm, self._matrix, self._scale = norm, matrix, scale
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Return the model's logits for final hidden states."""
-        return self.states(hidden) @ self.matrix.T
+        return (self._scale * self._norm(hidden)) @ self._matrix.T

@@ -1,7 +1,4 @@
-"""Loss on held-out windows of text by domain, and the distance from a dense model's predictions.
-
-`evaluate`, `measure_routing`, `train` and the studies all take their means from `window_means`.
-"""
+"""Loss on held-out windows of text by domain, and the distance from a dense model's predictions."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -29,33 +26,6 @@ from moefy.hardware import device, products_in, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 
 Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]  # token ids by domain
-
-
-class WindowMeans(NamedTuple):
-    """Means over the tokens of each window, in float64; the last two only with a reference."""
-
-    loss: Float[Tensor, " windows"]  # −log p of the next token, nats
-    divergence: Float[Tensor, " windows"] | None  # KL(reference ‖ model) at all positions, nats
-    agreement: Float[Tensor, " windows"] | None  # share of positions with the same likeliest token
-
-
-def window_means(
-    model: LogitsInput, ids: Int[Tensor, "windows sequence"], reference: LogitsInput | None = None
-) -> WindowMeans:
-    """Return the means over each window; the logits are formed a chunk of tokens at a time.
-
-    Args:
-        model: last hidden states and output matrix.
-        ids: the windows' tokens.
-        reference: the dense model's states and matrix on the same windows.
-    """
-    # the last position has nothing to predict, but its distribution is compared like the others
-    labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED if reference is None else 0)
-    out = output_loss(model, labels, teacher=reference)
-    loss = out.cross_entropy[:, :-1].double().mean(1)
-    if out.divergence is None or out.agreement is None:
-        return WindowMeans(loss, None, None)
-    return WindowMeans(loss, out.divergence.double().mean(1), out.agreement.double().mean(1))
 
 
 @torch.no_grad()
@@ -100,14 +70,13 @@ def heldout_losses(
         used = np.flatnonzero((targets[rows % len(tokens)] != IGNORED).any(0))[-1] + 1
         idxs = rows[data_idx * micro_batch_size :][:micro_batch_size]
         ids = torch.from_numpy(tokens[idxs % len(tokens), :used]).to(device())
+        wanted = torch.from_numpy(targets[idxs % len(tokens), 1:used]).to(ids.device)
         with products_in(precision, ids.device):
-            logits = LogitsInput.of(network, ids)
-            if labels is None:
-                losses, counts = window_means(logits, ids).loss, torch.ones(len(ids))
-            else:
-                wanted = torch.from_numpy(targets[idxs % len(tokens), 1:used]).to(ids.device)
-                losses = output_loss(logits.predicting(), wanted).cross_entropy.double().sum(1)
-                counts = (wanted != IGNORED).sum(1)
+            logits = LogitsInput.of(network, ids).predicting()
+            losses = output_loss(logits, wanted).cross_entropy.double()
+        # windows without labels have one length: their means count the same
+        counts = torch.ones(len(ids)) if labels is None else (wanted != IGNORED).sum(1)
+        losses = losses.mean(1) if labels is None else losses.sum(1)
         for idx, loss, count in zip(idxs.tolist(), losses.cpu(), counts.cpu(), strict=True):
             if idx < len(tokens):
                 sums[:, domain_idxs[idx]] += torch.stack([loss, count.double()])
@@ -123,16 +92,33 @@ def heldout_losses(
 class Quality:
     """What a model predicted on windows of one length: a mean over windows is one over tokens."""
 
-    losses: dict[str, list[float]] = field(default_factory=dict)  # by domain, nats per token
-    divergences: list[float] = field(default_factory=list)  # empty without a reference
-    agreements: list[float] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)  # by domain and window
+    divergences: list[float] = field(default_factory=list)  # of windows; empty without a reference
+    agreements: list[float] = field(default_factory=list)  # the same
 
-    def add(self, domain: str, means: WindowMeans) -> None:
-        """Add windows of a domain."""
-        self.losses.setdefault(domain, []).extend(means.loss.tolist())
-        if means.divergence is not None and means.agreement is not None:
-            self.divergences += means.divergence.tolist()
-            self.agreements += means.agreement.tolist()
+    def add(
+        self,
+        domain: str,
+        model: LogitsInput,
+        ids: Int[Tensor, "windows sequence"],
+        reference: LogitsInput | None = None,
+    ) -> None:
+        """Measure windows of a domain; their logits are formed a chunk of tokens at a time.
+
+        Args:
+            domain: of the windows.
+            model: what its logits are made of.
+            ids: the windows' tokens.
+            reference: what the dense model's logits are made of.
+        """
+        # the last position has nothing to predict, but its distribution is compared like the others
+        labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED if reference is None else 0)
+        out = output_loss(model, labels, teacher=reference)
+        losses = out.cross_entropy[:, :-1].double().mean(1)
+        self.losses.setdefault(domain, []).extend(losses.tolist())
+        if out.divergence is not None and out.agreement is not None:
+            self.divergences += out.divergence.double().mean(1).tolist()
+            self.agreements += out.agreement.double().mean(1).tolist()
 
     @property
     def loss(self) -> float:
@@ -180,7 +166,7 @@ def passes(
         state = LogitsInput.of(network, ids)
         synchronise()
         elapsed_s = time.perf_counter() - started
-        quality.add(domain, window_means(state, ids, reference[idx] if reference else None))
+        quality.add(domain, state, ids, reference[idx] if reference else None)
         yield domain, state, elapsed_s
 
 
