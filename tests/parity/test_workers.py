@@ -202,7 +202,7 @@ def test_a_parallelism_that_is_not_there_is_an_error(
     alone = run(command(moe, out, corpus, 1, 2, parallel="{shard: 2}"), returncode=2)
     assert "does not make 1 process: start 2 with torchrun" in alone.stderr
     uneven = run(command(moe, out, corpus, 2, 2, global_batch_size=3), returncode=None)
-    assert "must be a multiple of 2: 2 processes" in uneven.stderr
+    assert uneven.stderr.count("must be a multiple of 2: 2 processes") == 1
     odd = run(command(moe, out, corpus, 2, 2, parallel="{tensor: 2, expert: 3}"), returncode=None)
     assert "expert 3 is impossible with shard 1 and tensor 2" in odd.stderr
     assert not out.exists()

@@ -85,7 +85,7 @@ def test_frozen_weights_have_no_optimizer() -> None:
     [
         ("llama-2-7b:4/16", 100, {"recipe": PAPER}, r"shard 8 × replicate 14.*not make 100 proc"),
         ("llama-2-7b:4/16", 1, {"sequence_length": 8192, "tokens": 8192}, "context of llama-2-7b"),
-        ("llama-2-7b:4", 1, {}, "also split, as in llama-2-7b:4/16"),
+        ("llama-2-7b:4", 1, {}, "llama-2-7b:4 does not exist; give a model folder"),
         ("llama-2-7b:4/15", 1, {}, "cannot be split into 15"),
         (
             "llama-2-7b:4/16",

@@ -105,7 +105,7 @@ def test_keywords_are_the_recipes_keys(recipe: type[Recipe], keywords: type) -> 
     """An editor and mypy read the keywords; what they allow is what the recipe takes."""
     hints = get_type_hints(recipe)
     allowed = get_type_hints(keywords)
-    assert list(allowed) == list(recipe.model_fields)
+    assert set(allowed) == set(recipe.model_fields)
     for key in allowed:
         extra = alternatives(allowed[key]) - alternatives(hints[key])
         assert alternatives(hints[key]) <= alternatives(allowed[key]), key

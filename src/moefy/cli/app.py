@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -48,6 +50,9 @@ def main() -> None:
     except Exception as error:
         if _debug:
             raise
+        if os.environ.get("RANK", "0") != "0":
+            # torchrun's processes fail alike, and it ends this one when the first has said why
+            time.sleep(20)
         # one line, whatever the message holds: a traceback helps nobody but us
         text = " ".join(str(error).split())
         if not isinstance(error, MoefyError):

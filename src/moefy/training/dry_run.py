@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from moefy.checkpoint.cost import cost, ffn_shape
-from moefy.checkpoint.inspect import SHAPES, split_config
-from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.inspect import config_of, split_config
 from moefy.errors import UsageError
 from moefy.experts.lean import register
 from moefy.hardware import training_precision
@@ -124,19 +124,11 @@ def dry_run(
 
 
 def _config_of(model: str | Path) -> dict[str, Any]:
-    path = Path(model).expanduser()
-    if path.exists():
-        return read_config(path)
-    name, _, split = str(model).partition(":")
-    active, _, experts = split.partition("/")
-    if name not in SHAPES or (split and not (active.isdigit() and experts.isdigit())):
-        raise UsageError(
-            f"{model} does not exist; a dry run takes a model folder, a config.json, or "
-            f"{' or '.join(SHAPES)}, also split, as in llama-2-7b:4/16"
-        )
-    if not split:
-        return SHAPES[name]
-    return split_config(SHAPES[name], experts=int(experts), active=int(active))
+    found = re.fullmatch(r"(.+):(\d+)/(\d+)", str(model))
+    if found is None:
+        return config_of(model)
+    name, active, experts = found.groups()
+    return split_config(config_of(name), experts=int(experts), active=int(active))
 
 
 def _built(config: Mapping[str, Any], recipe: TrainRecipe) -> Any:

@@ -125,25 +125,33 @@ class Parallel(Recipe):
     cpu_offload: bool = False
 
 
-class TrainSettings(TypedDict, total=False):
-    """The keys of `TrainRecipe`, as keywords of a function; a mapping stands for a part's keys."""
-
-    tokens: int
+class _LoopSettings(TypedDict, total=False):
     sequence_length: int
     global_batch_size: int
     micro_batch_size: int
+    learning_rate: float
+    warmup_fraction: float
+    weight_decay: float
+    max_grad_norm: float
+    router_lr_scale: float
+    precision: Precision
+    parallel: Parallel | dict[str, Any]
+    gradient_checkpointing: bool
+    checkpoint_every_steps: int
+    seed: int
+
+
+class TrainSettings(_LoopSettings, total=False):
+    """The keys of `TrainRecipe`, as keywords of a function; a mapping stands for a part's keys."""
+
+    tokens: int
     mixture: str | dict[str, float]
     normalise_weights: bool
     mixture_update: MixtureUpdate
     mixture_interval_steps: int | None
     reference_losses: str
-    learning_rate: float
-    warmup_fraction: float
     min_lr_ratio: float
     adam_betas: tuple[float, float]
-    weight_decay: float
-    max_grad_norm: float
-    router_lr_scale: float
     router_warmup_fraction: float
     frozen: tuple[Part, ...]
     lora: Lora | dict[str, Any] | None
@@ -151,17 +159,12 @@ class TrainSettings(TypedDict, total=False):
     z_loss: float
     teacher: str | None
     distillation: Distillation | dict[str, Any]
-    precision: Precision
-    parallel: Parallel | dict[str, Any]
-    gradient_checkpointing: bool
     compile: bool
     experts_implementation: ExpertsImplementation
-    checkpoint_every_steps: int
     checkpoints_kept: int
     evaluate_every_steps: int
     heldout_sequences: int
     trackers: tuple[Tracker, ...]
-    seed: int
 
 
 class TrainRecipe(Recipe):
@@ -287,30 +290,17 @@ class TrainRecipe(Recipe):
         return self.model_dump(mode="json", exclude=free)
 
 
-class TuneSettings(TypedDict, total=False):
+class TuneSettings(_LoopSettings, total=False):
     """The keys of `TuneRecipe`, as keywords of a function."""
 
     epochs: int
-    sequence_length: int
-    global_batch_size: int
-    micro_batch_size: int
     packing: bool
-    learning_rate: float
-    warmup_fraction: float
-    weight_decay: float
-    max_grad_norm: float
     router: Literal["frozen", "balanced"]
-    router_lr_scale: float
     balance_coefficient: float
     lora_rank: int
     lora_alpha: float | None
     chat_template: str | None
     heldout_conversations: int
-    gradient_checkpointing: bool
-    precision: Precision
-    parallel: Parallel | dict[str, Any]
-    checkpoint_every_steps: int
-    seed: int
 
 
 class TuneRecipe(Recipe):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from moefy.checkpoint.reader import fingerprint, read_config
-from moefy.data.corpus import Corpus, heldout_of, open_corpus
+from moefy.data.corpus import heldout_of, open_corpus
 from moefy.data.mixture import Mixture
 from moefy.data.strategies import initial_weights
 from moefy.hardware import freed_memory_kept, training_precision
@@ -57,8 +57,7 @@ def train(
 
     Weights and optimizer are float32; matrix products run in bfloat16 where the processor has them.
     Started by torchrun, every process makes the same call, and `recipe.parallel` says how they
-    share the work. A run that was stopped goes on with the same call, to the same result bit for
-    bit on the same machine with as many processes.
+    share the work. The same call continues a stopped run, bit for bit with as many processes.
 
     Args:
         model: a converted (or dense) model folder, or any source `convert` takes.
@@ -80,20 +79,20 @@ def train(
     processes = join_processes(choice.parallel)
     check_run(choice, processes.num_data)
     report = report if processes.is_first else silent
-    read = (model, data, recipe, choice.teacher, choice.reference_losses)
+    read = model, data, recipe, choice.teacher, choice.reference_losses
     with open_folder(out, processes, overwrite=overwrite, sources=read) as folder:
         source, parent = _models(model, choice, processes, report)
-        corpus, samples = _open_corpus(data, source, choice, processes, report)
-        heldout = _heldout(corpus, samples.mixture, choice)
-        loop = TrainingLoop("train", source, parent, samples, choice, processes)
+        text, samples, heldout = _open_corpus(data, source, choice, processes, report)
+        taught = parent if choice.distils else None  # else only its held-out losses are needed
+        loop = TrainingLoop("train", source, taught, samples, choice, processes)
         identity = {
             "source": processes.of_first(lambda: fingerprint(source)),
             "parent": processes.of_first(lambda: fingerprint(parent) if parent else None),
             "data": str(data),
-            "text": corpus.fingerprint,
+            "text": text,
             **choice.identity(),
         }
-        first_step = choice.num_steps
+        first_step = choice.num_steps  # of a run that was killed behind its last step
         if not begin(folder, identity, processes):
             first_step = loop.resume(folder)
             if is_dynamic(choice):
@@ -101,16 +100,15 @@ def train(
             measure = partial(losses_of, loop.student, heldout, choice, processes)
             loop.run(first_step, choice, measure, report)
             loop.write({"stage": "train", "run": identity})
-        losses = [line["loss"] for line in processes.of_first(lambda: read_log(folder.work))]
-    return Training(
-        Path(out).expanduser(), choice, first_step, losses[0], losses[-1], loop.elapsed_s
-    )
+        log = processes.of_first(lambda: read_log(folder.work))
+    losses = log[0]["loss"], log[-1]["loss"]
+    return Training(folder.out, choice, first_step, *losses, loop.elapsed_s)
 
 
 def _models(
     model: str | Path, choice: TrainRecipe, processes: Processes, report: ProgressFn
 ) -> tuple[Path, Path | None]:
-    """Return the folders of the model and of the teacher that runs, where the recipe fits them."""
+    """Return the folders of the model and of its dense parent, where the recipe fits them."""
     source = resolve_first(model, processes, report)
     check_model(read_config(source), choice, str(source))
     if not choice.teacher:
@@ -122,7 +120,8 @@ def _models(
 
 def _open_corpus(
     data: str | Path, source: Path, choice: TrainRecipe, processes: Processes, report: ProgressFn
-) -> tuple[Corpus, WindowSamples]:
+) -> tuple[str, WindowSamples, Windows]:
+    """Return the fingerprint of the text, samples, and held-out windows if they are needed."""
     corpus = open_corpus(
         data,
         source,
@@ -136,15 +135,11 @@ def _open_corpus(
         seed=choice.seed,
         global_batch_size=choice.global_batch_size,
     )
-    return corpus, WindowSamples(corpus, mixture, choice, processes)
-
-
-def _heldout(corpus: Corpus, mixture: Mixture, choice: TrainRecipe) -> Windows:
-    """Return the held-out windows of the domains that have weight; none if none are needed."""
-    if not (is_dynamic(choice) or choice.evaluate_every_steps):
-        return {}
-    weighted = [name for name, weight in mixture.weights.items() if weight > 0]
-    return heldout_of(corpus, weighted, choice.heldout_sequences)
+    heldout = {}
+    if is_dynamic(choice) or choice.evaluate_every_steps:
+        weighted = [name for name, weight in mixture.weights.items() if weight > 0]
+        heldout = heldout_of(corpus, weighted, choice.heldout_sequences)
+    return corpus.fingerprint, WindowSamples(corpus, mixture, choice, processes), heldout
 
 
 def _follow(

@@ -127,7 +127,7 @@ def tune(
             loop.write(record, amend=lambda finished: _finish(finished, config, talks))
         result = processes.of_first(lambda: _result(folder, talks, samples))
     result |= {"broken": talks.broken, "resumed_from_step": first_step}
-    return Tuning(Path(out).expanduser(), choice, elapsed_s=loop.elapsed_s, **result)
+    return Tuning(folder.out, choice, elapsed_s=loop.elapsed_s, **result)
 
 
 def as_training(recipe: TuneRecipe, num_steps: int, config: Mapping[str, Any]) -> TrainRecipe:
