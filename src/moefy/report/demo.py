@@ -104,11 +104,12 @@ def _sample(folder: Path) -> str:
 
 
 def headline(comparison: Comparison) -> str:
-    """Say in two sentences what the demo's table says."""
+    """Say in a sentence what the demo's table says."""
     dense, random_split, converted, recovered = comparison.results
     share = recovered.cost.flops_per_token / dense.cost.flops_per_token
     return (
-        f"{share:.0%} of the dense model's FLOPs per token. Perplexity {dense.perplexity:,.1f} "
-        f"becomes {converted.perplexity:,.1f} without training (a random split: "
-        f"{number(random_split.perplexity)}) and {recovered.perplexity:,.1f} after this training."
+        f"With {share:.0%} of the dense model's FLOPs per token, perplexity "
+        f"{dense.perplexity:,.1f} becomes {converted.perplexity:,.1f} without training "
+        f"(a random split: {number(random_split.perplexity)}) and {recovered.perplexity:,.1f} "
+        "after this training."
     )
