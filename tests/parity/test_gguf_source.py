@@ -14,6 +14,8 @@ from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefy
+from moefy.checkpoint import gguf_source
+from moefy.checkpoint.gguf_source import read_header
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.recipe import LLAMA_MOE
 
@@ -136,3 +138,22 @@ def test_what_transformers_would_leave_out_is_refused(
     with pytest.raises(kind, match=message):
         moefy.convert(tmp_path / "model.gguf", tmp_path / "moe", **EXACT)
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_damaged_count_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gguf's own reader would count to 2^60, and makes an object for every value there is."""
+    file = tmp_path / "model.gguf"
+    write_gguf(file, "llama")
+    assert read_header(file).fields["tokenizer.ggml.scores"] == 257
+    monkeypatch.setattr(gguf_source, "_MOST_VALUES", 100)
+    with pytest.raises(CheckpointError, match="no readable GGUF file"):
+        read_header(file)
+    monkeypatch.undo()
+    whole = bytearray(file.read_bytes())
+    key = b"tokenizer.ggml.scores"
+    count = whole.index(key) + len(key) + 8  # behind the types of the value and of its items
+    assert int.from_bytes(whole[count : count + 8], "little") == 257
+    whole[count : count + 8] = (1 << 60).to_bytes(8, "little")
+    file.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="no readable GGUF file"):
+        read_header(file)
