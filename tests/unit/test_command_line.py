@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from moefy.recipe import ConvertRecipe, PrepareRecipe, Recipe
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
+ROOT = Path(__file__).parents[2]
 RECIPES: dict[str, Recipe] = {
     "convert": ConvertRecipe(),
     "prepare": PrepareRecipe(),
@@ -140,3 +142,33 @@ def test_an_old_spelling_names_the_new_one(
     assert exit_info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"is now {new}: see " in line
+
+
+def written_commands() -> list[tuple[str, str]]:
+    """Find the commands in the documentation, each with the file that it stands in."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = []
+    for file in [*pages, *sorted((ROOT / "recipes").glob("*.yaml"))]:
+        text = file.read_text()
+        if file.suffix == ".md":  # code, fenced or in a sentence
+            text = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)) + "\n".join(
+                re.findall(r"`(moefy [a-z][^`]*)`", text)
+            )
+        text = re.sub(r"\\\n#?", "", text)
+        lines = re.findall(r"^(?:#\s+)?(moefy [a-z].*)", text, re.MULTILINE)
+        found += [(file.name, line.partition("  #")[0]) for line in lines]
+    return found
+
+
+def test_the_documentations_commands_exist() -> None:
+    """Every command of README, docs and recipes is one, with options that it has."""
+    written = written_commands()
+    assert len(written) > 40
+    texts = {command: help_of(command) for command in COMMANDS}
+    for file, line in written:
+        _, *words = line.split()
+        name = " ".join(words[:2]) if words[:1] == ["export"] else words[0]
+        options = re.findall(r"(?<!\S)--[a-z-]+", line)
+        assert name in COMMANDS, (file, line)
+        for option in options:
+            assert f"{option} " in texts[name], (file, line)
