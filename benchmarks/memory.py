@@ -21,7 +21,7 @@ from pathlib import Path
 from publish import publish_table
 
 import moefy
-from moefy import memory
+from moefy import hardware
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
@@ -71,7 +71,7 @@ def _one(options: argparse.Namespace) -> list[float]:
     """Return tokens/s, the kernel's share of processor time, page faults, and peak GiB."""
     doing, kept = options.one.split()
     if kept == "0":
-        memory._KEEPING = {}
+        hardware._KEEPING = {}
     moe, out = options.work / "moe", options.work / "run"
     if doing == "train":
         moefy.train(moe, out, tokens=512 * options.steps, precision="float32", overwrite=True)

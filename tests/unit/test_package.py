@@ -6,10 +6,14 @@ import ast
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 
 import moefy
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [*sorted(ROOT.glob("benchmarks/*.py")), *sorted(ROOT.glob("recipes/*.py"))]
 
 
 def test_no_module_hides_a_verb() -> None:
@@ -39,3 +43,14 @@ def test_editors_see_the_names_that_there_are() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="'nothing'"):
         moefy.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_import_what_there_is(script: Path) -> None:
+    """The scripts take hours and are not run here; their names must follow the package's."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moefy"):
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
