@@ -1,4 +1,4 @@
-"""What can be said of a run before anything is loaded."""
+"""Checks of a run before anything is loaded."""
 
 from __future__ import annotations
 
@@ -69,13 +69,7 @@ def is_dynamic(recipe: TrainRecipe) -> bool:
 
 
 def check_context(config: Mapping[str, Any], sequence_length: int, name: str) -> None:
-    """Raise UsageError for sequences that are longer than the context of a model.
-
-    Args:
-        config: config.json of the model.
-        sequence_length: in tokens.
-        name: of the model, for the message.
-    """
+    """Raise UsageError for sequences that are longer than the context of the model `name`."""
     context = config.get("max_position_embeddings")
     if context and sequence_length > context:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A run without weights: does the recipe fit the model, the processes and their memory?"""
+"""Checks a run and estimates its memory and FLOPs without loading weights."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
 from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
-from moefy.training.throughput import flops_per_trained_token
+from moefy.training.throughput import TRAINED_PASSES
 
 _OPTIMIZER_BYTES = 16  # of a weight that learns: itself, its gradient, Adam's two moments
-_CHUNK_BYTES = 3 * (64 << 20)  # of logits, see training/output_loss.py
+_CHUNK_BYTES = 3 * (64 << 20)  # of logits, see evaluation/output_loss.py
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would be."""
+    """The size of a run, estimated."""
 
     steps: int  # of the optimizer
     tokens_per_step: int  # of all processes
@@ -53,7 +53,7 @@ def dry_run(
     recipe: TrainRecipe | str | Path | None = None,
     **settings: Unpack[TrainSettings],
 ) -> DryRun:
-    """Check a recipe against a model and a number of processes, and count what the run would take.
+    """Check a recipe against a model and a number of processes, and estimate the run's cost.
 
     The model is built on the meta device, which has shapes and no numbers, and one pass runs
     forward and backward there.
@@ -100,7 +100,7 @@ def dry_run(
     total = sum(p.numel() for p in network.parameters())
     held = _OPTIMIZER_BYTES * learned + 4 * (total - learned)
     counted = cost(config, context=choice.sequence_length)
-    flops_per_token = flops_per_trained_token(config, choice.sequence_length)
+    flops_per_token = TRAINED_PASSES * counted.flops_per_token
     teacher_bytes = 0
     if choice.distils:
         assert choice.teacher is not None

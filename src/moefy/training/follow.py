@@ -1,4 +1,4 @@
-"""A mixture that follows the losses on held-out text (Sheared-LLaMA's dynamic batch loading)."""
+"""Held-out losses, and the reference losses that a dynamic mixture compares them with."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reference_losses(
     processes: Processes,
     report: ProgressFn,
 ) -> dict[str, float]:
-    """Return what the losses are compared with: the dense model's, published ones, or a file's.
+    """Return the reference losses by domain: the dense model's, published ones, or a file's.
 
     Raises:
         UsageError: no published losses fit the source.
@@ -78,11 +78,11 @@ def reference_losses(
 
 
 def keep_reference(folder: Path, losses: Mapping[str, float]) -> None:
-    """Keep what a run's losses are compared with."""
+    """Keep the reference losses of a run in its folder."""
     replace_file(folder / REFERENCE, json.dumps(dict(losses), indent=2) + "\n")
 
 
 def kept_reference(folder: Path) -> dict[str, float]:
-    """Return what a run's losses are compared with, empty if they are with nothing."""
+    """Return the reference losses of a run, empty where it has none."""
     file = folder / REFERENCE
     return dict(json.loads(file.read_text())) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""Layer-wise distillation: each layer's output towards the dense parent's."""
+"""Layer-wise distillation: the distance of each layer's output from the dense parent's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's log: one JSON line a step, and the same numbers to a tracker that is installed."""
+"""The log of a run: one JSON line per step, and the same numbers for a tracker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moefy.training.state import LOG, read_log
 
 
 class RunLog:
-    """Writes the log of a run that goes on behind `first_step`; used by one process."""
+    """Writes the log of a run that continues after `first_step`; used by the first process."""
 
     def __init__(self, folder: Path, first_step: int, recipe: TrainRecipe) -> None:
         self._file = folder / LOG
@@ -49,7 +49,7 @@ def check_trackers(recipe: TrainRecipe) -> None:
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Give every single number of a log line, as `domain_loss/wiki`; lists are left out."""
+    """Yield every number of a log line under a name as `domain_loss/wiki`; lists are left out."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}/")

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.progress import Progress, ProgressFn
@@ -29,7 +30,7 @@ from moefy.training.samples import Samples
 from moefy.training.schedule import learning_rate
 from moefy.training.state import RunState
 from moefy.training.step import train_step
-from moefy.training.throughput import flops_per_trained_token, peak_flops
+from moefy.training.throughput import TRAINED_PASSES, peak_flops
 from moefy.training.write import write_model
 
 
@@ -95,17 +96,18 @@ class TrainingLoop:
 
         Args:
             first_step: counted from 0.
-            shown: the recipe that the folder shows.
-            heldout: measures the held-out loss, at the recipe's interval.
+            shown: recipe that is written to `recipe.yaml`.
+            heldout: returns the held-out loss; called at the recipe's interval.
             report: told about progress.
-            first_line: of the log of a fresh run, before the first step's.
+            first_line: line of the log before the first step's, in a fresh run.
 
         Raises:
             TrainingError: the loss is not finite; the last checkpoint is kept.
             StorageError: the disk is full; the last checkpoint is kept.
         """
         recipe, num_steps = self.recipe, self.recipe.num_steps
-        flops = flops_per_trained_token(read_config(self.source), recipe.sequence_length)
+        one_pass = cost(read_config(self.source), context=recipe.sequence_length)
+        flops = TRAINED_PASSES * one_pass.flops_per_token
         peak = self.processes.size * peak_flops(recipe.precision)
         log = None
         if self.processes.is_first:

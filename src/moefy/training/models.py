@@ -1,4 +1,4 @@
-"""Student and teacher, ready to run: where they lie, in which precision, what learns."""
+"""Loads student and teacher: device, precision, frozen parts and adapters."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from moefy.hardware import device
 from moefy.training.processes import Processes
 from moefy.training.recipe import Lora, TrainRecipe
 
+# names of each part's parameters, in all families and targets
 _PARTS = {
     "embeddings": r"(embed_tokens|lm_head)\.",
     "attention": r"\.self_attn\.(?!.*norm)",
@@ -29,7 +30,6 @@ _PARTS = {
     "shared-experts": r"\.(shared_mlp|shared_experts)\.",
     "routers": r"\.(router|gate)\.",
 }
-"""What each part's parameters are called, in all families and targets."""
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -60,7 +60,7 @@ def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any
 
 
 def prepare_student(network: Any, recipe: TrainRecipe) -> None:
-    """Freeze what the recipe freezes, and say how the layers are computed.
+    """Freeze the recipe's parts, and choose how the layers are computed.
 
     Raises:
         UsageError: the model has no such part, or nothing is left to learn.
@@ -111,7 +111,7 @@ def _distributed(sizes: dict[str, Any], recipe: TrainRecipe) -> Any:
 
 
 def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> Any:
-    """Return the model with low-rank adapters beside its matrices, which alone learn.
+    """Return the model with low-rank adapters beside its matrices; only they are trained.
 
     Source: LoRA (arXiv 2106.09685): W + (alpha / rank)·B·A with A [rank, inputs] random and
     B [outputs, rank] zero. The experts of a layer are one tensor in memory; peft gives each expert

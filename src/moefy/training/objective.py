@@ -40,7 +40,7 @@ from moefy.training.samples import Rows, StepSamples
 
 @dataclass
 class StepLosses:
-    """What the passes of one process came to, without gradients."""
+    """Losses of the passes of one process, without gradients."""
 
     # domain, mean cross-entropy of the labels (nats) and number of labels of every row
     rows: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Objective:
 
     @contextmanager
     def step(self, samples: StepSamples) -> Iterator[StepLosses]:
-        """Watch the models while `loss` computes the passes of a step; give what they come to."""
+        """Watch the models while `loss` computes the passes of a step; yield the losses."""
         layers = self.recipe.distillation.layers
         self._samples, self._done, self._pass = samples, StepLosses(), 0
         with ExitStack() as stack:

@@ -24,12 +24,12 @@ def build_optimizer(
     Each group has `rate_fraction` and `is_router` beside AdamW's keys.
 
     Args:
-        network: what learns; its frozen parameters stay out.
-        noise: the noisy gate, which is learned with the routers; None without noise.
+        network: model in training; its frozen parameters stay out.
+        noise: noisy gate, which is trained with the routers; None without noise.
         recipe: of the run.
 
     Raises:
-        UsageError: routers are to learn alone at first, and there is none that learns.
+        UsageError: `router_warmup_fraction` trains routers alone, and none is trained.
     """
     routers = {id(p) for router in routers_of(network) for p in router.parameters()}
     gate = list(noise.parameters()) if noise is not None else []

@@ -1,4 +1,4 @@
-"""The processes of a run: which part of the work is whose."""
+"""The processes of a run and their shares of the work."""
 
 from __future__ import annotations
 

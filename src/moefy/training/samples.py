@@ -1,4 +1,4 @@
-"""What a step trains on: windows of a corpus for `train`, conversations for `tune`.
+"""The samples of a step: windows of a corpus for `train`, conversations for `tune`.
 
 Both are a function of the seed and of the steps before, and cut a step into as many passes on every
 process, so that a resumed run and a run of several processes see the same samples.
@@ -30,7 +30,7 @@ CONVERSATIONS = "conversations"
 
 @dataclass(frozen=True)
 class Rows:
-    """What one process computes in one pass."""
+    """The rows of one pass of one process."""
 
     tokens: Int[Tensor, "rows length"]  # padded on the right
     labels: Int[Tensor, "rows length"]  # the token itself where it is learned, else IGNORED
@@ -216,7 +216,7 @@ def padded_rows(rows: list[list[Example]], *, height: int, length: int) -> Rows:
 
 
 def num_labels(examples: Sequence[Example]) -> int:
-    """Return how many tokens are learned; the first of a conversation is not."""
+    """Return the number of labels; the first token of a conversation has none."""
     return sum(label != IGNORED for example in examples for label in example.labels[1:])
 
 

@@ -1,4 +1,4 @@
-"""A run's folder and state on disk: enough to go on as if nothing had happened.
+"""A run's folder and checkpoints, from which it continues as if it had not been stopped.
 
     OUT/checkpoint/step-00000100/   torch.distributed.checkpoint's files, written by all processes
     OUT/checkpoint/step-00000100/run.json   step, state of the samples, and how large every file is
@@ -215,7 +215,7 @@ class RunState:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, the first first; one cut off by a kill is left out."""
+    """Return the lines of a run's log in order, without one that was cut off by a kill."""
     steps = []
     for line in (out / LOG).read_text().splitlines():
         try:
@@ -237,7 +237,7 @@ def _whole_shards(tensor: Any) -> Any:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Say which checkpoint is damaged without being shorter."""
+    """Raise OutputError for a checkpoint that is damaged but has its full size."""
     try:
         yield
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:

@@ -69,7 +69,7 @@ def train_step(
 
 
 def _losses(done: StepLosses, samples: StepSamples, processes: Processes) -> dict[str, Any]:
-    """Put together what all processes' passes came to."""
+    """Combine the losses of all processes into a line of the log."""
     names = samples.domains
     by_domain = torch.zeros(2, len(names), dtype=torch.float64)  # sums of losses, labels
     domains, means, counts = zip(*done.rows, strict=True)

@@ -1,20 +1,17 @@
-"""How much of the hardware training uses: model FLOPs utilisation (MFU).
+"""The share of the hardware that training uses: model FLOPs utilisation (MFU).
 
 MFU = 3 · FLOPs of a forward pass · tokens/s / peak FLOP/s of all processes (PaLM, arXiv 2204.02311,
-appendix B): forward once, backward twice. Counted are the experts that run, not those that wait,
-and neither the teacher nor what gradient checkpointing computes again.
+appendix B). It counts the experts that run, not those that wait, and neither the teacher nor what
+gradient checkpointing computes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from moefy.checkpoint.cost import cost
 from moefy.hardware import device, multiply_rate
 
+TRAINED_PASSES = 3  # forward once, backward twice: gradients of inputs and of weights
 _PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest name that fits
     **{"B200": 2250.0, "H200": 989.5, "H100": 989.5, "H100 PCIe": 756.5, "H100 NVL": 835.5},
     **{"A100": 312.0, "A10": 125.0, "A40": 149.7, "L40S": 362.0, "L4": 121.0, "V100": 125.0},
@@ -38,9 +35,3 @@ def known_gpu(name: str) -> str | None:
         return None
     known = [key for key in _PUBLISHED_TFLOPS if all(part in words for part in key.split())]
     return max(known, key=len, default=None)
-
-
-def flops_per_trained_token(config: Mapping[str, Any], sequence_length: int) -> int:
-    """Return the FLOPs of forward and backward pass for one token of a sequence."""
-    # forward once, backward twice: the gradients of the inputs and of the weights
-    return 3 * cost(config, context=sequence_length).flops_per_token

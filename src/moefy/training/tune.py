@@ -180,7 +180,7 @@ def heldout_loss(
 
 
 def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn) -> _Talks:
-    """Return what is trained on, what is held out, and a line about everything broken."""
+    """Return training and held-out examples, and a line about each broken conversation."""
     check_context(read_config(source), recipe.sequence_length, str(source))
     tokenizer = load_tokenizer(source)
     if not tokenizer.is_fast:
@@ -204,7 +204,7 @@ def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn
 
 
 def _result(folder: RunFolder, talks: _Talks, samples: ConversationSamples) -> dict[str, Any]:
-    """Return what a finished run's record says of it."""
+    """Return the results of a run, for its record."""
     log = read_log(folder.work)
     return {
         "chat_template": talks.template.name,
@@ -219,7 +219,7 @@ def _result(folder: RunFolder, talks: _Talks, samples: ConversationSamples) -> d
 
 
 def _finish(folder: Path, config: dict[str, Any], talks: _Talks) -> None:
-    """Add to a written model what it was tuned to."""
+    """Add template, end of turn and broken conversations to a written model."""
     if talks.template.source is not None:
         _replace_template(folder, talks.template.source)
     _stop_at(folder, config, end_of_turn(talks.tokenizer, talks.template))

@@ -1,4 +1,4 @@
-"""A trained or tuned model, written as the native folder that it came from."""
+"""Writes a trained or tuned model in the form of the folder that it came from."""
 
 from __future__ import annotations
 
