@@ -31,17 +31,11 @@ _TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Asset:
-    """One archive on the package index.
+    """One archive on the package index."""
 
-    Attributes:
-        filename: the archive's file name: project, version, and for wheels a platform.
-        sha256: hex digest of the archive.
-        size: bytes.
-    """
-
-    filename: str
-    sha256: str
-    size: int
+    filename: str  # project, version, and for wheels a platform
+    sha256: str  # hex digest of the archive
+    size: int  # bytes
 
     @property
     def project(self) -> str:

@@ -12,19 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One sign of life.
+    """One sign of life."""
 
-    Attributes:
-        stage: what is being done, in the words a user knows ("convert", "train").
-        done: units finished so far.
-        total: units in all.
-        note: a few words on the current state ("loss 5.31"), possibly empty.
-    """
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
+    stage: str  # what is being done, in words that a user knows: "convert", "train"
+    done: int  # units finished so far
+    total: int  # units in all
+    note: str = ""  # a few words on the current state: "loss 5.31"
 
 
 ProgressFn = Callable[[Progress], None]
