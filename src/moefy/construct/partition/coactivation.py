@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
@@ -42,16 +42,13 @@ def contribution_gram(
     return gram
 
 
-def highest(score: Float[Tensor, " neurons"], count: int) -> Int[np.ndarray, " count"]:
-    """Return the neurons with the largest scores, ascending; ties go to the lower index."""
-    return np.sort(np.argsort(-score.cpu().numpy(), kind="stable")[:count])
-
-
 def cluster_by_gram(
     gram: Float[Tensor, "neurons neurons"], split: Split, generator: np.random.Generator
 ) -> Partition:
     """Share the neurons with the largest diagonal; cluster the rest by cosine."""
-    shared = highest(gram.diagonal(), split.shared * split.size(len(gram)))
+    num_shared = split.shared * split.size(len(gram))
+    # stable: ties go to the lower index
+    shared = np.argsort(-gram.diagonal().cpu().numpy(), kind="stable")[:num_shared]
     rest = np.setdiff1d(np.arange(len(gram)), shared)
     kernel = gram[rest][:, rest]
     scale = kernel.diagonal().clamp_min(1e-30).rsqrt()  # a neuron that is never active has 0

@@ -19,17 +19,12 @@ def expert_energies(sample: FfnSample, partition: Partition) -> Float[Tensor, "t
     ‖Σ_j h_tj·w_j‖² it does not favour experts whose neurons merely point the same way, and costs
     one product with an indicator matrix. The other one was tried: docs/experiments.md, section 3.
     """
-    member = energy_members(sample, partition)
-    # [chunk, neurons] @ [neurons, experts]
-    return torch.cat([activations.square() @ member for _, activations in sample.chunks()])
-
-
-def energy_members(sample: FfnSample, partition: Partition) -> Float[Tensor, "neurons experts"]:
-    """Return ‖w_j‖² where neuron j belongs to expert e, else 0: h² times it is the energies."""
+    # [neurons, experts]: ‖w_j‖² where neuron j belongs to expert e, else 0
     member = sample.down.new_zeros(sample.num_neurons, len(partition.routed))
     for expert, neurons in enumerate(partition.routed):
         member[torch.from_numpy(neurons), expert] = 1.0
-    return member * sample.down.square().sum(0)[:, None]
+    member *= sample.down.square().sum(0)[:, None]
+    return torch.cat([activations.square() @ member for _, activations in sample.chunks()])
 
 
 def scaled(
