@@ -14,7 +14,7 @@ from tests.conftest import write_tiny_llama, write_tiny_model
 
 from moefy.cli import main
 from moefy.errors import AssetError, CheckpointError, UsageError
-from moefy.evaluation import harness, suite_run
+from moefy.evaluation import harness
 from moefy.evaluation.suite import evaluate_suite
 from moefy.storage import cache_folder
 
@@ -35,8 +35,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(task.config.task)
         return run_task(model, task, **settings)
 
-    run_task = suite_run.run_task
-    monkeypatch.setattr(suite_run, "run_task", watched)
+    run_task = harness.run_task
+    monkeypatch.setattr(harness, "run_task", watched)
     return ran
 
 
@@ -80,18 +80,18 @@ def test_an_interrupted_run_continues(
     tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = write_tiny_llama(tmp_path / "dense")
-    load = suite_run.load_tasks
+    load = harness.load_tasks
 
     def interrupted(task: Any) -> Any:
         if task["task"] == "lambada_openai":
             raise KeyboardInterrupt
         return load(task)
 
-    monkeypatch.setattr(suite_run, "load_tasks", interrupted)
+    monkeypatch.setattr(harness, "load_tasks", interrupted)
     tasks = ["winogrande", "lambada_openai"]
     with pytest.raises(KeyboardInterrupt):
         evaluate_suite(dense, tasks=tasks, limit=5, hub=False)
-    monkeypatch.setattr(suite_run, "load_tasks", load)
+    monkeypatch.setattr(harness, "load_tasks", load)
     evaluate_suite(dense, tasks=tasks, limit=5, hub=False)
     assert opened == tasks
 
@@ -121,6 +121,7 @@ def test_what_is_printed(
     for text in ("WinoGrande", "average", "LAMBADA is not the paper's data", "PyPI archives"):
         assert text in printed.out
     assert "LAMBADA 100/100" in printed.err
+    assert "Tokenizing" not in printed.err  # the harness's own bars
     assert run(monkeypatch, *command, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["models"][0]["scores"]["WinoGrande"]["items"] == 5

@@ -17,9 +17,8 @@ from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import builtin
 from moefy.evaluation.answers import score_answers
 from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
-from moefy.evaluation.harness import HarnessModel, load_tasks, run_task
+from moefy.evaluation.harness import HarnessModel, TaskPlan, load_tasks, plan_tasks, run_task
 from moefy.evaluation.paired import standard_error
-from moefy.evaluation.suite_run import TaskPlan, plan_tasks
 from moefy.progress import silent
 
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}

@@ -28,11 +28,7 @@ def score_answers(
 ) -> list[tuple[float, bool]]:
     """Return log p of every answer after the question, nats, and whether it is the greedy one.
 
-    Args:
-        network: a causal language model.
-        question: at least one token.
-        answers: at least one token each.
-        dtype: of the softmax; None for the model's.
+    Question and answers have a token at least; `dtype` is the softmax's, None for the model's.
     """
     # The model reads the question's last token and all but the last of the answer's. Answers of one
     # token, as A to D, read the same and are one row.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -27,15 +26,7 @@ _GREEDY = {
 
 
 class Speaker:
-    """A model, loaded to answer.
-
-    Args:
-        model: a folder, or any source `convert` takes.
-        report: told about downloads.
-
-    Attributes:
-        template: what the conversation is written in; see `data.template.chat_template`.
-        stops: the tokens that end an answer, the model's own and the template's.
+    """A model, loaded to answer; `model` is a folder, or any source `convert` takes.
 
     Raises:
         UsageError: the model cannot be read, or has no way to write a conversation.
@@ -44,7 +35,7 @@ class Speaker:
     def __init__(self, model: str | Path, *, report: ProgressFn = silent) -> None:
         self.folder = resolve(model, report=report)
         self._tokenizer = load_tokenizer(self.folder)
-        self.template = chat_template(self._tokenizer)
+        self.template = chat_template(self._tokenizer)  # what the conversation is written in
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         self._model = load_model(self.folder, dtype=dtype).to(device())
@@ -82,8 +73,8 @@ class Speaker:
         # The template has written the special tokens already.
         inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
         prompt = inputs["input_ids"].to(self._model.device)  # [1, tokens]
-        room = getattr(self._model.config, "max_position_embeddings", None)
-        if room and prompt.shape[1] >= room:
+        room: int = self._model.config.max_position_embeddings
+        if prompt.shape[1] >= room:
             raise UsageError(
                 f"the conversation has {prompt.shape[1]:,} tokens and the model reads {room:,}: "
                 "begin a new one"
@@ -92,20 +83,17 @@ class Speaker:
         if write is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: write(text)
-        sampling: dict[str, Any] = {}
-        if temperature is not None:
-            sampling = {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
+        sampling = _GREEDY if temperature == 0 else {"do_sample": True, "temperature": temperature}
         written = self._model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=min(max_new_tokens, room - prompt.shape[1]) if room else max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room - prompt.shape[1]),
             eos_token_id=self.stops or None,
             pad_token_id=self.stops[0] if self.stops else 0,
             streamer=streamer,
-            **sampling,
+            **({} if temperature is None else sampling),
         )
-        answer = written[0, prompt.shape[1] :]
-        return str(self._tokenizer.decode(answer, skip_special_tokens=True))
+        return str(self._tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
 
 
 def chat(
@@ -118,7 +106,7 @@ def chat(
     temperature: float | None = None,
     report: ProgressFn = silent,
 ) -> list[Message]:
-    """Hold a conversation: each line is a message, each answer is written as it comes.
+    """Hold a conversation and return it: each line is a message, answers are written as they come.
 
     A KeyboardInterrupt during an answer ends that answer and not the conversation.
 
@@ -130,9 +118,6 @@ def chat(
         max_new_tokens: the longest answer.
         temperature: of sampling; see `Speaker.answer`.
         report: told about downloads.
-
-    Returns:
-        The whole conversation.
 
     Raises:
         UsageError: see `Speaker`.

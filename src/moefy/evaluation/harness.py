@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model in memory.
+"""Tasks of lm-evaluation-harness on a model in memory; every finished task is kept in the cache.
 
 Tasks, prompts, requests and metrics are the harness's own. Three things differ: where the data
 lies, that a question is computed once for all of its answers, and that work which does not fit into
@@ -7,12 +7,15 @@ memory is refused before the machine starts to swap.
 
 from __future__ import annotations
 
+import difflib
 import functools
+import hashlib
 import itertools
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,21 +25,31 @@ import lm_eval
 import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
+import torch
+import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
-from moefy.errors import EvaluationError
+from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.checkpoint.reader import read_config
+from moefy.errors import EvaluationError, UsageError
 from moefy.evaluation.answers import score_answers
 from moefy.evaluation.benchmarks import Benchmark
-from moefy.hardware import available_bytes
-from moefy.storage import cache_folder
+from moefy.evaluation.suite_data import archive_files, data_version
+from moefy.experts.lean import register
+from moefy.hardware import available_bytes, device
+from moefy.progress import Progress, ProgressFn
+from moefy.storage import cache_folder, write_records
 
 VERSION: str = lm_eval.__version__
 _FEWSHOT_SEED = 1234  # the harness's own default
+_FORMAT = 3  # raise it when what is kept of a task changes, or how it is computed
 
-ShareFn = Callable[[float], None]
+# The index of all tasks takes seconds to build.
+all_tasks = functools.cache(TaskManager)
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,16 @@ class ItemScores:
     elapsed_s: float
 
 
+@dataclass(frozen=True)
+class TaskPlan:
+    """A benchmark and the harness's tasks that it is made of."""
+
+    benchmark: Benchmark
+    tasks: dict[str, str | dict[str, Any]]  # by name, what `load_tasks` takes
+    version: str = "hub"  # of the tasks' data
+    problem: str = ""  # why it cannot be measured
+
+
 def stock_tasks(benchmark: Benchmark) -> dict[str, Path]:
     """Return the harness's YAML files of one of the paper's benchmarks, by task."""
     files = sorted((Path(lm_eval.__file__).parent / "tasks").glob(benchmark.stock))
@@ -57,12 +80,9 @@ def stock_tasks(benchmark: Benchmark) -> dict[str, Path]:
 
 
 def task_config(benchmark: Benchmark, task: str, files: Mapping[str, Path]) -> dict[str, Any]:
-    """Return the harness's configuration of a benchmark's task.
+    """Return the harness's configuration of one of the benchmark's `stock_tasks`.
 
-    Args:
-        benchmark: one of the paper's.
-        task: a key of its `stock_tasks`.
-        files: Parquet file of each split; empty for the hub's data.
+    `files` is the Parquet file of each split; none for the hub's data.
     """
     config = {**load_yaml(stock_tasks(benchmark)[task])}
     config |= {"task": task, "num_fewshot": benchmark.shots}
@@ -80,12 +100,6 @@ def task_config(benchmark: Benchmark, task: str, files: Mapping[str, Path]) -> d
             **benchmark.settings,
         }
     return config
-
-
-@functools.cache
-def all_tasks() -> TaskManager:
-    """Return the index of all tasks of the harness, which takes seconds to build."""
-    return TaskManager()
 
 
 def load_tasks(task: str | dict[str, Any]) -> dict[str, Any]:
@@ -113,25 +127,64 @@ def load_tasks(task: str | dict[str, Any]) -> dict[str, Any]:
     return tasks
 
 
-class HarnessModel(HFLM):  # type: ignore[misc]
-    """A model in memory as the harness sees it, which says how far it is.
+def plan_tasks(
+    chosen: Sequence[Benchmark | str], *, from_hub: bool, report: ProgressFn
+) -> list[TaskPlan]:
+    """Return what to run for the paper's benchmarks and for names of the harness's tasks.
 
-    Args:
-        network: the model, on its device.
-        tokenizer: its tokenizer.
-
-    Attributes:
-        share: told how much of the present task is done, from 0 to 1.
-        truncated: requests that were cut from the left to fit into the model's context.
+    Raises:
+        UsageError: the harness has no such task.
+        AssetError: an archive cannot be fetched.
     """
+    plans = []
+    for entry in chosen:
+        if isinstance(entry, Benchmark):
+            tasks: dict[str, str | dict[str, Any]] = {}
+            for task in stock_tasks(entry):
+                files = {} if from_hub else archive_files(entry, task, report=report)
+                tasks[task] = task_config(entry, task, files)
+            plans.append(TaskPlan(entry, tasks, "hub" if from_hub else data_version(entry)))
+            continue
+        known = all_tasks().all_tasks
+        if entry not in known:
+            near = difflib.get_close_matches(entry, known, n=3)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise UsageError(f"lm-evaluation-harness {VERSION} has no task {entry!r}{hint}")
+        try:
+            loaded = load_tasks(entry)
+        except EvaluationError as error:
+            plans.append(TaskPlan(Benchmark(entry, entry, 0, "–"), {}, problem=str(error)))
+            continue
+        # The harness does not say which of a task's metrics counts; its first is the usual one.
+        first = next(iter(loaded.values()))
+        metric = next(iter(first.aggregation()))
+        benchmark = Benchmark(entry, entry, first.config.num_fewshot, metric)
+        plans.append(TaskPlan(benchmark, {task: task for task in loaded}))
+    return plans
+
+
+def open_model(folder: Path, dtype: str) -> HarnessModel:
+    """Return the model of a folder, loaded in "float32" or "bfloat16"."""
+    options = {}
+    if ffn_shape(read_config(folder)).experts and device().type == "cpu" and dtype == "bfloat16":
+        # oneDNN compiles a product for every new shape, and prompts differ in length. These
+        # experts round their shapes up.
+        options["experts_implementation"] = register()
+    network = load_model(folder, dtype=getattr(torch, dtype), **options).to(device())
+    return HarnessModel(network, load_tokenizer(folder))
+
+
+class HarnessModel(HFLM):  # type: ignore[misc]
+    """A model in memory, on its device, as the harness sees it."""
 
     def __init__(self, network: Any, tokenizer: Any) -> None:
         _quiet()
         place = network.device
         size = 1 if place.type == "cpu" else 8
         super().__init__(network, tokenizer=tokenizer, batch_size=size, device=str(place))
-        self.share: ShareFn = lambda _: None
-        self.truncated = 0
+        # Told how much of the present task is done, from 0 to 1.
+        self.share: Callable[[float], None] = lambda _: None
+        self.truncated = 0  # requests that were cut from the left to fit into the model's context
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
@@ -170,9 +223,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def _check_memory(self, tokens: int) -> None:
         """Refuse a pass whose keys and values cannot fit, before the machine starts to swap."""
         config = self.model.config
-        width = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
         # Keys and values, [layers, tokens, heads, width] each.
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width
         needed, free = tokens * per_token * self.model.dtype.itemsize, available_bytes()
@@ -189,7 +241,7 @@ def run_task(
     *,
     metric: str,
     limit: int | None = None,
-    share: ShareFn = lambda _: None,
+    share: Callable[[float], None] = lambda _: None,
 ) -> ItemScores:
     """Ask a model the first `limit` items of a task, or all; `share` is told how much is done.
 
@@ -204,7 +256,7 @@ def run_task(
         results = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
     except (MemoryError, RuntimeError) as error:
         # torch says it in RuntimeErrors: "CUDA out of memory", "can't allocate memory".
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "memory" not in repr(error).lower():
             raise
         raise EvaluationError(
             f"the memory was not enough for {name}: free memory and run the command again"
@@ -239,6 +291,43 @@ def _gold_nll(task: Any, sample: dict[str, Any]) -> float | None:
     return -float(sample["resps"][gold][0][0]) if isinstance(gold, int) else None
 
 
+def run_plan(
+    plan: TaskPlan,
+    model: Callable[[], HarnessModel],
+    kept: Path,
+    stage: str,
+    *,
+    limit: int | None,
+    dtype: str,
+    report: ProgressFn,
+) -> list[ItemScores]:
+    """Return the result of each task, out of the cache's folder of this model if it is there."""
+    if plan.problem:
+        raise EvaluationError(plan.problem)
+    metric, parts = plan.benchmark.metric, list[ItemScores]()
+    # All that decides a result, besides the model.
+    used = {"shots": plan.benchmark.shots, "metric": metric, "data": plan.version}
+    settings = {"limit": limit, "dtype": dtype, "device": device().type}
+    versions = [VERSION, torch.__version__, transformers.__version__, _FORMAT]
+    key = digest([used, settings, versions])
+    # MMLU's limit is spread over its 57 subjects, at least one item of each.
+    count = None if limit is None else -(-limit // len(plan.tasks))
+
+    def share(part: float) -> None:
+        report(Progress(stage, int(100 * (len(parts) + part)), 100 * len(plan.tasks)))
+
+    for task, config in plan.tasks.items():
+        file = kept / f"{task}-{key}.json"
+        if not file.is_file():
+            (loaded,) = load_tasks(config).values()  # not a group, so a single task
+            result = run_task(model(), loaded, metric=metric, limit=count, share=share)
+            write_records(file, [asdict(result)])
+        # A result is always read from the file: the second run gives what the first gave.
+        parts.append(ItemScores(**json.loads(file.read_text())))
+        share(0.0)
+    return parts
+
+
 @functools.cache
 def _quiet() -> None:
     """Leave progress and warnings to us: the harness has no switch for all of its bars."""
@@ -246,4 +335,10 @@ def _quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
-        module.tqdm = functools.partial(tqdm, disable=True)
+        # Some callers pass `disable` themselves.
+        module.tqdm = lambda *args, **options: tqdm(*args, **options | {"disable": True})
+
+
+def digest(content: Any) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,63 +84,50 @@ def judge(
     asked = read_questions(questions) if questions else mt_bench(report=report)
     prompts = judge_prompts(report=report)
     source = resolve(model, report=report)
-    identity = {
-        "model": _digest(fingerprint(source)),
-        "questions": _digest([question.model_dump() for question in asked]),
-        "max_new_tokens": max_new_tokens,
-    }
     speaker = functools.cache(lambda: Speaker(source))  # not loaded where all answers are there
-    owner = RunFolder(
-        *(out, "judging"),
-        overwrite=overwrite,
-        sources=(source,),
-        resumes=True,
-        reopens=True,
-        own=(ANSWERS, REQUESTS, JUDGEMENTS),
-    )
-    with owner as run:
+    own = (ANSWERS, REQUESTS, JUDGEMENTS)
+    places: dict[str, Any] = {"overwrite": overwrite, "sources": (source,), "own": own}
+    owner = RunFolder(out, "judging", resumes=True, reopens=True, **places)
+    with client or nullcontext(), owner as run:
         # The judge is no part of the identity: several may mark the same answers.
-        run.begin(identity)
-        answer = functools.partial(_answer, speaker, str(model), max_new_tokens)
-        wanted = {(question.question_id,): question for question in asked}
-        answers = _continued(run.work / ANSWERS, ("question_id",), wanted, answer, report)
-        batch = [
-            _request(question, row["choices"][0]["turns"], prompts, turn, judge_model)
-            for question, row in zip(asked, answers, strict=True)
-            for turn in (1, 2)
-        ]
-        write_records(run.work / REQUESTS, batch)
-        done = Judging(run.out, len(asked), None, {}, 0)
-        if client is not None:
-            with client:
-                requests = {(row["custom_id"], judge_model): row for row in batch}
-                judge_one = functools.partial(_judge_one, client)
-                keys = ("custom_id", "judge")
-                rows = _continued(run.work / JUDGEMENTS, keys, requests, judge_one, report)
-            done = _summary(run.out, asked, [row["score"] for row in rows])
+        run.begin(
+            {
+                "model": _digest(fingerprint(source)),
+                "questions": _digest([question.model_dump() for question in asked]),
+                "max_new_tokens": max_new_tokens,
+            }
+        )
+        answers = _kept(run.work / ANSWERS, "question_id")
+        marks = _kept(run.work / JUDGEMENTS, "custom_id", "judge")
+        requests, scores = [], []
+        # A file is written whole after each row, so a kill loses one answer and breaks no line.
+        for done, question in enumerate(asked):
+            report(Progress("judge", done, len(asked)))
+            number = (question.question_id,)
+            if number not in answers:
+                turns = answer_both(speaker(), question, max_new_tokens)
+                row = {"question_id": question.question_id, "model_id": str(model)}
+                answers[number] = {**row, "choices": [{"index": 0, "turns": turns}]}
+                write_records(run.work / ANSWERS, answers.values())
+            turns = answers[number]["choices"][0]["turns"]
+            for turn in (1, 2):
+                request = _request(question, turns, prompts, turn, judge_model)
+                requests.append(request)
+                key = (request["custom_id"], judge_model)
+                if client and key not in marks:
+                    marks[key] = _judge_one(client, request)
+                    write_records(run.work / JUDGEMENTS, marks.values())
+                if client:
+                    scores.append(marks[key]["score"])
+        report(Progress("judge", len(asked), len(asked)))
+        write_records(run.work / REQUESTS, requests)
         run.finish()
-    return done
+    return _summary(run.out, asked, scores)
 
 
-def _continued(
-    file: Path,
-    keys: tuple[str, ...],
-    wanted: Mapping[tuple[Any, ...], Any],
-    make: Callable[[Any], Row],
-    report: ProgressFn,
-) -> list[Row]:
-    """Return a row for each that is wanted; those that the file does not hold yet are made."""
-    rows = dict(
-        read_records(file, lambda row: (tuple(row[key] for key in keys), row), what=file.stem)
-    )
-    # The file is written whole after each row, so a kill loses one answer and breaks no line.
-    for done, (name, item) in enumerate(wanted.items()):
-        report(Progress(file.stem, done, len(wanted)))
-        if name not in rows:
-            rows[name] = make(item)
-            write_records(file, rows.values())
-    report(Progress(file.stem, len(wanted), len(wanted)))
-    return [rows[name] for name in wanted]
+def _kept(file: Path, *keys: str) -> dict[tuple[Any, ...], Row]:
+    """Return the rows of an earlier call by their keys."""
+    return dict(read_records(file, lambda row: (tuple(row[k] for k in keys), row), what=file.stem))
 
 
 def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
@@ -152,12 +139,6 @@ def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> li
         answers.append(speaker.answer(messages, max_new_tokens=max_new_tokens, temperature=0.0))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
-
-
-def _answer(speaker: Callable[[], Speaker], name: str, length: int, question: Question) -> Row:
-    turns = answer_both(speaker(), question, length)
-    row = {"question_id": question.question_id, "model_id": name}
-    return {**row, "choices": [{"index": 0, "turns": turns}]}
 
 
 def _request(
@@ -176,37 +157,33 @@ def _request(
         fields |= {f"question_{i}": question.turns[i - 1], f"answer_{i}": answers[i - 1]}
         if question.reference:
             fields[f"ref_answer_{i}"] = question.reference[i - 1]
-    body = {
-        "model": judge_model,
-        "messages": [
-            {"role": "system", "content": prompt["system_prompt"]},
-            {"role": "user", "content": prompt["prompt_template"].format(**fields)},
-        ],
-        "temperature": 0,
-        "max_tokens": 2048,
+    messages = [
+        {"role": "system", "content": prompt["system_prompt"]},
+        {"role": "user", "content": prompt["prompt_template"].format(**fields)},
+    ]
+    return {
+        "custom_id": f"{question.question_id}-{turn}",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {
+            "model": judge_model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": 2048,
+        },
     }
-    place = {"custom_id": f"{question.question_id}-{turn}", "method": "POST"}
-    return {**place, "url": "/v1/chat/completions", "body": body}
 
 
 def _judge_one(client: httpx2.Client, request: Row) -> Row:
     text = _ask(client, request["body"])
     found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)  # "[[7]]", as MT-bench asks for
     mark = float(found[1]) if found else 0.0
-    return {
-        "custom_id": request["custom_id"],
-        "judge": request["body"]["model"],
-        "judgement": text,
-        "score": mark if 1 <= mark <= 10 else None,
-    }
+    row = {"custom_id": request["custom_id"], "judge": request["body"]["model"]}
+    return {**row, "judgement": text, "score": mark if 1 <= mark <= 10 else None}
 
 
 def _client(endpoint: str) -> httpx2.Client:
-    """Return a client of an OpenAI endpoint, with the key if there is one.
-
-    Raises:
-        UsageError: the address or the key cannot be used; the error shows neither key nor password.
-    """
+    """Return a client of an OpenAI endpoint; an error shows neither the key nor a password."""
     # huggingface_hub.InferenceClient would follow redirects, refuse even localhost under
     # $HF_HUB_OFFLINE, and send the user's Hugging Face token where there is no key.
     try:
@@ -229,12 +206,7 @@ def _client(endpoint: str) -> httpx2.Client:
 
 
 def _ask(client: httpx2.Client, request: Row) -> str:
-    """Return the judge's words; a busy or stumbling endpoint is asked again.
-
-    Raises:
-        JudgeError: it refuses, cannot be reached, or answers in another form.
-    """
-    reason = ""
+    """Return the judge's words; a busy or stumbling endpoint is asked again."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_S * 2**attempt)
@@ -257,10 +229,9 @@ def _ask(client: httpx2.Client, request: Row) -> str:
         if answer.status_code not in (408, 429) and answer.status_code < 500:
             break
     raise JudgeError(
-        f"{client.base_url} does not judge ({reason}): give the address of "
-        f"an endpoint that speaks OpenAI's protocol, as in http://localhost:8000/v1, its key in "
-        f"${_KEY}, and a model it has; the answers and judgements so far are kept, and the same "
-        "command goes on"
+        f"{client.base_url} does not judge ({reason}): give the address of an endpoint that speaks "
+        f"OpenAI's protocol, its key in ${_KEY}, and a model it has; the answers and judgements so "
+        "far are kept, and the same command goes on"
     )
 
 

