@@ -85,18 +85,20 @@ def judge(
     prompts = judge_prompts(report=report)
     source = resolve(model, report=report)
     speaker = functools.cache(lambda: Speaker(source))  # not loaded where all answers are there
-    own = (ANSWERS, REQUESTS, JUDGEMENTS)
-    places: dict[str, Any] = {"overwrite": overwrite, "sources": (source,), "own": own}
-    owner = RunFolder(out, "judging", resumes=True, reopens=True, **places)
+    # The judge is no part of the identity: several may mark the same answers.
+    model_hash = _digest(fingerprint(source))
+    questions_hash = _digest([question.model_dump() for question in asked])
+    identity = {"model": model_hash, "questions": questions_hash, "max_new_tokens": max_new_tokens}
+    owner = RunFolder(
+        *(out, "judging"),
+        overwrite=overwrite,
+        sources=(source,),
+        resumes=True,
+        reopens=True,
+        own=(ANSWERS, REQUESTS, JUDGEMENTS),
+    )
     with client or nullcontext(), owner as run:
-        # The judge is no part of the identity: several may mark the same answers.
-        run.begin(
-            {
-                "model": _digest(fingerprint(source)),
-                "questions": _digest([question.model_dump() for question in asked]),
-                "max_new_tokens": max_new_tokens,
-            }
-        )
+        run.begin(identity)
         answers = _kept(run.work / ANSWERS, "question_id")
         marks = _kept(run.work / JUDGEMENTS, "custom_id", "judge")
         requests, scores = [], []
@@ -165,12 +167,7 @@ def _request(
         "custom_id": f"{question.question_id}-{turn}",
         "method": "POST",
         "url": "/v1/chat/completions",
-        "body": {
-            "model": judge_model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": 2048,
-        },
+        "body": {"model": judge_model, "messages": messages, "temperature": 0, "max_tokens": 2048},
     }
 
 

@@ -32,7 +32,8 @@ Row = dict[str, Any]
 
 def data_version(benchmark: Benchmark) -> str:
     """Return a name that changes when the archives' content does."""
-    content = "".join(asset.sha256 for asset in _assets(benchmark).values()) + str(_VERSION)
+    archives = dict.fromkeys(_archive(file).sha256 for file in benchmark.splits.values())
+    content = "".join(archives) + str(_VERSION)
     return f"archives-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
@@ -42,36 +43,30 @@ def archive_files(
     """Return the Parquet file of each split of a benchmark's task; unpacks the archives once."""
     folder = cache_folder() / "benchmarks" / f"{benchmark.task}-{data_version(benchmark)}"
     if not folder.is_dir():
-        archives = {
-            name: assets.fetch(asset, report=report) for name, asset in _assets(benchmark).items()
-        }
-        report(Progress(f"unpack {benchmark.task}", 0, 1))
         with cached_folder(folder) as partial:
-            _unpack(benchmark, archives, partial)
-        report(Progress(f"unpack {benchmark.task}", 1, 1))
+            _unpack(benchmark, partial, report)
     prefix = f"{task.removeprefix('mmlu_')}-" if task != benchmark.task else ""
     # MMLU's folder holds `<subject>-<split>.parquet`, any other's `<split>.parquet`.
     found = sorted(folder.glob(f"{prefix}*.parquet"))
     return {file.stem.removeprefix(prefix): file for file in found}
 
 
-def _assets(benchmark: Benchmark) -> dict[str, assets.Asset]:
-    """Return a benchmark's archives by the first folder of their files."""
-    names = (file.partition("/")[0] for file in benchmark.splits.values())
-    return {name: _ARCHIVES[name] for name in names}
+def _archive(file: str) -> assets.Asset:
+    return _ARCHIVES[file.partition("/")[0]]
 
 
-def _unpack(benchmark: Benchmark, archives: dict[str, Path], folder: Path) -> None:
+def _unpack(benchmark: Benchmark, folder: Path, report: ProgressFn) -> None:
     """Write a Parquet file for each split, of MMLU for each subject and split."""
     make, schema = _ROWS.get(benchmark.task, dict), None
-    for split, pattern in benchmark.splits.items():
-        archive = zipfile.ZipFile(archives[pattern.partition("/")[0]])
+    for done, (split, pattern) in enumerate(benchmark.splits.items(), start=1):
+        archive = zipfile.ZipFile(assets.fetch(_archive(pattern), report=report))
         for member in fnmatch.filter(archive.namelist(), pattern):
             name = f"{member.split('/')[-3]}-{split}" if "*" in pattern else split
             rows = [make(document) for document in _documents(archive.read(member), member)]
             table = pa.Table.from_pylist(rows, schema=schema)
             schema = table.schema  # `datasets` wants the same columns in all splits
             pq.write_table(table, folder / f"{name}.parquet")
+        report(Progress(f"unpack {benchmark.task}", done, len(benchmark.splits)))
 
 
 def _documents(content: bytes, member: str) -> list[Row]:
