@@ -97,23 +97,11 @@ def study(
     jobs, skipped = _jobs(wanted, choice, dense, data, sft, inputs, report)
     if report_only and not (out / RUNS).is_file():
         raise UsageError(f"{out} holds no runs to report: leave --report-only out to make them")
-    with RunFolder(
-        out,
-        "study",
-        overwrite=overwrite,
-        sources=(dense, data, *([sft] if sft else [])),
-        resumes=True,
-        reopens=not overwrite,
-        own=(RUNS, SPEED, "recipe.yaml", "*.csv", "*.md", "*.png"),
-        scratch=("work",),
-    ) as folder:
+    with _study_folder(out, overwrite, (dense, data, *([sft] if sft else []))) as folder:
         folder.begin(inputs | choice.identity())
         work = folder.work
         replace_file(work / "recipe.yaml", choice.to_yaml())
-        # Other conversations make other keys: such runs are done again.
-        keys = {job.place: job.key for job in jobs}
-        found = read_runs(work / RUNS)
-        runs = {place: run for place, run in found.items() if keys.get(place, run.key) == run.key}
+        runs = _valid_runs(work / RUNS, jobs)
         measured = 0
         if not report_only:
             runner = Runner(work / "work", dense, data, sft, choice, report)
@@ -129,6 +117,26 @@ def study(
         if not report_only:  # the models of a stopped run stay for the call that goes on
             folder.finish()
     return Study(out, choice, list(runs.values()), measured, skipped, tables)
+
+
+def _study_folder(out: Path, overwrite: bool, sources: tuple[str | Path, ...]) -> RunFolder:
+    return RunFolder(
+        out,
+        "study",
+        overwrite=overwrite,
+        sources=sources,
+        resumes=True,
+        reopens=not overwrite,
+        own=(RUNS, SPEED, "recipe.yaml", "*.csv", "*.md", "*.png"),
+        scratch=("work",),
+    )
+
+
+def _valid_runs(file: Path, jobs: Sequence[Job]) -> dict[tuple[str, str, int], Run]:
+    # Other conversations make other keys: such runs are done again.
+    keys = {job.place: job.key for job in jobs}
+    found = read_runs(file)
+    return {place: run for place, run in found.items() if keys.get(place, run.key) == run.key}
 
 
 def _jobs(
