@@ -28,7 +28,7 @@ def page() -> str:
     names = [name for name in moefy.__all__ if inspect.isfunction(getattr(moefy, name))]
     for name in sorted(names):
         function = getattr(moefy, name)
-        parameters = ",\n    ".join(map(str, inspect.signature(function).parameters.values()))
+        parameters = ",\n    ".join(map(shown, inspect.signature(function).parameters.values()))
         returns = function.__annotations__.get("return", "None")
         parts.append(f"## moefy.{name}")
         parts.append(f"```python\n{name}(\n    {parameters},\n) -> {returns}\n```")
@@ -44,6 +44,15 @@ def page() -> str:
         ]
         parts.append("\n".join(["| key | default | what it sets |", "| --- | --- | --- |", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def shown(parameter: inspect.Parameter) -> str:
+    """Return a parameter as it stands in a signature."""
+    stars = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
+    default = parameter.default
+    named = getattr(default, "__name__", repr(default))
+    value = "" if default is parameter.empty else f" = {named}"
+    return f"{stars}{parameter.name}: {parameter.annotation}{value}"
 
 
 def markdown(docstring: str) -> str:

@@ -113,3 +113,8 @@ def test_the_studies_and_the_grid_of_plan() -> None:
             assert csv_rows(folder / f"{name}.csv") == rows
     assert parts["overview"](studies, ROOT / "docs") == (ROOT / "docs/study.md").read_text()
     assert read_grid(parts["grid_of"](studies)) == read_grid()
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    parts = runpy.run_path(str(ROOT / "benchmarks/publish_api.py"))
+    assert parts["page"]() == (ROOT / "docs/api.md").read_text()
