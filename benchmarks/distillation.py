@@ -41,7 +41,7 @@ from moefy.experts.balance import switch_loss
 from moefy.experts.router_trace import RouterTrace, routers_of
 from moefy.hardware import device
 from moefy.training.layer_match import LayerMatch, Place
-from moefy.training.schedule import learning_rate
+from moefy.training.optimizer import learning_rate
 
 
 @dataclass(frozen=True)

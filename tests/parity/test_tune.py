@@ -418,7 +418,7 @@ def test_a_run_that_fails_when_all_is_trained(
     steps = moefy.tune(moe, whole, data=talks, **settings).steps
     assert steps % LONG["checkpoint_every_steps"] == 0
     with monkeypatch.context() as full_disk:
-        full_disk.setattr("moefy.training.loop.write_model", fail)
+        full_disk.setattr("moefy.training.loop.TrainingLoop.write", fail)
         with pytest.raises(OSError, match="No space"):
             moefy.tune(moe, failed, data=talks, **settings)
     assert moefy.tune(moe, failed, data=talks, **settings).resumed_from_step == steps

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moefy.training.schedule import learning_rate
+from moefy.training.optimizer import learning_rate
 
 
 def rates(num_steps: int) -> list[float]:

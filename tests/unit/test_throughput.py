@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moefy.training.throughput import known_gpu
+from moefy.training.step import known_gpu
 
 
 @pytest.mark.parametrize(

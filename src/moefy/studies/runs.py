@@ -16,7 +16,6 @@ from moefy.recipe import ConvertRecipe
 from moefy.storage import read_records, write_records
 from moefy.studies.ablations import Arm
 from moefy.studies.recipe import StudyRecipe
-from moefy.training.checks import is_dynamic
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 RUNS = "runs.jsonl"
@@ -137,7 +136,7 @@ def _train_recipe(arm: Arm, recipe: StudyRecipe, seed: int) -> TrainRecipe:
     # The end is measured by the study itself, in float32, as the losses of all other models.
     choices["evaluate_every_steps"] = every if every < made.num_steps else 0
     choices["learning_rate"] = arm.rate * made.learning_rate
-    if is_dynamic(made):
+    if made.is_dynamic:
         choices = {"mixture_interval_steps": every, "reference_losses": "dense", **choices}
         if made.teacher is None:  # it only gives the reference losses
             choices |= {"teacher": OWN, "distillation": {"alpha": 0.0}}

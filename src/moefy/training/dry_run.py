@@ -17,13 +17,12 @@ from moefy.checkpoint.inspect import config_of, split_config
 from moefy.errors import UsageError
 from moefy.experts.lean import register
 from moefy.hardware import training_precision
-from moefy.training.checks import check_model, check_processes, check_run
-from moefy.training.models import prepare_student
+from moefy.training.models import check_model, prepare_student
 from moefy.training.objective import Objective
 from moefy.training.optimizer import build_optimizer
-from moefy.training.processes import Processes
+from moefy.training.processes import Processes, check_processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
-from moefy.training.throughput import TRAINED_PASSES
+from moefy.training.step import TRAINED_PASSES
 
 _OPTIMIZER_BYTES = 16  # of a weight that learns: itself, its gradient, Adam's two moments
 _CHUNK_BYTES = 3 * (64 << 20)  # of logits, see evaluation/output_loss.py
@@ -70,8 +69,8 @@ def dry_run(
     """
     choice = TrainRecipe.build(recipe, **settings)
     config = _config_of(model)
-    shard, num_data = check_processes(choice.parallel, processes)
-    check_run(choice, num_data)
+    shard, num_data = check_processes(choice, processes)
+    choice.check_reference()
     check_model(config, choice, str(model))
     if choice.lora:
         raise UsageError(

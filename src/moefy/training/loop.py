@@ -7,43 +7,39 @@ loss pools the tokens of all layers. One loop resumes exactly, and shares work a
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from moefy.checkpoint.card import model_card
 from moefy.checkpoint.cost import cost
-from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.source import resolve
+from moefy.checkpoint.reader import read_config, side_files
+from moefy.checkpoint.source import origin, resolve
 from moefy.progress import Progress, ProgressFn
 from moefy.recipe import Recipe
 from moefy.run_folder import RunFolder
-from moefy.storage import replace_file
-from moefy.training.log import RunLog
+from moefy.storage import replace_file, storage_errors
 from moefy.training.models import load_student, load_teacher, merge_adapters
 from moefy.training.objective import Objective
-from moefy.training.optimizer import build_optimizer
+from moefy.training.optimizer import build_optimizer, learning_rate
 from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe
 from moefy.training.samples import Samples
-from moefy.training.schedule import learning_rate
-from moefy.training.state import RunState
-from moefy.training.step import train_step
-from moefy.training.throughput import TRAINED_PASSES, peak_flops
-from moefy.training.write import write_model
+from moefy.training.state import FINISHED, RunLog, RunState
+from moefy.training.step import TRAINED_PASSES, peak_flops, train_step
 
 
 class TrainingLoop:
-    """A run's models and samples, its steps, and its checkpoints.
+    """A run's models and samples, its steps, its checkpoints, and the model that it writes.
 
-    Args:
-        stage: `train` or `tune`, which count the steps of the schedule differently.
-        source: folder of the model.
-        parent: folder of the teacher, None without distillation.
-        samples: of the steps.
-        recipe: of the run, its precision decided.
-        processes: of the run.
+    `stage` decides how the steps of the schedule are counted, `parent` is the teacher's folder
+    (None without distillation), and the recipe's precision is decided.
 
     Raises:
         CheckpointError: a folder is no model.
@@ -92,7 +88,7 @@ class TrainingLoop:
         *,
         first_line: dict[str, Any] | None = None,
     ) -> None:
-        """Do the steps that are left, with a line of the log for each.
+        """Do the steps from `first_step` on, with a line of the log for each.
 
         Args:
             first_step: counted from 0.
@@ -148,13 +144,49 @@ class TrainingLoop:
     def write(
         self, record: dict[str, Any], *, amend: Callable[[Path], None] = lambda _: None
     ) -> None:
-        """Write the trained model into the run's folder and finish it; see `write_model`."""
+        """Put the trained model into the run's folder, in the dtype and the form of its source.
+
+        Args:
+            record: goes into moefy.json, between moefy's version and the source's own record.
+            amend: changes the folder of weights and tokenizer before it is moved into place.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        network, source, config = self.student, self.source, read_config(self.source)
+        finished = self._folder.work / FINISHED
         if self.recipe.lora:
-            merge_adapters(self.student)
-        packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-        record |= {"versions": packages}
-        write_model(self.student, self.source, self._folder, record, self.processes, amend=amend)
-        self.processes.of_first(self._folder.finish)
+            merge_adapters(network)
+        if self.processes.is_first:
+            shutil.rmtree(finished, ignore_errors=True)
+        self.processes.wait()
+        with storage_errors(finished):
+            _round_weights(network, config.get("dtype") or config.get("torch_dtype") or "float32")
+            head = network.get_output_embeddings()
+            if head.weight is network.get_input_embeddings().weight:
+                head.weight = None  # a tied one, gathered from several processes, is written twice
+            network.save_pretrained(finished)  # all processes gather
+        self.processes.wait()
+
+        def complete() -> None:
+            with storage_errors(finished):
+                earlier = source / "moefy.json"
+                came_from = json.loads(earlier.read_text()) if earlier.is_file() else None
+                packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+                whole = {"moefy": version("moefy"), **record, "versions": packages}
+                whole["from"] = came_from
+                for file in side_files(source):
+                    shutil.copyfile(file, finished / file.name)
+                amend(finished)
+                card = model_card(whole, config, None if came_from else origin(source, source))
+                (finished / "README.md").write_text(card)
+                (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
+                # other runtimes read spellings in it that transformers would not write again
+                shutil.copyfile(source / "config.json", finished / "config.json")
+            self._folder.publish(finished)
+            self._folder.finish()
+
+        self.processes.of_first(complete)
 
 
 def resolve_first(model: str | Path, processes: Processes, report: ProgressFn) -> Path:
@@ -168,3 +200,12 @@ def _note(line: dict[str, Any]) -> str:
     for name, epoch in line.get("repeats", {}).items():
         note += f"; {name} starts epoch {epoch + 1}"
     return note
+
+
+def _round_weights(network: Any, dtype: str) -> None:
+    """Round the weights; buffers, as selection biases, keep what small steps have added up to."""
+    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network.to(getattr(torch, dtype))
+    for name, buffer in kept.items():
+        module, _, own = name.rpartition(".")
+        setattr(network.get_submodule(module), own, buffer)

@@ -1,9 +1,10 @@
-"""Loads student and teacher: device, precision, frozen parts and adapters."""
+"""Checks and loads student and teacher: device, precision, frozen parts and adapters."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moefy.experts.lean import register
 from moefy.experts.router_trace import routers_of
 from moefy.hardware import device
 from moefy.training.processes import Processes
-from moefy.training.recipe import Lora, TrainRecipe
+from moefy.training.recipe import Lora, TrainRecipe, TuneRecipe
 
 # names of each part's parameters, in all families and targets
 _PARTS = {
@@ -33,6 +34,27 @@ _PARTS = {
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def check_context(config: Mapping[str, Any], sequence_length: int, name: str) -> None:
+    """Raise UsageError for sequences that are longer than the context of the model `name`."""
+    context = config.get("max_position_embeddings")
+    if context and sequence_length > context:
+        raise UsageError(
+            f"--sequence-length {sequence_length} is longer than the context of {name}, "
+            f"{context} tokens: lower it"
+        )
+
+
+def check_model(config: Mapping[str, Any], recipe: TrainRecipe | TuneRecipe, name: str) -> None:
+    """Raise UsageError for a model with too short a context, or experts that cannot be spread."""
+    check_context(config, recipe.sequence_length, name)
+    experts, expert = ffn_shape(config).experts, recipe.parallel.expert
+    if expert > 1 and (not experts or experts % expert):
+        raise UsageError(
+            f"expert {expert}: the {experts} routed experts of {name} cannot be spread evenly over "
+            f"{expert} processes"
+        )
 
 
 def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any:

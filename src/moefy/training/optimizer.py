@@ -1,7 +1,8 @@
-"""AdamW over parameters that may lie on several processes."""
+"""The learning rate of a step, and AdamW over parameters that may lie on several processes."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -21,12 +22,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only; routers have a rate of their own.
 
-    Each group has `rate_fraction` and `is_router` beside AdamW's keys.
-
-    Args:
-        network: model in training; its frozen parameters stay out.
-        noise: noisy gate, which is trained with the routers; None without noise.
-        recipe: of the run.
+    Each group has `rate_fraction` and `is_router` beside AdamW's keys. Frozen parameters stay out,
+    and the matrices of `noise`, a noisy gate, are trained like routers.
 
     Raises:
         UsageError: `router_warmup_fraction` trains routers alone, and none is trained.
@@ -83,3 +80,27 @@ def _layout(parameter: Tensor) -> Any:
     if isinstance(parameter, DTensor):
         return parameter.device_mesh, parameter.placements
     return None
+
+
+def learning_rate(
+    step: int,
+    num_steps: int,
+    *,
+    peak: float,
+    warmup_fraction: float,
+    final_fraction: float,
+    as_trainer: bool = False,
+) -> float:
+    """Return the learning rate of one step: linear warm-up, then cosine to a floor.
+
+    The schedule of LLaMA-MoE (arXiv 2406.16554), which falls to 10% of the peak. `step` counts from
+    0, both fractions are of `peak` and `num_steps`; `as_trainer` counts as transformers' Trainer.
+    """
+    # Trainer begins at the rate 0, rounds warm-up up, and ends one step before the floor
+    num_warmup = (math.ceil if as_trainer else round)(num_steps * warmup_fraction)
+    last = num_steps if as_trainer else num_steps - 1
+    if step < num_warmup:
+        return peak * (step if as_trainer else step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, last - num_warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * (final_fraction + (1 - final_fraction) * cosine)

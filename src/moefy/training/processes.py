@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.errors import MoefyError, UsageError
-from moefy.training.checks import check_processes
-from moefy.training.recipe import Parallel
+from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 T = TypeVar("T")
 # the output matrix stays whole: the chunked loss multiplies by it (evaluation/output_loss.py)
@@ -69,7 +68,46 @@ class Processes:
 ONE = Processes()
 
 
-def join_processes(parallel: Parallel) -> Processes:
+def check_processes(recipe: TrainRecipe | TuneRecipe, size: int) -> tuple[int, int]:
+    """Return how many processes share one copy of the weights, and how many read a batch.
+
+    Raises:
+        UsageError: `size` processes are not what the recipe asks for, or cannot do it.
+    """
+    parallel = recipe.parallel
+    fixed = parallel.replicate * parallel.tensor
+    shard = parallel.shard or max(1, size // fixed)
+    if shard * fixed != size:
+        asked = parallel.model_dump(include={"shard", "replicate", "tensor"})
+        factors = " × ".join(f"{name} {count}" for name, count in asked.items() if count)
+        raise UsageError(
+            f"the recipe's parallel ({factors}) does not make {size} process{'es' * (size > 1)}: "
+            f"start {shard * fixed} with torchrun --nproc-per-node {shard * fixed} -m moefy train "
+            "…, or change parallel"
+        )
+    if parallel.cpu_offload and shard * parallel.replicate == 1:
+        raise UsageError(
+            "parallel.cpu_offload is FSDP's, which one copy of the weights in one process does not "
+            "have: start more processes with torchrun, or leave it out"
+        )
+    expert = parallel.expert
+    # experts are spread inside one copy of the weights, over whole groups of tensor parallelism
+    if (shard * parallel.tensor) % expert or (expert > 1 and expert % parallel.tensor):
+        raise UsageError(
+            f"expert {expert} is impossible with shard {shard} and tensor {parallel.tensor}: it "
+            "must be a multiple of tensor and divide shard × tensor"
+        )
+    num_data = size // parallel.tensor
+    if recipe.global_batch_size % (num_data * recipe.micro_batch_size):
+        raise UsageError(
+            f"global_batch_size {recipe.global_batch_size} must be a multiple of "
+            f"{num_data * recipe.micro_batch_size}: {num_data} processes with micro_batch_size "
+            f"{recipe.micro_batch_size}"
+        )
+    return shard, num_data
+
+
+def join_processes(recipe: TrainRecipe | TuneRecipe) -> Processes:
     """Join the processes that torchrun started, or return the only one.
 
     Raises:
@@ -77,7 +115,8 @@ def join_processes(parallel: Parallel) -> Processes:
             machine's than it has GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    shard, num_data = check_processes(parallel, size)
+    shard, num_data = check_processes(recipe, size)
+    parallel = recipe.parallel
     if size == 1:
         return ONE
     on_gpu = torch.cuda.is_available()

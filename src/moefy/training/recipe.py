@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import Field, field_validator, model_validator
 
+from moefy.errors import UsageError
 from moefy.recipe import (
     Fraction,
     NonNegative,
@@ -277,6 +278,22 @@ class TrainRecipe(Recipe):
     def distils(self) -> bool:
         """Whether a teacher runs in every step."""
         return self.teacher is not None and self.distillation.needs_teacher
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the weights of the mixture follow the losses."""
+        from moefy.data.strategies import find_strategy  # not for `moefy --help`: it needs numpy
+
+        return isinstance(self.mixture, str) and find_strategy(self.mixture).is_dynamic
+
+    def check_reference(self) -> None:
+        """Raise UsageError for a mixture that follows the losses of a model that is not named."""
+        if self.is_dynamic and self.reference_losses == "dense" and self.teacher is None:
+            raise UsageError(
+                f"{self.mixture} compares the losses with the dense model's: name it with "
+                "--teacher (with distillation.alpha 0 it is used for nothing else), or set "
+                "reference_losses to published or to a file"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for a stopped run to go on.

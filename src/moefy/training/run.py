@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Unpack
 
+from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import fingerprint, read_config
+from moefy.checkpoint.source import resolve
 from moefy.data.corpus import heldout_of, open_corpus
 from moefy.data.mixture import Mixture
+from moefy.data.reference import published_reference, read_reference
 from moefy.data.strategies import initial_weights
 from moefy.hardware import freed_memory_kept, training_precision
-from moefy.progress import ProgressFn, silent
+from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
-from moefy.training.checks import check_context, check_model, check_run, is_dynamic
-from moefy.training.follow import (
-    Windows,
-    keep_reference,
-    kept_reference,
-    losses_of,
-    reference_losses,
-)
-from moefy.training.log import check_trackers
+from moefy.storage import replace_file
 from moefy.training.loop import TrainingLoop, resolve_first
+from moefy.training.models import check_context, check_model, load_teacher
 from moefy.training.processes import Processes, join_processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
-from moefy.training.samples import WindowSamples
-from moefy.training.state import begin, open_folder, read_log
+from moefy.training.samples import Windows, WindowSamples, losses_of
+from moefy.training.state import begin, check_trackers, open_folder, read_log
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ def train(
     choice = TrainRecipe.build(recipe, **settings)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
     check_trackers(choice)
-    processes = join_processes(choice.parallel)
-    check_run(choice, processes.num_data)
+    choice.check_reference()
+    processes = join_processes(choice)
     report = report if processes.is_first else silent
     read = model, data, recipe, choice.teacher, choice.reference_losses
     with open_folder(out, processes, overwrite=overwrite, sources=read) as folder:
@@ -95,8 +92,8 @@ def train(
         first_step = choice.num_steps  # of a run that was killed behind its last step
         if not begin(folder, identity, processes):
             first_step = loop.resume(folder)
-            if is_dynamic(choice):
-                _follow(folder, loop, samples, heldout, first_step, report)
+            if choice.is_dynamic:
+                samples.follow(heldout, _reference(folder, loop, heldout, first_step, report))
             measure = partial(losses_of, loop.student, heldout, choice, processes)
             loop.run(first_step, choice, measure, report)
             loop.write({"stage": "train", "run": identity})
@@ -136,24 +133,39 @@ def _open_corpus(
         global_batch_size=choice.global_batch_size,
     )
     heldout = {}
-    if is_dynamic(choice) or choice.evaluate_every_steps:
+    if choice.is_dynamic or choice.evaluate_every_steps:
         weighted = [name for name, weight in mixture.weights.items() if weight > 0]
         heldout = heldout_of(corpus, weighted, choice.heldout_sequences)
     return corpus.fingerprint, WindowSamples(corpus, mixture, choice, processes), heldout
 
 
-def _follow(
-    folder: RunFolder,
-    loop: TrainingLoop,
-    samples: WindowSamples,
-    heldout: Windows,
-    first_step: int,
-    report: ProgressFn,
-) -> None:
-    """Let the mixture follow the losses; a resumed run compares them with what it began with."""
-    recipe, processes = loop.recipe, loop.processes
-    reference = processes.of_first(lambda: kept_reference(folder.work) if first_step else {})
-    if not reference:
-        reference = reference_losses(heldout, loop.teacher, loop.source, recipe, processes, report)
-        processes.of_first(lambda: keep_reference(folder.work, reference))
-    samples.follow(heldout, reference)
+def _reference(
+    folder: RunFolder, loop: TrainingLoop, heldout: Windows, first_step: int, report: ProgressFn
+) -> dict[str, float]:
+    """Return the losses that a dynamic mixture compares its own with, by domain.
+
+    They are the dense model's, published ones, or a file's; a resumed run keeps those that it began
+    with.
+    """
+    choice, processes, file = loop.recipe, loop.processes, folder.work / "reference.json"
+    kept: str | None = processes.of_first(
+        lambda: file.read_text() if first_step and file.is_file() else None
+    )
+    if kept is not None:
+        return dict(json.loads(kept))
+    if choice.reference_losses == "published":
+        config = read_config(loop.source)  # published losses are chosen by the size of the model
+        losses = published_reference(
+            list(heldout), num_parameters=cost(config).total_params, vocab_size=config["vocab_size"]
+        )
+    elif choice.reference_losses != "dense":
+        losses = read_reference(choice.reference_losses, list(heldout))
+    else:
+        assert choice.teacher is not None  # see `TrainRecipe.check_reference`
+        report(Progress("measure the dense model", 0, 1))
+        # a teacher that runs in every step is loaded already
+        dense = loop.teacher or load_teacher(resolve(choice.teacher), choice, processes)
+        losses = losses_of(dense, heldout, choice, processes)
+        report(Progress("measure the dense model", 1, 1))
+    processes.of_first(lambda: replace_file(file, json.dumps(dict(losses), indent=2) + "\n"))
+    return losses

@@ -21,11 +21,13 @@ from moefy.data.corpus import Corpus
 from moefy.data.examples import IGNORED, Example
 from moefy.data.mixture import Mixture, MixtureState, Sample, WeightUpdate
 from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES
-from moefy.training.follow import Windows, losses_of
+from moefy.evaluation.heldout import heldout_losses
 from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 CONVERSATIONS = "conversations"
+Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]
+"""Held-out token ids by domain."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,26 @@ class WindowSamples:
         windows = np.stack([self._corpus.sequence(name, idx) for name, idx, _ in samples])
         tokens = torch.from_numpy(windows)
         return Rows(tokens, tokens, tuple(name for name, _, _ in samples))
+
+
+def losses_of(
+    network: Any,
+    windows: Windows,
+    recipe: TrainRecipe,
+    processes: Processes,
+    labels: Windows | None = None,
+) -> dict[str, float]:
+    """Return a model's held-out loss by domain, nats per token, computed by all processes."""
+    return heldout_losses(
+        network,
+        windows,
+        labels,
+        precision=recipe.precision,
+        micro_batch_size=recipe.micro_batch_size,
+        data_idx=processes.data_idx,
+        num_data=processes.num_data,
+        total=processes.total,
+    )
 
 
 class ConversationSamples:

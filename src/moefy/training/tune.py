@@ -20,9 +20,8 @@ from moefy.errors import CorpusError, UsageError
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import ProgressFn, silent
 from moefy.run_folder import RunFolder
-from moefy.training.checks import check_context, check_model, check_run
-from moefy.training.follow import losses_of
 from moefy.training.loop import TrainingLoop, resolve_first
+from moefy.training.models import check_model
 from moefy.training.processes import ONE, Processes, join_processes
 from moefy.training.recipe import (
     Lora,
@@ -35,6 +34,7 @@ from moefy.training.recipe import (
 from moefy.training.samples import (
     CONVERSATIONS,
     ConversationSamples,
+    losses_of,
     num_labels,
     padded_rows,
 )
@@ -105,16 +105,15 @@ def tune(
     """
     choice = TuneRecipe.build(recipe, **settings)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
-    processes = join_processes(choice.parallel)
+    processes = join_processes(choice)
     report = report if processes.is_first else silent
     with open_folder(out, processes, overwrite=overwrite, sources=(model, data, recipe)) as folder:
         source = resolve_first(model, processes, report)
         config = read_config(source)
+        check_model(config, choice, str(source))
         talks = _read(data, source, choice, report)
         samples = ConversationSamples(talks.trained, choice, processes)
         plan = as_training(choice, samples.num_steps, config)
-        check_run(plan, processes.num_data)
-        check_model(config, plan, str(source))
         loop = TrainingLoop("tune", source, None, samples, plan, processes)
         measure = partial(heldout_loss, loop.student, talks.heldout, plan, processes)
         identity = processes.of_first(lambda: _identity(source, data, talks, choice))
@@ -181,7 +180,6 @@ def heldout_loss(
 
 def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn) -> _Talks:
     """Return training and held-out examples, and a line about each broken conversation."""
-    check_context(read_config(source), recipe.sequence_length, str(source))
     tokenizer = load_tokenizer(source)
     if not tokenizer.is_fast:
         raise UsageError(
