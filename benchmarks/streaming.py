@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from publish import publish_table, rows_of
 
-from moefy.checkpoint.inspect import SHAPES
+from moefy.checkpoint.cost import SHAPES
 from moefy.checkpoint.writer import ShardWriter
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -151,7 +151,7 @@ def test_a_bug_is_one_line_with_exit_code_1(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("boom")
 
-    monkeypatch.setattr("moefy.checkpoint.inspect.inspect", broken)
+    monkeypatch.setattr("moefy.checkpoint.cost.inspect", broken)
     assert "--debug" in cli("inspect", "llama-2-7b", code=1)
 
 

@@ -12,11 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefy
-from moefy.checkpoint.cost import cost
-from moefy.checkpoint.inspect import SHAPES
+from moefy.checkpoint.cost import SHAPES, cost
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.target_config import target_config
-from moefy.checkpoint.targets import MIXTRAL
+from moefy.checkpoint.targets import MIXTRAL, target_config
 from moefy.errors import ArchitectureError, UsageError
 from moefy.recipe import LLAMA_MOE
 from moefy.split import Split

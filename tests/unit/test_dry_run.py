@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moefy.checkpoint.inspect import inspect
+from moefy.checkpoint.cost import inspect
 from moefy.cli import app
 from moefy.errors import UsageError
 from moefy.report.tables import dry_run_rows, markdown

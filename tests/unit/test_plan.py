@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 import moefy
-from moefy.checkpoint.cost import cost
-from moefy.checkpoint.inspect import SHAPES, split_config
+from moefy.checkpoint.cost import SHAPES, cost, split_config
 from moefy.errors import UsageError
 from moefy.report.tables import write_csv
 from moefy.studies.grid import GridPoint, csv_rows, grid_rows, read_grid

@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import moefy
-from moefy.checkpoint.cost import cost
-from moefy.checkpoint.inspect import SHAPES
+from moefy.checkpoint.cost import SHAPES, cost
 from moefy.checkpoint.reader import read_config
 from moefy.evaluation.speed import contenders_of, dense_of_active_size, least_work
 from moefy.evaluation.timing import random_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moefy.checkpoint import stream
+from moefy.checkpoint import writer as writing
 from moefy.checkpoint.writer import ShardWriter
 
 
@@ -56,11 +56,11 @@ def test_more_tensors_than_the_header_has_room_for_begin_a_new_shard(tmp_path: P
 def test_a_stream_holds_its_head_and_every_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, direct: bool
 ) -> None:
-    monkeypatch.setattr(stream, "_BUFFER_BYTES", 8192)
+    monkeypatch.setattr(writing, "_BUFFER_BYTES", 8192)
     if not direct:
-        monkeypatch.setattr(stream, "_DIRECT", 0)
+        monkeypatch.setattr(writing, "_DIRECT", 0)
     data = torch.randint(0, 256, (size,), dtype=torch.uint8)
-    file = stream.FileStream(tmp_path / "file", 4096)
+    file = writing.FileStream(tmp_path / "file", 4096)
     file.write(data[: size // 3])
     file.write(data[size // 3 :])
     file.close(b"h" * 4096)

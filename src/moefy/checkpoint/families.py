@@ -143,6 +143,18 @@ MULTIPLIERS = {
 }
 """Granite's scales and their defaults; attention's is 1/√head_dim in the other families."""
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "vocab_size",
+)
+"""Config keys of a model's shape."""
+
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -261,18 +273,28 @@ def rotary_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     return tuple((layer_idx + 1) % every != 0 for layer_idx in range(layers))
 
 
-def layer_tensors(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of a layer's tensors but for the three FFN matrices."""
-    names = ["input_layernorm.weight", DenseFamily.ffn_norm]
-    names += [f"{name}.weight" for name in (*QKV, "self_attn.o_proj")]
+def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a layer but for the three FFN matrices."""
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    queries, keys = (
+        config["num_attention_heads"] * head_dim,
+        config["num_key_value_heads"] * head_dim,
+    )
+    rows = dict(zip(QKV, (queries, keys, keys), strict=True))
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        DenseFamily.ffn_norm: (hidden,),
+        **{f"{name}.weight": (size, hidden) for name, size in rows.items()},
+        "self_attn.o_proj.weight": (hidden, queries),
+    }
     bias = attention_bias(config)
     if bias != "none":
-        names += [f"{name}.bias" for name in QKV]
+        shapes |= {f"{name}.bias": (size,) for name, size in rows.items()}
     if bias == "qkvo":
-        names.append(O_BIAS)
+        shapes[O_BIAS] = (hidden,)
     if FAMILIES[config["model_type"]].qk_norm:
-        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    return tuple(names)
+        shapes |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
+    return shapes
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,14 +324,7 @@ def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     family = FAMILIES[config["model_type"]]
     names = (
         "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "vocab_size",
+        *SIZES,
         *DEFAULTS,
         *(MULTIPLIERS if family.multipliers else ()),
         *filter(None, (family.window_key, family.window_switch)),

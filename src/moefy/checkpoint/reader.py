@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moefy.checkpoint.families import DenseFamily, canonical_config, dense_family, layer_tensors
+from moefy.checkpoint.families import DenseFamily, canonical_config, dense_family, layer_shapes
 from moefy.checkpoint.tensors import TensorFile, open_tensors
 from moefy.errors import CheckpointError
 
@@ -97,7 +97,8 @@ class DenseCheckpoint:
                     f"{folder}/config.json has {key} = {value!r}: a positive integer is needed"
                 )
         self.config = canonical_config(self.family, stored_config)
-        self.layer_tensors = layer_tensors(self.config)
+        shapes = layer_shapes(self.config)
+        self.layer_tensors = tuple(shapes)  # without the FFN matrices
         self._files: dict[str, TensorFile] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, tuple[str, slice]] = {}
@@ -105,9 +106,11 @@ class DenseCheckpoint:
         # all checks come before the first tensor is read
         for name in weight_files(folder):
             self._open(folder / name)
-        self._split_fused()
-        self._check_names()
-        self._check_shapes()
+        hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
+        layer = shapes | dict.fromkeys((self.family.gate, self.family.up), (inner, hidden))
+        layer[self.family.down] = (hidden, inner)
+        self._split_fused(layer)
+        self._check(layer)
 
     @property
     def num_layers(self) -> int:
@@ -150,11 +153,9 @@ class DenseCheckpoint:
             if name.endswith(self.family.down):
                 self.dtype = dtype
 
-    def _split_fused(self) -> None:
+    def _split_fused(self, layer: Mapping[str, tuple[int, ...]]) -> None:
         """Give the parts of fused tensors the names that they have in other families."""
-        sizes = self._expected_shapes()
-        for layer_idx in range(self.num_layers if self.family.fused else 0):
-            prefix = self.family.layer.format(layer=layer_idx)
+        for prefix in self._prefixes() if self.family.fused else ():
             for fused in self.family.fused:
                 whole = prefix + fused.stored
                 if whole not in self._shapes:
@@ -162,7 +163,7 @@ class DenseCheckpoint:
                 rows, columns = self._shapes.pop(whole)
                 start = 0
                 for part in fused.parts:
-                    end = start + sizes[part][0]
+                    end = start + layer[part][0]
                     self._shapes[prefix + part] = (end - start, columns)
                     self._files[prefix + part] = self._files[whole]
                     self._rows[prefix + part] = (whole, slice(start, end))
@@ -172,59 +173,38 @@ class DenseCheckpoint:
                         f"{self.folder}: {whole} has {rows} rows, config.json says {start}"
                     )
 
-    def _check_names(self) -> None:
-        def in_layers(names: Iterable[str]) -> set[str]:
-            prefixes = [self.family.layer.format(layer=layer) for layer in range(self.num_layers)]
-            return {prefix + name for prefix in prefixes for name in names}
-
-        family = self.family
-        matrices = (family.gate, family.up, family.down)
-        expected = {*self.model_tensors(), *in_layers((*matrices, *self.layer_tensors))}
+    def _check(self, layer: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare all names and shapes with those of the family, `layer` being one layer's."""
+        family, hidden = self.family, self.config["hidden_size"]
+        matrix = (self.config["vocab_size"], hidden)
+        wanted: dict[str, tuple[int, ...]]
+        wanted = {n: (hidden,) if "norm" in n else matrix for n in self.model_tensors()}
+        wanted |= {prefix + n: shape for prefix in self._prefixes() for n, shape in layer.items()}
         # older files hold what is computed today, and tied models may hold the output matrix
-        tolerated = {*family.model_tensors, *in_layers(family.optional)}
-        if missing := sorted(expected - self._shapes.keys()):
+        tolerated = {prefix + name for prefix in self._prefixes() for name in family.optional}
+        tolerated |= {*family.model_tensors}
+        if missing := sorted(wanted.keys() - self._shapes.keys()):
             raise CheckpointError(
                 f"{self.folder} lacks {len(missing)} of its tensors, {missing[0]} the first: "
                 "the folder is incomplete, or config.json belongs to another model"
             )
-        if unmapped := sorted(self._shapes.keys() - expected - tolerated):
+        if unmapped := sorted(
+            self._shapes.keys() - wanted.keys() - tolerated - {*family.model_tensors}
+        ):
             raise CheckpointError(
                 f"{self.folder} holds {len(unmapped)} tensors that no rule of the "
                 f"{family.model_type} family maps, {unmapped[0]} the first: nothing was converted, "
                 "because dropping one would change the model"
             )
-
-    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, family = self.config, self.family
-        hidden, inner = config["hidden_size"], config["intermediate_size"]
-        queries = config["num_attention_heads"] * config["head_dim"]
-        keys = config["num_key_value_heads"] * config["head_dim"]
-        return {
-            family.gate: (inner, hidden),
-            family.up: (inner, hidden),
-            family.down: (hidden, inner),
-            family.ffn_norm: (hidden,),
-            "input_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (queries, hidden),
-            "self_attn.k_proj.weight": (keys, hidden),
-            "self_attn.v_proj.weight": (keys, hidden),
-            "self_attn.o_proj.weight": (hidden, queries),
-        }
-
-    def _check_shapes(self) -> None:
-        wanted = {
-            self.family.layer.format(layer=layer) + name: shape
-            for layer in range(self.num_layers)
-            for name, shape in self._expected_shapes().items()
-        }
-        matrix = (self.config["vocab_size"], self.config["hidden_size"])
-        wanted |= {name: matrix for name in self.model_tensors() if "norm" not in name}
         for name, shape in wanted.items():
             if self._shapes[name] != shape:
                 raise CheckpointError(
                     f"{self.folder}: {name} has shape {list(self._shapes[name])}, config.json says "
                     f"{list(shape)}"
                 )
+
+    def _prefixes(self) -> list[str]:
+        return [self.family.layer.format(layer=layer) for layer in range(self.num_layers)]
 
 
 def weight_files(folder: Path) -> list[str]:

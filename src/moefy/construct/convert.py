@@ -24,8 +24,13 @@ from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files, weight_files
 from moefy.checkpoint.source import is_hub_name, origin, resolve
-from moefy.checkpoint.target_config import pruned_config, target_config
-from moefy.checkpoint.targets import NativeTarget, RouterScore, native_target
+from moefy.checkpoint.targets import (
+    NativeTarget,
+    RouterScore,
+    native_target,
+    pruned_config,
+    target_config,
+)
 from moefy.checkpoint.tensors import open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.ffn import SplitFfn

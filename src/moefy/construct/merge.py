@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moefy.checkpoint.families import FAMILIES, layer_tensors
+from moefy.checkpoint.families import FAMILIES, layer_shapes
 from moefy.checkpoint.reader import read_config, side_files, weight_files
 from moefy.checkpoint.targets import TARGETS, NativeTarget
 from moefy.checkpoint.tensors import TensorFile, open_tensors, stored_form
@@ -77,7 +77,7 @@ def export_dense(
                     def read(name: str, prefix: str = prefix) -> Tensor:
                         return stored[prefix + name].read(prefix + name)
 
-                    layer = {name: read(name) for name in layer_tensors(dense_config)}
+                    layer = {name: read(name) for name in layer_shapes(dense_config)}
                     matrices = _merged(read, target, recipe, order)
                     layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
                     for name, tensor in stored_form(family, layer).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from moefy.checkpoint.inspect import Inspection
+    from moefy.checkpoint.cost import Inspection
     from moefy.evaluation.compare import Comparison, Result
     from moefy.evaluation.paired import Interval
     from moefy.evaluation.speed import Speed, SpeedComparison

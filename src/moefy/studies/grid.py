@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from moefy.checkpoint.inspect import split_config
+from moefy.checkpoint.cost import split_config
 from moefy.errors import UsageError
 from moefy.evaluation.timing import Contender, Setting, in_transformers
 from moefy.hardware import device

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.cost import Cost, cost
+from moefy.checkpoint.cost import Cost, config_of, cost, split_config
 from moefy.checkpoint.families import FAMILIES
-from moefy.checkpoint.inspect import config_of, split_config
 from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
 from moefy.report.tables import Columns, Rows, millions, table, with_error

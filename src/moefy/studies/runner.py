@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from moefy.checkpoint.cost import cost
-from moefy.checkpoint.inspect import split_config
+from moefy.checkpoint.cost import cost, split_config
 from moefy.checkpoint.load import load_model
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.construct.convert import convert

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from moefy.checkpoint.cost import cost, ffn_shape
-from moefy.checkpoint.inspect import config_of, split_config
+from moefy.checkpoint.cost import config_of, cost, ffn_shape, split_config
 from moefy.errors import UsageError
 from moefy.experts.lean import register
 from moefy.hardware import training_precision
