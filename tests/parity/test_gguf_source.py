@@ -14,8 +14,8 @@ from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefy
-from moefy.checkpoint import gguf_source
-from moefy.checkpoint.gguf_source import read_header
+from moefy.checkpoint import gguf as checkpoint_gguf
+from moefy.checkpoint.gguf import read_header
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.recipe import LLAMA_MOE
 
@@ -144,8 +144,8 @@ def test_a_damaged_count_is_not_followed(tmp_path: Path, monkeypatch: pytest.Mon
     """gguf's own reader would count to 2^60, and makes an object for every value there is."""
     file = tmp_path / "model.gguf"
     write_gguf(file, "llama")
-    assert read_header(file).fields["tokenizer.ggml.scores"] == 257
-    monkeypatch.setattr(gguf_source, "_MOST_VALUES", 100)
+    assert read_header(file)[0]["tokenizer.ggml.scores"] == 257
+    monkeypatch.setattr(checkpoint_gguf, "_MOST_VALUES", 100)
     with pytest.raises(CheckpointError, match="no readable GGUF file"):
         read_header(file)
     monkeypatch.undo()

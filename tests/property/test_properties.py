@@ -19,9 +19,8 @@ from tests.conftest import write_tiny_llama
 from tests.parity.test_gguf_source import write_gguf
 
 import moefy
-from moefy.checkpoint.gguf_source import check_gguf, read_header
-from moefy.checkpoint.reader import indexed_files
-from moefy.checkpoint.tensors import open_tensors
+from moefy.checkpoint.gguf import check_gguf, read_header
+from moefy.checkpoint.reader import indexed_files, open_tensors
 from moefy.construct.ffn import stream
 from moefy.construct.partition.balanced import balanced_assignment
 from moefy.construct.partition.random import independent_random
@@ -115,7 +114,7 @@ def test_damaged_gguf_headers_end_in_our_error(gguf_file: Path, data: st.DataObj
         check_gguf(copy)
     except (CheckpointError, ArchitectureError):
         return
-    float32_bytes = 4 * sum(prod(shape) for shape in read_header(copy).shapes.values())
+    float32_bytes = 4 * sum(prod(shape) for shape in read_header(copy)[1].values())
     assert float32_bytes <= len(damaged)
     assert sum(tensor.n_bytes for tensor in GGUFReader(copy).tensors) == float32_bytes
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
 from moefy.checkpoint.families import sliding_window, transformers_settings
-from moefy.checkpoint.reader import DenseCheckpoint
-from moefy.checkpoint.tensors import stored_form
+from moefy.checkpoint.reader import DenseCheckpoint, stored_form
 from moefy.errors import UsageError
 from moefy.hardware import device
 

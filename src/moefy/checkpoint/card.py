@@ -31,9 +31,7 @@ _LIMITS = """## Limits
 
 
 def model_card(
-    record: Mapping[str, Any],
-    config: Mapping[str, Any],
-    dense: Mapping[str, str] | None = None,
+    record: Mapping[str, Any], config: Mapping[str, Any], dense: Mapping[str, str] | None = None
 ) -> str:
     """Return README.md: what the model is, how to load it, how it was made, its results and limits.
 
@@ -58,7 +56,15 @@ def model_card(
     done = " and ".join(dict.fromkeys(_DONE[step["stage"]] for step in steps))
     what = f"A `{config['model_type']}` model"
     if is_split:
-        what += f" made from the dense `{base}`: {_slices(first['recipe'])}."
+        recipe = first["recipe"]
+        what += f" made from the dense `{base}`: every FFN "
+        if routed := recipe["active"] - recipe["shared"]:
+            what += (
+                f"is cut into {recipe['experts']} slices, of which {recipe['active']} run per "
+                f"token: {recipe['shared']} always, {routed} by the router's choice."
+            )
+        else:
+            what += f"keeps {recipe['shared']} of {recipe['experts']} slices."
     else:
         what += f", {done} by moefy."
     made = "\n".join(map(_how, steps))
@@ -93,10 +99,7 @@ def recipe_of(step: Mapping[str, Any]) -> str:
 
 
 def command_of(step: Mapping[str, Any]) -> str:
-    """Return the command that does one step again.
-
-    That of a conversion is complete; training and tuning have their recipe in recipe.yaml.
-    """
+    """Return the command that does one step again; train and tune need its recipe.yaml too."""
     if step["stage"] == "convert":
         words = ["convert", step["source"]["name"], "OUT"]
         if found := step.get("calibration"):
@@ -121,26 +124,11 @@ def steps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def with_results(card: str, results: str) -> str:
-    """Return a card with a section of results, in the place of an earlier one or at the end.
-
-    Args:
-        card: Markdown.
-        results: Markdown.
-    """
+    """Return a card with a section of results, in the place of an earlier one or at the end."""
     block = f"{_MARKS[0]}\n{results.strip()}\n{_MARKS[1]}\n"
     # a function, because a replacement text would have its backslashes read
     text, count = _BETWEEN.subn(lambda _: block, card, count=1)
     return text if count else f"{card.rstrip()}\n\n{block}"
-
-
-def _slices(recipe: Mapping[str, Any]) -> str:
-    routed = recipe["active"] - recipe["shared"]
-    if not routed:
-        return f"every FFN keeps {recipe['shared']} of {recipe['experts']} slices"
-    return (
-        f"every FFN is cut into {recipe['experts']} slices, of which {recipe['active']} run per "
-        f"token: {recipe['shared']} always, {routed} by the router's choice"
-    )
 
 
 def _how(step: Mapping[str, Any]) -> str:

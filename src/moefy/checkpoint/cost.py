@@ -11,15 +11,13 @@ from moefy.checkpoint.families import FAMILIES, attention_bias, canonical_config
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import (
     TARGETS,
+    check_known,
     native_target,
     pruned_config,
     target_config,
 )
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.split import Split
-
-PAPER_SPLITS = ((2, 16), (4, 16), (2, 8))
-"""Active and total experts of the paper's three models."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -76,12 +74,9 @@ class FfnShape:
 
 
 def ffn_shape(config: Mapping[str, Any]) -> FfnShape:
-    """Read the FFN's shape from config.json.
-
-    Raises:
-        ArchitectureError: the architecture has no table here.
-    """
+    """Read the FFN's shape from config.json; an ArchitectureError for one without a table here."""
     model_type = config.get("model_type")
+    check_known(model_type, "config.json")
     if model_type in TARGETS:
         target = TARGETS[model_type]
         size, shared_size = config[target.expert_size_key], 0
@@ -92,10 +87,7 @@ def ffn_shape(config: Mapping[str, Any]) -> FfnShape:
             key = "num_local_experts"
         experts, active = config[key], config["num_experts_per_tok"]
         return FfnShape(int(experts), int(active), size, shared_size)
-    if model_type in FAMILIES:
-        return FfnShape(0, 0, config["intermediate_size"], 0)
-    known = ", ".join(sorted([*FAMILIES, *TARGETS]))
-    raise ArchitectureError(f"cannot count the architecture {model_type!r}; known: {known}")
+    return FfnShape(0, 0, config["intermediate_size"], 0)
 
 
 def has_qk_norm(config: Mapping[str, Any]) -> bool:
@@ -124,11 +116,9 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     shape = ffn_shape(config)
     qk_norm = has_qk_norm(config)
     sinks = 0
-    if config["model_type"] in TARGETS:
-        target = TARGETS[config["model_type"]]
+    if target := TARGETS.get(config["model_type"]):
         sinks = config["num_attention_heads"] if target.sinks else 0
-        bias = target.attention_bias
-        bias = bias if config.get("attention_bias") else "none"
+        bias = target.attention_bias if config.get("attention_bias") else "none"
     else:
         config = canonical_config(FAMILIES[config["model_type"]], config)
         bias = attention_bias(config)
@@ -166,14 +156,11 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's config.json, its cost and those of its splits.
-
-    `costs` has the labels "dense" and "k/E", or a converted model's own "k/E" alone.
-    """
+    """A model's config.json, its cost and those of its splits."""
 
     name: str
     config: dict[str, Any]
-    costs: dict[str, Cost]
+    costs: dict[str, Cost]  # "dense" and "k/E", or a converted model's own "k/E" alone
 
 
 def inspect(
@@ -210,7 +197,8 @@ def inspect(
         label = f"{counted.active_experts}/{counted.experts}"
         return Inspection(str(source), config, {label: counted})
 
-    splits = PAPER_SPLITS if experts is None or active is None else ((active, experts),)
+    paper = ((2, 16), (4, 16), (2, 8))  # active and total experts of its three models
+    splits = paper if experts is None or active is None else ((active, experts),)
     costs = {"dense": counted}
     for k, num_experts in splits:
         split = split_config(config, experts=num_experts, active=k, name=str(source))
@@ -219,11 +207,7 @@ def inspect(
 
 
 def config_of(source: str | Path) -> dict[str, Any]:
-    """Return the config.json of a model folder, a file, or a name in `SHAPES`.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Return the config.json of a model folder, a file, or a name in `SHAPES`."""
     path = Path(source).expanduser()
     if path.exists():
         return read_config(path)
@@ -247,10 +231,6 @@ def split_config(
 
     The counts are those of `Split`; `shared` None is 0, or 1 where every target has a shared
     expert.
-
-    Raises:
-        UsageError: an impossible split.
-        ArchitectureError: a family that moefy does not convert.
     """
     split = Split(experts, active, shared or 0)
     split.check(config["intermediate_size"])

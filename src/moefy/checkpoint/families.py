@@ -19,14 +19,6 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclass(frozen=True)
-class Fused:
-    """A stored tensor whose rows are the tensors `parts`, from the top down; names in a layer."""
-
-    stored: str
-    parts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class DenseFamily:
     """The checkpoint layout of one dense architecture; all have LLaMA's block."""
 
@@ -42,7 +34,8 @@ class DenseFamily:
     partial_rotary: bool = False  # whether a part of each head may go without rotary embedding
     extra: tuple[str, ...] = ()  # config keys that transformers needs of this family alone
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of missing keys, over `DEFAULTS`
-    fused: tuple[Fused, ...] = ()  # tensors that are stored as one
+    # tensors that are stored as one, their rows from the top down
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -80,12 +73,7 @@ QWEN3 = DenseFamily(
     qk_norm=True,
     window_key="sliding_window",
     window_switch="use_sliding_window",
-    defaults={
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-    },
+    defaults={**QWEN2.defaults, "head_dim": 128},
 )
 SMOLLM3 = DenseFamily(
     "smollm3",
@@ -115,10 +103,10 @@ PHI3 = DenseFamily(
         "original_max_position_embeddings": 4096,
         "pad_token_id": 32000,
     },
-    fused=(
-        Fused("self_attn.qkv_proj.weight", tuple(f"{name}.weight" for name in QKV)),
-        Fused("mlp.gate_up_proj.weight", (DenseFamily.gate, DenseFamily.up)),
-    ),
+    fused={
+        "self_attn.qkv_proj.weight": tuple(f"{name}.weight" for name in QKV),
+        "mlp.gate_up_proj.weight": (DenseFamily.gate, DenseFamily.up),
+    },
 )
 
 FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, PHI3)}
@@ -135,12 +123,9 @@ NOT_CARRIED = {
 }
 """Well-known dense architectures that are refused, with the reason."""
 
-MULTIPLIERS = {
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
-}
+MULTIPLIERS = dict.fromkeys(
+    ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+)
 """Granite's scales and their defaults; attention's is 1/√head_dim in the other families."""
 
 SIZES = (
@@ -173,8 +158,7 @@ def dense_family(config: Mapping[str, Any], source: str) -> DenseFamily:
     """Return the family of a dense config.json; `source` names it in messages.
 
     Raises:
-        ArchitectureError: the architecture is unknown, already quantised, or has a setting that
-            the conversion would change.
+        ArchitectureError: it is unknown, quantised, or has a setting that would be changed.
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
@@ -185,29 +169,24 @@ def dense_family(config: Mapping[str, Any], source: str) -> DenseFamily:
             + f"; moefy converts dense {', '.join(FAMILIES)} models (also SmolLM2, TinyLlama, "
             "Qwen2.5, Phi-3 and their kin, by these names)"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ArchitectureError(
-            f"{source} is quantised ({method}): convert the unquantised checkpoint, then quantise"
-        )
+    family, quantised = FAMILIES[model_type], config.get("quantization_config") or {}
+    rope, part = rope_parameters(config)["rope_type"], rotary_fraction(config)
+    refused = {
+        f"is quantised ({quantised.get('quant_method', 'unknown')}): convert the unquantised "
+        "checkpoint, then quantise": quantised,
+        f"has the rotary embedding {rope!r}; known are {', '.join(ROPE_TYPES)}": (
+            rope not in ROPE_TYPES
+        ),
+        f"rotates only a part of each head (partial_rotary_factor {part}), which no known "
+        f"{model_type} model does": part != 1 and not family.partial_rotary,
+    }
     for key, only in {"hidden_act": "silu", "mlp_bias": False}.items():
         found = config.get(key, only)
-        if found != only:
-            raise ArchitectureError(
-                f"{source} sets {key} = {found!r}; the native targets can only express {only!r}"
-            )
-    rope = rope_parameters(config)
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ArchitectureError(
-            f"{source} has the rotary embedding {rope['rope_type']!r}; known are "
-            f"{', '.join(ROPE_TYPES)}"
-        )
-    family = FAMILIES[model_type]
-    if rotary_fraction(config) != 1 and not family.partial_rotary:
-        raise ArchitectureError(
-            f"{source} rotates only a part of each head (partial_rotary_factor "
-            f"{rotary_fraction(config)}), which no known {model_type} model does"
-        )
+        what = f"sets {key} = {found!r}; the native targets can only express {only!r}"
+        refused[what] = found != only
+    for what, holds in refused.items():
+        if holds:
+            raise ArchitectureError(f"{source} {what}")
     return family
 
 

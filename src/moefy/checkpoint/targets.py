@@ -39,6 +39,7 @@ _COPIED = (
     "use_cache",
 )
 _BIASES: tuple[Bias, ...] = ("none", "qkv", "qkvo")
+_LOSS = {"router_aux_loss_coef": 0.01, "output_router_logits": False}
 RouterScore = Literal["softmax", "sigmoid"]
 Window = Literal["no", "in all layers", "by layer"]
 
@@ -92,11 +93,7 @@ MIXTRAL = NativeTarget(
     up="block_sparse_moe.experts.{expert}.w3.weight",
     down="block_sparse_moe.experts.{expert}.w2.weight",
     window="in all layers",
-    settings={
-        "router_jitter_noise": 0.0,
-        "router_aux_loss_coef": 0.01,
-        "output_router_logits": False,
-    },
+    settings={"router_jitter_noise": 0.0, **_LOSS},
 )
 
 _GRANITE: dict[str, Any] = {
@@ -106,7 +103,7 @@ _GRANITE: dict[str, Any] = {
     "down": "block_sparse_moe.output_linear.weight",
     "attention_bias": "qkvo",
     "multipliers": True,
-    "settings": {"router_aux_loss_coef": 0.01, "output_router_logits": False},
+    "settings": _LOSS,
 }
 
 GRANITEMOE = NativeTarget("granitemoe", "GraniteMoeForCausalLM", **_GRANITE)
@@ -158,8 +155,7 @@ QWEN3_MOE = NativeTarget(
         "use_sliding_window": False,
         "sliding_window": None,
         "max_window_layers": 28,  # means nothing without a window; mistral.rs wants to see it
-        "router_aux_loss_coef": 0.01,
-        "output_router_logits": False,
+        **_LOSS,
     },
 )
 
@@ -197,7 +193,7 @@ TARGETS = {
 """In the order of preference."""
 
 
-def check_known(model_type: Any, folder: Path) -> None:
+def check_known(model_type: Any, folder: Path | str) -> None:
     """Raise an ArchitectureError for a model that moefy neither converts nor writes."""
     if model_type not in {**FAMILIES, **TARGETS}:
         known = ", ".join(sorted({**FAMILIES, **TARGETS}))
@@ -207,14 +203,7 @@ def check_known(model_type: Any, folder: Path) -> None:
 def native_target(
     dense: Mapping[str, Any], split: Split, *, asked: str | None = None
 ) -> NativeTarget:
-    """Return the architecture that a split of a dense model is written as.
-
-    That is the first of `TARGETS` that computes the same, or the one that was asked for.
-
-    Args:
-        dense: the dense model's canonical config.json.
-        split: how every FFN is cut.
-        asked: `model_type` of the wanted target.
+    """Return the first of `TARGETS` that computes a split of a dense model, or the one `asked` for.
 
     Raises:
         ArchitectureError: the target, or every target, computes something else.
@@ -270,20 +259,9 @@ def _differences(target: NativeTarget, dense: Mapping[str, Any], split: Split) -
 
 
 def target_config(
-    target: NativeTarget,
-    dense: Mapping[str, Any],
-    split: Split,
-    *,
-    dtype: str,
+    target: NativeTarget, dense: Mapping[str, Any], split: Split, *, dtype: str
 ) -> dict[str, Any]:
-    """Return the config.json of a converted model.
-
-    Args:
-        target: the architecture to write.
-        dense: the dense model's canonical config.json.
-        split: how every FFN is cut.
-        dtype: dtype of the stored weights ("float32", "bfloat16", "float16").
-    """
+    """Return the config.json of a converted model; `dense` is canonical, `dtype` a stored one."""
     rope = rope_parameters(dense)
     size = split.size(dense["intermediate_size"])
     config: dict[str, Any] = {
@@ -313,7 +291,16 @@ def target_config(
     if target.window != "no":
         config["sliding_window"] = sliding_window(dense)
     if target.window == "by layer":
-        config |= _by_layer(dense)
+        # llama.cpp wants a sliding layer: without a window, that of all layers is the whole context
+        window = sliding_window(dense)
+        slides = sliding_layers(dense) if window else (True,) * dense["num_hidden_layers"]
+        rotates = rotary_layers(dense)
+        config |= {
+            "sliding_window": window or dense["max_position_embeddings"],
+            "layer_types": [("full_attention", "sliding_attention")[slide] for slide in slides],
+            "layer_rope_theta": [rope["rope_theta"] if rotate else 0 for rotate in rotates],
+            "no_rope_layers": [int(rotate) for rotate in rotates],  # llama.cpp's key for the same
+        }
     if target.partial_rotary:
         config["partial_rotary_factor"] = rotary_fraction(dense)
     if target.multipliers:
@@ -326,20 +313,6 @@ def target_config(
     if size % 8 or config["hidden_size"] % 8:
         config["experts_implementation"] = "eager"
     return config
-
-
-def _by_layer(dense: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which layers slide and which rotate."""
-    # llama.cpp wants a sliding layer: without a window, that of all layers is the whole context
-    window, theta = sliding_window(dense), rope_parameters(dense)["rope_theta"]
-    slides = sliding_layers(dense) if window else (True,) * dense["num_hidden_layers"]
-    rotates = rotary_layers(dense)
-    return {
-        "sliding_window": window or dense["max_position_embeddings"],
-        "layer_types": [("full_attention", "sliding_attention")[slide] for slide in slides],
-        "layer_rope_theta": [theta if rotate else 0 for rotate in rotates],
-        "no_rope_layers": [int(rotate) for rotate in rotates],  # llama.cpp's key for the same
-    }
 
 
 def pruned_config(dense: Mapping[str, Any], split: Split) -> dict[str, Any]:

@@ -73,11 +73,7 @@ class ShardWriter:
             self._file.abandon()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor.
-
-        Raises:
-            ValueError: the name was added before.
-        """
+        """Write one tensor; a ValueError for a name that was added before."""
         if name in self._names:
             raise ValueError(f"{name} was written twice")
         self._names.add(name)
@@ -134,13 +130,9 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 class FileStream:
-    """A file whose head is written last, because only the end tells what stands in it.
+    """A new file whose head, of some blocks, is written last: only the end tells what stands in it.
 
     An error of the disk is raised by a later call of `write`, or by `close`.
-
-    Args:
-        path: a new file.
-        head_bytes: bytes kept free at the start; a multiple of `_BLOCK_BYTES`.
     """
 
     def __init__(self, path: Path, head_bytes: int) -> None:

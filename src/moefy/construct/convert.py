@@ -22,7 +22,13 @@ from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.card import model_card
-from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, side_files, weight_files
+from moefy.checkpoint.reader import (
+    DenseCheckpoint,
+    fingerprint,
+    open_tensors,
+    side_files,
+    weight_files,
+)
 from moefy.checkpoint.source import is_hub_name, origin, resolve
 from moefy.checkpoint.targets import (
     NativeTarget,
@@ -31,7 +37,6 @@ from moefy.checkpoint.targets import (
     pruned_config,
     target_config,
 )
-from moefy.checkpoint.tensors import open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.ffn import SplitFfn
 from moefy.construct.native import native_layer
@@ -183,7 +188,7 @@ def _write(
         hashes = beside.submit(fingerprint, dense.folder)
         for file in side_files(dense.folder):
             shutil.copyfile(file, folder / file.name)
-        for name in dense.model_tensors():
+        for name in dense.model_tensors:
             writer.add(name, dense[name])
         # not every runtime lets a target's output matrix be the embeddings, see `NativeTarget.tied`
         if dense.tied and not config["tie_word_embeddings"]:

@@ -14,9 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.checkpoint.families import FAMILIES, layer_shapes
-from moefy.checkpoint.reader import read_config, side_files, weight_files
+from moefy.checkpoint.reader import (
+    TensorFile,
+    open_tensors,
+    read_config,
+    side_files,
+    stored_form,
+    weight_files,
+)
 from moefy.checkpoint.targets import TARGETS, NativeTarget
-from moefy.checkpoint.tensors import TensorFile, open_tensors, stored_form
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.convert import PARTITION
 from moefy.construct.repair.rescale import fixed_scale

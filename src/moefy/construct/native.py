@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from moefy.checkpoint.families import O_BIAS, attention_bias
-from moefy.checkpoint.reader import DenseCheckpoint
+from moefy.checkpoint.reader import DenseCheckpoint, stored_form
 from moefy.checkpoint.targets import NativeTarget
-from moefy.checkpoint.tensors import stored_form
 from moefy.construct.ffn import SplitFfn
 
 NO_SINK = -1e4
