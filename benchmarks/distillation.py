@@ -38,7 +38,7 @@ from moefy.data.domains import Side, documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import switch_loss
-from moefy.experts.router_trace import RouterTrace, routers_of
+from moefy.experts.routers import RouterTrace, routers_of
 from moefy.hardware import device
 from moefy.training.layer_match import LayerMatch, Place
 from moefy.training.optimizer import learning_rate

@@ -21,7 +21,7 @@ from publish import publish_table
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moefy.experts.lean import register
+from moefy.experts.layers import register
 from moefy.training.dry_run import dry_run
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

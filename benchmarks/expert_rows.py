@@ -18,7 +18,7 @@ from pathlib import Path
 from publish import publish_table
 
 import moefy
-from moefy.experts import lean
+from moefy.experts import layers
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 def _one(moe: Path, rows: int, options: argparse.Namespace) -> float:
     """Return tokens/s."""
-    lean._ROUND_ROWS = rows
+    layers._ROUND_ROWS = rows
     out = options.work / "run"
     moefy.train(moe, out, tokens=512 * options.steps, precision="bfloat16", overwrite=True)
     log = read_log(out)

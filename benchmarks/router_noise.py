@@ -22,7 +22,7 @@ from moefy.data.packing import pack
 from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import importance_and_load_loss, switch_loss
 from moefy.experts.noisy_gate import NoisyGate
-from moefy.experts.router_trace import RouterTrace, routers_of
+from moefy.experts.routers import RouterTrace, routers_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCALES = (0.0, 0.01, 0.1, 1.0)

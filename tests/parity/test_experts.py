@@ -16,7 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 import moefy
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import ArchitectureError
-from moefy.experts.views import expert_views, register
+from moefy.experts.layers import VIEWS, expert_views, register
 from moefy.recipe import LLAMA_MOE
 
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -40,7 +40,7 @@ def test_logits_and_generated_tokens(tmp_path: Path, target: str) -> None:
     folder = write_moe(tmp_path, target)
     ids = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in ("eager", register()):
+    for name in ("eager", register(VIEWS)):
         model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=name)
         assert model.config._experts_implementation == name
         with torch.inference_mode():

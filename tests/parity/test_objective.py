@@ -25,8 +25,7 @@ from moefy.experts.balance import (
     switch_loss,
 )
 from moefy.experts.noisy_gate import NoisyGate, choose
-from moefy.experts.router_trace import RouterTrace, routers_of
-from moefy.experts.selection_bias import SelectionBias
+from moefy.experts.routers import RouterTrace, SelectionBias, routers_of
 from moefy.recipe import LLAMA_MOE
 from moefy.training.layer_match import LayerMatch
 
@@ -208,11 +207,11 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
             sums = trace.sums()
             assert sums is not None
             loss = loss + importance_and_load_loss(sums) + router_z_loss(sums)
-            noted = [routed.logits for routed in trace._routed.values()]
+            noted = [logits for logits, *_ in trace._routed.values()]
             noted += [match._outputs[part] for parts, _ in match._pairs for part in parts]
             loss.backward()
             # what is recomputed must not be held: it would keep every layer's activations
-            held = [routed.logits for routed in trace._routed.values()]
+            held = [logits for logits, *_ in trace._routed.values()]
             held += [match._outputs[part] for parts, _ in match._pairs for part in parts]
             assert all(a is b for a, b in zip(noted, held, strict=True))
         parameters = [*model.parameters(), *gate.parameters()]

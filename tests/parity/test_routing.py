@@ -21,8 +21,7 @@ from moefy.data.domains import documents_of, open_domains
 from moefy.data.packing import pack
 from moefy.errors import UsageError
 from moefy.evaluation.routing import RoutingResult
-from moefy.experts.active_experts import ActiveExperts
-from moefy.experts.router_trace import routers_of
+from moefy.experts.routers import ActiveExperts, routers_of
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}

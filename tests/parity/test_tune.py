@@ -31,7 +31,7 @@ from moefy.data.examples import make_examples
 from moefy.data.template import chat_template
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 from moefy.experts.balance import switch_loss
-from moefy.experts.router_trace import RouterTrace, routers_of
+from moefy.experts.routers import RouterTrace, routers_of
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 from moefy.run_folder import RunFolder

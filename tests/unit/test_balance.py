@@ -21,7 +21,7 @@ from moefy.experts.balance import (
     switch_loss,
 )
 from moefy.experts.noisy_gate import choice_probs
-from moefy.experts.selection_bias import shifted_bias
+from moefy.experts.routers import shifted_bias
 
 LAYERS, TOKENS, EXPERTS, ACTIVE = 2, 40, 6, 2
 LOSSES = [importance_and_load_loss, switch_loss]

@@ -39,7 +39,7 @@ from moefy.errors import EvaluationError, UsageError
 from moefy.evaluation.answers import score_answers
 from moefy.evaluation.benchmarks import Benchmark
 from moefy.evaluation.suite_data import archive_files, data_version
-from moefy.experts.lean import register
+from moefy.experts.layers import register
 from moefy.hardware import available_bytes, device
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import cache_folder, write_records

@@ -25,8 +25,7 @@ from moefy.evaluation.routing_stats import (
     load_shares,
     relative_entropy,
 )
-from moefy.experts.active_experts import ActiveExperts
-from moefy.experts.router_trace import RouterTrace
+from moefy.experts.routers import ActiveExperts, RouterTrace
 from moefy.progress import Progress, ProgressFn, silent
 
 

@@ -22,7 +22,7 @@ from moefy.checkpoint.cost import cost, ffn_shape
 from moefy.checkpoint.gguf import export_gguf
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.errors import CheckpointError
-from moefy.experts.views import register
+from moefy.experts.layers import VIEWS, register
 from moefy.hardware import available_bytes, device, synchronise
 from moefy.progress import Progress, ProgressFn
 
@@ -164,7 +164,7 @@ def _implementations(
         return [None]
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ours = register()
+    ours = register(VIEWS)
     names: list[str | None] = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if tokens > 1:  # then ours is grouped_mm
         names.remove(ours)

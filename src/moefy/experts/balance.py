@@ -39,8 +39,7 @@ class RouterSums:
     squared_logsumexp: Float[Tensor, " layers"]  # logsumexp(logits)²
 
     def __add__(self, other: RouterSums) -> RouterSums:
-        pairs = zip(self._values(), other._values(), strict=True)
-        return RouterSums(*(mine + theirs for mine, theirs in pairs))
+        return RouterSums(*map(torch.add, self._values(), other._values()))
 
     def detach(self) -> RouterSums:
         """Return the sums without gradients, as those of an earlier pass."""

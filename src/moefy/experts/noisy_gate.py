@@ -103,14 +103,8 @@ def choice_probs(
     """Return the probability that each expert is chosen if only its own noise is drawn again.
 
     P_e = Φ((clean_e - t_e) / std_e), with t_e the k-th largest of the *other* experts' noisy
-    logits, which e has to exceed. (LLaMA-MoE's code takes the threshold from the noise instead.)
-
-    Args:
-        clean: logits without noise.
-        noisy: the same logits with noise.
-        std: standard deviation of the noise.
-        active: k.
-        selection_bias: of a sigmoid router, which chooses by sigmoid(logit) + bias.
+    logits, which e has to exceed; k is `active`. (LLaMA-MoE's code takes the threshold from the
+    noise instead.) A sigmoid router chooses by sigmoid(logit) + `selection_bias`.
     """
     if active == clean.shape[-1]:
         return torch.ones_like(clean)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from moefy.checkpoint.cost import config_of, cost, ffn_shape, split_config
 from moefy.errors import UsageError
-from moefy.experts.lean import register
+from moefy.experts.layers import register
 from moefy.hardware import training_precision
 from moefy.training.models import check_model, prepare_student
 from moefy.training.objective import Objective

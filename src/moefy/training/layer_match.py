@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moefy.errors import ArchitectureError
-from moefy.experts.hooks import ForwardHooks
+from moefy.experts.routers import ForwardHooks
 
 Place = Literal["residual", "ffn"]
 

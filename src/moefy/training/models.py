@@ -16,8 +16,8 @@ from moefy.checkpoint.load import load_model
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import UsageError
-from moefy.experts.lean import register
-from moefy.experts.router_trace import routers_of
+from moefy.experts.layers import register
+from moefy.experts.routers import routers_of
 from moefy.hardware import device
 from moefy.training.processes import Processes
 from moefy.training.recipe import Lora, TrainRecipe, TuneRecipe

@@ -25,8 +25,7 @@ from moefy.experts.balance import (
     switch_loss,
 )
 from moefy.experts.noisy_gate import NoisyGate
-from moefy.experts.router_trace import RouterTrace, routers_of
-from moefy.experts.selection_bias import SelectionBias
+from moefy.experts.routers import RouterTrace, SelectionBias, routers_of
 from moefy.training.layer_match import LayerMatch
 from moefy.training.processes import Processes
 from moefy.training.recipe import (

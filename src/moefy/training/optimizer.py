@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moefy.errors import UsageError
-from moefy.experts.router_trace import routers_of
+from moefy.experts.routers import routers_of
 from moefy.training.recipe import TrainRecipe
 
 

@@ -1,10 +1,18 @@
-"""An implementation of transformers' expert layers that keeps little for the backward pass.
+"""Two implementations of transformers' expert layers.
 
-`grouped_mm` keeps, of every token, a copy of its hidden state for each expert that was chosen, and
-each expert's output: with 32 of 64 experts chosen that is 64 hidden states a token and layer. Kept
-here are the hidden states once, the products with the gate and up matrices (which are narrow where
-experts are small), the weights and the choice. The copies are gathered again in the backward pass;
-no product is computed twice.
+`lean` keeps little for the backward pass. `grouped_mm` keeps, of every token, a copy of its hidden
+state for each expert that was chosen, and each expert's output: with 32 of 64 experts chosen that
+is 64 hidden states a token and layer. Kept here are the hidden states once, the products with the
+gate and up matrices (which are narrow where experts are small), the weights and the choice. The
+copies are gathered again in the backward pass; no product is computed twice.
+
+`expert_views` decodes faster on a CPU. For one token there, transformers' `eager` spends its time
+on finding out which token goes where, `grouped_mm` calls a matrix product for every expert, chosen
+or not, and `batched_mm` copies the chosen experts' weights. Here each chosen expert is multiplied
+where it lies. Use it with
+
+    from moefy.experts.layers import VIEWS, register
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, experts_implementation=register(VIEWS))
 """
 
 from __future__ import annotations
@@ -17,25 +25,37 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moefy.experts.views import is_plain
+from moefy.errors import ArchitectureError
 
-NAME = "lean"
+LEAN, VIEWS = "lean", "expert_views"
 _ROUND_ROWS = 32
 """In bfloat16 on a CPU every expert gets a multiple of so many rows. oneDNN compiles a product for
 every shape that it meets, and routing would give it new ones in every step."""
 
 
-def register() -> str:
-    """Make the implementation known to transformers; return the name to ask for it."""
+def register(name: str = LEAN) -> str:
+    """Make both implementations known to transformers; return the name to ask for one."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     # torch.compile cannot see through the gradient inside the backward pass
-    ALL_EXPERTS_FUNCTIONS.register(NAME, torch.compiler.disable(lean_experts))
-    return NAME
+    ALL_EXPERTS_FUNCTIONS.register(LEAN, torch.compiler.disable(lean_experts))
+    ALL_EXPERTS_FUNCTIONS.register(VIEWS, expert_views)
+    return name
+
+
+def is_plain(experts: Any) -> bool:
+    """Say whether experts are gated, in rows, without biases or norms, all on one device."""
+    return (
+        experts.has_gate
+        and not experts.has_bias
+        and not experts.is_transposed
+        and not experts.has_post_expert_norm
+        and not experts._is_expert_parallel
+    )
 
 
 def can_run(experts: Any) -> bool:
-    """Say whether a module of experts is of the kind that this file computes.
+    """Say whether `lean` computes a module of experts.
 
     It must be `is_plain`, with rows of a multiple of 16 bytes, which torch's grouped product wants.
     """
@@ -160,3 +180,47 @@ class _Experts(torch.autograd.Function):
             hidden_grad = hidden_grad[places].sum(1)  # always in the same order
         grads = hidden_grad.to(hidden.dtype), gate_up_grad.to(gate_up.dtype)
         return *grads, down_grad.to(down.dtype), weights_grad, *[None] * 4
+
+
+def expert_views(
+    experts: Any,
+    hidden_states: Float[Tensor, "tokens hidden"],
+    top_k_index: Int[Tensor, "tokens active"],
+    top_k_weights: Float[Tensor, "tokens active"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Return Σ_i w_i · down_e(act(gate_e(x)) · up_e(x)), e the i-th expert chosen for x.
+
+    Differentiable. Works for every architecture that moefy writes. The arguments are those of
+    `lean_experts`.
+
+    Raises:
+        ArchitectureError: the experts have biases, another layout, no gate, or lie on several
+            devices.
+    """
+    if not is_plain(experts):
+        raise ArchitectureError(
+            f"{type(experts).__name__} has biases, transposed weights, no gate, a norm behind it "
+            f"or experts on several devices, which {VIEWS} does not compute: choose "
+            "experts_implementation='grouped_mm'"
+        )
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    if len(hidden_states) > 1:  # as fast there
+        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    gate_up, down, x = experts.gate_up_proj, experts.down_proj, hidden_states
+    chosen = top_k_index[0].tolist()
+    # torch's product of a matrix and a vector is the faster one in float32 only
+    vectors = x.dtype == torch.float32
+    # [active, 2·size]
+    if vectors:
+        products = torch.stack([torch.mv(gate_up[e], x[0]) for e in chosen])
+    else:
+        products = torch.cat([F.linear(x, gate_up[e]) for e in chosen])
+    gated = (experts._apply_gate(products) * top_k_weights[0, :, None]).to(x.dtype)
+    if not vectors:
+        parts = [F.linear(g, down[e]) for g, e in zip(gated.split(1), chosen, strict=True)]
+        return torch.cat(parts).sum(0, keepdim=True)
+    out = torch.mv(down[chosen[0]], gated[0])
+    for g, e in zip(gated[1:], chosen[1:], strict=True):
+        out = out.addmv_(down[e], g)
+    return out[None]
