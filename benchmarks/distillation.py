@@ -40,7 +40,7 @@ from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import switch_loss
 from moefy.experts.routers import RouterTrace, routers_of
 from moefy.hardware import device
-from moefy.training.layer_match import LayerMatch, Place
+from moefy.training.objective import LayerMatch, Place
 from moefy.training.optimizer import learning_rate
 
 

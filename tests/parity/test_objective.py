@@ -27,7 +27,7 @@ from moefy.experts.balance import (
 from moefy.experts.noisy_gate import NoisyGate, choose
 from moefy.experts.routers import RouterTrace, SelectionBias, routers_of
 from moefy.recipe import LLAMA_MOE
-from moefy.training.layer_match import LayerMatch
+from moefy.training.objective import LayerMatch
 
 TARGETS = ["mixtral", "granitemoe", "granitemoeshared", "qwen3_moe", "glm4_moe"]
 _EXTRAS: dict[str, dict[str, Any]] = {

@@ -76,13 +76,13 @@ def dry_run(
             "a dry run does not count lora's adapters: without lora it says what is the most that "
             "the run can take"
         )
-    place = Processes(size=processes)
     try:
         # tensors of the meta device, which transformers knows not to ask for their values
         with FakeTensorMode():
             network = _built(config, choice)
             prepare_student(network, choice)
-            build_optimizer(network, Objective(network, None, choice, place).noise, choice)
+            objective = Objective(network, None, choice, Processes(size=processes))
+            build_optimizer(network, objective.noise, choice)
             activation_bytes = _activations(network, choice) + _CHUNK_BYTES
             if choice.gradient_checkpointing:  # one layer at a time is computed again
                 layer = _built({**config, "num_hidden_layers": 1}, choice)

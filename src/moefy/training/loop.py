@@ -40,11 +40,6 @@ class TrainingLoop:
 
     `stage` decides how the steps of the schedule are counted, `parent` is the teacher's folder
     (None without distillation), and the recipe's precision is decided.
-
-    Raises:
-        CheckpointError: a folder is no model.
-        ArchitectureError: model and teacher do not fit each other, or the recipe.
-        UsageError: the recipe is not for this model.
     """
 
     def __init__(
@@ -67,13 +62,9 @@ class TrainingLoop:
     def resume(self, folder: RunFolder) -> int:
         """Go on from the last checkpoint in a folder; return the first step to do."""
         self._folder, noise = folder, self._objective.noise
-        self._state = RunState(
-            folder,
-            modules={"model": self.student} | ({"noise": noise} if noise else {}),
-            optimizer=self._optimizer,
-            processes=self.processes,
-            kept=self.recipe.checkpoints_kept,
-        )
+        learned = {"model": self.student} | ({"noise": noise} if noise else {})
+        kept = self.recipe.checkpoints_kept
+        self._state = RunState(folder, learned, self._optimizer, self.processes, kept=kept)
         step, samples = self._state.load() or (0, None)
         if samples:
             self._samples.restore(samples)
@@ -90,16 +81,8 @@ class TrainingLoop:
     ) -> None:
         """Do the steps from `first_step` on, with a line of the log for each.
 
-        Args:
-            first_step: counted from 0.
-            shown: recipe that is written to `recipe.yaml`.
-            heldout: returns the held-out loss; called at the recipe's interval.
-            report: told about progress.
-            first_line: line of the log before the first step's, in a fresh run.
-
-        Raises:
-            TrainingError: the loss is not finite; the last checkpoint is kept.
-            StorageError: the disk is full; the last checkpoint is kept.
+        `shown` becomes `recipe.yaml`, `heldout` returns the held-out loss at the recipe's interval,
+        and `first_line` precedes the steps in the log of a fresh run.
         """
         recipe, num_steps = self.recipe, self.recipe.num_steps
         one_pass = cost(read_config(self.source), context=recipe.sequence_length)
@@ -133,7 +116,11 @@ class TrainingLoop:
                 line["heldout_loss"] = heldout()
             if log:
                 log.write(line)
-            report(Progress(self._stage, step + 1, num_steps, _note(line)))
+            note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s"
+            note += f", MFU {line['mfu']:.0%}"
+            for name, epoch in line.get("repeats", {}).items():
+                note += f"; {name} starts epoch {epoch + 1}"
+            report(Progress(self._stage, step + 1, num_steps, note))
             every = recipe.checkpoint_every_steps
             # also behind the last step: writing the model may fail
             if every and (step + 1) % every == 0:
@@ -146,20 +133,14 @@ class TrainingLoop:
     ) -> None:
         """Put the trained model into the run's folder, in the dtype and the form of its source.
 
-        Args:
-            record: goes into moefy.json, between moefy's version and the source's own record.
-            amend: changes the folder of weights and tokenizer before it is moved into place.
-
-        Raises:
-            StorageError: the disk is full.
+        `record` goes into moefy.json, between moefy's version and the source's own record; `amend`
+        changes the folder of weights and tokenizer before it is moved into place.
         """
         network, source, config = self.student, self.source, read_config(self.source)
         finished = self._folder.work / FINISHED
         if self.recipe.lora:
             merge_adapters(network)
-        if self.processes.is_first:
-            shutil.rmtree(finished, ignore_errors=True)
-        self.processes.wait()
+        self.processes.of_first(lambda: shutil.rmtree(finished, ignore_errors=True))
         with storage_errors(finished):
             _round_weights(network, config.get("dtype") or config.get("torch_dtype") or "float32")
             head = network.get_output_embeddings()
@@ -193,13 +174,6 @@ def resolve_first(model: str | Path, processes: Processes, report: ProgressFn) -
     """Resolve a model; the first process fetches what must be fetched."""
     processes.of_first(lambda: resolve(model, report=report))
     return resolve(model)
-
-
-def _note(line: dict[str, Any]) -> str:
-    note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s, MFU {line['mfu']:.0%}"
-    for name, epoch in line.get("repeats", {}).items():
-        note += f"; {name} starts epoch {epoch + 1}"
-    return note
 
 
 def _round_weights(network: Any, dtype: str) -> None:

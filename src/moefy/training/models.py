@@ -32,9 +32,6 @@ _PARTS = {
     "routers": r"\.(router|gate)\.",
 }
 
-_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-_EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
 
 def check_context(config: Mapping[str, Any], sequence_length: int, name: str) -> None:
     """Raise UsageError for sequences that are longer than the context of the model `name`."""
@@ -58,23 +55,12 @@ def check_model(config: Mapping[str, Any], recipe: TrainRecipe | TuneRecipe, nam
 
 
 def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any:
-    """Load the model that is trained, float32, in training mode.
-
-    These are the master weights: in bfloat16 only the products are computed.
-
-    Raises:
-        CheckpointError: the folder is no model.
-        UsageError: nothing is left to learn, or LoRA with several processes, without peft, or of
-            matrices that are not there.
-    """
+    """Load the model that is trained: float32 master weights; products may be bfloat16."""
     register()
     options: dict[str, Any] = {}
     if ffn_shape(read_config(source)).experts:
         options["experts_implementation"] = recipe.experts_implementation
-    if processes.sizes:
-        options["distributed_config"] = _distributed(processes.sizes, recipe)
-    network = load_model(source, dtype=torch.float32, **options)
-    network = (network if processes.sizes else network.to(device())).train()
+    network = _load(source, torch.float32, recipe, processes.sizes, **options).train()
     if recipe.lora:
         network = add_adapters(network, recipe.lora, recipe.seed % 2**63, processes)
     prepare_student(network, recipe)
@@ -82,25 +68,19 @@ def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any
 
 
 def prepare_student(network: Any, recipe: TrainRecipe) -> None:
-    """Freeze the recipe's parts, and choose how the layers are computed.
-
-    Raises:
-        UsageError: the model has no such part, or nothing is left to learn.
-    """
+    """Freeze the recipe's parts (UsageError if there are none), and say how layers are computed."""
+    named, target = list(network.named_parameters()), TARGETS.get(network.config.model_type)
     # a converted model has attention sinks because its architecture does, so low that they do
     # nothing: they must stay there
-    target = TARGETS.get(network.config.model_type)
-    if target and target.sinks:
-        for name, parameter in network.named_parameters():
-            if name.endswith(target.sinks):
-                parameter.requires_grad_(False)
+    fixed = [p for name, p in named if target and target.sinks and name.endswith(target.sinks)]
     for part in recipe.frozen:
-        found = [p for name, p in network.named_parameters() if re.search(_PARTS[part], name)]
+        found = [p for name, p in named if re.search(_PARTS[part], name)]
         if not found:
             raise UsageError(f"frozen {part}: a {network.config.model_type} model has none")
-        for parameter in found:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in network.parameters()):
+        fixed += found
+    for parameter in fixed:
+        parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for _, parameter in named):
         raise UsageError(f"frozen {', '.join(recipe.frozen)}: nothing is left to learn")
     if recipe.gradient_checkpointing:
         # transformers 5.23 gave it a new name and warns of the old one
@@ -112,24 +92,23 @@ def prepare_student(network: Any, recipe: TrainRecipe) -> None:
 
 
 def load_teacher(source: Path, recipe: TrainRecipe, processes: Processes) -> Any:
-    """Load the dense parent, frozen, in the precision of the products.
-
-    Raises:
-        CheckpointError: the folder is no model.
-    """
+    """Load the dense parent, frozen, in the precision of the products."""
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    if not processes.sizes:
-        return load_model(source, dtype=dtype).to(device()).requires_grad_(False)
-    sizes = processes.sizes | {"ep_size": 1}  # a dense model has no experts to spread
-    config = _distributed(sizes, recipe)
-    return load_model(source, dtype=dtype, distributed_config=config).requires_grad_(False)
+    sizes = processes.sizes and processes.sizes | {"ep_size": 1}  # no experts to spread
+    return _load(source, dtype, recipe, sizes).requires_grad_(False)
 
 
-def _distributed(sizes: dict[str, Any], recipe: TrainRecipe) -> Any:
+def _load(
+    source: Path, dtype: torch.dtype, recipe: TrainRecipe, sizes: dict[str, Any] | None, **more: Any
+) -> Any:
+    """Load a model onto this process's device, or this process's share of it."""
+    if not sizes:
+        return load_model(source, dtype=dtype, **more).to(device())
     from transformers.distributed import DistributedConfig
 
     is_mixed = recipe.precision == "bfloat16" and device().type == "cuda"
-    return DistributedConfig(**sizes, fsdp_mixed_precision=is_mixed)
+    config = DistributedConfig(**sizes, fsdp_mixed_precision=is_mixed)
+    return load_model(source, dtype=dtype, distributed_config=config, **more)
 
 
 def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> Any:
@@ -138,9 +117,6 @@ def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> A
     Source: LoRA (arXiv 2106.09685): W + (alpha / rank)·B·A with A [rank, inputs] random and
     B [outputs, rank] zero. The experts of a layer are one tensor in memory; peft gives each expert
     matrices of its own.
-
-    Raises:
-        UsageError: several processes, no peft, or matrices that are not there.
     """
     if processes.size > 1:
         raise UsageError(
@@ -151,7 +127,8 @@ def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> A
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise UsageError("lora needs the peft package: pip install 'moefy[lora]'") from None
-    modules, tensors = lora.modules or _ATTENTION, _EXPERTS if lora.experts else []
+    modules = lora.modules or ["q_proj", "k_proj", "v_proj", "o_proj"]
+    tensors = ["experts.gate_up_proj", "experts.down_proj"] if lora.experts else []
     if lora.modules == "all":
         modules, tensors = _all_matrices(network)
     config = LoraConfig(

@@ -6,10 +6,12 @@ function of sums over them, so it does not matter how a batch is cut (but see `b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,16 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.data.examples import IGNORED
+from moefy.errors import ArchitectureError
 from moefy.evaluation.output_loss import LogitsInput, check_vocabularies, output_loss
-from moefy.experts.balance import (
-    RouterSums,
-    importance_and_load_loss,
-    router_z_loss,
-    switch_loss,
-)
+from moefy.experts.balance import RouterSums, importance_and_load_loss, router_z_loss, switch_loss
 from moefy.experts.noisy_gate import NoisyGate
-from moefy.experts.routers import RouterTrace, SelectionBias, routers_of
-from moefy.training.layer_match import LayerMatch
+from moefy.experts.routers import ForwardHooks, RouterTrace, SelectionBias, routers_of
 from moefy.training.processes import Processes
 from moefy.training.recipe import (
     ImportanceLoadBalance,
@@ -35,6 +32,75 @@ from moefy.training.recipe import (
     TrainRecipe,
 )
 from moefy.training.samples import Rows, StepSamples
+
+Place = Literal["residual", "ffn"]
+
+
+def relative_error(
+    student: Float[Tensor, "batch sequence hidden"],
+    teacher: Float[Tensor, "batch sequence hidden"],
+) -> Float[Tensor, ""]:
+    """Return the mean over tokens of ‖y_student - y_teacher‖² / ‖y_teacher‖²."""
+    # each token is divided by its own norm, or tokens whose stream is large would outweigh the
+    # others; the RMSNorm behind it sees directions only
+    wide = torch.promote_types(student.dtype, torch.float32)
+    target = teacher.to(wide)
+    error = (student.to(wide) - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-10)
+    return error.mean()
+
+
+class LayerMatch(ForwardHooks):
+    """Compares the layers of a student with its dense parent's inside a `with` block.
+
+    Each model runs on its own inputs: the parent's layer outputs of one forward pass are the
+    targets, so that a student's layer also mends what earlier layers lost (docs/objective.md).
+
+    `place` "residual" compares the residual stream behind every layer, "ffn" what the FFN adds to
+    it. ArchitectureError says that the two have not the same number of layers or width.
+    """
+
+    def __init__(self, student: Any, teacher: Any, place: Place) -> None:
+        super().__init__()
+        shapes = [(m.config.num_hidden_layers, m.config.hidden_size) for m in (student, teacher)]
+        if shapes[0] != shapes[1]:
+            raise ArchitectureError(
+                f"the student has {shapes[0][0]} layers of width {shapes[0][1]}, the teacher "
+                f"{shapes[1][0]} of {shapes[1][1]}: layers can only be matched with those of the "
+                "model that was converted"
+            )
+
+        def compared(layer: Any) -> list[Any]:
+            # the outputs of these modules sum to what is compared
+            parts = [
+                getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "shared_mlp")
+            ]
+            return [layer] if place == "residual" else [part for part in parts if part is not None]
+
+        self._pairs = [
+            [compared(layer) for layer in layers]
+            for layers in zip(student.model.layers, teacher.model.layers, strict=True)
+        ]
+        self._outputs: dict[Any, Tensor] = {}  # by module
+
+    def hooks(self) -> Iterable[tuple[Any, Callable[..., Any]]]:
+        """Return what is compared on both sides, each module with its hook."""
+        return [(m, self._note) for pair in self._pairs for side in pair for m in side]
+
+    def _note(self, module: Any, _inputs: Any, output: Tensor) -> None:
+        # gradient checkpointing runs a layer twice; the first output is in the loss's graph
+        self._outputs.setdefault(module, output)
+
+    def clear(self) -> None:
+        """Forget the last forward passes; to be called before the next."""
+        self._outputs.clear()
+
+    def loss(self) -> Float[Tensor, ""]:
+        """Return the mean over layers of `relative_error`, after both models have run."""
+        errors = []
+        for pair in self._pairs:
+            student, teacher = (reduce(add, [self._outputs[m] for m in side]) for side in pair)
+            errors.append(relative_error(student, teacher))
+        return torch.stack(errors).mean()
 
 
 @dataclass
@@ -55,10 +121,7 @@ class StepLosses:
 class Objective:
     """The losses of a recipe for one student, and its teacher where there is one.
 
-    Raises:
-        UsageError: selection-bias balancing of a model whose checkpoint cannot hold the bias.
-        ArchitectureError: the noisy gate cannot serve the student's routers, or the teacher is not
-            the student's parent.
+    Refuses a balance that the student's routers cannot have, and a teacher that is not its parent.
     """
 
     def __init__(
@@ -66,10 +129,11 @@ class Objective:
     ) -> None:
         self.student, self.teacher = student, teacher
         self.recipe, self.processes = recipe, processes
+        self._match: LayerMatch | None = None
         if teacher is not None:
             check_vocabularies(student.config.vocab_size, teacher.config.vocab_size)
             if recipe.distillation.layers != "none":
-                LayerMatch(student, teacher, recipe.distillation.layers)  # raises
+                self._match = LayerMatch(student, teacher, recipe.distillation.layers)
         balance = recipe.balance
         self.noise: NoisyGate | None = None  # its matrices are learned too
         if isinstance(balance, ImportanceLoadBalance) and balance.noise:
@@ -79,13 +143,10 @@ class Objective:
     @contextmanager
     def step(self, samples: StepSamples) -> Iterator[StepLosses]:
         """Watch the models while `loss` computes the passes of a step; yield the losses."""
-        layers = self.recipe.distillation.layers
         self._samples, self._done, self._pass = samples, StepLosses(), 0
         with ExitStack() as stack:
             self._trace = stack.enter_context(RouterTrace(self.student, noise=self.noise))
-            self._match: LayerMatch | None = None
-            if self.teacher is not None and layers != "none":
-                self._match = LayerMatch(self.student, self.teacher, layers)
+            if self._match is not None:
                 stack.enter_context(self._match)
             yield self._done
 
@@ -118,7 +179,7 @@ class Objective:
         parent = None
         if self._match is not None:
             self._match.clear()
-        if self.teacher is not None and distillation.needs_teacher:
+        if self.teacher is not None:
             with torch.no_grad():
                 parent = LogitsInput.of(self.teacher, tokens, **inputs).predicting()
         labels = rows.labels[:, 1:]

@@ -24,9 +24,6 @@ def build_optimizer(
 
     Each group has `rate_fraction` and `is_router` beside AdamW's keys. Frozen parameters stay out,
     and the matrices of `noise`, a noisy gate, are trained like routers.
-
-    Raises:
-        UsageError: `router_warmup_fraction` trains routers alone, and none is trained.
     """
     routers = {id(p) for router in routers_of(network) for p in router.parameters()}
     gate = list(noise.parameters()) if noise is not None else []

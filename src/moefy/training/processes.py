@@ -69,10 +69,9 @@ ONE = Processes()
 
 
 def check_processes(recipe: TrainRecipe | TuneRecipe, size: int) -> tuple[int, int]:
-    """Return how many processes share one copy of the weights, and how many read a batch.
+    """Return how many of `size` processes share one copy of the weights, and how many read a batch.
 
-    Raises:
-        UsageError: `size` processes are not what the recipe asks for, or cannot do it.
+    UsageError says why they cannot run the recipe.
     """
     parallel = recipe.parallel
     fixed = parallel.replicate * parallel.tensor
@@ -110,9 +109,7 @@ def check_processes(recipe: TrainRecipe | TuneRecipe, size: int) -> tuple[int, i
 def join_processes(recipe: TrainRecipe | TuneRecipe) -> Processes:
     """Join the processes that torchrun started, or return the only one.
 
-    Raises:
-        UsageError: the processes are not as many as the recipe asks for, or there are more of a
-            machine's than it has GPUs.
+    UsageError says that there are not as many as the recipe asks for, or too few GPUs for them.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shard, num_data = check_processes(recipe, size)

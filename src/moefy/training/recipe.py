@@ -7,15 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict
 from pydantic import Field, field_validator, model_validator
 
 from moefy.errors import UsageError
-from moefy.recipe import (
-    Fraction,
-    NonNegative,
-    Positive,
-    Recipe,
-    Seed,
-    option,
-    parse_weights,
-)
+from moefy.recipe import Fraction, NonNegative, Positive, Recipe, Seed, option, parse_weights
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Part = Literal["embeddings", "attention", "norms", "experts", "shared-experts", "routers"]
@@ -23,12 +15,6 @@ Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["auto", "float32", "bfloat16"]
 MixtureUpdate = Literal["llama-moe", "sheared-llama"]
 ExpertsImplementation = Literal["lean", "grouped_mm", "batched_mm", "eager"]
-_RENAMED = {
-    "sequences_per_step": "global_batch_size",
-    "sequences_per_pass": "micro_batch_size",
-    "clip_grad_norm": "max_grad_norm",
-    "router_rate_fraction": "router_lr_scale",
-}
 
 
 class NoBalance(Recipe):
@@ -38,26 +24,20 @@ class NoBalance(Recipe):
 
 
 class SwitchBalance(Recipe):
-    """The auxiliary loss of the native architectures (`balance.switch_loss`).
-
-    `per_pass` takes the mean of every pass's own loss, as transformers' Trainer does, instead of
-    the loss of all passes together.
-    """
+    """The auxiliary loss of the native architectures (`balance.switch_loss`)."""
 
     kind: Literal["switch"] = "switch"
     coefficient: NonNegative = 1e-2
+    # the mean of every pass's own loss, as transformers' Trainer has it, not that of all together
     per_pass: bool = False
 
 
 class ImportanceLoadBalance(Recipe):
-    """LLaMA-MoE's loss (`balance.importance_and_load_loss`), with its noisy gate if `noise` > 0.
-
-    `noise` is a factor on the gate's noise; 1 is the paper's, far too much for a router that
-    `convert` has fitted (docs/objective.md).
-    """
+    """LLaMA-MoE's loss (`balance.importance_and_load_loss`), with its noisy gate if `noise` > 0."""
 
     kind: Literal["importance-load"] = "importance-load"
     coefficient: NonNegative = 1e-2
+    # 1 is the paper's gate, too noisy for a router that `convert` has fitted (docs/objective.md)
     noise: NonNegative = 0.0
 
 
@@ -75,58 +55,42 @@ Balance = Annotated[
 
 
 class Distillation(Recipe):
-    """What is learned from the teacher.
-
-    `alpha` is the teacher's share λ of the loss, the rest is next-token loss; `layers` adds
-    `layer_weight` times the layers' distance from the teacher's (`layer_match`). Half and half is
-    what did best on text that is not the teacher's own (docs/objective.md).
-    """
+    """What is learned from the teacher."""
 
     renamed: ClassVar[dict[str, str]] = {"weight": "alpha"}
 
+    # the teacher's share λ of the loss, the rest is next-token loss; half did best on text that is
+    # not the teacher's own (docs/objective.md)
     alpha: Fraction = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
     layers: Literal["none", "residual", "ffn"] = "none"
-    layer_weight: NonNegative = 1.0
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the teacher runs in every step."""
-        return self.alpha > 0 or self.layers != "none"
+    layer_weight: NonNegative = 1.0  # of the layers' distance from the teacher's (`LayerMatch`)
 
 
 class Lora(Recipe):
-    """Low-rank adapters (arXiv 2106.09685) through peft: the weights themselves stay as they are.
-
-    `modules` are the adapted matrices, by the ends of their names; None takes attention's, `all`
-    every matrix of the layers but the routers. `experts` adapts the fused matrices of the routed
-    experts too.
-    """
+    """Low-rank adapters (arXiv 2106.09685) through peft: the weights themselves do not move."""
 
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Share = 0.0
+    # ends of names; None takes attention's, `all` every matrix of the layers but the routers
     modules: list[str] | Literal["all"] | None = None
-    experts: bool = False
+    experts: bool = False  # also the fused matrices of the routed experts
 
 
 class Parallel(Recipe):
-    """How the processes that torchrun starts share the work.
+    """How shard × replicate × tensor processes, which torchrun starts, share the work."""
 
-    `shard` processes hold one copy of the weights between them (FSDP2), `replicate` such copies
-    read different sequences, `tensor` processes compute every product of an expert together, and
-    `expert` processes hold different experts. shard × replicate × tensor is the number of
-    processes; None for shard takes what is left. `expert` divides shard × tensor.
-    """
-
-    shard: Positive | None = None
-    replicate: Positive = 1
-    tensor: Positive = 1
-    expert: Positive = 1
+    shard: Positive | None = None  # hold a copy of the weights (FSDP2); None takes what is left
+    replicate: Positive = 1  # such copies, which read different sequences
+    tensor: Positive = 1  # compute every product of an expert together
+    expert: Positive = 1  # hold different experts; divides shard × tensor
     cpu_offload: bool = False
 
 
-class _LoopSettings(TypedDict, total=False):
+class LoopSettings(TypedDict, total=False):
+    """The keys that both recipes have."""
+
     sequence_length: int
     global_batch_size: int
     micro_batch_size: int
@@ -142,7 +106,7 @@ class _LoopSettings(TypedDict, total=False):
     seed: int
 
 
-class TrainSettings(_LoopSettings, total=False):
+class TrainSettings(LoopSettings, total=False):
     """The keys of `TrainRecipe`, as keywords of a function; a mapping stands for a part's keys."""
 
     tokens: int
@@ -168,7 +132,27 @@ class TrainSettings(_LoopSettings, total=False):
     trackers: tuple[Tracker, ...]
 
 
-class TrainRecipe(Recipe):
+class LoopRecipe(Recipe):
+    """What the recipes of both commands share."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        "sequences_per_step": "global_batch_size",
+        "sequences_per_pass": "micro_batch_size",
+        "clip_grad_norm": "max_grad_norm",
+        "router_rate_fraction": "router_lr_scale",
+    }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same for a stopped run to go on."""
+        # how the work is cut, kept and watched may change: a run may go on with other processes
+        free = {
+            "micro_batch_size", "parallel", "gradient_checkpointing", "compile",
+            "experts_implementation", "checkpoint_every_steps", "checkpoints_kept", "trackers",
+        }  # fmt: skip
+        return self.model_dump(mode="json", exclude=free)
+
+
+class TrainRecipe(LoopRecipe):
     """Continual pre-training.
 
     Routers learn at `router_lr_scale` of the rate: a converted router's weights are about a
@@ -184,7 +168,9 @@ class TrainRecipe(Recipe):
     once.
     """
 
-    renamed: ClassVar[dict[str, str]] = _RENAMED | {"final_learning_rate_fraction": "min_lr_ratio"}
+    renamed: ClassVar[dict[str, str]] = LoopRecipe.renamed | {
+        "final_learning_rate_fraction": "min_lr_ratio"
+    }
 
     tokens: Annotated[int, option("Number of training tokens", ge=1)] = 65_536
     sequence_length: Annotated[int, option("Tokens per sequence", ge=2)] = 512
@@ -277,7 +263,8 @@ class TrainRecipe(Recipe):
     @property
     def distils(self) -> bool:
         """Whether a teacher runs in every step."""
-        return self.teacher is not None and self.distillation.needs_teacher
+        learned = self.distillation
+        return self.teacher is not None and (learned.alpha > 0 or learned.layers != "none")
 
     @property
     def is_dynamic(self) -> bool:
@@ -295,19 +282,8 @@ class TrainRecipe(Recipe):
                 "reference_losses to published or to a file"
             )
 
-    def identity(self) -> dict[str, Any]:
-        """Return what must be the same for a stopped run to go on.
 
-        How the work is cut, kept and watched is not in it: a run may go on with other processes.
-        """
-        free = {
-            "micro_batch_size", "parallel", "gradient_checkpointing", "compile",
-            "experts_implementation", "checkpoint_every_steps", "checkpoints_kept", "trackers",
-        }  # fmt: skip
-        return self.model_dump(mode="json", exclude=free)
-
-
-class TuneSettings(_LoopSettings, total=False):
+class TuneSettings(LoopSettings, total=False):
     """The keys of `TuneRecipe`, as keywords of a function."""
 
     epochs: int
@@ -320,7 +296,7 @@ class TuneSettings(_LoopSettings, total=False):
     heldout_conversations: int
 
 
-class TuneRecipe(Recipe):
+class TuneRecipe(LoopRecipe):
     """Instruction tuning on conversations.
 
     The defaults are those of LLaMA-MoE (arXiv 2406.16554): two epochs, 2e-5 with a cosine to zero,
@@ -331,8 +307,6 @@ class TuneRecipe(Recipe):
     `balanced` routers learn at `router_lr_scale` of the rate (see `TrainRecipe`), with the
     Switch loss. `lora_rank` 0 trains the weights themselves; `lora_alpha` None is twice the rank.
     """
-
-    renamed: ClassVar[dict[str, str]] = _RENAMED
 
     epochs: Annotated[int, option("Number of passes over the conversations", ge=1)] = 2
     sequence_length: Annotated[int, option("Tokens of the longest sequence", ge=2)] = 2048

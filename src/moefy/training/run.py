@@ -78,7 +78,11 @@ def train(
     report = report if processes.is_first else silent
     read = model, data, recipe, choice.teacher, choice.reference_losses
     with open_folder(out, processes, overwrite=overwrite, sources=read) as folder:
-        source, parent = _models(model, choice, processes, report)
+        source, parent = resolve_first(model, processes, report), None
+        check_model(read_config(source), choice, str(source))
+        if choice.teacher:
+            parent = resolve_first(choice.teacher, processes, report)
+            check_context(read_config(parent), choice.sequence_length, str(parent))
         text, samples, heldout = _open_corpus(data, source, choice, processes, report)
         taught = parent if choice.distils else None  # else only its held-out losses are needed
         loop = TrainingLoop("train", source, taught, samples, choice, processes)
@@ -100,19 +104,6 @@ def train(
         log = processes.of_first(lambda: read_log(folder.work))
     losses = log[0]["loss"], log[-1]["loss"]
     return Training(folder.out, choice, first_step, *losses, loop.elapsed_s)
-
-
-def _models(
-    model: str | Path, choice: TrainRecipe, processes: Processes, report: ProgressFn
-) -> tuple[Path, Path | None]:
-    """Return the folders of the model and of its dense parent, where the recipe fits them."""
-    source = resolve_first(model, processes, report)
-    check_model(read_config(source), choice, str(source))
-    if not choice.teacher:
-        return source, None
-    parent = resolve_first(choice.teacher, processes, report)
-    check_context(read_config(parent), choice.sequence_length, str(parent))
-    return source, parent
 
 
 def _open_corpus(
@@ -142,17 +133,13 @@ def _open_corpus(
 def _reference(
     folder: RunFolder, loop: TrainingLoop, heldout: Windows, first_step: int, report: ProgressFn
 ) -> dict[str, float]:
-    """Return the losses that a dynamic mixture compares its own with, by domain.
-
-    They are the dense model's, published ones, or a file's; a resumed run keeps those that it began
-    with.
-    """
+    """Return the losses that a dynamic mixture compares its own with; a resumed run keeps them."""
     choice, processes, file = loop.recipe, loop.processes, folder.work / "reference.json"
-    kept: str | None = processes.of_first(
-        lambda: file.read_text() if first_step and file.is_file() else None
+    kept: dict[str, float] = processes.of_first(
+        lambda: json.loads(file.read_text()) if first_step and file.is_file() else {}
     )
-    if kept is not None:
-        return dict(json.loads(kept))
+    if kept:
+        return kept
     if choice.reference_losses == "published":
         config = read_config(loop.source)  # published losses are chosen by the size of the model
         losses = published_reference(

@@ -26,8 +26,7 @@ from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 CONVERSATIONS = "conversations"
-Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]
-"""Held-out token ids by domain."""
+Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]  # held-out token ids by domain
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,7 @@ class WindowSamples:
         self._reference: Mapping[str, float] = {}
 
     def follow(self, heldout: Windows, reference: Mapping[str, float]) -> None:
-        """Renew the weights by held-out losses (Sheared-LLaMA's dynamic batch loading).
-
-        Args:
-            heldout: windows of the domains that have weight.
-            reference: what the losses are compared with, nats per token.
-        """
+        """Renew the weights of `heldout`'s domains by their losses above `reference` (nats)."""
         self._heldout, self._reference = heldout, reference
 
     @property

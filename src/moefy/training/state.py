@@ -39,10 +39,6 @@ from moefy.training.recipe import TrainRecipe
 FOLDER = "checkpoint"
 FINISHED = ".finished"
 LOG = "log.jsonl"
-_OWN = (
-    *("recipe.yaml", LOG, "reference.json", "broken.txt", "wandb-run"),
-    *("tensorboard/*", "wandb/*"),
-)
 _RECORD = "run.json"
 _OPTIMIZER = re.compile(r"optimizer\.(\w+)\.(.+)")
 
@@ -53,11 +49,7 @@ def open_folder(
 ) -> Iterator[RunFolder]:
     """Hold the folder of a run until the block ends; the first process does so for all.
 
-    Args:
-        out: where the model will be.
-        processes: of the run.
-        overwrite: a finished model in `out` may be replaced.
-        sources: what the run reads and must not replace; only paths count.
+    `sources` are what the run reads and must not replace, of which only paths count.
     """
     folder = RunFolder(
         out,
@@ -65,7 +57,10 @@ def open_folder(
         overwrite=overwrite,
         sources=[path for path in sources if isinstance(path, str | Path)],
         resumes=True,
-        own=_OWN,
+        own=(
+            *("recipe.yaml", LOG, "reference.json", "broken.txt"),
+            *("wandb-run", "tensorboard/*", "wandb/*"),
+        ),
         # figures are drawn into the finished folder, and replaced with it
         scratch=(FOLDER, FINISHED, "*.png"),
     )
@@ -76,12 +71,8 @@ def open_folder(
 
 def begin(folder: RunFolder, identity: dict[str, Any], processes: Processes) -> bool:
     """Go on with a run of this identity or begin it; return whether it is finished already."""
-
-    def decide() -> tuple[Path, bool]:
-        folder.begin(identity)
-        return folder.work, folder.was_finished
-
-    folder.work, was_finished = processes.of_first(decide)
+    processes.of_first(lambda: folder.begin(identity))
+    folder.work, was_finished = processes.of_first(lambda: (folder.work, folder.was_finished))
     return was_finished
 
 
@@ -91,10 +82,10 @@ class RunState:
     def __init__(
         self,
         folder: RunFolder,
-        *,
         modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         processes: Processes,
+        *,
         kept: int,
     ) -> None:
         self._folder, self._processes, self._kept = folder, processes, kept
@@ -107,19 +98,19 @@ class RunState:
     def save(self, step: int, samples: dict[str, Any]) -> None:
         """Write a checkpoint behind a step, with the state of the samples.
 
-        Raises:
-            StorageError: the disk is full; the earlier checkpoints are still there.
+        StorageError says that the disk is full; the earlier checkpoints are still there.
         """
-        tensors = {
-            name: _whole_shards(t) for name, t in {**self._weights(), **self._moments()}.items()
+        moments = {
+            f"optimizer.{key}.{name}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
         }
+        tensors = {name: _whole_shards(t) for name, t in {**self._weights(), **moments}.items()}
         needed_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
         self._processes.of_first(lambda: self._folder.require_bytes(needed_bytes))
         target = self._folder.work / FOLDER / f"step-{step:08d}"
         partial = target.with_name(".partial")
-        if self._processes.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._processes.wait()
+        self._processes.of_first(lambda: shutil.rmtree(partial, ignore_errors=True))
         try:
             with storage_errors(target), _as_one():
                 save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))
@@ -145,13 +136,9 @@ class RunState:
             shutil.rmtree(folder, ignore_errors=True)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """Put the last whole checkpoint into modules and optimizer; None if there is none.
+        """Put the last whole checkpoint into modules and optimizer; return its step and samples.
 
-        Returns:
-            The step and the state of the samples that it was saved with.
-
-        Raises:
-            OutputError: the checkpoint cannot be read, or none of several is whole.
+        None if there is none; OutputError if it cannot be read, or none of several is whole.
         """
         found = self._processes.of_first(self._last_whole)
         if found is None:
@@ -159,12 +146,8 @@ class RunState:
         folder, record = found
         with _readable(folder), _as_one():
             present = FileSystemReader(folder).read_metadata().state_dict_metadata
-            moments = {
-                name: (self._parameters[of], key)
-                for name in present
-                if (match := _OPTIMIZER.fullmatch(name))
-                for key, of in [match.groups()]
-            }
+            matches = [match for name in present if (match := _OPTIMIZER.fullmatch(name))]
+            moments = {match[0]: (self._parameters[match[2]], match[1]) for match in matches}
             tensors = self._weights()  # read into in place
             for name, (parameter, key) in moments.items():
                 like = torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
@@ -186,13 +169,6 @@ class RunState:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: t.detach() for name, t in {**self._parameters, **self._buffers}.items()}
-
-    def _moments(self) -> dict[str, Tensor]:
-        return {
-            f"optimizer.{key}.{name}": value
-            for name, parameter in self._parameters.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
 
     def _checkpoints(self) -> list[Path]:
         """Return the checkpoints' folders, the last first."""
@@ -233,8 +209,8 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, recipe: TrainRecipe) -> None:
         self._file = folder / LOG
-        kept = read_log(folder) if first_step else []
-        kept = [line for line in kept if line["step"] <= first_step]  # later steps are done again
+        lines = read_log(folder) if first_step else []
+        kept = [line for line in lines if line["step"] <= first_step]  # later ones are done again
         replace_file(self._file, "".join(json.dumps(line) + "\n" for line in kept))
         self._trackers = [_tracker(name, folder, first_step, recipe) for name in recipe.trackers]
 

@@ -32,8 +32,7 @@ def train_step(
 ) -> dict[str, Any]:
     """Do one optimizer step, counted from 0, and return its line of the log.
 
-    Raises:
-        TrainingError: loss or gradient is not finite; nothing has moved.
+    TrainingError says that loss or gradient is not finite; nothing has moved then.
     """
     recipe, processes = objective.recipe, objective.processes
     for group in optimizer.param_groups:
@@ -88,12 +87,10 @@ def _losses(done: StepLosses, samples: StepSamples, processes: Processes) -> dic
         "loss": float(totals.sum()) / samples.num_labels,
         "domain_loss": {name: float(totals[i] / labels[i]) for i, name in enumerate(names)},
     }
-    for name in ("kl", "layer_loss"):
-        if name in done.terms:
-            line[name] = float(processes.total(done.terms[name])) / processes.num_data
-    for name in ("balance_loss", "z_loss"):  # of all processes already
-        if name in done.terms:
-            line[name] = float(done.terms[name])
+    for name, value in done.terms.items():
+        # balance and z-loss are those of all processes already
+        is_own = name in ("kl", "layer_loss")
+        line[name] = float(processes.total(value)) / processes.num_data if is_own else float(value)
     if done.router is not None:
         load = done.router.shares().double().cpu()  # [layers, experts]
         entropy = torch.special.entr(load).sum(-1) / np.log(load.shape[-1])

@@ -24,6 +24,7 @@ from moefy.training.loop import TrainingLoop, resolve_first
 from moefy.training.models import check_model
 from moefy.training.processes import ONE, Processes, join_processes
 from moefy.training.recipe import (
+    LoopSettings,
     Lora,
     NoBalance,
     SwitchBalance,
@@ -39,8 +40,6 @@ from moefy.training.samples import (
     padded_rows,
 )
 from moefy.training.state import begin, open_folder, read_log
-
-BROKEN = "broken.txt"
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,13 @@ def tune(
         plan = as_training(choice, samples.num_steps, config)
         loop = TrainingLoop("tune", source, None, samples, plan, processes)
         measure = partial(heldout_loss, loop.student, talks.heldout, plan, processes)
-        identity = processes.of_first(lambda: _identity(source, data, talks, choice))
+        tokens = json.dumps([(example.ids, example.labels) for example in talks.trained])
+        identity = {
+            "source": processes.of_first(lambda: fingerprint(source)),
+            "data": str(data),
+            "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+            **choice.identity(),
+        }
         first_step = samples.num_steps
         if not begin(folder, identity, processes):
             first_step = loop.resume(folder)
@@ -130,28 +135,17 @@ def tune(
 
 
 def as_training(recipe: TuneRecipe, num_steps: int, config: Mapping[str, Any]) -> TrainRecipe:
-    """Return the recipe of the loop that tunes a model of this config.json.
-
-    Raises:
-        UsageError: the model has no routers to balance.
-    """
+    """Return the recipe of the loop that tunes a model of this config.json."""
     has_routers = bool(ffn_shape(config).experts)
     is_balanced = recipe.router == "balanced"
     if is_balanced and not has_routers:
         raise UsageError(
             f"a {config['model_type']} model has no routers to balance: leave router out"
         )
-    lora = None
-    if recipe.lora_rank:
-        alpha = recipe.lora_alpha or 2.0 * recipe.lora_rank
-        lora = Lora(rank=recipe.lora_rank, alpha=alpha, modules="all")
-    same = {
-        *("sequence_length", "global_batch_size", "micro_batch_size", "learning_rate", "seed"),
-        *("warmup_fraction", "weight_decay", "max_grad_norm", "router_lr_scale", "precision"),
-        *("parallel", "gradient_checkpointing", "checkpoint_every_steps"),
-    }
+    rank, alpha = recipe.lora_rank, recipe.lora_alpha or 2.0 * recipe.lora_rank
+    lora = Lora(rank=rank, alpha=alpha, modules="all") if rank else None
     return TrainRecipe(
-        **recipe.model_dump(include=same),
+        **recipe.model_dump(include=set(LoopSettings.__annotations__)),
         tokens=num_steps * recipe.sequence_length * recipe.global_batch_size,
         min_lr_ratio=0.0,
         adam_betas=(0.9, 0.999),  # torch's own, which are usual for this step
@@ -218,44 +212,23 @@ def _result(folder: RunFolder, talks: _Talks, samples: ConversationSamples) -> d
 
 def _finish(folder: Path, config: dict[str, Any], talks: _Talks) -> None:
     """Add template, end of turn and broken conversations to a written model."""
-    if talks.template.source is not None:
-        _replace_template(folder, talks.template.source)
-    _stop_at(folder, config, end_of_turn(talks.tokenizer, talks.template))
-    if talks.broken:
-        (folder / BROKEN).write_text("".join(f"{line}\n" for line in talks.broken))
-
-
-def _replace_template(folder: Path, text: str) -> None:
-    """Write the template where runtimes look first, and nowhere else."""
-    (folder / "chat_template.jinja").write_text(text)
-    (folder / "chat_template.json").unlink(missing_ok=True)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        content = json.loads(settings.read_text())
-        if content.pop("chat_template", None) is not None:
-            settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _stop_at(folder: Path, config: dict[str, Any], token: int | None) -> None:
-    """Make generation stop where the assistant's turn ends, besides where it stopped before."""
+    template = talks.template
+    if template.source is not None:
+        # written where runtimes look first, and nowhere else
+        (folder / "chat_template.jinja").write_text(template.source)
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+        if settings.pop("chat_template", None) is not None:
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    # generation stops where the assistant's turn ends, besides where it stopped before
     file = folder / "generation_config.json"
     settings = json.loads(file.read_text()) if file.is_file() else {}
     known = settings.get("eos_token_id", config.get("eos_token_id"))
     stops = known if isinstance(known, list) else [] if known is None else [known]
-    if token is None or token in stops:
-        return
-    settings["eos_token_id"] = [*stops, token]
-    file.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _identity(source: Path, data: str | Path, talks: _Talks, recipe: TuneRecipe) -> dict[str, Any]:
-    """Return what must be the same for a stopped run to go on."""
-    # how the work is cut and kept may change
-    free = {"micro_batch_size", "parallel", "gradient_checkpointing", "checkpoint_every_steps"}
-    tokens = json.dumps([(example.ids, example.labels) for example in talks.trained])
-    return {
-        "source": fingerprint(source),
-        "data": str(data),
-        "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
-        **recipe.model_dump(mode="json", exclude=free),
-    }
+    end = end_of_turn(talks.tokenizer, template)
+    if end is not None and end not in stops:
+        settings["eos_token_id"] = [*stops, end]
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+    if talks.broken:
+        (folder / "broken.txt").write_text("".join(f"{line}\n" for line in talks.broken))
