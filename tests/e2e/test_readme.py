@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from moefy.checkpoint.source import builtin
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -37,9 +41,29 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(params=["tiny", pytest.param("smollm2-135m", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A random model with SmolLM2's tokenizer, which takes seconds, and the README's own."""
+    if request.param == "tiny":
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=49_152,
+            hidden_size=64,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+        for file in builtin().glob("*token*"):
+            shutil.copy(file, tmp_path / "tiny")
+    return str(request.param)
+
+
 @pytest.mark.timeout(2400)
-def test_the_commands(tmp_path: Path) -> None:
-    lines = block("bash", "moefy convert").splitlines()
+def test_the_commands(model: str, tmp_path: Path) -> None:
+    lines = block("bash", "moefy convert").replace("smollm2-135m", model).splitlines()
     assert [line.split()[1] for line in lines] == [
         "inspect",
         "convert",
@@ -50,21 +74,23 @@ def test_the_commands(tmp_path: Path) -> None:
     outputs = [run(["bash", "-c", line], tmp_path) for line in lines]
     for number in ("6.74B", "2.95B", "3.49B"):
         assert number in outputs[0]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/trained")
-    assert model.config.model_type == "granitemoeshared"
+    trained_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/trained")
+    assert trained_model.config.model_type == "granitemoeshared"
     rows = [line for line in outputs[3].splitlines() if line.startswith("│")]
     perplexities = [float(row.split("│")[2].replace(",", "")) for row in rows]
     dense, converted, trained = perplexities
-    assert dense < trained < converted
+    assert trained < converted
+    assert dense < trained or model == "tiny"  # a random model learns the text itself
     assert (tmp_path / "out/moe.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_the_python_lines(tmp_path: Path) -> None:
-    code = block("python", "import moefy")
+def test_the_python_lines(model: str, tmp_path: Path) -> None:
+    code = block("python", "import moefy").replace("smollm2-135m", model)
     assert len([line for line in code.splitlines() if line.strip()]) == 6
     run([sys.executable, "-c", code], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_make_demo(tmp_path: Path) -> None:
     """`make demo` as in the README, with less training so that the tests end sooner."""
