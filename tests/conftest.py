@@ -32,6 +32,16 @@ _SHAPE = {
     "max_position_embeddings": 512,
 }
 
+# Of the tests that use the product as a user does, these stay in `make test`.
+_QUICK = {"test_errors.py", "test_readme.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave whole commands, kills and other programs to `make test-slow`."""
+    for item in items:
+        if item.path.parent.name == "e2e" and item.path.name not in _QUICK:
+            item.add_marker(pytest.mark.slow)
+
 
 def write_tiny_model(folder: Path, model_type: str, **settings: Any) -> Path:
     """Write a random model of any family, every bias and norm random too, and a byte tokenizer."""
