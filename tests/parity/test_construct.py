@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.calibrate.importance import window_importance
-from moefy.calibrate.replay import ModelReplay
+from moefy.calibrate.replay import CalibrationWalk, ModelReplay
 from moefy.calibrate.text import calibration_windows, self_windows
-from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import TARGETS
 from moefy.construct.convert import split_layers
@@ -74,7 +73,7 @@ def research_logits(
         if 0 < (active := split.routing.active) < logits.shape[1]:
             last, next_ = logits.topk(active + 1, dim=1).values[:, -2:].T
             tied |= last - next_ < 1e-5 * logits.std()
-    return replay.head().logits(hidden.flatten(0, 1)).unflatten(0, ids.shape), tied
+    return replay.head()(hidden.flatten(0, 1)).unflatten(0, ids.shape), tied
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.replay import ModelReplay, OutputHead
+from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.sample import swiglu
 from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
@@ -86,12 +87,14 @@ def check_segments(segments: int, num_clusters: int) -> None:
 
 
 def _loss_gradient(
-    head: OutputHead, hidden: Float[Tensor, "sequence hidden"], ids: Int[Tensor, " sequence"]
+    head: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "sequence hidden"],
+    ids: Int[Tensor, " sequence"],
 ) -> Float[Tensor, "sequence hidden"]:
     """Return the gradient of a window's next-token loss at its final hidden states."""
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        loss = F.cross_entropy(head.logits(leaf[:-1]), ids[1:], reduction="sum")
+        loss = F.cross_entropy(head(leaf[:-1]), ids[1:], reduction="sum")
     return torch.autograd.grad(loss, leaf)[0]
 
 

@@ -5,14 +5,16 @@ Memory is one layer plus the hidden states that the caller keeps, never the whol
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.sample import FfnSample
+from moefy.calibrate.sample import FfnSample, check_finite
 from moefy.checkpoint.families import sliding_window, transformers_settings
 from moefy.checkpoint.reader import DenseCheckpoint, stored_form
 from moefy.errors import UsageError
@@ -126,23 +128,55 @@ class ModelReplay:
             fresh = module(self._model.config, layer_idx).eval()
         return LayerReplay(fresh, self._rotary, self._dense, layer_idx)
 
-    def head(self) -> OutputHead:
-        """Load the final norm and the output matrix."""
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Load the final norm and the output matrix; return what makes logits of final states."""
         name = "model.embed_tokens.weight" if self._dense.tied else "lm_head.weight"
         norm = type(self._model.model.norm)(self._model.config.hidden_size)
         norm.variance_epsilon = self._model.model.norm.variance_epsilon
         norm.load_state_dict({"weight": _placed(self._dense["model.norm.weight"])}, assign=True)
         norm.requires_grad_(False)
         scale = 1 / self._dense.config.get("logits_scaling", 1.0)
-        return OutputHead(norm, _placed(self._dense[name]), scale)
+        matrix = _placed(self._dense[name])
+
+        def logits(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+            return (scale * norm(hidden)) @ matrix.T
+
+        return logits
 
 
-class OutputHead:
-    """The final norm and the output matrix, in float32."""
+class CalibrationWalk:
+    """Gives every layer the inputs that the converted layers before it really produce.
 
-    def __init__(self, norm: Any, matrix: Float[Tensor, "vocab hidden"], scale: float) -> None:
-        self._norm, self._matrix, self._scale = norm, matrix, scale
+    A layer's target is the dense FFN's output for those inputs. With `follow_dense` it is what
+    brings the residual stream back to the dense model's, which is then carried along beside (one
+    more pass of the dense layer): a layer so mends what earlier ones lost.
+    """
 
-    def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-        """Return the model's logits for final hidden states."""
-        return (self._scale * self._norm(hidden)) @ self._matrix.T
+    def __init__(
+        self,
+        replay: ModelReplay,
+        windows: Int[np.ndarray, "windows sequence"],
+        *,
+        follow_dense: bool,
+    ) -> None:
+        self._hidden = replay.embed(torch.from_numpy(windows))
+        self._dense = self._hidden.clone() if follow_dense else None
+
+    def enter(self, layer: LayerReplay) -> FfnSample:
+        """Take the tokens through a layer's attention; return what its FFN sees."""
+        if self._dense is not None:
+            self._dense = layer.attend(self._dense)
+            self._dense += layer.sample(self._dense).outputs().view_as(self._dense)
+        self._hidden = layer.attend(self._hidden)
+        check_finite(self._hidden)
+        sample = layer.sample(self._hidden)
+        if self._dense is not None:
+            # added to the stream in front of the FFN, this gives the dense model's behind it
+            sample.desired = (self._dense - self._hidden).flatten(0, 1)
+        return sample
+
+    def leave(
+        self, sample: FfnSample, ffn: Callable[[FfnSample], Float[Tensor, "tokens hidden"]]
+    ) -> None:
+        """Take the tokens through the converted FFN."""
+        self._hidden += ffn(sample).view_as(self._hidden)

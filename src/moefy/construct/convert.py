@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Int
 
 from moefy.calibrate.importance import window_importance
-from moefy.calibrate.replay import ModelReplay, weights_alone
+from moefy.calibrate.replay import CalibrationWalk, ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
-from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.card import model_card
 from moefy.checkpoint.reader import (
     DenseCheckpoint,
@@ -217,7 +216,7 @@ def split_layers(
     """Split the FFNs in the order of the layers.
 
     With calibration windows, each layer is fitted on the inputs that the layers already converted
-    give it (see `calibrate.walk`); without, only weight-only methods work. `report` is told about
+    give it (see `CalibrationWalk`); without, only weight-only methods work. `report` is told about
     the importance pass alone.
 
     Raises:
