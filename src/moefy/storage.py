@@ -168,7 +168,7 @@ class Lock:
     """An exclusive lock on an output, held by a file beside it until `release` or the process ends.
 
     Attributes:
-        was_left: the process that held it before was killed.
+        was_left: what the process that held it before wrote of itself, if it was killed.
 
     Raises:
         OutputError: another process holds it.
@@ -189,10 +189,8 @@ class Lock:
                     if os.path.samestat(self._file.stat(), os.fstat(self._handle)):
                         break
                 os.close(self._handle)
-            self.was_left = bool(os.read(self._handle, 1))
-            os.truncate(self._handle, 0)
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-            os.pwrite(self._handle, json.dumps(holder).encode(), 0)
+            self.was_left = os.read(self._handle, 1000)
+            self.note()
 
     def _take(self, out: Path) -> None:
         if fcntl is None:
@@ -208,6 +206,13 @@ class Lock:
             ) from None
         except OSError:
             return  # a network file system without locks
+
+    def note(self, **notes: Any) -> None:
+        """Say in the lock's file who holds it, and what a call after a kill should know."""
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), **notes}
+        content = json.dumps(holder).encode()
+        os.pwrite(self._handle, content, 0)
+        os.truncate(self._handle, len(content))
 
     def release(self) -> None:
         """Give the lock back and remove its file."""
@@ -254,20 +259,28 @@ def whole_file(
             process writes it.
         StorageError: the disk is full, or the place cannot be written.
     """
-    if out.is_dir() or (out.exists() and not overwrite):
-        what = "is a folder" if out.is_dir() else "exists"
-        raise OutputError(
-            f"{out} {what}: choose another file" + " or pass --overwrite" * (not out.is_dir())
-        )
     if any(source.exists() and out.resolve() == source.resolve() for source in sources):
         raise OutputError(f"the output {out} would replace its own source: choose another file")
-    check_place(out.parent / f".{out.name}.next")
-    lock = Lock(out)
     partial = out.with_name(f".{out.name}.next")
+    if not partial.is_file():  # a killed call's, which shows that the place is right
+        check_place(partial)
+    lock = Lock(out)
     try:
+        partial.unlink(missing_ok=True)
+        # A call that was killed behind its last step noted the file that it put in place.
+        inode = out.stat().st_ino if out.is_file() else None
+        is_ours = inode is not None and f'"inode": {inode}}}'.encode() in lock.was_left
+        if is_ours:  # for the call after this one, should this one be killed too
+            lock.note(inode=inode)
+        if out.is_dir() or (out.exists() and not overwrite and not is_ours):
+            what = "is a folder" if out.is_dir() else "exists"
+            raise OutputError(
+                f"{out} {what}: choose another file" + " or pass --overwrite" * (not out.is_dir())
+            )
         with storage_errors(out):
             yield partial
             sync(partial)
+            lock.note(inode=partial.stat().st_ino)
             partial.replace(out)
             sync(out.parent)
     finally:

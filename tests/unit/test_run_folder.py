@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.kills import killed_at
 
 from moefy.errors import OutputError, StorageError
 from moefy.run_folder import MARKER, RunFolder, read_marker
 from moefy.storage import whole_file
 
 IDENTITY = {"seed": 0}
-EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
 def one_shot(out: Path, *, overwrite: bool = False, content: str = "weights") -> None:
@@ -56,29 +54,6 @@ def steps(out: Path, *, overwrite: bool = False, content: str = "x") -> None:
 def content_of(folder: Path) -> dict[str, str]:
     files = (file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): file.read_text() for file in files}
-
-
-def killed_at(event_idx: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a child that kills itself before its n-th file event; say whether it was."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def hook(event: str, args: tuple[object, ...]) -> None:
-            nonlocal seen
-            flags = args[2] if event == "open" else 0
-            if event not in EVENTS or (event == "open" and not int(flags or 0) & os.O_ACCMODE):
-                return
-            if seen == event_idx:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
-
-        sys.addaudithook(hook)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("write", [one_shot, steps])
@@ -241,3 +216,19 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         file.write_text("new")
     assert out.read_text() == "new"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_goes_on_after_a_kill_at_any_event(tmp_path: Path) -> None:
+    def write(out: Path) -> None:
+        with whole_file(out) as file:
+            file.write_text("whole")
+
+    for event_idx in range(100):
+        out = tmp_path / str(event_idx) / "file"
+        if not killed_at(event_idx, partial(write, out)):
+            break
+        write(out)
+        assert content_of(out.parent) == {"file": "whole"}, event_idx
+        with pytest.raises(OutputError, match="exists: choose another file"):
+            write(out)
+    assert event_idx > 3
