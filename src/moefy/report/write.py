@@ -91,14 +91,16 @@ def write_report(
         if with_suite:
             check_suite(given, **benchmarks)
         facts = facts_of(_command(out, given, options), str(data), split, suite=with_suite)
-        run.begin(facts)
+        run.begin({key: value for key, value in facts.items() if key != "date"})
         suite_options = benchmarks | {"hub": hub} if with_suite else None
         done = _measure(run.out, named, facts, text, suite_options, routing, report)
-        write_page(run.work, done, title="moefy report", lead=verdict(done))
-        run.finish()
-    # The report is whole now: a card that cannot be written costs the card alone.
-    own = {name: Path(model).expanduser() for name, model in named.items()}
-    noted = [folder for name, folder in own.items() if cards and _note_in_card(folder, name, done)]
+        if not run.was_finished:
+            write_page(run.work, done, title="moefy report", lead=verdict(done))
+            run.finish()
+        # The report is whole now: a card that cannot be written costs the card alone. The folder
+        # is still held, so that a call that is killed here can be made again.
+        own = {name: Path(model).expanduser() for name, model in named.items()}
+        noted = [file for name, file in own.items() if cards and _note_in_card(file, name, done)]
     return replace(done, cards=noted)
 
 
