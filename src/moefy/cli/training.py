@@ -82,10 +82,10 @@ def train(
         title = f"{model}, {processes} processes"
         show(vars(found), (tables.dry_run_rows(found), title), as_json=as_json)
         return
-    done = call(moefy.train, model, out, data=data, recipe=recipe, overwrite=overwrite)
+    options = {"recipe": recipe, "overwrite": overwrite, "draw": _draw}
+    done = call(moefy.train, model, out, data=data, **options)
     if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports
         return
-    _draw(done.folder)
     show(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
@@ -112,10 +112,10 @@ def tune(
 
     Example: `moefy tune out/trained out/tuned --data conversations.jsonl.gz`
     """
-    done = call(moefy.tune, model, out, data=data, recipe=recipe, overwrite=overwrite)
+    options = {"recipe": recipe, "overwrite": overwrite, "draw": _draw}
+    done = call(moefy.tune, model, out, data=data, **options)
     if os.environ.get("RANK", "0") != "0":
         return
-    _draw(done.folder)
     warn(*(f"left out: {line}" for line in done.broken[:10]))
     if done.broken:
         listed = done.folder / "broken.txt"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,7 @@ def tune(
     recipe: TuneRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
+    draw: Callable[[Path], object] | None = None,
     **settings: Unpack[TuneSettings],
 ) -> Tuning:
     """Fine-tune a model on conversations and write it in the form it had.
@@ -95,6 +96,7 @@ def tune(
         recipe: a `TuneRecipe` or a YAML file with its keys.
         overwrite: replace a model in `out` when the new one is complete, or an unfinished run.
         report: told about progress.
+        draw: as in `train`.
         **settings: single `TuneRecipe` keys; they override the recipe.
 
     Raises:
@@ -130,6 +132,8 @@ def tune(
             record = {"stage": "tune", "run": identity, "result": _result(folder, talks, samples)}
             loop.write(record, amend=lambda finished: _finish(finished, config, talks))
         result = processes.of_first(lambda: _result(folder, talks, samples))
+        if draw:
+            processes.of_first(lambda: draw(folder.out) and None)
     result |= {"broken": talks.broken, "resumed_from_step": first_step}
     return Tuning(folder.out, choice, elapsed_s=loop.elapsed_s, **result)
 
