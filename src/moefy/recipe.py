@@ -301,8 +301,12 @@ def _read(file: str | Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(file).read_text()
+        # a kilobyte of aliases of aliases would become gigabytes of values
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise UsageError(f"recipe {file} holds a YAML alias (*name): write the value itself")
+        values = yaml.safe_load(text) or {}
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"recipe {file} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"recipe {file} must be a mapping of keys to values")

@@ -148,7 +148,11 @@ def test_a_recipe_is_made_from_another() -> None:
         TrainRecipe.build(ConvertRecipe())
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "{", "\tx: 1"])
+# the last two: a kilobyte that would grow to gigabytes, and a list too deep to read
+LAUGHS = "seed:\n - &a0 [x]\n" + "".join(f" - &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "{", "\tx: 1", LAUGHS, "x: " + "[" * 9999])
 def test_a_broken_recipe_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "r.yaml").write_text(content)
     with pytest.raises(UsageError, match=r"r\.yaml"):
