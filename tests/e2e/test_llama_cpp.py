@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefy
 from moefy.checkpoint.source import builtin
+from moefy.errors import MoefyError
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -142,3 +144,27 @@ def test_a_gguf_file_is_a_source(tmp_path: Path, family: str) -> None:
             for f in (dense, out)
         )
     assert (expected - found).abs().max() < 1e-4
+
+
+def test_no_code_of_the_models_folder_is_run(tmp_path: Path) -> None:
+    """The converter would run it for an architecture that has a tokenizer of its own."""
+    folder = write_tiny_model(tmp_path / "model", "qwen3", head_dim=8)
+    (folder / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from transformers import PreTrainedTokenizerFast as Evil\n"
+    )
+    for name, changes in {
+        "tokenizer_config.json": {
+            "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+            "tokenizer_class": "Evil",
+        },
+        "config.json": {
+            "architectures": ["InternS1ForConditionalGeneration"],
+            "text_config": {"architectures": ["Qwen3ForCausalLM"]},
+        },
+    }.items():
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with suppress(MoefyError):
+        moefy.export_gguf(folder, tmp_path / "out.gguf")
+    assert not (tmp_path / "ran").exists()
