@@ -114,9 +114,11 @@ def test_damaged_gguf_headers_end_in_our_error(gguf_file: Path, data: st.DataObj
         check_gguf(copy)
     except (CheckpointError, ArchitectureError):
         return
-    float32_bytes = 4 * sum(prod(shape) for shape in read_header(copy)[1].values())
-    assert float32_bytes <= len(damaged)
-    assert sum(tensor.n_bytes for tensor in GGUFReader(copy).tensors) == float32_bytes
+    # A flipped byte may name another type of numbers, which is legal: elements are compared.
+    tensors = GGUFReader(copy).tensors
+    elements = sum(prod(shape) for shape in read_header(copy)[1].values())
+    assert sum(int(tensor.n_elements) for tensor in tensors) == elements
+    assert sum(int(tensor.n_bytes) for tensor in tensors) <= len(damaged)
 
 
 @settings(max_examples=50)
