@@ -146,7 +146,8 @@ def _content(file: Path) -> Any:
             if (file.suffix == ".jsonl")
             else _untimed(json.loads(text))
         )
-    if file.suffix in (".html", ".png"):  # they show speeds
+    # these show speeds
+    if file.suffix in (".html", ".png") or file.name in ("results.md", "quality-decode.csv"):
         return "shown"
     return file.read_bytes()
 

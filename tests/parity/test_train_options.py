@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import shutil
 from collections.abc import Callable
@@ -380,6 +381,24 @@ def test_what_a_stopped_run_read_must_be_the_same(
     message = "cannot be read .*: delete it" if changed == "checkpoint" else f"{changed}: was"
     with pytest.raises(OutputError, match=message):
         moefy.train(moe, out, data=corpus, **settings)
+
+
+def test_a_checkpoint_runs_no_code(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    out, settings = tmp_path / "out", steps(12) | {"checkpoint_every_steps": 4}
+    with pytest.raises(StopError):
+        moefy.train(moe, out, data=corpus, report=stop_at(5), **settings)
+    checkpoint = out / "checkpoint" / "step-00000004"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
+    record = json.loads((checkpoint / "run.json").read_text())
+    record["bytes"][".metadata"] = (checkpoint / ".metadata").stat().st_size
+    (checkpoint / "run.json").write_text(json.dumps(record))
+    with pytest.raises(OutputError, match="is no part of a checkpoint"):
+        moefy.train(moe, out, data=corpus, **settings)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_whole_checkpoint_is_an_error(moe: Path, corpus: Path, tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ FOLDER = "checkpoint"
 FINISHED = ".finished"
 LOG = "log.jsonl"
 _RECORD = "run.json"
+_PICKLED = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+}
+"""What torch's metadata of a checkpoint is made of, by module."""
 _OPTIMIZER = re.compile(r"optimizer\.(\w+)\.(.+)")
 
 
@@ -145,7 +156,8 @@ class RunState:
             return None
         folder, record = found
         with _readable(folder), _as_one():
-            present = FileSystemReader(folder).read_metadata().state_dict_metadata
+            with (folder / ".metadata").open("rb") as file:
+                present = _Metadata(file).load().state_dict_metadata
             matches = [match for name in present if (match := _OPTIMIZER.fullmatch(name))]
             moments = {match[0]: (self._parameters[match[2]], match[1]) for match in matches}
             tensors = self._weights()  # read into in place
@@ -245,6 +257,16 @@ def _whole_shards(tensor: Any) -> Any:
         Shard(p.dim) if isinstance(p, Shard | _StridedShard) else p for p in tensor.placements
     )
     return tensor if placements == tensor.placements else tensor.redistribute(placements=placements)
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads a checkpoint's metadata; a pickle of anything else could run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _PICKLED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+        return super().find_class(module, name)
 
 
 @contextmanager
