@@ -22,7 +22,7 @@ from moefy.checkpoint.cost import cost, ffn_shape
 from moefy.checkpoint.gguf import export_gguf
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.errors import CheckpointError
-from moefy.experts.layers import VIEWS, register
+from moefy.experts.layers import LEAN, VIEWS, register
 from moefy.hardware import available_bytes, device, synchronise
 from moefy.progress import Progress, ProgressFn
 
@@ -166,6 +166,7 @@ def _implementations(
 
     ours = register(VIEWS)
     names: list[str | None] = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    names.remove(LEAN)  # made for the backward pass
     if tokens > 1:  # then ours is grouped_mm
         names.remove(ours)
     copied = tokens * shape.active * 3 * shape.size * config["hidden_size"] * dtype.itemsize
