@@ -75,18 +75,18 @@ def available_bytes() -> int:
 
     if device().type == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") or 0
+    return _bytes_of(Path("/proc/meminfo"), "MemAvailable") or 0
 
 
 def peak_rss_bytes() -> int:
     """Return the most memory that this process has held."""
-    if found := _kilobytes(Path("/proc/self/status"), "VmHWM"):
+    if found := _bytes_of(Path("/proc/self/status"), "VmHWM"):
         return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _kilobytes(file: Path, key: str) -> int | None:
+def _bytes_of(file: Path, key: str) -> int | None:
     """Return one line of a /proc file in bytes, None where the file or the line is missing."""
     try:
         lines = file.read_text().splitlines()
