@@ -23,13 +23,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moefy.checkpoint.families import DenseFamily, canonical_config, dense_family, layer_shapes
-from moefy.errors import CheckpointError
+from moefy.errors import CheckpointError, reason
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 PICKLED = "pytorch_model.bin"
+GENERATION = "generation_config.json"
 _SIDE_FILES = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -39,6 +40,7 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+_MOST_JSON_BYTES = 32 << 20  # the index of the largest model has 9 MB
 _MADV_POPULATE_READ = 22  # of <sys/mman.h>; Python has no name for it
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -53,13 +55,31 @@ def read_config(source: Path) -> dict[str, Any]:
                 "; it holds an unfinished training run, which the command that began it continues"
             )
         raise CheckpointError(message)
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object of a model's JSON file, in bounded time and memory.
+
+    Raises:
+        CheckpointError: it cannot be read, is no JSON object, or holds what no such file needs:
+            `_MOST_JSON_BYTES`, deep nesting, numbers of thousands of digits, NaN.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which is no number of JSON")
+
     try:
-        config = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
+        with file.open("rb") as opened:
+            content = opened.read(_MOST_JSON_BYTES + 1)
+        if len(content) > _MOST_JSON_BYTES:
+            raise ValueError(f"it is larger than {_MOST_JSON_BYTES >> 20} MiB")
+        found = json.loads(content, parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {reason(error)}") from error
+    if not isinstance(found, dict):
         raise CheckpointError(f"{file} is not a JSON object")
-    return config
+    return found
 
 
 def side_files(source: Path) -> list[Path]:

@@ -21,7 +21,9 @@ from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import CalibrationWalk, ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.checkpoint.card import model_card
+from moefy.checkpoint.load import mended_generation
 from moefy.checkpoint.reader import (
+    GENERATION,
     DenseCheckpoint,
     fingerprint,
     open_tensors,
@@ -47,7 +49,7 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, ConvertSettings
 from moefy.run_folder import RunFolder
 from moefy.split import Split
-from moefy.storage import storage_errors
+from moefy.storage import replace_file, storage_errors
 
 PARTITION = "partition.npy"
 """Which neuron of the dense model fills each slot, [layers, slots]; see `construct.merge`."""
@@ -111,6 +113,10 @@ def convert(
     with RunFolder(out, "model", overwrite=overwrite, sources=[source]) as run:
         dense = DenseCheckpoint(resolve(source, report=report))
         choice, target = _for_model(asked, dense)
+        generation, left_out = mended_generation(dense.folder)
+        if left_out:
+            note = f"without {', '.join(left_out)}: they mean nothing beside its other keys"
+            report(Progress(f"write {GENERATION}", 1, 1, note))
         windows = None
         # text and recipe are refused before the folder is touched
         if choice.calibrated:
@@ -131,6 +137,8 @@ def convert(
             layers = split_layers(dense, choice, windows, score, report)
             with storage_errors(run.out):
                 _write(run.work, dense, choice.split, target, layers, record, report)
+                if left_out:
+                    replace_file(run.work / GENERATION, json.dumps(generation, indent=2) + "\n")
         run.finish()
     files = (open_tensors(run.out / name) for name in weight_files(run.out))
     return Conversion(

@@ -1,0 +1,51 @@
+"""Models and generation settings as people hand them in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moefy
+from moefy.checkpoint.load import load_model, mended_generation
+from moefy.errors import CheckpointError
+from moefy.progress import Progress
+from moefy.recipe import LLAMA_MOE
+
+LLAMA_2_CHAT = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_length": 512}
+
+
+def write_generation(folder: Path, content: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(content))
+
+
+def test_generation_settings_that_transformers_does_not_save_are_mended(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense, out, seen = make_llama(), tmp_path / "moe", list[Progress]()
+    write_generation(dense, LLAMA_2_CHAT)
+    kept, left_out = mended_generation(dense)
+    assert (kept, left_out) == ({"do_sample": False, "max_length": 512}, ["temperature", "top_p"])
+    network = load_model(dense, dtype=torch.float32)
+    network.generation_config.eos_token_id = 7  # a changed one is what transformers is strict with
+    network.save_pretrained(tmp_path / "saved")
+    moefy.convert(dense, out, experts=4, active=2, report=seen.append, **LLAMA_MOE)
+    assert json.loads((out / "generation_config.json").read_text()) == kept
+    assert any("without temperature, top_p" in sign.note for sign in seen)
+
+
+@pytest.mark.parametrize("content", [[], "x", None, {"early_stopping": 3}, {"max_new_tokens": "x"}])
+def test_generation_settings_of_no_meaning_are_refused_first(
+    make_llama: Callable[..., Path], tmp_path: Path, content: Any
+) -> None:
+    dense = make_llama()
+    write_generation(dense, content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is"):
+        moefy.convert(dense, tmp_path / "moe", experts=4, active=2, **LLAMA_MOE)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is"):
+        load_model(dense, dtype=torch.float32)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
