@@ -14,6 +14,8 @@ import torch
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import moefy
+from moefy.recipe import LLAMA_MOE
 from moefy.storage import cache_folder
 from moefy.studies.toy import byte_tokenizer
 
@@ -64,6 +66,25 @@ def write_tiny_llama(folder: Path, **settings: Any) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**_SHAPE | settings)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_place(folder: Path) -> Path:
+    """Write one tiny input of each kind: a dense model, its split, text, talks, questions."""
+    write_tiny_llama(folder / "dense")
+    recipe = LLAMA_MOE | {"partition": "random", "router": "random", "repair": "none"}
+    moefy.convert(folder / "dense", folder / "moe", experts=4, active=2, **recipe)
+    (folder / "text").mkdir()
+    for name in ("ab", "xyz"):
+        lines = (json.dumps({"text": f"{name} {i} " * 20}) + "\n" for i in range(40))
+        (folder / "text" / f"{name}.jsonl").write_text("".join(lines))
+    talks = (
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(40)
+    )
+    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    questions = ({"question_id": i, "category": "math", "turns": ["1", "2"]} for i in range(3))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     return folder
 
 

@@ -1,20 +1,25 @@
 """Runs a call in a child that kills itself before a chosen file event.
 
-    python -m tests.kills      # on standard input a line of JSON for each command, see `_serve`
-
-The server imports everything once and forks, so that a command costs a second and not ten. It is a
-process of its own because torch cannot train in a fork of a process that has trained.
+`Server` runs whole commands so. It imports everything once and forks, so that a command costs a
+second and not ten. It is a process of its own because torch cannot train in a fork of a process
+that has trained.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import resource
 import signal
+import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
@@ -64,7 +69,69 @@ def killed_at(event_idx: int, work: Callable[[], None]) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def _run(arguments: list[str], event_idx: int | None) -> None:
+@dataclass(frozen=True)
+class End:
+    """How a command ended.
+
+    Attributes:
+        code: its exit code; of one that a signal ended, minus the signal's number.
+        events: the file events below its folder; 0 where a signal ended it.
+        elapsed_s: wall time.
+        peak_bytes: the most memory that it held, what it shares with the server included.
+        note: what `agrees` of a module of tests/fuzz said of a success.
+    """
+
+    code: int
+    events: int
+    elapsed_s: float
+    peak_bytes: int
+    note: str | None
+
+
+class Server:
+    """Runs commands in children of a process that has imported everything."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kills"],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self,
+        folder: Path,
+        command: str | list[str],
+        event_idx: int | None = None,
+        *,
+        limits: dict[str, int] | None = None,
+        check: tuple[str, str] | None = None,
+    ) -> End:
+        """Run a command of moefy in a folder; what it prints is in `log` beside the folder.
+
+        Args:
+            folder: current folder of the command.
+            command: words behind `moefy`.
+            event_idx: file event before which it kills itself.
+            limits: of `resource.setrlimit` by name, and `seconds`.
+            check: a module and the label that its function `agrees` gets after a success.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        words = command.split() if isinstance(command, str) else command
+        stdin.write(json.dumps([str(folder), words, event_idx, limits or {}, check]) + "\n")
+        stdin.flush()
+        return End(**json.loads(stdout.readline()))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def _run(arguments: list[str], event_idx: int | None, check: list[str] | None) -> None:
     """Run a command of moefy in the current folder, and write how many events there were."""
     from moefy.cli import main
 
@@ -72,24 +139,28 @@ def _run(arguments: list[str], event_idx: int | None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["moefy", *arguments]
-    count, code = die_before(event_idx, Path.cwd()), 0
+    count, code, note = die_before(event_idx, Path.cwd()), 0, None
     try:
         main()
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:
         code = 99
-        raise
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        events = count()
+        if code == 0 and check is not None:
+            agrees = getattr(importlib.import_module(check[0]), "agrees", None)
+            note = agrees(Path.cwd(), check[1]) if agrees else None
         with contextlib.suppress(OSError):
-            os.write(3, f"{code} {count()}".encode())
+            os.write(3, json.dumps([events, note]).encode())
         os._exit(code)
 
 
 def _serve() -> None:
-    """Read [folder, arguments, event or null]; answer "killed" or "EXIT_CODE EVENTS"."""
+    """Read [folder, arguments, event or null, limits, check]; answer the fields of `End`."""
     import torch
 
     import moefy
@@ -103,18 +174,28 @@ def _serve() -> None:
     import moefy.report.training_charts  # matplotlib takes a second
 
     for line in sys.stdin:
-        folder, arguments, event_idx = json.loads(line)
+        folder, arguments, event_idx, limits, check = json.loads(line)
         out, into = os.pipe()
+        started = time.monotonic()
         if (child := os.fork()) == 0:
+            os.setsid()
             os.chdir(folder)
             os.dup2(into, 3) if into != 3 else None
             os.set_inheritable(3, False)
-            _run(arguments, event_idx)
+            # the alarm's signal ends the process: nothing can catch it by accident
+            signal.alarm(limits.pop("seconds", 0))
+            for name, limit in limits.items():
+                resource.setrlimit(getattr(resource, name), (limit, limit))
+            _run(arguments, event_idx, check)
         os.close(into)
-        status = os.waitpid(child, 0)[1]
-        said = os.read(out, 100).decode() if not os.WIFSIGNALED(status) else "killed"
+        _, status, usage = os.wait4(child, 0)
+        elapsed_s = time.monotonic() - started
+        with contextlib.suppress(ProcessLookupError):  # workers that it left
+            os.killpg(child, signal.SIGKILL)
+        events, note = json.loads(os.read(out, 10_000) or b"[0, null]")
         os.close(out)
-        print(said, flush=True)
+        code, peak_bytes = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+        print(json.dumps(vars(End(code, events, elapsed_s, peak_bytes, note))), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import write_tiny_llama
+from tests.conftest import make_place, write_tiny_llama
+from tests.kills import Server
 from transformers import AutoTokenizer
 
-import moefy
 from moefy.checkpoint.source import builtin
-from moefy.recipe import LLAMA_MOE
 
-REPOSITORY = Path(__file__).parents[2]
 TIMED = ("tokens_per_s", "mfu", "_s", "_ms", "rss_bytes", "date", "speed")
 TRAIN = "--set sequence_length=64 --set global_batch_size=2 --set checkpoint_every_steps=1"
 TUNE = "--set sequence_length=128 --set global_batch_size=12 --set checkpoint_every_steps=1"
@@ -38,30 +35,6 @@ EARLY_KILLS = 8
 are, evenly, or else the training commands alone would take ten minutes."""
 
 
-class Server:
-    """Runs commands in children of a process that has imported everything."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kills"],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, folder: Path, command: str, event_idx: int | None = None) -> str:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps([str(folder), command.split(), event_idx]) + "\n")
-        stdin.flush()
-        return stdout.readline().strip()
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     server = Server()
@@ -71,24 +44,9 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dense model, its split, text and conversations."""
-    folder = tmp_path_factory.mktemp("kills")
-    write_tiny_llama(folder / "dense")
+    folder = make_place(tmp_path_factory.mktemp("kills"))
     write_tiny_llama(folder / "known", vocab_size=49_152)  # llama.cpp knows few tokenizers
     AutoTokenizer.from_pretrained(builtin()).save_pretrained(folder / "known")
-    recipe = LLAMA_MOE | {"partition": "random", "router": "random", "repair": "none"}
-    moefy.convert(folder / "dense", folder / "moe", experts=4, active=2, **recipe)
-    (folder / "text").mkdir()
-    for name in ("ab", "xyz"):
-        lines = (json.dumps({"text": f"{name} {i} " * 20}) + "\n" for i in range(40))
-        (folder / "text" / f"{name}.jsonl").write_text("".join(lines))
-    talks = (
-        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "a"}]}
-        for i in range(40)
-    )
-    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    questions = ({"question_id": i, "category": "math", "turns": ["1", "2"]} for i in range(3))
-    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     return folder
 
 
@@ -104,19 +62,20 @@ def test_the_same_command_goes_on_after_a_kill_at_any_event(
         return folder / "run"
 
     command, whole = COMMANDS[name], fresh("whole")
-    exit_code, num_events = map(int, server.run(whole, command).split())
-    assert exit_code == 0, log_of(whole)
+    undisturbed = server.run(whole, command)
+    assert undisturbed.code == 0, log_of(whole)
+    num_events = undisturbed.events
     expected = contents(whole)
     early = 2 * num_events // 3
     tried = sorted({*range(0, early, max(1, early // EARLY_KILLS)), *range(early, num_events)})
     wrong = []
     for event_idx in tried:
         folder = fresh(str(event_idx))
-        assert server.run(folder, command, event_idx) == "killed", event_idx
+        assert server.run(folder, command, event_idx).code == -signal.SIGKILL, event_idx
         left = sorted(file.name for file in folder.rglob("*"))
-        ended = server.run(folder, command).split()[0]
+        ended = server.run(folder, command).code
         found = contents(folder)
-        if ended != "0":
+        if ended != 0:
             wrong.append((event_idx, log_of(folder)[-300:], left))
         elif found != expected:
             differ = {k for k in found | expected if found.get(k) != expected.get(k)}

@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
 )
+_LONGEST = 480  # characters of a message: what a file holds may be quoted in it
 _debug = False  # set by the callback, which runs before the command
 
 _MOVED = {
@@ -54,7 +55,7 @@ def main() -> None:
             # torchrun's processes fail alike, and it ends this one when the first has said why
             time.sleep(20)
         # one line, whatever the message holds: a traceback helps nobody but us
-        text = " ".join(str(error).split())
+        text = _shown(str(error))
         if not isinstance(error, MoefyError):
             text = (
                 f"unexpected {type(error).__name__}: {text} (this is a bug: run `moefy --debug …` "
@@ -62,6 +63,14 @@ def main() -> None:
             )
         print(f"moefy: {text}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+def _shown(text: str) -> str:
+    """Return a message in one line that a terminal only shows, its middle cut out if it is long."""
+    text = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())
+    )
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 120]} … {text[-100:]}"
 
 
 def _refuse_moved(arguments: list[str]) -> None:

@@ -1,0 +1,53 @@
+"""`python -m tests.fuzz [MODULE …] [--only TEXT] [--every N]`: try changed inputs.
+
+`--write` puts the counts into docs/reliability/fuzz.csv; that takes all modules and every input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+import time
+from pathlib import Path
+
+from tests.conftest import make_place
+from tests.fuzz.runner import Outcome, counts, modules, run
+from tests.kills import Server
+
+FIGURES = Path(__file__).parents[2] / "docs/reliability/fuzz.csv"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--verbose", action="store_true", help="print every end")
+    asked = parser.parse_args()
+    names = [
+        name for name in modules() if not asked.modules or name.split(".")[-1] in asked.modules
+    ]
+    outcomes: list[Outcome] = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        place, server = make_place(Path(folder) / "place"), Server()
+        for name in names:
+            for outcome in run(name, place, server, only=asked.only, every=asked.every):
+                outcomes.append(outcome)
+                if asked.verbose or outcome.end == "wrong":
+                    print(f"{outcome.end}: {outcome.label}\n    {outcome.said}", flush=True)
+        server.close()
+    table = counts(outcomes)
+    for row in table:
+        print(",".join(row))
+    print(f"{len(outcomes)} inputs in {time.monotonic() - started:.0f} s")
+    if asked.write:
+        FIGURES.parent.mkdir(exist_ok=True)
+        with FIGURES.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(table)
+
+
+if __name__ == "__main__":
+    main()
