@@ -59,8 +59,8 @@ class TrainingLoop:
         self._optimizer = build_optimizer(self.student, self._objective.noise, recipe)
         self.elapsed_s = 0.0  # of this process's own steps
 
-    def resume(self, folder: RunFolder) -> int:
-        """Go on from the last checkpoint in a folder; return the first step to do."""
+    def resume(self, folder: RunFolder, report: ProgressFn) -> int:
+        """Go on from the last whole checkpoint in a folder; return the first step to do."""
         self._folder, noise = folder, self._objective.noise
         learned = {"model": self.student} | ({"noise": noise} if noise else {})
         kept = self.recipe.checkpoints_kept
@@ -68,6 +68,8 @@ class TrainingLoop:
         step, samples = self._state.load() or (0, None)
         if samples:
             self._samples.restore(samples)
+        for damage in self._state.damaged:
+            report(Progress("resume", step, step, f"passed over {damage}"))
         return step
 
     def run(

@@ -59,6 +59,16 @@ class Processes:
         value: T = made[0]
         return value
 
+    def agree(self, error: MoefyError | None) -> None:
+        """Raise in every process the error of the first process that has one."""
+        errors = [error]
+        if self.size > 1:
+            errors *= self.size
+            dist.all_gather_object(errors, error)
+        for found in errors:
+            if found is not None:
+                raise found
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:

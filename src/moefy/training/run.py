@@ -25,7 +25,7 @@ from moefy.training.models import check_context, check_model, load_teacher
 from moefy.training.processes import Processes, join_processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
 from moefy.training.samples import Windows, WindowSamples, losses_of
-from moefy.training.state import begin, check_trackers, open_folder, read_log
+from moefy.training.state import REFERENCE, begin, check_trackers, open_folder, read_log
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def train(
         }
         first_step = choice.num_steps  # of a run that was killed behind its last step
         if not begin(folder, identity, processes):
-            first_step = loop.resume(folder)
+            first_step = loop.resume(folder, report)
             if choice.is_dynamic:
                 samples.follow(heldout, _reference(folder, loop, heldout, first_step, report))
             measure = partial(losses_of, loop.student, heldout, choice, processes)
@@ -140,7 +140,7 @@ def _reference(
     folder: RunFolder, loop: TrainingLoop, heldout: Windows, first_step: int, report: ProgressFn
 ) -> dict[str, float]:
     """Return the losses that a dynamic mixture compares its own with; a resumed run keeps them."""
-    choice, processes, file = loop.recipe, loop.processes, folder.work / "reference.json"
+    choice, processes, file = loop.recipe, loop.processes, folder.work / REFERENCE
     kept: dict[str, float] = processes.of_first(
         lambda: json.loads(file.read_text()) if first_step and file.is_file() else {}
     )

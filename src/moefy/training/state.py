@@ -1,36 +1,37 @@
 """A run's folder and checkpoints, from which it continues as if it had not been stopped.
 
-    OUT/checkpoint/step-00000100/   torch.distributed.checkpoint's files, written by all processes
-    OUT/checkpoint/step-00000100/run.json   step, state of the samples, and how large every file is
+    OUT/checkpoint/step-00000100/00000.safetensors   weights and optimizer, about 1 GiB a file
+    OUT/checkpoint/step-00000100/run.json            step and state of the samples
+    OUT/checkpoint/step-00000100/log.jsonl           the log so far, and what else the run reads
+    OUT/checkpoint/step-00000100/checksums.json      SHA-256 of each of these files
 
 A checkpoint appears under its name when it is whole. Weights and optimizer are kept by the names of
-the parameters, whole, so that any number of processes can read them.
+the parameters, whole, so that any number of processes can read them. A resumed run reads nothing
+that no checksum covers: what is damaged is passed over, and it can never be another run in silence.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
 import re
 import secrets
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moefy.errors import OutputError, UsageError
+from moefy.errors import MoefyError, OutputError, UsageError
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file, storage_errors, sync_files
 from moefy.training.processes import Processes
@@ -39,18 +40,12 @@ from moefy.training.recipe import TrainRecipe
 FOLDER = "checkpoint"
 FINISHED = ".finished"
 LOG = "log.jsonl"
+REFERENCE = "reference.json"  # losses that a dynamic mixture compares its own with
+_TRACKED = "wandb-run"
+_JOURNALS = (LOG, REFERENCE, _TRACKED)  # of OUT, kept in every checkpoint too
 _RECORD = "run.json"
-_PICKLED = {
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "pathlib": ("PosixPath", "WindowsPath"),
-}
-"""What torch's metadata of a checkpoint is made of, by module."""
+_CHECKSUMS = "checksums.json"
+_FILE_BYTES = 1 << 30
 _OPTIMIZER = re.compile(r"optimizer\.(\w+)\.(.+)")
 
 
@@ -69,8 +64,8 @@ def open_folder(
         sources=[path for path in sources if isinstance(path, str | Path)],
         resumes=True,
         own=(
-            *("recipe.yaml", LOG, "reference.json", "broken.txt"),
-            *("wandb-run", "tensorboard/*", "wandb/*"),
+            *("recipe.yaml", "broken.txt", *_JOURNALS),
+            *("tensorboard/*", "wandb/*"),
         ),
         # figures are drawn into the finished folder, and replaced with it
         scratch=(FOLDER, FINISHED, "*.png"),
@@ -88,7 +83,11 @@ def begin(folder: RunFolder, identity: dict[str, Any], processes: Processes) -> 
 
 
 class RunState:
-    """The checkpoints of a run, of which the last `kept` stay."""
+    """The checkpoints of a run, of which the last `kept` stay.
+
+    Attributes:
+        damaged: why each checkpoint that `load` passed over is not whole.
+    """
 
     def __init__(
         self,
@@ -101,6 +100,7 @@ class RunState:
     ) -> None:
         self._folder, self._processes, self._kept = folder, processes, kept
         self._optimizer = optimizer
+        self.damaged: list[str] = []
         learned = nn.ModuleDict(modules)
         names = learned.state_dict().keys()  # without buffers that are computed again
         self._parameters = dict(learned.named_parameters())
@@ -116,27 +116,56 @@ class RunState:
             for name, parameter in self._parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
-        tensors = {name: _whole_shards(t) for name, t in {**self._weights(), **moments}.items()}
-        needed_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        self._processes.of_first(lambda: self._folder.require_bytes(needed_bytes))
+        tensors = {**self._weights(), **moments}
         target = self._folder.work / FOLDER / f"step-{step:08d}"
         partial = target.with_name(".partial")
-        self._processes.of_first(lambda: shutil.rmtree(partial, ignore_errors=True))
+
+        def prepare() -> None:
+            self._folder.require_bytes(sum(map(_num_bytes, tensors.values())))
+            shutil.rmtree(partial, ignore_errors=True)
+            with storage_errors(target):
+                partial.mkdir(parents=True)
+
         try:
-            with storage_errors(target), _as_one():
-                save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))
+            self._processes.of_first(prepare)
+            self._write(tensors, partial)
             record = {"step": step, "samples": samples}
             self._processes.of_first(lambda: self._keep(partial, target, record))
         finally:
             if self._processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
 
+    def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write the tensors, whole, into files that the processes take in turns."""
+        groups: list[list[str]] = [[]]
+        room = _FILE_BYTES
+        for name, tensor in tensors.items():
+            if groups[-1] and _num_bytes(tensor) > room:
+                groups.append([])
+                room = _FILE_BYTES
+            groups[-1].append(name)
+            room -= _num_bytes(tensor)
+        processes, failed = self._processes, None
+        for idx, names in enumerate(groups):
+            # every process takes part in gathering, also when its own disk is full
+            whole = {name: _gathered(tensors[name]) for name in names}
+            if idx % processes.size == processes.rank and failed is None:
+                try:
+                    with storage_errors(folder):
+                        save_file(whole, folder / f"{idx:05d}.safetensors")
+                except MoefyError as error:
+                    failed = error
+        processes.agree(failed)
+
     def _keep(self, partial: Path, target: Path, record: dict[str, Any]) -> None:
         """Give a written checkpoint its name, and remove those that are too many."""
         with storage_errors(target):
-            # the sizes tell a checkpoint that lost its end, as in a power cut or a copy
-            record["bytes"] = {file.name: file.stat().st_size for file in partial.iterdir()}
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            for name in _JOURNALS:
+                if (self._folder.work / name).is_file():
+                    shutil.copyfile(self._folder.work / name, partial / name)
+            text = json.dumps(_checksums(partial), indent=2) + "\n"
+            (partial / _CHECKSUMS).write_text(text)
             sync_files(partial)
             shutil.rmtree(target, ignore_errors=True)  # one that was not whole
             partial.rename(target)
@@ -149,35 +178,38 @@ class RunState:
     def load(self) -> tuple[int, dict[str, Any]] | None:
         """Put the last whole checkpoint into modules and optimizer; return its step and samples.
 
-        None if there is none; OutputError if it cannot be read, or none of several is whole.
+        None if there is none; OutputError if it is another run's, or none of several is whole.
         """
-        found = self._processes.of_first(self._last_whole)
+        found, self.damaged = self._processes.of_first(self._last_whole)
         if found is None:
             return None
-        folder, record = found
-        with _readable(folder), _as_one():
-            with (folder / ".metadata").open("rb") as file:
-                present = _Metadata(file).load().state_dict_metadata
-            matches = [match for name in present if (match := _OPTIMIZER.fullmatch(name))]
-            moments = {match[0]: (self._parameters[match[2]], match[1]) for match in matches}
-            tensors = self._weights()  # read into in place
-            for name, (parameter, key) in moments.items():
-                like = torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
-                tensors[name] = like
-            read = {name: _whole_shards(tensor) for name, tensor in tensors.items()}
-            load(read, storage_reader=FileSystemReader(folder))
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                if read[name] is not tensor:
-                    assert isinstance(tensor, DTensor)
-                    tensor.copy_(read[name].redistribute(placements=tensor.placements))
-        self._optimizer.state.clear()
-        for name, (parameter, key) in moments.items():
-            tensor = tensors[name]
-            if key == "step" and parameter.device.type == "cuda":
-                tensor = tensor.to(parameter.device)  # where fused AdamW counts
-            self._optimizer.state[parameter][key] = tensor
-        return record["step"], record["samples"]
+        try:
+            record = json.loads((found / _RECORD).read_text())
+            files = [safe_open(file, "pt") for file in sorted(found.glob("*.safetensors"))]
+            stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+            for name, tensor in self._weights().items():
+                _assign(tensor, stored.pop(name).get_tensor(name))
+            self._optimizer.state.clear()
+            for name, file in stored.items():
+                key, parameter = self._moment(name)
+                value = file.get_tensor(name)
+                if key == "step":  # fused AdamW counts on the GPU
+                    value = value.to(parameter.device if parameter.is_cuda else "cpu")
+                else:
+                    value = _assign(torch.zeros_like(parameter.detach()), value)
+                self._optimizer.state[parameter][key] = value
+            return record["step"], record["samples"]
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise OutputError(
+                f"{found} is no checkpoint of this run ({str(error).partition(chr(10))[0]}): "
+                "delete it to go on from the one before it, or pass --overwrite to start again"
+            ) from error
+
+    def _moment(self, name: str) -> tuple[str, Tensor]:
+        match = _OPTIMIZER.fullmatch(name)
+        if match is None:
+            raise ValueError(f"it also holds {name}")
+        return match[1], self._parameters[match[2]]
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: t.detach() for name, t in {**self._parameters, **self._buffers}.items()}
@@ -186,33 +218,47 @@ class RunState:
         """Return the checkpoints' folders, the last first."""
         return sorted((self._folder.work / FOLDER).glob("step-*"), reverse=True)
 
-    def _last_whole(self) -> tuple[Path, dict[str, Any]] | None:
+    def _last_whole(self) -> tuple[Path | None, list[str]]:
+        """Return the last whole checkpoint, its journals put back, and what is wrong with later."""
         broken = []
         for folder in self._checkpoints():
             try:
-                record = json.loads((folder / _RECORD).read_text())
-                for name, size in record["bytes"].items():
-                    if (found := (folder / name).stat().st_size) != size:
-                        raise ValueError(f"{name} has {found:,} of {size:,} bytes")
-                return folder, record
-            except (OSError, ValueError, KeyError) as error:
+                expected, found = json.loads((folder / _CHECKSUMS).read_text()), _checksums(folder)
+                wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+                if wrong:
+                    raise ValueError(f"{wrong[0]} is damaged or missing")
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
                 broken.append(f"{folder.name}: {error}")
+                continue
+            for name in set(_JOURNALS) & set(found):
+                replace_file(self._folder.work / name, (folder / name).read_text())
+            return folder, broken
         if broken:
             raise OutputError(
                 f"no checkpoint of {self._folder.work} is whole ({'; '.join(broken)}): copy one "
                 "back, or pass --overwrite to start again"
             )
-        return None
+        return None, broken
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log in order, without one that was cut off by a kill."""
+    """Return the lines of a run's log in order, without one that was cut off by a kill.
+
+    OutputError names a line that is damaged.
+    """
     steps = []
-    for line in (out / LOG).read_text().splitlines():
+    for number, text in enumerate((out / LOG).read_text(errors="replace").splitlines(True), 1):
         try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+            if not {"loss", "heldout_loss"} & {*line} or not isinstance(line["step"], int):
+                raise ValueError("a key is missing")
+            steps.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            if not text.endswith("\n"):  # the run is writing it, or was killed then
+                break
+            raise OutputError(
+                f"{out / LOG}, line {number} is damaged ({error}): remove the line"
+            ) from error
     return steps
 
 
@@ -221,9 +267,8 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, recipe: TrainRecipe) -> None:
         self._file = folder / LOG
-        lines = read_log(folder) if first_step else []
-        kept = [line for line in lines if line["step"] <= first_step]  # later ones are done again
-        replace_file(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+        if not first_step:  # else the checkpoint's, without the steps that are done again
+            replace_file(self._file, "")
         self._trackers = [_tracker(name, folder, first_step, recipe) for name in recipe.trackers]
 
     def write(self, line: dict[str, Any]) -> None:
@@ -249,51 +294,38 @@ def check_trackers(recipe: TrainRecipe) -> None:
             )
 
 
-def _whole_shards(tensor: Any) -> Any:
-    """Return a tensor in shards of whole rows, which is all that checkpoints can describe."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placements = tuple(
-        Shard(p.dim) if isinstance(p, Shard | _StridedShard) else p for p in tensor.placements
-    )
-    return tensor if placements == tensor.placements else tensor.redistribute(placements=placements)
+def _checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a checkpoint, by name."""
+
+    def checksum(file: Path) -> str:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    files = [file for file in sorted(folder.iterdir()) if file.name != _CHECKSUMS]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip([file.name for file in files], pool.map(checksum, files), strict=True))
 
 
-class _Metadata(pickle.Unpickler):
-    """Reads a checkpoint's metadata; a pickle of anything else could run any code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _PICKLED.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
-        return super().find_class(module, name)
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Raise OutputError for a checkpoint that is damaged but has its full size."""
-    try:
-        yield
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise OutputError(
-            f"{folder} cannot be read ({first_line}): delete it to go on from the one before it"
-        ) from error
+def _gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece, to which all processes that hold parts of it contribute."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous()
 
 
-@contextmanager
-def _as_one() -> Iterator[None]:
-    """Let torch's checkpoints behave alike for one process and for many.
-
-    Silences the warning that there is only one, and raises the first process's error for
-    CheckpointException, which is no Exception.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        try:
-            yield
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
+def _assign(tensor: Tensor, whole: Tensor) -> Tensor:
+    """Copy a whole tensor, or this process's part of it, into another; return that one."""
+    if tensor.shape != whole.shape or tensor.dtype != whole.dtype:
+        raise ValueError(f"a tensor is {whole.dtype} {tuple(whole.shape)}")
+    if isinstance(tensor, DTensor):
+        # FSDP over tensor parallelism leaves strides, which nothing can be cut into directly
+        plain = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
+        parts = distribute_tensor(whole, tensor.device_mesh, plain, src_data_rank=None)
+        whole = parts.redistribute(placements=tensor.placements)
+    with torch.no_grad():
+        return tensor.copy_(whole)
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -314,7 +346,7 @@ def _tracker(name: str, folder: Path, first_step: int, recipe: TrainRecipe) -> A
         # steps that are done again replace those that were written before the run stopped
         tracker = TensorBoardTracker(name, logging_dir=folder, purge_step=first_step + 1)
     else:
-        mark = folder / "wandb-run"
+        mark = folder / _TRACKED
         if not (first_step and mark.is_file()):
             replace_file(mark, secrets.token_hex(8))
         tracker = WandBTracker(

@@ -126,7 +126,7 @@ def tune(
         }
         first_step = samples.num_steps
         if not begin(folder, identity, processes):
-            first_step = loop.resume(folder)
+            first_step = loop.resume(folder, report)
             begun = None if first_step else {"step": 0, "heldout_loss": measure()}
             loop.run(first_step, choice, measure, report, first_line=begun)
             record = {"stage": "tune", "run": identity, "result": _result(folder, talks, samples)}
