@@ -16,8 +16,8 @@ from publish import replace_table, rows_of
 
 from moefy.report.tables import write_csv
 from moefy.studies.recipe import StudyRecipe
+from moefy.studies.report import difference
 from moefy.studies.runs import read_arms
-from moefy.studies.summary import difference
 
 DOCS = Path(__file__).parents[1] / "docs"
 TABLES = {

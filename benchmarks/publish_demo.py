@@ -16,7 +16,7 @@ DEMO, DOCS = ROOT / "moefy-demo", ROOT / "docs" / "demo"
 
 def main() -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
-    for name in ("results.md", "results.json", "loss.png", "expert-load.png"):
+    for name in ("results.md", "results.json", "loss.png"):
         shutil.copyfile(DEMO / name, DOCS / name)
     results = json.loads((DOCS / "results.json").read_text())
     tokens = results["comparison"]["tokens"]

@@ -1,10 +1,11 @@
-"""Put studies into docs/study.md and docs/study/, and the measured grid into the package.
+"""Put studies into docs/study.md and docs/study/, and the grid of splits into the package.
 
     moefy study OUT ...                          # as in CONTRIBUTING.md
     python benchmarks/publish_study.py OUT...    # of each number of tokens one; others stay
     python benchmarks/publish_study.py           # the pages of those that are there
 
-The page is made from the files in docs/study/ alone; `moefy plan` reads the grid.
+The page is made from the files in docs/study/ alone; `moefy plan` reads the grid, which
+`python benchmarks/grid.py OUT MODEL` has put into OUT.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from pathlib import Path
 from moefy.report.tables import Rows, markdown
 from moefy.run_folder import MARKER
 from moefy.studies.ablations import ABLATIONS, Ablation
-from moefy.studies.grid import GRID
+from moefy.studies.plan import GRID
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.report import HEAD, NOT_RUN, PAGE, page
+from moefy.studies.report import HEAD, NOT_RUN, PAGE, UNDECIDED, agreement, difference, page
 from moefy.studies.runs import RUNS, Run, read_arms, read_runs
-from moefy.studies.summary import UNDECIDED, agreement, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("*.csv", "*.png", HEAD, "recipe.yaml", RUNS, MARKER)  # with the marker a copy goes on
@@ -43,17 +43,13 @@ def publish(outs: Sequence[Path], docs: Path, package: Path) -> None:
     for folder in studies:
         (folder / PAGE).write_text(page(folder))
     (docs / "study.md").write_text(overview(studies, docs))
-    shutil.copyfile(grid_of(studies), package / GRID)
+    if grids := [folder / GRID for folder in studies if (folder / GRID).is_file()]:
+        shutil.copyfile(grids[-1], package / GRID)  # of the study with the most tokens
 
 
 def studies_in(folder: Path) -> Studies:
     found = {file.parent: StudyRecipe.build(file) for file in folder.glob("*/recipe.yaml")}
     return dict(sorted(found.items(), key=lambda item: item[1].tokens))
-
-
-def grid_of(studies: Studies) -> Path:
-    """Return the grid that `plan` reads: of the study with the most tokens that has one."""
-    return [folder / GRID for folder in studies if (folder / GRID).is_file()][-1]
 
 
 def overview(studies: Studies, docs: Path) -> str:

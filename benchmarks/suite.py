@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 from publish import replace_table
 
 from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
@@ -28,9 +29,17 @@ from moefy.evaluation.harness import stock_tasks
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
 from moefy.evaluation.suite_data import archive_files
 from moefy.progress import Progress
-from moefy.report.quality_charts import benchmark_chart
-from moefy.report.suite_tables import nll_rows, published_rows, suite_notes, suite_rows
-from moefy.report.tables import Rows, comparison_rows, markdown, write_csv
+from moefy.report.charts import Chart
+from moefy.report.tables import (
+    Rows,
+    comparison_rows,
+    markdown,
+    nll_rows,
+    published_rows,
+    suite_notes,
+    suite_rows,
+    write_csv,
+)
 
 ROOT = Path(__file__).parents[1]
 DENSE = "smollm2-135m"
@@ -96,7 +105,7 @@ def main() -> None:
     models, names = [DENSE, *(words[2] for words in made.values())], ["dense", *made]
     text = {"data": options.data, "windows": _WINDOWS, "decode": False}
     comparison = evaluate(models, names=names, report=_print, **text)
-    suite = {"suite": "llama-moe", "limit": options.limit, "dtype": options.dtype, "hub": False}
+    suite = {"suite": "llama-moe", "limit": options.limit, "dtype": options.dtype}
     result = evaluate_suite(models, names=names, report=_print, **suite)
     publish(result, comparison, made, options.data)
 
@@ -123,7 +132,7 @@ def publish(
     limit += "" if result.dtype == "float32" else f" --dtype {result.dtype}"
     folders = " ".join([DENSE, *(words[2] for words in made.values())])
     lines = [*(f"moefy {shlex.join(words)}" for words in made.values())]
-    lines.append(f"moefy suite --no-hub{limit} {folders}")
+    lines.append(f"moefy suite{limit} {folders}")
     lines.append(f"moefy eval --data {data} --windows {_WINDOWS} --no-decode {folders}")
     notes = "".join(f"- {note}\n" for note in suite_notes(result))
     (ROOT / "docs" / "results.md").write_text(
@@ -142,6 +151,52 @@ def publish(
         f"The commands:\n\n```bash\n{chr(10).join(lines)}\n```\n"
     )
     replace_table(ROOT / "docs" / "evaluation.md", "benchmarks", benchmark_rows())
+
+
+def benchmark_chart(suite: SuiteResult) -> Chart:
+    """Draw every score with its 95% interval, benchmarks down, and what guessing scores."""
+    lines = [*(benchmark.name for benchmark in suite.benchmarks), "average"]
+    chances = {each.name: each.chance for each in suite.benchmarks}
+    models = suite.models
+    height = 1.3 + len(lines) * max(0.3, 0.14 * len(models))
+    figure = Figure(figsize=(4.6, height), layout="constrained")
+    axes = figure.subplots()
+    rows = [["benchmark", "model", "score %", "standard error %", "chance %"]]
+    for place, model in enumerate(models):
+        found = {name: (score.value, score.stderr) for name, score in model.scores.items()}
+        if model.average is not None:
+            found["average"] = model.average, model.average_stderr
+        # The models of a benchmark share its line; together they take 0.7 of its height.
+        shift = (place - (len(models) - 1) / 2) * 0.7 / len(models)
+        axes.errorbar(
+            [100 * value for value, _ in found.values()],
+            [lines.index(name) + shift for name in found],
+            xerr=[196 * (error or 0) for _, error in found.values()],
+            fmt="osD^vPX*"[place % 8],
+            color=f"C{place % 10}",
+            ms=4,
+            lw=1,
+            label=model.name,
+        )
+        for name, (value, error) in found.items():
+            cells = (value, error, chances.get(name))
+            numbers = ("" if cell is None else str(100 * cell) for cell in cells)
+            rows.append([name, model.name, *numbers])
+    for line, name in enumerate(lines):
+        # Without this mark a score of 25% looks like a quarter of the way to 100%.
+        if (chance := chances.get(name)) is not None:
+            axes.plot([100 * chance] * 2, [line - 0.4, line + 0.4], color="0.6", linewidth=1.5)
+        axes.axhline(line + 0.5, color="0.92", linewidth=0.8, zorder=0)
+    axes.plot([], [], color="0.6", linewidth=1.5, label="guessing")
+    axes.set_yticks(range(len(lines)), labels=lines)
+    axes.set(xlabel="score (%)", ylim=(len(lines) - 0.5, -0.5))
+    axes.grid(axis="x", color="0.93", linewidth=0.8)
+    figure.legend(loc="outside lower center", frameon=False, ncols=2)
+    caption = (
+        "Scores with 95% intervals; grey is what guessing scores. Each interval is that of one "
+        "model alone: the paired differences in the table tell two models apart more surely."
+    )
+    return Chart("scores", figure, rows, caption)
 
 
 def _print(progress: Progress) -> None:

@@ -1,6 +1,6 @@
 """How long the benchmarks take, from a few items: table `suite-time` of docs/evaluation.md.
 
-    moefy suite --no-hub --limit 8 --dtype bfloat16 --json smollm2-135m > FILE
+    moefy suite --limit 8 --dtype bfloat16 --json smollm2-135m > FILE
     python benchmarks/suite_time.py FILE
 
 Costs are proportional to the items, so that seconds for a hundred items and for all follow from the

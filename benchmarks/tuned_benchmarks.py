@@ -17,8 +17,7 @@ from pathlib import Path
 from publish import publish_table
 
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
-from moefy.report.suite_tables import percent
-from moefy.report.tables import Rows, with_error
+from moefy.report.tables import Rows, percent, with_error
 
 PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
 RESULT = PAGE.with_suffix("") / "benchmarks-tuned.csv"
@@ -47,7 +46,6 @@ def main() -> None:
         tasks=TASKS,
         limit=given.limit,
         dtype="bfloat16",
-        hub=False,
     )
     publish_table(benchmark_rows(result), RESULT, PAGE)
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import moefy
 from moefy.recipe import LLAMA_MOE
 from moefy.storage import cache_folder
-from moefy.studies.toy import byte_tokenizer
+from tests.toys import byte_tokenizer
 
 settings.register_profile("moefy", deadline=None)  # a busy machine is no failure
 settings.load_profile("moefy")

@@ -171,7 +171,7 @@ def _serve() -> None:
     from transformers import LlamaForCausalLM, OlmoeForCausalLM  # noqa: F401
 
     import moefy.cli
-    import moefy.report.training_charts  # matplotlib takes a second
+    import moefy.report.charts  # matplotlib takes a second
 
     for line in sys.stdin:
         folder, arguments, event_idx, limits, check = json.loads(line)

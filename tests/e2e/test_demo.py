@@ -36,7 +36,7 @@ def test_the_folder_and_its_numbers(tmp_path: Path) -> None:
     assert results["train_recipe"]["tokens"] == 2048
     assert {"elapsed_s", "peak_rss_bytes", "machine"} < set(results)
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 3
     assert "What the models write" in page
     for name in ("random-split", "converted", "recovered"):
         AutoModelForCausalLM.from_pretrained(out / name)

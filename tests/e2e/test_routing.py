@@ -13,7 +13,7 @@ from tests.conftest import write_tiny_llama
 import moefy
 from moefy.cli import main
 from moefy.recipe import LLAMA_MOE
-from moefy.report.routing_charts import routing_charts
+from moefy.report.charts import k_chart
 
 PLAIN: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 SMALL: dict[str, Any] = {"windows": 2, "sequence_length": 24}
@@ -73,11 +73,8 @@ def test_bad_options(
     assert message in capsys.readouterr().err
 
 
-def test_figures(models: list[Path], corpus: Path, tmp_path: Path) -> None:
-    one = routing_charts(moefy.measure_routing(models, data=corpus, **SMALL))
-    assert [chart.name for chart in one] == ["routing-k", "routing-load"]
-    two = routing_charts(moefy.measure_routing([models[1], *models], data=corpus, **SMALL))
-    assert [chart.name for chart in two] == ["routing-k", "routing-load-1", "routing-load-2"]
-    for chart in one:
-        chart.write(tmp_path)
-        assert (tmp_path / f"{chart.name}.png").stat().st_size > 5_000
+def test_the_figure(models: list[Path], corpus: Path, tmp_path: Path) -> None:
+    chart = k_chart(moefy.measure_routing(models, data=corpus, **SMALL))
+    chart.write(tmp_path)
+    assert (tmp_path / "routing-k.png").stat().st_size > 5_000
+    assert [row[1] for row in chart.rows[1:3]] == ["dense", "1 of 6"]

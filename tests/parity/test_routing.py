@@ -82,11 +82,6 @@ def test_choices_are_those_of_transformers_router_logits(
         assert found.entropy[layer_idx] == pytest.approx(nats / math.log(6))
         assert found.dead[layer_idx] == [e for e in range(6) if not counts[e]]
         assert found.max_over_mean[layer_idx] == pytest.approx(6 * max(shares))
-        for e in range(6):
-            with_e = [token for token in tokens if e in token]
-            together = [sum(f in token for token in with_e) for f in range(6)]
-            expected = [count / max(1, len(with_e)) for count in together]
-            assert found.coactivation[layer_idx][e] == pytest.approx(expected, abs=5.1e-5)
     assert found.quality[1].loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
@@ -202,7 +197,6 @@ def test_domains_of_different_letters_are_told_apart(tmp_path: Path, corpus: Pat
     (found,) = measure([tmp_path / "all"], corpus).models
     assert found.domain_distance == found.domain_noise == [0, 0]
     assert found.entropy == [1, 1]
-    assert found.coactivation == [[[1.0] * 4] * 4] * 2
 
 
 def test_without_experts_there_is_nothing_to_watch(

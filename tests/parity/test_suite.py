@@ -78,7 +78,7 @@ def test_answers_are_those_of_whole_passes(
 def plan(*tasks: str) -> list[TaskPlan]:
     chosen = [benchmark for benchmark in PAPER_BENCHMARKS if benchmark.task in tasks]
     assert len(chosen) == len(tasks)
-    return plan_tasks(chosen, from_hub=False, report=silent)
+    return plan_tasks(chosen, report=silent)
 
 
 def check(network: Any, tokenizer: Any, entry: TaskPlan, task: str, limit: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from moefy.data.mixture import Mixture, WeightUpdate
 from moefy.data.strategies import llama_moe_update
-from moefy.report.training_charts import mixture_chart
+from moefy.report.charts import mixture_chart
 
 
 @pytest.fixture

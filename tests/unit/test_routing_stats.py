@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
 
-from moefy.evaluation.routing_stats import (
-    coactivation,
-    dead_experts,
+from moefy.evaluation.routing import (
     divergence,
     expected_divergence,
     load_shares,
@@ -18,26 +16,14 @@ from moefy.evaluation.routing_stats import (
 CHOICES = np.array([[4.0, 2.0, 2.0, 0.0], [2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]])
 
 
-def test_load_entropy_and_dead_experts() -> None:
+def test_load_and_entropy() -> None:
     load = load_shares(CHOICES)
     assert load.tolist() == [[0.5, 0.25, 0.25, 0], [0.25] * 4, [1, 0, 0, 0]]
     assert relative_entropy(load).tolist() == [1.5 / 2, 1, 0]
-    assert dead_experts(CHOICES) == [[3], [], [1, 2, 3]]
 
 
 def test_a_single_expert_is_used_evenly() -> None:
     assert relative_entropy(np.ones((2, 1))).tolist() == [1, 1]
-
-
-def test_coactivation() -> None:
-    """Of three tokens, two chose experts 0 and 1, one chose 0 and 2, none chose 3."""
-    pairs = np.array([[[3, 2, 1, 0], [2, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]], dtype=float)
-    assert coactivation(pairs)[0].tolist() == [
-        [1, 2 / 3, 1 / 3, 0],
-        [1, 1, 0, 0],
-        [1, 0, 1, 0],
-        [0, 0, 0, 0],
-    ]
 
 
 def test_divergence_by_hand() -> None:

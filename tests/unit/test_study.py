@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.toys import SMOKE, make_toys
 
 import moefy
 from moefy.data.conversations import read_conversations
@@ -16,7 +17,6 @@ from moefy.errors import CorpusError, OutputError, UsageError
 from moefy.progress import Progress
 from moefy.studies.ablations import METHODS
 from moefy.studies.report import page
-from moefy.studies.toy import SMOKE, make_toys
 
 TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128, "evaluations": 1}
 
@@ -54,12 +54,6 @@ def test_a_study_that_is_stopped_goes_on(toys: tuple[Path, ...], tmp_path: Path)
     kept = lines_of(out)
     assert [json.loads(line)["arm"] for line in kept] == ["dense", "4/16 not rescaled"]
     assert list((out / "work/models").iterdir())  # the conversion of the run that stopped
-    so_far = tiny_study(toys, out, "rescaling", report_only=True, seeds=2)
-    assert (so_far.measured, lines_of(out)) == (0, kept)
-    assert so_far.skipped["rescaling: 4/16 rescaled, seed 0"] == "not measured yet"
-    assert "rescaling: 4/16 not rescaled, seed 0" not in so_far.skipped
-    assert "- rescaling: 4/16 rescaled, seed 1: not measured yet" in (out / "study.md").read_text()
-    assert list((out / "work/models").iterdir())  # a report leaves the stopped run as it is
     done = tiny_study(toys, out, "rescaling")
     assert done.measured == 4
     assert lines_of(out)[:2] == kept
@@ -98,14 +92,8 @@ def test_runs_that_ablations_share_are_done_once(toys: tuple[Path, ...], tmp_pat
 
 def test_every_method_is_measured_untrained(toys: tuple[Path, ...], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    some = tiny_study(toys, out, "methods:sharing", "methods:random")
-    arms = [run.arm for run in some.runs]
-    assert arms == [
-        *("dense", "moefy", "random", "random + paper's rescale", "sharing-inner"),
-        *("sharing-inter", "moefy: random partition"),
-    ]
     done = tiny_study(toys, out, "methods")
-    assert done.measured == len(METHODS) + 1 - len(arms)
+    assert done.measured == len(METHODS) + 1
     by_arm = {run.arm: run for run in done.runs}
     assert set(by_arm) == {"dense", *METHODS}
     assert {run.trained for run in done.runs} == {0}
@@ -135,12 +123,8 @@ def test_runs_of_other_settings_are_done_again(toys: tuple[Path, ...], tmp_path:
     tiny_study(toys, other, "rescaling", first_seed=1, tokens=256)
     with (out / "runs.jsonl").open("a") as file:
         file.write((other / "runs.jsonl").read_text())
-    found = tiny_study(toys, out, "rescaling", report_only=True, seeds=2)
-    assert found.skipped["rescaling: 4/16 rescaled, seed 1"] == "not measured yet"
-    assert "rescaling: dense, seed 1" not in found.skipped  # it is not trained
-    assert {run.trained for run in found.runs} == {0, 128}
     done = tiny_study(toys, out, "rescaling", seeds=2)
-    assert done.measured == 5
+    assert done.measured == 5  # the dense model is not trained, so it is the same
     assert {run.trained for run in done.runs} == {0, 128}
 
 
@@ -148,12 +132,6 @@ def test_a_copied_study_goes_on(toys: tuple[Path, ...], tmp_path: Path) -> None:
     tiny_study(toys, tmp_path / "out", "rescaling")
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     assert tiny_study(toys, tmp_path / "copy", "rescaling").measured == 0
-
-
-def test_a_report_of_nothing_leaves_nothing(toys: tuple[Path, ...], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no runs to report"):
-        tiny_study(toys, tmp_path / "out", "rescaling", report_only=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_losses_are_those_of_evaluate(toys: tuple[Path, ...], tmp_path: Path) -> None:
@@ -216,8 +194,6 @@ def test_what_cannot_be_studied(toys: tuple[Path, ...], tmp_path: Path) -> None:
         tiny_study(toys, out, "rescaling", experts=48)
     with pytest.raises(UsageError, match="unknown key 'tokns'"):
         tiny_study(toys, out, "rescaling", train={"tokns": 3})
-    with pytest.raises(UsageError, match=r"no arm of methods .*'magic'.* there are dense; moefy;"):
-        tiny_study(toys, out, "methods:magic")
     talks = tmp_path / "talks.jsonl"
     lines = toys[2].read_text().splitlines(keepends=True)
     whole, _ = read_conversations(toys[2])

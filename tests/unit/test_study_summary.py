@@ -12,8 +12,8 @@ from moefy.recipe import ConvertRecipe
 from moefy.report.tables import write_csv
 from moefy.studies.ablations import ABLATIONS, METHODS, ablations_named
 from moefy.studies.recipe import StudyRecipe
+from moefy.studies.report import Spread, difference, spread, summary_rows
 from moefy.studies.runs import Run, read_arms, run_rows
-from moefy.studies.summary import Spread, difference, spread, summary_rows
 from moefy.training.recipe import TrainRecipe
 
 OFF, ON = "4/16 not rescaled", "4/16 rescaled"
@@ -128,7 +128,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     [
         StudyRecipe(),
         StudyRecipe(experts=8, active=2, grid=(8, 32)),
-        StudyRecipe(experts=64, active=32, train_sizes=True),
+        StudyRecipe(experts=64, active=32),
     ],
 )
 def test_the_arms_in_the_file_can_be_run(recipe: StudyRecipe) -> None:

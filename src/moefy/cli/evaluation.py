@@ -15,12 +15,9 @@ from moefy.cli import options
 from moefy.cli.app import app
 from moefy.cli.options import recipe_options
 from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
-from moefy.report import suite_tables, tables
+from moefy.report import tables
 from moefy.studies.recipe import StudyRecipe
 
-# larger than in a study, which measures many models: speed needs long prompts to settle
-_SPEED = StudyRecipe(prompt_tokens=512, new_tokens=64)
-SpeedSizes = Annotated[dict[str, Any], _SPEED, "prompt_tokens", "new_tokens", "rounds"]
 Windows = Annotated[dict[str, Any], StudyRecipe(), "windows", "sequence_length"]
 
 
@@ -39,7 +36,7 @@ def evaluate(
 
     Example: `moefy eval smollm2-135m out/moe out/trained`
     """
-    from moefy.report.findings import SPLIT_NAMES  # here, because it imports torch
+    from moefy.report.page import SPLIT_NAMES  # here, because it imports torch
 
     done = call(moefy.evaluate, models, data=data, split=split, decode=decode, **sizes)
     title = f"{done.tokens:,} {SPLIT_NAMES[split]} tokens per model"
@@ -47,14 +44,14 @@ def evaluate(
 
 
 @app.command()
-@recipe_options
 def bench(
     models: options.Models,
-    *,
     batch: Annotated[
         str | None, typer.Option(help="Numbers of sequences at once. [default: 1,8]")
     ] = None,
-    sizes: SpeedSizes,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Times that all is measured.")] = 3,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all]")] = None,
     dtype: options.Dtype = "float32",
     runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
@@ -64,6 +61,7 @@ def bench(
 
     Example: `moefy bench smollm2-135m out/moe`
     """
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
     how = {"threads": threads, "dtype": dtype, "runtime": runtime}
     done = call(moefy.bench, models, batches=options.counts("--batch", batch), **how, **sizes)
     show(done.to_dict(), (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json)
@@ -89,13 +87,11 @@ def routing(
 
     Example: `moefy routing smollm2-135m out/moe --top-k 1,2,8`
     """
-    from moefy.report import routing_tables  # here, because it imports numpy
-
     active = options.counts("--top-k", top_k)
     done = call(moefy.routing, models, data=data, split=split, active=active, **sizes)
     use = f"Use of the experts, {sum(done.tokens.values()):,} tokens"
     quality = "Quality by the number of experts that are chosen"
-    both = ((routing_tables.routing_rows(done), use), (routing_tables.k_rows(done), quality))
+    both = ((tables.routing_rows(done), use), (tables.k_rows(done), quality))
     show(done.to_dict(), *both, as_json=as_json)
 
 
@@ -104,7 +100,6 @@ def suite(
     models: options.Models,
     tasks: options.Tasks = None,
     limit: options.Limit = None,
-    hub: options.Hub = None,
     dtype: options.Dtype = "float32",
     as_json: options.Json = False,
 ) -> None:
@@ -114,13 +109,13 @@ def suite(
     """
     # the paper's suite is what a person means who names no tasks
     which = {"suite": None if tasks else "llama-moe", "tasks": options.listed(tasks)}
-    done = call(moefy.suite, models, limit=limit, dtype=dtype, hub=hub, **which)
+    done = call(moefy.suite, models, limit=limit, dtype=dtype, **which)
     show(
         done.to_dict(),
-        (suite_tables.suite_rows(done), "Score in percent ± standard error [95 % interval]"),
-        (suite_tables.nll_rows(done), "−log p of the right answer, nats ± standard error"),
+        (tables.suite_rows(done), "Score in percent ± standard error [95 % interval]"),
+        (tables.nll_rows(done), "−log p of the right answer, nats ± standard error"),
         as_json=as_json,
-        text="\n".join(suite_tables.suite_notes(done)),
+        text="\n".join(tables.suite_notes(done)),
     )
     _exit_with(done.failures)
 
@@ -136,7 +131,6 @@ def report(
     ] = None,
     tasks: options.Tasks = None,
     limit: options.Limit = None,
-    hub: options.Hub = None,
     dtype: options.Dtype = "float32",
     data: options.Data = "demo",
     split: options.SplitName = "heldout",
@@ -149,7 +143,7 @@ def report(
 
     Example: `moefy report out/report smollm2-135m out/moe --suite llama-moe --limit 100`
     """
-    benchmarks = {"suite": suite, "tasks": options.listed(tasks), "limit": limit, "hub": hub}
+    benchmarks = {"suite": suite, "tasks": options.listed(tasks), "limit": limit}
     parts = {"dtype": dtype, "routing": routing, "cards": cards, "overwrite": overwrite}
     text = {"data": data, "split": split, **sizes}
     done = call(moefy.write_report, out, models, **benchmarks, **parts, **text)
@@ -227,10 +221,7 @@ def judge(
     done = call(moefy.judge, model, out, **asked, **judged_by)
     text = f"{done.unscored} of {2 * done.questions} judgements hold no mark. All are in {out}"
     if endpoint is None:
-        text = (
-            f"{out}: {done.questions} questions answered. requests.jsonl holds what a judge is to "
-            "be asked, in OpenAI's batch form; --endpoint asks one"
-        )
+        text = f"{out}: {done.questions} questions answered; --endpoint asks a judge about them"
     marks = []
     if done.score is not None:
         rows = [["", "mark"], ["all", f"{done.score:.2f}"]]

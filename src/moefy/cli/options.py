@@ -32,10 +32,6 @@ SplitName = Annotated[
 Dtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
 Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of lm_eval, as in sciq,piqa.")]
 Limit = Annotated[int | None, typer.Option(help="Items of each benchmark. [default: all]")]
-Hub = Annotated[
-    bool | None,
-    typer.Option("--hub/--no-hub", help="Read benchmarks from the hub. [default: if it answers]"),
-]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")]
 
 _FILE = Annotated[Path | None, typer.Option("--recipe", help="YAML file with any of the settings.")]

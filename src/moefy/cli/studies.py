@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -29,17 +28,11 @@ def study(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ablations: rescaling, construction, methods, sampling, scratch, size, tuning; "
-            "methods:CMoE for the arms with CMoE in their names. [default: all]"
+            help="Ablations: rescaling, construction, methods, sampling, scratch, size, tuning. "
+            "[default: all]"
         ),
     ] = None,
     recipe: StudyRecipe,
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="Run all of it on a toy model, in minutes.")
-    ] = False,
-    report_only: Annotated[
-        bool, typer.Option("--report-only", help="Run nothing; report the runs that are there.")
-    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -47,10 +40,8 @@ def study(
 
     Example: `moefy study out/study --only rescaling,construction --tokens 65536`
     """
-    how = {"only": listed(only), "smoke": smoke, "report_only": report_only, "overwrite": overwrite}
-    # the settings and not the recipe: `smoke` has defaults of its own for all others
-    chosen = recipe.model_dump(exclude_unset=True)
-    done = call(moefy.study, out, model=model, data=data, sft=sft, **how, **chosen)
+    how = {"only": listed(only), "recipe": recipe, "overwrite": overwrite}
+    done = call(moefy.study, out, model=model, data=data, sft=sft, **how)
     warn(*(f"not run: {what}: {why}" for what, why in done.skipped.items()))
     record = {
         "folder": str(done.folder),
@@ -76,10 +67,6 @@ def plan(
     phase: Annotated[
         Literal["decode", "prefill"], typer.Option(help="The phase whose speed --speedup means.")
     ] = "decode",
-    study: Annotated[
-        Path | None,
-        typer.Option(help="Folder of your own `moefy study`. [default: measured on SmolLM2]"),
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Recommend a split for a size or a speed, from what was measured.
@@ -89,7 +76,7 @@ def plan(
     from moefy.studies.plan import plan_rows  # imports torch
 
     most = _count(active_params) if active_params else None
-    done = moefy.plan(model, active_params=most, speedup=speedup, phase=phase, study=study)
+    done = moefy.plan(model, active_params=most, speedup=speedup, phase=phase)
     warn(*(f"left out: {name}: {why}" for name, why in done.left_out.items()))
     show(
         done.to_dict(),

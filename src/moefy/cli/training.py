@@ -136,6 +136,6 @@ def tune(
 
 
 def _draw(folder: Path) -> None:
-    from moefy.report.training_charts import draw_training  # matplotlib takes a second
+    from moefy.report.charts import draw_training  # matplotlib takes a second
 
     draw_training(folder)

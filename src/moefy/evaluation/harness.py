@@ -1,8 +1,7 @@
 """Tasks of lm-evaluation-harness on a model in memory; every finished task is kept in the cache.
 
-Tasks, prompts, requests and metrics are the harness's own. Three things differ: where the data
-lies, that a question is computed once for all of its answers, and that work which does not fit into
-memory is refused before the machine starts to swap.
+Tasks, prompts, requests and metrics are the harness's own. Two things differ: where the data lies,
+and that a question is computed once for all of its answers.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -40,7 +37,7 @@ from moefy.evaluation.answers import score_answers
 from moefy.evaluation.benchmarks import Benchmark
 from moefy.evaluation.suite_data import archive_files, data_version
 from moefy.experts.layers import register
-from moefy.hardware import available_bytes, device
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import cache_folder, write_records
 
@@ -59,7 +56,7 @@ class ItemScores:
     metric: str
     values: list[float]  # of the metric; their mean is the score
     nll: list[float] | None  # −log p of the right answer, nats; None where no answer is scored
-    truncated: int  # requests cut from the left to fit into the model's context
+    truncated: int  # answers whose question was cut from the left to fit into the model's context
     elapsed_s: float
 
 
@@ -82,24 +79,23 @@ def stock_tasks(benchmark: Benchmark) -> dict[str, Path]:
 def task_config(benchmark: Benchmark, task: str, files: Mapping[str, Path]) -> dict[str, Any]:
     """Return the harness's configuration of one of the benchmark's `stock_tasks`.
 
-    `files` is the Parquet file of each split; none for the hub's data.
+    `files` is the Parquet file of each split.
     """
     config = {**load_yaml(stock_tasks(benchmark)[task])}
-    config |= {"task": task, "num_fewshot": benchmark.shots}
-    if files:
-        # Splits that the archive does not have must not be asked of the hub.
-        for key, split in (("training", "train"), ("validation",) * 2, ("test",) * 2):
-            config[f"{key}_split"] = split if split in files else None
-        # `datasets` copies Parquet into Arrow files; they belong to our cache and not to the hub's.
-        copies = cache_folder() / "benchmarks" / "datasets"
-        splits = {split: str(file) for split, file in files.items()}
-        config |= {
-            "dataset_path": "parquet",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": splits, "cache_dir": str(copies)},
-            **benchmark.settings,
-        }
-    return config
+    # Splits that the archive does not have must not be asked of the hub.
+    for key, split in (("training", "train"), ("validation",) * 2, ("test",) * 2):
+        config[f"{key}_split"] = split if split in files else None
+    # `datasets` copies Parquet into Arrow files; they belong to our cache and not to the hub's.
+    copies = cache_folder() / "benchmarks" / "datasets"
+    splits = {split: str(file) for split, file in files.items()}
+    return config | {
+        "task": task,
+        "num_fewshot": benchmark.shots,
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": splits, "cache_dir": str(copies)},
+        **benchmark.settings,
+    }
 
 
 def load_tasks(task: str | dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +113,7 @@ def load_tasks(task: str | dict[str, Any]) -> dict[str, Any]:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise EvaluationError(
             f"the data of {name} cannot be loaded ({reason}): it lies on the hub, which must "
-            "answer or have been read before (the paper's eleven need no hub: --no-hub)"
+            "answer or have been read before (the paper's eleven need no hub)"
         ) from error
     for each in tasks.values():
         # As the harness's own command line does.
@@ -127,9 +123,7 @@ def load_tasks(task: str | dict[str, Any]) -> dict[str, Any]:
     return tasks
 
 
-def plan_tasks(
-    chosen: Sequence[Benchmark | str], *, from_hub: bool, report: ProgressFn
-) -> list[TaskPlan]:
+def plan_tasks(chosen: Sequence[Benchmark | str], *, report: ProgressFn) -> list[TaskPlan]:
     """Return what to run for the paper's benchmarks and for names of the harness's tasks.
 
     Raises:
@@ -139,11 +133,11 @@ def plan_tasks(
     plans = []
     for entry in chosen:
         if isinstance(entry, Benchmark):
-            tasks: dict[str, str | dict[str, Any]] = {}
-            for task in stock_tasks(entry):
-                files = {} if from_hub else archive_files(entry, task, report=report)
-                tasks[task] = task_config(entry, task, files)
-            plans.append(TaskPlan(entry, tasks, "hub" if from_hub else data_version(entry)))
+            tasks: dict[str, str | dict[str, Any]] = {
+                task: task_config(entry, task, archive_files(entry, task, report=report))
+                for task in stock_tasks(entry)
+            }
+            plans.append(TaskPlan(entry, tasks, data_version(entry)))
             continue
         known = all_tasks().all_tasks
         if entry not in known:
@@ -184,7 +178,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         super().__init__(network, tokenizer=tokenizer, batch_size=size, device=str(place))
         # Told how much of the present task is done, from 0 to 1.
         self.share: Callable[[float], None] = lambda _: None
-        self.truncated = 0  # requests that were cut from the left to fit into the model's context
+        self.truncated = 0  # see `ItemScores`
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
@@ -196,8 +190,6 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             room = max(1, self.max_length + 1 - len(answer))
             self.truncated += len(question) > room
             groups.setdefault(tuple(question[-room:]), []).append(place)
-        tokens = (len(q) + sum(len(requests[i][2]) for i in group) for q, group in groups.items())
-        self._check_memory(max(tokens))
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         # The longest question comes first: what does not fit into memory fails at once.
         for done, question in enumerate(sorted(groups, key=len, reverse=True), start=1):
@@ -208,59 +200,22 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             self.share(done / len(groups))
         return scores
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """See the harness."""
-        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        room = self.max_length - self.max_gen_toks
-        self.truncated += sum(length > room for length in lengths)
-        self._check_memory(self.batch_size * (min(max(lengths), room) + self.max_gen_toks))
-        # The harness tells its cache of every answer; this one only counts them.
-        count = itertools.count(1)
-        counter = SimpleNamespace(add_partial=lambda *_: self.share(next(count) / len(requests)))
-        self.set_cache_hook(counter)
-        return super().generate_until(requests)
 
-    def _check_memory(self, tokens: int) -> None:
-        """Refuse a pass whose keys and values cannot fit, before the machine starts to swap."""
-        config = self.model.config
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        # Keys and values, [layers, tokens, heads, width] each.
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width
-        needed, free = tokens * per_token * self.model.dtype.itemsize, available_bytes()
-        if free and needed > free:
-            raise EvaluationError(
-                f"{tokens:,} tokens at once need {needed / 2**30:.2f} GiB beside the model, and "
-                f"{free / 2**30:.2f} GiB are free: free memory and run the command again"
-            )
-
-
-def run_task(
-    model: HarnessModel,
-    task: Any,
-    *,
-    metric: str,
-    limit: int | None = None,
-    share: Callable[[float], None] = lambda _: None,
-) -> ItemScores:
-    """Ask a model the first `limit` items of a task, or all; `share` is told how much is done.
+def run_task(model: HarnessModel, task: Any, *, metric: str, limit: int | None) -> ItemScores:
+    """Ask a model the first `limit` items of a task, or all.
 
     Raises:
-        EvaluationError: it does not fit into memory, or its metric is no mean over items.
+        EvaluationError: it does not fit into the accelerator's memory, or its metric is no mean
+            over items.
     """
     name = task.config.task
-    model.share, model.truncated = share, 0
+    model.truncated = 0
     started_s = time.monotonic()
     try:
         # No bootstrap: standard errors are computed from the items.
         results = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
-    except (MemoryError, RuntimeError) as error:
-        # torch says it in RuntimeErrors: "CUDA out of memory", "can't allocate memory".
-        if "memory" not in repr(error).lower():
-            raise
-        raise EvaluationError(
-            f"the memory was not enough for {name}: free memory and run the command again"
-        ) from error
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(f"the memory is not enough for {name}") from error
     samples = results["samples"][name]
     # A task may filter an answer in several ways and then has a sample for each; the first counts.
     kept = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -320,8 +275,8 @@ def run_plan(
         file = kept / f"{task}-{key}.json"
         if not file.is_file():
             (loaded,) = load_tasks(config).values()  # not a group, so a single task
-            result = run_task(model(), loaded, metric=metric, limit=count, share=share)
-            write_records(file, [asdict(result)])
+            model().share = share
+            write_records(file, [asdict(run_task(model(), loaded, metric=metric, limit=count))])
         # A result is always read from the file: the second run gives what the first gave.
         parts.append(ItemScores(**json.loads(file.read_text())))
         share(0.0)

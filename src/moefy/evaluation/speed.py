@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,15 +24,13 @@ from moefy.evaluation.timing import (
     Contender,
     Phase,
     Seconds,
-    Setting,
-    in_llama_cpp,
-    in_transformers,
+    llama_cpp_round,
+    one_round,
 )
 from moefy.hardware import device, multiply_rate, read_rate
-from moefy.progress import ProgressFn, silent
+from moefy.progress import Progress, ProgressFn, silent
 
 RUNTIMES = ("transformers", "llama.cpp")
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in GGUF_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -105,34 +104,32 @@ def measure_speed(
 
     Raises:
         UsageError: a model or a number is not usable, or the runtime is not installed.
+        CheckpointError: llama.cpp cannot run a file; its last words are in the message.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
     if batches is None:
         batches = (1,) if runtime == "llama.cpp" else (1, 8)
-    counts = {
-        "--batch": min(batches, default=0),
-        "--prompt-tokens": prompt_tokens,
-        "--new-tokens": new_tokens,
-        "--rounds": rounds,
-        "--threads": 1 if threads is None else threads,
-    }
+    counts = (min(batches, default=0), prompt_tokens, new_tokens, rounds, threads or 1)
     _check(given, counts, dtype, runtime, one_sequence=set(batches) == {1})
     folders = [resolve(model, report=report) for model in given]
     contenders = contenders_of(folders, list(names) if names else [str(model) for model in given])
-    for contender in contenders:
-        room = contender.config.get("max_position_embeddings") or prompt_tokens + new_tokens
-        if prompt_tokens + new_tokens > room:
-            raise UsageError(
-                f"{contender.name} has room for {room} tokens, not for {prompt_tokens} of prompt "
-                f"and {new_tokens} new ones: lower --prompt-tokens or --new-tokens"
-            )
-    setting = Setting(tuple(batches), prompt_tokens, new_tokens, rounds, _DTYPES[dtype])
-    with _threads(threads):
-        rates = {"memory": read_rate(), "arithmetic": multiply_rate(setting.dtype)}
-        if runtime == "llama.cpp":
-            seconds = in_llama_cpp(contenders, setting, folders[0], report)
-        else:
-            seconds = in_transformers(contenders, setting, report)
+    sizes, seconds = (prompt_tokens, new_tokens), Seconds()
+    with _threads(threads), tempfile.TemporaryDirectory(prefix="moefy-speed-") as work:
+        rates = {"memory": read_rate(), "arithmetic": multiply_rate(getattr(torch, dtype))}
+        turns = rounds * len(contenders)
+        for done in range(turns):  # in turns, so that a busy machine slows all of them down
+            idx = done % len(contenders)
+            report(Progress("measure speed", done, turns, contenders[idx].name))
+            if runtime == "llama.cpp":
+                folder = Path(work) / str(idx)
+                found = llama_cpp_round(contenders[idx], sizes, dtype, folders[0], folder, report)
+                for phase, elapsed_s in zip(PHASES, found, strict=True):
+                    seconds.setdefault((idx, phase, 1), {}).setdefault("", []).append(elapsed_s)
+                continue
+            network = contenders[idx].load(dtype)
+            for batch in batches:
+                one_round(network, contenders[idx].config, batch, sizes, seconds, idx)
+        report(Progress("measure speed", turns, turns))
         return SpeedComparison(
             runtime=runtime,
             device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
@@ -142,13 +139,13 @@ def measure_speed(
             flops_per_s=rates["arithmetic"],
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            speeds=_speeds(contenders, setting, seconds, rates),
+            speeds=_speeds(contenders, sizes, dtype, seconds, rates),
         )
 
 
 def _check(
     given: list[str | Path],
-    counts: Mapping[str, int],
+    counts: Sequence[int],
     dtype: str,
     runtime: str,
     *,
@@ -156,10 +153,13 @@ def _check(
 ) -> None:
     if not given:
         raise UsageError("name at least one model")
-    for option, count in counts.items():
-        if count < 1:
-            raise UsageError(f"{option} {count}: at least 1 is needed")
-    for option, value, allowed in (("--dtype", dtype, _DTYPES), ("--runtime", runtime, RUNTIMES)):
+    if min(counts) < 1:
+        raise UsageError(
+            f"--batch, --prompt-tokens, --new-tokens, --rounds, --threads: {min(counts)} was "
+            "given, and at least 1 is needed"
+        )
+    known = {"--dtype": (dtype, [*GGUF_DTYPES]), "--runtime": (runtime, [*RUNTIMES])}
+    for option, (value, allowed) in known.items():
         if value not in allowed:
             raise UsageError(f"{option} {value!r}: allowed are {' and '.join(allowed)}")
     if runtime == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
@@ -221,43 +221,43 @@ def dense_of_active_size(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _speeds(
     contenders: list[Contender],
-    setting: Setting,
+    sizes: tuple[int, int],
+    dtype: str,
     seconds: Seconds,
     rates: Mapping[str, float],
 ) -> list[Speed]:
     same_sizes = _same_sizes(contenders)
-    best = {
-        key: min((statistics.median(values), name or "") for name, values in measured.items())
+    medians = {
+        key: {name: statistics.median(values) for name, values in measured.items()}
         for key, measured in seconds.items()
     }
     rows = []
-    for key in sorted(best, key=lambda key: (PHASES.index(key[1]), key[2], key[0])):
+    for key in sorted(medians, key=lambda key: (PHASES.index(key[1]), key[2], key[0])):
         i, phase, batch = key
-        contender, (elapsed_s, name) = contenders[i], best[key]
-        new, cached = setting.prompt_tokens, 0
+        config, best = contenders[i].config, min(medians[key], key=medians[key].__getitem__)
+        elapsed_s = medians[key][best]
+        new, cached = sizes[0], 0
         if phase == "decode":  # the mean over the decoded tokens
-            new, cached = 1, setting.prompt_tokens + setting.new_tokens // 2
-        weights, flops = least_work(contender.config, batch, new, cached)
+            new, cached = 1, sizes[0] + sizes[1] // 2
+        weights, flops = least_work(config, batch, new, cached)
         limits = {
-            "memory": weights * setting.dtype.itemsize / rates["memory"] / elapsed_s,
+            "memory": weights * getattr(torch, dtype).itemsize / rates["memory"] / elapsed_s,
             "arithmetic": flops / rates["arithmetic"] / elapsed_s,
         }
-        same = same_sizes.get(ffn_shape(contender.config).running)
+        same = same_sizes.get(ffn_shape(config).running)
         if same is None and len(same_sizes) == 1:  # the whole dense model, beside a single size
             (same,) = same_sizes.values()
+        other = None if same is None else min(medians[same, phase, batch].values())
+        tried = {name: batch * new / value for name, value in medians[key].items() if name}
         rows.append(
             Speed(
-                model=contender.name,
+                model=contenders[i].name,
                 phase=phase,
                 batch=batch,
                 tokens_per_s=batch * new / elapsed_s,
-                of_active_size=None if same is None else best[same, phase, batch][0] / elapsed_s,
-                implementation=name or None,
-                tried={
-                    tried: batch * new / statistics.median(values)
-                    for tried, values in seconds[key].items()
-                    if tried is not None
-                },
+                of_active_size=None if other is None else other / elapsed_s,
+                implementation=best or None,
+                tried=tried,
                 limits=limits,
                 bound_by=max(limits, key=lambda limit: limits[limit]),
             )

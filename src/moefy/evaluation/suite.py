@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import math
 import statistics
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder
 
 SUITES = {"llama-moe": PAPER_BENCHMARKS}
-_HUB_TIMEOUT_S = 5
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -64,8 +62,6 @@ class SuiteResult:
     """What `evaluate_suite` measured."""
 
     benchmarks: list[Benchmark]
-    source: str  # "hub" or "archives", of the data
-    differs: dict[str, str]  # by benchmark, how its data is not the paper's
     limit: int | None  # items per benchmark; None for all
     dtype: str  # of weights and computation
     reference: str | None  # the first dense model, with which the others are compared
@@ -88,7 +84,6 @@ def evaluate_suite(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     dtype: str = "float32",
-    hub: bool | None = None,
     names: Sequence[str] | None = None,
     report: ProgressFn = silent,
 ) -> SuiteResult:
@@ -101,12 +96,10 @@ def evaluate_suite(
         models: model folders, or anything `convert` takes as a source.
         suite: "llama-moe", the paper's eleven.
         tasks: names of the harness's tasks, besides or instead of a suite. The paper's tasks run as
-            the paper used them, others as the harness defines them.
+            the paper used them, on data out of pinned archives, others as the harness defines them.
         limit: items per benchmark, from the start of its data (of MMLU, spread evenly over its 57
             subjects, at least one of each); None for all.
         dtype: "float32" or "bfloat16", of weights and computation.
-        hub: take the data from the hub (True), from the archives (False), or from the hub if it
-            answers (None). Tasks that are not the paper's are always the hub's.
         names: to show instead of `models`.
         report: told about progress.
 
@@ -121,9 +114,8 @@ def evaluate_suite(
     folders = [resolve(model, report=report) for model in given]
     shown = list(names) if names else [str(model) for model in given]
     dense = [i for i, folder in enumerate(folders) if not _check_model(folder)]
-    from_hub = _hub_answers() if hub is None else hub
     # All data is there before the first model is loaded: a missing archive costs no hours.
-    plans = harness.plan_tasks(chosen, from_hub=from_hub, report=report)
+    plans = harness.plan_tasks(chosen, report=report)
     benchmarks = [plan.benchmark for plan in plans]
     measured = [
         _measure(folder, name, plans, report, limit=limit, dtype=dtype)
@@ -138,8 +130,6 @@ def evaluate_suite(
             scores[i] = replace(model, against_reference=paired)
     return SuiteResult(
         benchmarks=benchmarks,
-        source="hub" if from_hub else "archives",
-        differs={b.name: b.differs for b in benchmarks if b.differs and not from_hub},
         limit=limit,
         dtype=dtype,
         reference=shown[dense[0]] if dense else None,
@@ -190,19 +180,6 @@ def _check_model(folder: Path) -> int:
             "tokenizer files of the model itself into the folder"
         )
     return ffn_shape(config).experts
-
-
-def _hub_answers() -> bool:
-    """Return whether the hub can be reached and may be asked."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:  # the user has said not to ask
-        return False
-    try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""Models timed in turn, in llama.cpp or in transformers with every expert implementation."""
+"""One model timed: in transformers with every expert implementation, or in llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +17,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moefy.checkpoint.cost import cost, ffn_shape
+from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.gguf import export_gguf
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.errors import CheckpointError
 from moefy.experts.layers import LEAN, VIEWS, register
-from moefy.hardware import available_bytes, device, synchronise
-from moefy.progress import Progress, ProgressFn
+from moefy.hardware import device, synchronise
+from moefy.progress import ProgressFn
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-GGUF_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 _SLOWER = 1.25  # an implementation this many times slower than the best is not measured again
 _COPIED_BYTES = 2**30  # batched_mm, which copies every token's experts, may copy this much
 
@@ -57,71 +56,29 @@ class Contender:
     config: Mapping[str, Any]  # of config.json
     folder: Path | None = None  # None for random weights
 
-    def load(self, dtype: torch.dtype) -> Any:
+    def load(self, dtype: str) -> Any:
         """Return the model on the device."""
+        kind = getattr(torch, dtype)
         if self.folder is None:
-            return random_model(self.config, dtype)
-        return load_model(self.folder, dtype=dtype).to(device())
+            return random_model(self.config, kind)
+        return load_model(self.folder, dtype=kind).to(device())
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is measured."""
-
-    batches: tuple[int, ...]  # sequences at once
-    prompt_tokens: int  # of each sequence
-    new_tokens: int  # of each sequence
-    rounds: int  # times that everything is measured
-    dtype: torch.dtype  # of weights and computation
+Key = tuple[int, Phase, int]  # contender, phase, batch
+Seconds = dict[Key, dict[str, list[float]]]
+"""Seconds of one forward pass, one value per round, by implementation of the experts ("": none)."""
 
 
-_Key = tuple[int, Phase, int]  # contender, phase, batch
-Seconds = dict[_Key, dict[str | None, list[float]]]
-"""Seconds of one forward pass, one value per round, by implementation of the experts."""
-
-
-def _in_turn(
-    contenders: list[Contender], rounds: int, measure: Callable[[int], None], report: ProgressFn
-) -> None:
-    """Measure every contender in every round, so that a busy machine slows all of them down."""
-    total = rounds * len(contenders)
-    for done in range(total):
-        idx = done % len(contenders)
-        report(Progress("measure speed", done, total, contenders[idx].name))
-        measure(idx)
-    report(Progress("measure speed", total, total))
-
-
-def in_transformers(contenders: list[Contender], setting: Setting, report: ProgressFn) -> Seconds:
-    """Time everything in transformers, on the accelerator if there is one."""
-    seconds: Seconds = {}
-    params = sum(cost(contender.config).total_params for contender in contenders)
-    keep_all = 2 * params * setting.dtype.itemsize <= available_bytes()
-    loaded: dict[int, Any] = {}
-
-    def measure(idx: int) -> None:
-        if idx not in loaded:
-            if not keep_all:
-                loaded.clear()
-            loaded[idx] = contenders[idx].load(setting.dtype)
-        for batch in setting.batches:
-            _one_round(loaded[idx], idx, contenders[idx].config, batch, setting, seconds)
-
-    _in_turn(contenders, setting.rounds, measure, report)
-    return seconds
-
-
-def _one_round(
+def one_round(
     network: Any,
-    idx: int,
     config: Mapping[str, Any],
     batch: int,
-    setting: Setting,
+    sizes: tuple[int, int],  # tokens of the prompt, and new ones
     seconds: Seconds,
+    idx: int,
 ) -> None:
     """Time both phases once, with every implementation that is still measured."""
-    ids = random_prompt(config["vocab_size"], batch, setting.prompt_tokens)
-    short = random_prompt(2, 1, 8)
+    ids, short = random_prompt(config["vocab_size"], batch, sizes[0]), random_prompt(2, 1, 8)
     cache, token = None, ids
     for phase in PHASES:
         measured = seconds.setdefault((idx, phase, batch), {})
@@ -129,7 +86,7 @@ def _one_round(
             _use(network, _kept(seconds[idx, "prefill", batch])[0])
             cache, token, _ = prefill(network, ids)
         failure = None
-        for name in _kept(measured) or _implementations(config, token.numel(), setting.dtype):
+        for name in _kept(measured) or _implementations(config, token.numel(), network.dtype):
             try:
                 _use(network, name)
                 # the first run of an implementation is slow
@@ -137,8 +94,8 @@ def _one_round(
                 if phase == "prefill":
                     elapsed_s = prefill(network, ids)[2]
                 else:  # decoding appends to the cache: each implementation gets a copy
-                    elapsed_s = decode(network, copy.deepcopy(cache), token, setting.new_tokens)
-                    elapsed_s /= setting.new_tokens
+                    elapsed_s = decode(network, copy.deepcopy(cache), token, sizes[1])
+                    elapsed_s /= sizes[1]
             except Exception as error:  # what the implementations raise has no common type
                 failure = error
             else:
@@ -147,7 +104,7 @@ def _one_round(
             raise failure
 
 
-def _kept(measured: dict[str | None, list[float]]) -> list[str | None]:
+def _kept(measured: dict[str, list[float]]) -> list[str]:
     """Return the implementations worth another round, the fastest first."""
     medians = {name: statistics.median(values) for name, values in measured.items()}
     best = min(medians.values(), default=0.0)
@@ -155,26 +112,24 @@ def _kept(measured: dict[str | None, list[float]]) -> list[str | None]:
     return sorted(kept, key=lambda name: medians[name])
 
 
-def _implementations(
-    config: Mapping[str, Any], tokens: int, dtype: torch.dtype
-) -> list[str | None]:
+def _implementations(config: Mapping[str, Any], tokens: int, dtype: torch.dtype) -> list[str]:
     """Return what transformers can be asked for; some work on an accelerator only."""
     shape = ffn_shape(config)
     if not shape.experts:
-        return [None]
+        return [""]
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    left_out = {LEAN}  # made for the backward pass
     ours = register(VIEWS)
-    names: list[str | None] = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
-    names.remove(LEAN)  # made for the backward pass
-    if tokens > 1:  # then ours is grouped_mm
-        names.remove(ours)
     copied = tokens * shape.active * 3 * shape.size * config["hidden_size"] * dtype.itemsize
-    return [name for name in names if name != "batched_mm" or copied <= _COPIED_BYTES]
+    left_out |= {ours} if tokens > 1 else set()  # then ours is grouped_mm
+    left_out |= {"batched_mm"} if copied > _COPIED_BYTES else set()
+    names = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    return [name for name in names if name not in left_out]
 
 
-def _use(network: Any, implementation: str | None) -> None:
-    if implementation is not None:  # a dense model has none
+def _use(network: Any, implementation: str) -> None:
+    if implementation:  # a dense model has none
         network.set_experts_implementation(implementation)
 
 
@@ -214,60 +169,43 @@ def decode(network: Any, cache: Any, token: Int[Tensor, "batch 1"], count: int) 
     return time.perf_counter() - started
 
 
-def in_llama_cpp(
-    contenders: list[Contender], setting: Setting, tokenizer: Path, report: ProgressFn
-) -> Seconds:
-    """Export every model to a temporary GGUF file and time it in llama.cpp, on the CPU.
+def llama_cpp_round(
+    contender: Contender,
+    sizes: tuple[int, int],
+    dtype: str,
+    tokenizer: Path,
+    work: Path,
+    report: ProgressFn,
+) -> tuple[float, float]:
+    """Return the seconds of the prompt's pass and of one decoded token in llama.cpp, on the CPU.
 
-    Args:
-        contenders: models; those with random weights get the tokenizer.
-        setting: with one sequence at once.
-        tokenizer: folder of the tokenizer.
-        report: told about progress.
+    The first round exports the model to a GGUF file in `work`; with random weights it gets the
+    tokenizer. `sizes` are the tokens of the prompt and the new ones.
 
     Raises:
-        CheckpointError: llama.cpp cannot run a file; its last words are in the message.
+        CheckpointError: llama.cpp cannot run the file; its last words are in the message.
     """
-    seconds: Seconds = {}
-    with tempfile.TemporaryDirectory(prefix="moefy-speed-") as work_folder:
-        files = []
-        for idx, contender in enumerate(contenders):
-            folder = contender.folder
-            if folder is None:
-                folder = Path(work_folder) / f"model-{idx}"
-                contender.load(setting.dtype).cpu().save_pretrained(folder)
-                load_tokenizer(tokenizer).save_pretrained(folder)
-            file = Path(work_folder) / f"{idx}.gguf"
-            files.append(export_gguf(folder, file, dtype=GGUF_DTYPES[setting.dtype], report=report))
-
-        def measure(idx: int) -> None:
-            found = _llama_cpp_seconds(files[idx], contenders[idx].config["vocab_size"], setting)
-            for phase, elapsed_s in zip(PHASES, found, strict=True):
-                seconds.setdefault((idx, phase, 1), {}).setdefault(None, []).append(elapsed_s)
-
-        _in_turn(contenders, setting.rounds, measure, report)
-    return seconds
-
-
-def _llama_cpp_seconds(file: Path, vocab_size: int, setting: Setting) -> tuple[float, float]:
-    """Return the seconds of the prompt's pass and of one decoded token."""
+    file = work / f"{work.name}.gguf"
+    if not file.is_file():
+        folder = contender.folder or work
+        if contender.folder is None:
+            contender.load(dtype).cpu().save_pretrained(folder)
+            load_tokenizer(tokenizer).save_pretrained(folder)
+        work.mkdir(exist_ok=True)
+        export_gguf(folder, file, dtype=GGUF_DTYPES[dtype], report=report)
     ask = {
         "file": str(file),
-        "ids": random_prompt(vocab_size, 1, setting.prompt_tokens)[0].tolist(),
-        "count": setting.new_tokens,
+        "ids": random_prompt(contender.config["vocab_size"], 1, sizes[0])[0].tolist(),
+        "count": sizes[1],
         # llama.cpp pads the context to whole blocks of 256
-        "context": (setting.prompt_tokens + setting.new_tokens + 256) // 256 * 256,
+        "context": (sum(sizes) + 256) // 256 * 256,
         "threads": torch.get_num_threads(),
         # the cache as in transformers; llama.cpp's own choice is float16
-        "float32": setting.dtype == torch.float32,
+        "float32": dtype == "float32",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN],
-        input=json.dumps(ask),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", _RUN]
+    text = json.dumps(ask)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.strip()]
         raise CheckpointError(

@@ -16,12 +16,12 @@ from moefy.evaluation.compare import Comparison, evaluate
 from moefy.hardware import peak_rss_bytes
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import LLAMA_MOE
-from moefy.report.findings import Report, facts_of, read_logs, read_record
-from moefy.report.page import write_page
+from moefy.report.page import Report, facts_of, read_record, write_page
 from moefy.report.tables import number
 from moefy.run_folder import RunFolder
 from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
+from moefy.training.state import read_log
 
 _PROMPT = "The history of the city begins"
 _EVAL_WINDOWS = 4
@@ -58,7 +58,7 @@ def demo(
     recipe = TrainRecipe.build(tokens=tokens, seed=seed)
     common: dict[str, Any] = {"seed": seed, "report": report}
     with RunFolder(out, "demo", overwrite=overwrite) as run:
-        facts = facts_of("moefy demo", DEMO, "heldout")
+        facts = facts_of("moefy demo", data=DEMO, split="heldout")
         run.begin(facts)
         dense = resolve(BUILTIN, report=report)
         folders = {"dense": dense} | {
@@ -85,7 +85,8 @@ def demo(
             "elapsed_s": round(time.perf_counter() - started, 1),
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        finished = Report(run.out, comparison, None, None, records, read_logs(folders), facts)
+        logs = {"recovered": read_log(folders["recovered"])}
+        finished = Report(run.out, comparison, None, None, records, logs, facts)
         title = f"moefy demo: SmolLM2-135M-Instruct, {recipe.tokens:,} training tokens"
         write_page(run.work, finished, title=title, lead=headline(comparison), samples=samples)
         run.finish()

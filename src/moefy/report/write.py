@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ from moefy.evaluation.compare import evaluate
 from moefy.evaluation.routing import measure_routing
 from moefy.evaluation.suite import check_suite, evaluate_suite
 from moefy.progress import ProgressFn, silent
-from moefy.report.findings import Report, facts_of, read_logs, read_record
-from moefy.report.page import write_page
-from moefy.report.suite_tables import suite_rows
-from moefy.report.tables import comparison_rows, markdown
-from moefy.report.verdict import verdict
+from moefy.report.page import Report, facts_of, read_record, verdict, write_page
+from moefy.report.tables import comparison_rows, markdown, suite_rows
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file
+from moefy.training.state import LOG, read_log
 
 
 def write_report(
@@ -35,7 +31,6 @@ def write_report(
     suite: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
-    hub: bool | None = None,
     dtype: str = "float32",
     data: str | Path = "demo",
     split: Side = "heldout",
@@ -61,7 +56,6 @@ def write_report(
         suite: "llama-moe" measures the paper's eleven benchmarks too.
         tasks: Names of tasks of lm-evaluation-harness to measure too.
         limit: Items per benchmark; None for all.
-        hub: Whether the benchmarks come from the hub; see `evaluate_suite`.
         dtype: "float32" or "bfloat16", in which the benchmarks are computed.
         data: A folder of `<domain>.jsonl(.gz)` files, or `demo`.
         split: `heldout`, `train` or `all`.
@@ -82,50 +76,41 @@ def write_report(
     shown = list(names) if names else short_names(given)
     if repeated := [name for name, count in Counter(shown).items() if count > 1]:
         raise UsageError(f"two models are named {repeated[0]}: name each once")
-    named = dict(zip(shown, map(str, given), strict=True))
-    benchmarks: dict[str, Any] = {"suite": suite, "tasks": tasks, "limit": limit, "dtype": dtype}
-    text = {"data": data, "split": split, "windows": windows, "sequence_length": sequence_length}
-    options = benchmarks | {"tasks": ",".join(tasks) or (), "hub": hub, "routing": routing} | text
+    own = {name: Path(model).expanduser() for name, model in zip(shown, given, strict=True)}
+    text: dict[str, Any] = {"windows": windows, "sequence_length": sequence_length}
+    text |= {"data": str(data), "split": split}
+    asked = bool(suite or tasks)
+    benchmarks: dict[str, Any] = {"suite": suite, "tasks": list(tasks)}
+    benchmarks |= {"limit": limit, "dtype": dtype}
+    settings = {"models": list(map(str, given)), **text, "routing": routing}
     with RunFolder(out, "report", overwrite=overwrite, sources=given) as run:
-        with_suite = bool(suite or tasks)
-        if with_suite:
+        if asked:
             check_suite(given, **benchmarks)
-        facts = facts_of(_command(out, given, options), str(data), split, suite=with_suite)
+        facts = facts_of("moefy report", **settings, **(benchmarks if asked else {}))
         run.begin({key: value for key, value in facts.items() if key != "date"})
-        suite_options = benchmarks | {"hub": hub} if with_suite else None
-        done = _measure(run.out, named, facts, text, suite_options, routing, report)
+        folders = [resolve(model, report=report) for model in given]
+        by_name = dict(zip(shown, folders, strict=True))
+        # A damaged record is refused here, before anything is measured.
+        records = {name: read_record(folder) for name, folder in by_name.items()}
+        how: dict[str, Any] = {"names": shown, "report": report}
+        comparison = evaluate(folders, **text, **how)
+        routed = routing and any(result.cost.experts for result in comparison.results)
+        done = Report(
+            run.out,
+            comparison,
+            evaluate_suite(folders, **benchmarks, **how) if asked else None,
+            measure_routing(folders, **text, **how) if routed else None,
+            records,
+            {name: read_log(f) for name, f in by_name.items() if (f / LOG).is_file()},
+            facts,
+        )
         if not run.was_finished:
             write_page(run.work, done, title="moefy report", lead=verdict(done))
             run.finish()
         # The report is whole now: a card that cannot be written costs the card alone. The folder
         # is still held, so that a call that is killed here can be made again.
-        own = {name: Path(model).expanduser() for name, model in named.items()}
         noted = [file for name, file in own.items() if cards and _note_in_card(file, name, done)]
     return replace(done, cards=noted)
-
-
-def _measure(
-    out: Path,
-    models: Mapping[str, str],
-    facts: Mapping[str, Any],
-    text: Mapping[str, Any],
-    suite: Mapping[str, Any] | None,
-    routing: bool,
-    report: ProgressFn,
-) -> Report:
-    """Measure models by name; the options of `evaluate` are `text`, of `evaluate_suite` `suite`."""
-    folders = {name: resolve(model, report=report) for name, model in models.items()}
-    # A damaged record is refused here, before anything is measured.
-    records = {name: read_record(folder) for name, folder in folders.items()}
-    paths = list(folders.values())
-    shown: dict[str, Any] = {"names": list(folders), "report": report}
-    comparison = evaluate(paths, **text, **shown)
-    routed, scores = None, None
-    if routing and any(result.cost.experts for result in comparison.results):
-        routed = measure_routing(paths, **text, **shown)
-    if suite:
-        scores = evaluate_suite(paths, **suite, **shown)
-    return Report(out, comparison, scores, routed, records, read_logs(folders), facts)
 
 
 def _note_in_card(folder: Path, name: str, done: Report) -> bool:
@@ -157,23 +142,10 @@ def _note_in_card(folder: Path, name: str, done: Report) -> bool:
     return True
 
 
-def _command(out: str | Path, models: Sequence[str | Path], options: Mapping[str, Any]) -> str:
-    """Return the command that makes a report; options at their default are left out."""
-    parameters = signature(write_report).parameters
-    words = ["moefy", "report", str(out), *map(str, models)]
-    for name, value in options.items():
-        # What is not written is the default of that version, which the page names.
-        if value != parameters[name].default:
-            flag = name.replace("_", "-")
-            words.append(f"--no-{flag}" if value is False else f"--{flag}")
-            words += [] if isinstance(value, bool) else [str(value)]
-    return shlex.join(words)
-
-
 def short_names(models: Sequence[str | Path]) -> list[str]:
     """Return the last part of every path; the whole path where that is not enough."""
     names = [Path(model).name or str(model) for model in models]
-    counts = Counter(names)
     return [
-        name if counts[name] == 1 else str(model) for name, model in zip(names, models, strict=True)
+        name if names.count(name) == 1 else str(model)
+        for name, model in zip(names, models, strict=True)
     ]

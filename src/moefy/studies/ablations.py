@@ -43,27 +43,16 @@ class Ablation:
     paper: str = ""  # what it found, and why a study may find something else
     needs: Literal["conversations", "seven domains"] | None = None
     measure: str = "held-out loss, nats per token"
-    parts: tuple[str, ...] = ()  # of names of the wanted arms; none means all
 
     def arms(self, recipe: StudyRecipe) -> list[Arm]:
-        """Return the wanted arms for a study's recipe, the dense model first.
-
-        Raises:
-            UsageError: no arm has a part in its name.
-        """
+        """Return the arms for a study's recipe, the dense model among them."""
         if self.name == "size":
             arms = _size_arms(recipe)
         else:
             found = [arm_of(entry, recipe) for entry in self.entries]
             arms = [arm for arm in found if arm is not None]
-        if not any(arm.start == "dense" for arm in arms):
-            arms.insert(0, Arm("dense", start="dense"))
-        wanted = {arm.name for arm in arms for part in self.parts or ("",) if part in arm.name}
-        if not wanted:
-            known = "; ".join(arm.name for arm in arms)
-            raise UsageError(f"no arm of {self.name} is called {self.parts}; there are {known}")
-        wanted |= {arm.against for arm in arms if arm.name in wanted and arm.against}
-        return [arm for arm in arms if arm.name in wanted or arm.start == "dense"]
+        has_dense = any(arm.start == "dense" for arm in arms)
+        return arms if has_dense else [Arm("dense", start="dense"), *arms]
 
 
 def arm_of(entry: Mapping[str, Any], recipe: StudyRecipe) -> Arm | None:
@@ -121,7 +110,7 @@ def _size_arms(recipe: StudyRecipe) -> list[Arm]:
             pruned = METHODS["static + refit to the stream"] | split
             arms.append(Arm(f"pruned {active}/{recipe.experts}", convert=pruned, against=base))
         larger = base or larger
-    return [replace(arm, train={} if recipe.train_sizes else None) for arm in arms]
+    return arms
 
 
 _ABLATIONS: dict[str, dict[str, Any]] = _DATA["ablations"]
@@ -136,18 +125,14 @@ ABLATIONS = tuple(
 
 
 def ablations_named(names: Sequence[str]) -> list[Ablation]:
-    """Return the ablations of these names, all if there are none; `NAME:PART` selects arms.
+    """Return the ablations of these names, all if there are none.
 
     Raises:
         UsageError: a name that no ablation has.
     """
-    parts: dict[str, list[str]] = {}
-    for name, _, part in (entry.partition(":") for entry in names):
-        parts.setdefault(name, []).append(part)
     known = [ablation.name for ablation in ABLATIONS]
-    if unknown := [name for name in parts if name not in known]:
+    if unknown := [name for name in names if name not in known]:
         raise UsageError(
             f"no ablation {', '.join(map(repr, unknown))}; there are {', '.join(known)}"
         )
-    wanted = [ablation for ablation in ABLATIONS if not names or ablation.name in parts]
-    return [replace(each, parts=tuple(parts.get(each.name, ()))) for each in wanted]
+    return [ablation for ablation in ABLATIONS if not names or ablation.name in names]

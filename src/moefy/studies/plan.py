@@ -1,23 +1,50 @@
-"""Which split of a model to take, according to the grid that was measured."""
+"""Which split of a model to take, according to a grid of splits that was measured."""
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from moefy.checkpoint.cost import Cost, config_of, cost, split_config
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
 from moefy.report.tables import Columns, Rows, millions, table, with_error
-from moefy.studies.grid import GRID, GridPoint, read_grid
 
-READABLE = 0.03
-"""Differences between single seeds below this many nats are not read: two standard deviations over
-the seeds of most splits (docs/study/262144-tokens/size.csv)."""
+GRID = "grid.csv"
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """What one split was measured to be."""
+
+    experts: int
+    active: int
+    shared: int
+    seeds: int  # how many
+    trained: int  # tokens, before the measurement
+    nats_above_dense: float  # held-out loss minus the dense model's, mean over the seeds
+    half_width: float | None  # of its 95% interval over the seeds; None for one seed
+    prefill_of_dense: float  # tokens per second over the dense model's
+    decode_of_dense: float
+    active_of_dense: float  # active parameters over the dense model's parameters
+    dense_params: int  # of the model that was split
+    model: str
+    data: str
+    machine: str  # that speed was measured on
+
+    @property
+    def name(self) -> str:
+        """Name of the arm of the ablation of size."""
+        pruned = "pruned " if self.shared == self.active else ""
+        return f"{pruned}{self.active}/{self.experts}"
 
 
 @dataclass(frozen=True)
@@ -47,28 +74,40 @@ class Plan:
         return asdict(self)
 
 
+def read_grid(file: Path | None = None) -> list[GridPoint]:
+    """Read a grid's file, or the one that comes with moefy.
+
+    Raises:
+        UsageError: a line is no point of a grid.
+    """
+    text = (file or files("moefy.studies") / GRID).read_text()
+    rows = [{k: v or None for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
+    try:
+        return TypeAdapter(list[GridPoint]).validate_python(rows)
+    except ValidationError as error:
+        raise UsageError(f"{file} is no grid of this version of moefy: {error}") from error
+
+
 def plan(
     model: str | Path,
     *,
     active_params: int | None = None,
     speedup: float | None = None,
     phase: str = "decode",
-    study: str | Path | None = None,
+    grid: Path | None = None,
 ) -> Plan:
     """Recommend a split: the lowest predicted loss within a size or at a speed.
 
     Parameters are counted for the model itself, from its config.json. Loss and speed are those that
     the same split was measured to have on the grid's model; nothing is interpolated. Of splits
-    whose losses cannot be told from the lowest by their intervals over seeds (with a single seed,
-    by `READABLE`), the fastest is taken.
+    whose losses cannot be told from the lowest by their intervals over seeds, the fastest is taken.
 
     Args:
         model: dense: a folder, a config.json, or a name that `inspect` knows.
         active_params: how many parameters may run for a token.
         speedup: tokens per second over the dense model's, at least. One of the two is given.
         phase: decode or prefill: what the speedup is of, and in which the fastest is chosen.
-        study: folder of a study whose ablation of size has ended; None for the grid that comes
-            with moefy.
+        grid: CSV file of a grid; None for the one that comes with moefy.
 
     Raises:
         UsageError: no such model, neither or both limits, or no split that reaches them: then the
@@ -78,22 +117,21 @@ def plan(
         raise UsageError("say what you want: --active-params or --speedup, one of them")
     if phase not in ("prefill", "decode"):
         raise UsageError(f"--phase {phase}: allowed are prefill and decode")
-    points = read_grid(Path(study).expanduser() / GRID if study else None)
+    points = sorted(read_grid(grid), key=lambda point: point.nats_above_dense)
     config = config_of(model)
     if config.get("model_type") not in FAMILIES:
         raise UsageError(f"{model} is already split, or of no family that moefy converts")
     context = min(4096, config.get("max_position_embeddings") or 4096)
     dense = cost(config, context=context)
     candidates, left_out = [], {}
-    for point in sorted(points, key=lambda point: point.nats_above_dense):
+    for point in points:
+        split = {key: getattr(point, key) for key in ("experts", "active", "shared")}
         try:
-            made = split_config(config, **asdict(point.split), name=str(model))
+            counted = cost(split_config(config, **split, name=str(model)), context=context)
         except UsageError as error:
             left_out[point.name] = str(error)
             continue
-        counted = cost(made, context=context)
         faster = getattr(point, f"{phase}_of_dense")
-        # Parameters are this model's own, speed is the grid's: neither is interpolated.
         small_enough = active_params is None or counted.active_params <= active_params
         fits = small_enough and faster >= (speedup or 0)
         candidates.append(PlannedSplit(point, counted, faster, fits))
@@ -101,51 +139,38 @@ def plan(
         raise UsageError(f"{model} allows no split of the grid: {next(iter(left_out.values()))}")
     fitting = [each for each in candidates if each.fits]
     if not fitting or (active_params or 0) >= dense.total_params:
-        raise UsageError(_unreachable(str(model), dense, candidates, active_params, speedup, phase))
+        raise UsageError(_unreachable(str(model), dense, candidates, speedup, phase))
     # Of splits that cannot be told from the lowest loss, speed decides.
     equal = [each for each in fitting if _is_equal(each.point, fitting[0].point)]
     best = max(equal, key=lambda each: each.speedup)
     # A shape or a config.json has no weights, so commands cannot name it.
     has_weights = Path(model).expanduser().is_dir() or str(model) == BUILTIN
-    named = str(model) if has_weights else "MODEL"
-    basis = _basis(str(model), named, dense, best.point)
-    command = _command(named, best.point)
+    command = _command(str(model) if has_weights else "MODEL", best.point)
+    basis = _basis(str(model), dense, best.point)
     return Plan(str(model), dense, candidates, best, left_out, command, basis)
 
 
 def _is_equal(one: GridPoint, lowest: GridPoint) -> bool:
-    above = one.nats_above_dense - lowest.nats_above_dense
-    if min(one.seeds, lowest.seeds) == 1:
-        return above <= READABLE
     # The half-width of a difference of independent means; None is of a split without any seed.
-    return above <= math.hypot(one.half_width or 0.0, lowest.half_width or 0.0)
+    half_width = math.hypot(one.half_width or 0.0, lowest.half_width or 0.0)
+    return one.nats_above_dense - lowest.nats_above_dense <= half_width
 
 
 def _unreachable(
-    model: str,
-    dense: Cost,
-    candidates: Sequence[PlannedSplit],
-    active_params: int | None,
-    speedup: float | None,
-    phase: str,
+    model: str, dense: Cost, found: Sequence[PlannedSplit], speedup: float | None, phase: str
 ) -> str:
     """Say what is possible instead."""
-    if active_params is None:
-        fastest = max(candidates, key=lambda each: each.speedup)
+    if speedup is not None:
+        fastest = max(found, key=lambda each: each.speedup)
         return (
             f"no split in the grid is {speedup:g} times as fast as the dense model: the fastest in "
             f"{phase} is {fastest.point.name}, {fastest.speedup:.2f} times"
         )
-    by_size = sorted(candidates, key=lambda each: each.cost.active_params)
+    by_size = sorted(found, key=lambda each: each.cost.active_params)
     sizes = [f"{each.cost.active_params:,} ({each.point.name})" for each in by_size]
-    if active_params >= dense.total_params:
-        return (
-            f"{model} has {dense.total_params:,} parameters, so {active_params:,} active ones need "
-            f"no split: ask for fewer; the grid goes from {sizes[0]} to {sizes[-1]}"
-        )
     return (
-        f"no split of {model} in the grid has {active_params:,} active parameters or fewer: the "
-        f"smallest has {sizes[0]}, since embeddings and attention always run"
+        f"{model} has {dense.total_params:,} parameters; splits in the grid have from {sizes[0]} "
+        f"to {sizes[-1]} active ones, since embeddings and attention always run: ask for as many"
     )
 
 
@@ -157,39 +182,37 @@ def _command(model: str, point: GridPoint) -> str:
     return command
 
 
-def _basis(model: str, named: str, dense: Cost, point: GridPoint) -> str:
+def _basis(model: str, dense: Cost, point: GridPoint) -> str:
     times = dense.total_params / point.dense_params
-    seeds = "one seed" if point.seeds == 1 else f"{point.seeds} seeds"
     when = f"after {point.trained:,} tokens of training" if point.trained else "before any training"
     text = (
         f"Parameters are {model}'s own. Loss (nats above dense, {when}; text: {point.data}; "
-        f"{seeds}) and speed ({point.machine}) were measured on {point.model}"
+        f"{point.seeds} seeds) and speed ({point.machine}) were measured on {point.model}, which "
     )
     if times == 1:
-        return f"{text}, which has as many parameters."
-    return (
-        f"{text}; {model} has {times:,.3g} times its parameters, and its own numbers will be "
-        f"others: `moefy study OUT --model {named} --only size` measures them, `--study OUT` "
-        "plans by them."
-    )
+        return f"{text}has as many parameters."
+    return f"{text}has 1/{times:,.3g} of its parameters: its own loss and speed will be others."
+
+
+def grid_rows(points: list[GridPoint]) -> Rows:
+    """Return header and rows of the grid: loss and speed against the dense model."""
+    columns: Columns[GridPoint] = [
+        ("split", lambda point: point.name),
+        ("shared", lambda point: str(point.shared)),
+        ("active", lambda point: f"{point.active_of_dense:.0%}"),
+        ("nats above dense", lambda point: with_error(point.nats_above_dense, point.half_width)),
+        ("prefill", lambda point: f"× {point.prefill_of_dense:.2f}"),
+        ("decode", lambda point: f"× {point.decode_of_dense:.2f}"),
+    ]
+    return table(points, columns)
 
 
 def plan_rows(plan: Plan) -> Rows:
-    """Return header and rows of a plan: its candidates, the recommended one marked."""
-    columns: Columns[PlannedSplit] = [
-        ("split", lambda each: each.point.name),
-        ("shared", lambda each: str(each.point.shared)),
-        ("active", lambda each: millions(each.cost.active_params)),
-        ("of dense", lambda each: f"{each.cost.active_params / plan.dense.total_params:.0%}"),
-        (
-            "nats above dense",
-            lambda each: with_error(each.point.nats_above_dense, each.point.half_width),
-        ),
-        ("prefill", lambda each: f"× {each.point.prefill_of_dense:.2f}"),
-        ("decode", lambda each: f"× {each.point.decode_of_dense:.2f}"),
-        (
-            "meets target",
-            lambda each: "recommended" if each is plan.recommended else "yes" * each.fits,
-        ),
-    ]
-    return table(plan.candidates, columns)
+    """Return header and rows of a plan: the grid's, counted for the model, and what is chosen."""
+    rows = grid_rows([each.point for each in plan.candidates])
+    rows[0] += ["active parameters", "meets target"]
+    for row, each in zip(rows[1:], plan.candidates, strict=True):
+        row[2] = f"{each.cost.active_params / plan.dense.total_params:.0%}"
+        row += [millions(each.cost.active_params)]
+        row += ["recommended" if each is plan.recommended else "yes" * each.fits]
+    return rows

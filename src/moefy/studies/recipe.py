@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 from moefy.recipe import Positive, Recipe, option
 
 Settings = dict[str, Any]
-# They add runs, or measure speed, and change no run that is there.
-_FREE = {"seeds", "first_seed", "grid", "prompt_tokens", "new_tokens", "rounds"}
+_FREE = {"seeds", "first_seed", "grid"}  # they add runs and change none that is there
 
 
 class StudySettings(TypedDict, total=False):
@@ -25,10 +24,6 @@ class StudySettings(TypedDict, total=False):
     experts: int
     active: int
     grid: tuple[int, ...]
-    train_sizes: bool
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
     convert: Settings
     train: Settings
     tune: Settings
@@ -50,10 +45,6 @@ class StudyRecipe(Recipe):
     experts: Positive = 16
     active: Annotated[int, Field(ge=2)] = 4  # the paper's 4/16, in all ablations but size
     grid: tuple[Positive, ...] = (8, 16, 32, 64)  # numbers of experts in the ablation of size
-    train_sizes: bool = False  # the arms of the ablation of size are trained too
-    prompt_tokens: Annotated[int, option("Prompt tokens of a speed measurement", ge=1)] = 128
-    new_tokens: Annotated[int, option("Generated tokens of a speed measurement", ge=1)] = 32
-    rounds: Annotated[int, option("Number of speed measurements", ge=1)] = 3
     convert: Settings = Field(default_factory=dict)
     train: Settings = Field(default_factory=dict)
     tune: Settings = Field(default_factory=dict)

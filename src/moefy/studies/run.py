@@ -17,14 +17,12 @@ from moefy.errors import CorpusError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.report.tables import Rows
 from moefy.run_folder import RunFolder
-from moefy.storage import cache_folder, replace_file
+from moefy.storage import replace_file
 from moefy.studies.ablations import Ablation, ablations_named
-from moefy.studies.grid import SPEED, measure_speeds
 from moefy.studies.recipe import StudyRecipe, StudySettings
 from moefy.studies.report import write_report
 from moefy.studies.runner import Runner
 from moefy.studies.runs import RUNS, Job, Place, Run, digest, job_of, read_runs, write_runs
-from moefy.studies.toy import SMOKE, make_toys
 from moefy.training.recipe import TuneRecipe
 
 
@@ -47,8 +45,6 @@ def study(
     data: str | Path = DEMO,
     sft: str | Path | None = None,
     only: Sequence[str] = (),
-    smoke: bool = False,
-    report_only: bool = False,
     recipe: StudyRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
@@ -67,76 +63,48 @@ def study(
         data: a folder of `<domain>.jsonl(.gz)` files, or `demo`. Nothing is trained or calibrated
             on held-out documents.
         sft: conversations, as for `tune`; without them nothing is tuned.
-        only: names of ablations, or `NAME:PART` for the arms whose names contain PART; none means
-            all ablations.
-        smoke: use a toy model, toy text and toy sizes, to see that everything runs.
-        report_only: run nothing; report the runs that are there.
+        only: names of ablations; none means all.
         recipe: a recipe, or a YAML file with `StudyRecipe` keys.
         overwrite: replace the study that is in `out`.
         report: told about progress.
         **settings: single `StudyRecipe` keys; they override the recipe.
 
     Raises:
-        UsageError: an ablation, model, text or setting is not usable, or there are no runs to
-            report.
+        UsageError: an ablation, model, text or setting is not usable.
         CorpusError: no conversation is held out, so tuning cannot be measured.
         OutputError: `out` holds something else, or a study with other settings.
         MoefyError: a run failed; what was measured before it is kept.
     """
     out = Path(out).expanduser()
     wanted = ablations_named(only)
-    if smoke:
-        choice = StudyRecipe.build(recipe, **{**SMOKE, **settings})
-        # In the cache, because the identity of the study must be known before its folder is begun.
-        model, data, sft = make_toys(cache_folder() / "toys", report)
-    else:
-        choice = StudyRecipe.build(recipe, **settings)
+    choice = StudyRecipe.build(recipe, **settings)
     dense = resolve(model, report=report)
     inputs = {"model": fingerprint(dense), "data": str(data)}
     # Everything that can be refused is refused here, before the first model is made.
     jobs, skipped = _jobs(wanted, choice, dense, data, sft, inputs, report)
-    if report_only and not (out / RUNS).is_file():
-        raise UsageError(f"{out} holds no runs to report: leave --report-only out to make them")
-    with _study_folder(out, overwrite, (dense, data, *([sft] if sft else []))) as folder:
+    owner = RunFolder(
+        *(out, "study"),
+        overwrite=overwrite,
+        sources=(dense, data, *([sft] if sft else [])),
+        resumes=True,
+        reopens=not overwrite,
+        own=(RUNS, "recipe.yaml", "*.csv", "*.md", "*.png"),
+        scratch=("work",),
+    )
+    with owner as folder:
         folder.begin(inputs | choice.identity())
         work = folder.work
         replace_file(work / "recipe.yaml", choice.to_yaml())
-        runs = _valid_runs(work / RUNS, jobs)
-        measured = 0
-        if not report_only:
-            runner = Runner(work / "work", dense, data, sft, choice, report)
-            measured = _run_all(work / RUNS, jobs, runs, runner, report)
-            size = [job for job in jobs if job.ablation == "size"]
-            if splits := {job.arm.name: job.convert.split for job in size if job.convert}:
-                measure_speeds(work, splits, read_config(dense), choice, report)
-        for job in jobs:
-            if job.place not in runs:
-                skipped[f"{job.ablation}: {job.arm.name}, seed {job.seed}"] = "not measured yet"
+        # Other conversations make other keys: such runs are done again.
+        keys = {job.place: job.key for job in jobs}
+        found = read_runs(work / RUNS)
+        runs = {place: run for place, run in found.items() if keys.get(place, run.key) == run.key}
+        runner = Runner(work / "work", dense, data, sft, choice, report)
+        measured = _run_all(work / RUNS, jobs, runs, runner, report)
         names = {"model": Path(model).name, "data": Path(data).name}
         tables = write_report(work, list(runs.values()), choice, skipped, **names)
-        if not report_only:  # the models of a stopped run stay for the call that goes on
-            folder.finish()
+        folder.finish()
     return Study(out, choice, list(runs.values()), measured, skipped, tables)
-
-
-def _study_folder(out: Path, overwrite: bool, sources: tuple[str | Path, ...]) -> RunFolder:
-    return RunFolder(
-        out,
-        "study",
-        overwrite=overwrite,
-        sources=sources,
-        resumes=True,
-        reopens=not overwrite,
-        own=(RUNS, SPEED, "recipe.yaml", "*.csv", "*.md", "*.png"),
-        scratch=("work",),
-    )
-
-
-def _valid_runs(file: Path, jobs: Sequence[Job]) -> dict[tuple[str, str, int], Run]:
-    # Other conversations make other keys: such runs are done again.
-    keys = {job.place: job.key for job in jobs}
-    found = read_runs(file)
-    return {place: run for place, run in found.items() if keys.get(place, run.key) == run.key}
 
 
 def _jobs(
@@ -148,20 +116,10 @@ def _jobs(
     inputs: Mapping[str, Any],
     report: ProgressFn,
 ) -> tuple[list[Job], dict[str, str]]:
-    """Make every choice of every run before the first is begun.
-
-    Returns:
-        The jobs, seed by seed within an ablation, and why others are not among them.
-
-    Raises:
-        UsageError: a setting is not usable, or nothing can be studied.
-    """
-    measured_on = {
-        **inputs,
-        "windows": recipe.windows,
-        "sequence_length": recipe.sequence_length,
-        "sft": _fingerprint_of(sft, recipe) if sft else None,
-    }
+    """Return every run's choices, seed by seed within an ablation, and why others are left out."""
+    talks = _fingerprint_of(sft, recipe) if sft else None
+    sizes = {"windows": recipe.windows, "sequence_length": recipe.sequence_length}
+    measured_on = {**inputs, **sizes, "sft": talks}
     inner = read_config(dense)["intermediate_size"]
     domains = [domain.name for domain in open_domains(data, report=report)]
     jobs: list[Job] = []

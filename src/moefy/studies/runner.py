@@ -23,7 +23,6 @@ from moefy.evaluation.heldout import evaluation_windows, heldout_losses
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import cached_folder
-from moefy.studies.grid import machine_name
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.runs import OWN, Job, Run
 from moefy.training.run import train
@@ -31,6 +30,14 @@ from moefy.training.state import read_log
 from moefy.training.tune import tune
 
 _AT_ONCE = 8  # windows in one forward pass
+
+
+def machine_name() -> str:
+    """Say what losses are measured on."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    count = torch.get_num_threads()
+    return f"{count} CPU thread{'s' if count > 1 else ''}"
 
 
 class Runner:

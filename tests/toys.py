@@ -1,4 +1,4 @@
-"""A toy model, text and conversations, made on the spot: what `study --smoke` runs on."""
+"""A toy model, text and conversations, made on the spot: what studies are tried on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from moefy.data.strategies import SLIMPAJAMA
-from moefy.progress import ProgressFn, silent
 from moefy.storage import cached_folder
 from moefy.training.run import train
 
@@ -30,9 +29,6 @@ SMOKE: dict[str, Any] = {
     "sequence_length": 64,
     "windows": 3,
     "evaluations": 2,
-    "prompt_tokens": 16,
-    "new_tokens": 4,
-    "rounds": 1,
     "grid": (8, 16),
     "convert": {"calibration_tokens": 1024, "calibration_length": 64},
     "train": {"global_batch_size": 2, "micro_batch_size": 2, "precision": "float32"},
@@ -65,7 +61,7 @@ def write_toy_llama(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def make_toys(folder: Path, report: ProgressFn = silent) -> tuple[Path, Path, Path]:
+def make_toys(folder: Path) -> tuple[Path, Path, Path]:
     """Return paths of a model, text and conversations, which are made if they are not there."""
     model, text, talks = folder / "model", folder / "text", folder / "talks/talks.jsonl"
     if not text.is_dir():
@@ -88,7 +84,6 @@ def make_toys(folder: Path, report: ProgressFn = silent) -> tuple[Path, Path, Pa
                 micro_batch_size=4,
                 learning_rate=1e-2,
                 precision="float32",
-                report=report,
             )
     return model / "trained", text, talks
 
