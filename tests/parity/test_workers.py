@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -80,8 +81,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def stop_after(line: list[str], out: Path, steps: int) -> None:
-    """Kill a run and all its processes when its log has so many steps."""
+def stop_after(line: list[str], out: Path, steps: int, *, only_launcher: bool = False) -> None:
+    """Kill a run when its log has so many steps: all its processes, or torchrun alone."""
     process = subprocess.Popen(
         line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -92,10 +93,13 @@ def stop_after(line: list[str], out: Path, steps: int) -> None:
     ):
         time.sleep(0.005)
     workers = psutil.Process(process.pid).children(recursive=True)
-    for worker in [psutil.Process(process.pid), *workers]:
+    for worker in [psutil.Process(process.pid), *workers * (not only_launcher)]:
         worker.kill()
     process.wait()
-    psutil.wait_procs(workers)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    for worker in alive:
+        worker.kill()
+    assert not alive, "they go on without their launcher"
     assert not (out / "config.json").exists(), "the run was over before it was killed"
 
 
@@ -193,6 +197,44 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(
         assert np.allclose(losses(out), losses(whole[after]), rtol=2e-3)
         for name, tensor in expected.items():
             assert torch.allclose(found[name], tensor, atol=1e-2), name
+
+
+@pytest.mark.slow
+def test_ranks_end_with_their_launcher(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    """The same command goes on from where they were, and ends as if nothing had happened."""
+    settings = {"checkpoint_every_steps": 5, "parallel": "{shard: 2}"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(command(moe, whole, corpus, 2, 60, **settings))
+    stop_after(command(moe, killed, corpus, 2, 60, **settings), killed, 12, only_launcher=True)
+    before = {file: file.stat().st_mtime_ns for file in killed.rglob("*")}
+    time.sleep(1)
+    assert before == {file: file.stat().st_mtime_ns for file in killed.rglob("*")}
+    run(command(moe, killed, corpus, 2, 60, **settings))
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, killed)]
+    assert weights[0] == weights[1]
+    assert losses(killed).tolist() == losses(whole).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["usage", "loss", "disk"])
+def test_an_error_is_said_once(failure: str, moe: Path, corpus: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"parallel": "{shard: 2}"}
+    message = "is longer than the context"
+    if failure == "loss":
+        settings |= {"learning_rate": 1e30}
+        message = "lower --learning-rate"
+    line = command(moe, tmp_path / "out", corpus, 2, 400, **settings)
+    if failure == "usage":
+        line[line.index("--sequence-length") + 1] = "513"
+    if failure == "disk":
+        message = "cannot be written|filled up"
+        line = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *line]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    said = [text for text in done.stderr.splitlines() if "moefy: " in text]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert re.search(message, said[0])
+    assert "this is a bug" not in said[0]
 
 
 def test_a_parallelism_that_is_not_there_is_an_error(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +19,7 @@ from moefy.errors import MoefyError, UsageError
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: a signal for this process when its parent ends
 # the output matrix stays whole: the chunked loss multiplies by it (evaluation/output_loss.py)
 _TENSOR_PLAN = {"lm_head": "replicate", "model.embed_tokens": "replicate"}
 
@@ -121,6 +125,9 @@ def join_processes(recipe: TrainRecipe | TuneRecipe) -> Processes:
 
     UsageError says that there are not as many as the recipe asks for, or too few GPUs for them.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # ranks outlive a torchrun that is killed, and would go on writing where the next run writes
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shard, num_data = check_processes(recipe, size)
     parallel = recipe.parallel
