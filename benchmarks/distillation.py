@@ -34,8 +34,8 @@ import moefy
 from moefy.calibrate.text import SELF, self_windows
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import resolve
-from moefy.data.domains import Side, documents_of, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import Side, open_domains
+from moefy.data.tokenise import pack
 from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import switch_loss
 from moefy.experts.routers import RouterTrace, routers_of
@@ -194,7 +194,7 @@ def _windows(
             picked = []
             for domain in domains:
                 every = pack(
-                    documents_of(domain, split),
+                    domain.documents(split),
                     tokenizer,
                     sequence_length=length,
                     max_windows=sys.maxsize,

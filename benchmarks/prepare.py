@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 import moefy
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.source import builtin
-from moefy.data.domains import open_domains
+from moefy.data.records import open_domains
 
 RESULT = Path(__file__).parents[1] / "docs" / "experiments" / "prepare.csv"
 MODEL = "smollm2-135m"

@@ -17,8 +17,8 @@ import torch
 from publish import replace_table
 
 from moefy.checkpoint.load import load_model, load_tokenizer
-from moefy.data.domains import documents_of, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import open_domains
+from moefy.data.tokenise import pack
 from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import importance_and_load_loss, switch_loss
 from moefy.experts.noisy_gate import NoisyGate
@@ -33,7 +33,7 @@ def main(moe: Path, data: str) -> None:
     model = load_model(moe, dtype=torch.float32).train()
     windows = [
         pack(
-            documents_of(domain, "heldout"),
+            domain.documents("heldout"),
             load_tokenizer(moe),
             sequence_length=256,
             max_windows=1,

@@ -5,6 +5,7 @@ A recipe holds every choice that changes the result. Paths and progress are not 
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
@@ -224,11 +225,13 @@ SLIMPAJAMA_NAMES = {
 """SlimPajama's domains, as its lines name them, and the paper's names for them."""
 
 
+FOLDER_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
+"""Names of domains: each becomes a folder of a corpus, and none may lead out of it."""
+
+
 class PrepareSettings(TypedDict, total=False):
     """The keys of `PrepareRecipe`, as keywords of a function."""
 
-    filter: Literal["none", "gopher"]
-    filter_domains: list[str] | None
     text_key: str
     domain_key: str | None
     domain_names: dict[str, str] | None
@@ -244,10 +247,6 @@ class PrepareRecipe(Recipe):
     SlimPajama's own map with SlimPajama's key.
     """
 
-    filter: Annotated[
-        Literal["none", "gopher"], option("Rules by which documents are left out")
-    ] = "none"
-    filter_domains: list[str] | None = None
     text_key: str = "text"
     domain_key: Annotated[
         str | None,
@@ -263,11 +262,12 @@ class PrepareRecipe(Recipe):
     shard_tokens: Positive = 1 << 28
 
     @model_validator(mode="after")
-    def _choices_fit(self) -> Self:
+    def _names_fit(self) -> Self:
         if self.domain_names is not None and self.domain_key is None:
             raise ValueError("domain_names without a domain_key: pass --domain-key too")
-        if self.filter_domains is not None and self.filter == "none":
-            raise ValueError("filter_domains without a filter: pass --filter gopher too")
+        for name in (self.domain_names or {}).values():
+            if not FOLDER_NAME.fullmatch(name):
+                raise ValueError(f"domain_names gives {name!r}, which cannot name a folder")
         return self
 
     @property

@@ -12,7 +12,7 @@ import signal
 import sys
 
 import moefy
-import moefy.data.part
+import moefy.data.prepare
 
 WATCHED = ("open", "os.", "shutil.")
 
@@ -34,8 +34,8 @@ def child(data: str, out: str, tokenizer: str, last: int) -> None:
 
 if __name__ == "__main__":
     moefy.prepare  # noqa: B018 - imports it
-    moefy.data.part._COMMIT_EVERY_S = 0.0
-    moefy.data.part._BATCH_BYTES = 2000
+    moefy.data.prepare._COMMIT_EVERY_S = 0.0
+    moefy.data.prepare._BATCH_BYTES = 2000
     for line in sys.stdin:
         data, out, tokenizer, last = line.split("\t")
         if (pid := os.fork()) == 0:

@@ -57,7 +57,7 @@ def test_killed_at_ever_later_moments(
     assert kills > 8
     assert contents(out) == whole
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out", "tokenizer", "whole"}
-    for _ in range(100):  # orphans read the end of their pipes
+    for _ in range(100):  # orphans end with their parent
         if not _workers():
             break
         time.sleep(0.05)
@@ -68,7 +68,7 @@ def _workers() -> list[psutil.Process]:
     marked = []
     for process in psutil.process_iter():
         try:
-            if "moefy.data.pool" in process.cmdline() and process.cwd() == str(Path.cwd()):
+            if "spawn_main" in " ".join(process.cmdline()) and process.cwd() == str(Path.cwd()):
                 marked.append(process)
         except psutil.Error:
             continue

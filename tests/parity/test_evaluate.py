@@ -20,8 +20,8 @@ import moefy
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.cli import app
-from moefy.data.domains import documents_of, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import open_domains
+from moefy.data.tokenise import pack
 from moefy.errors import CorpusError, UsageError
 from moefy.evaluation import compared
 from moefy.evaluation.heldout import Quality
@@ -60,7 +60,7 @@ def test_perplexity_and_kl(make_llama: Callable[..., Path], corpus: Path, tmp_pa
     tokenizer = load_tokenizer(dense)
     windows = {
         domain.name: torch.from_numpy(
-            pack(documents_of(domain, "heldout"), tokenizer, sequence_length=48, max_windows=3)
+            pack(domain.documents("heldout"), tokenizer, sequence_length=48, max_windows=3)
         )
         for domain in open_domains(corpus)
     }

@@ -14,7 +14,7 @@ import moefy
 from moefy.checkpoint.source import builtin
 from moefy.construct.ffn import stream
 from moefy.construct.partition.random import independent_random
-from moefy.data.domains import open_domains
+from moefy.data.records import open_domains
 from moefy.recipe import LLAMA_MOE
 from moefy.split import Split
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.cost import cost
-from moefy.data.domains import documents_of, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import open_domains
+from moefy.data.tokenise import pack
 from moefy.errors import UsageError
 from moefy.evaluation.routing import RoutingResult
 from moefy.experts.routers import ActiveExperts, routers_of
@@ -43,7 +43,7 @@ def measure(models: list[Path], corpus: Path, **settings: Any) -> RoutingResult:
 def windows_of(corpus: Path) -> dict[str, Tensor]:
     tokenizer, size = byte_tokenizer(), {"sequence_length": LENGTH, "max_windows": WINDOWS}
     return {
-        domain.name: torch.from_numpy(pack(documents_of(domain, "heldout"), tokenizer, **size))
+        domain.name: torch.from_numpy(pack(domain.documents("heldout"), tokenizer, **size))
         for domain in open_domains(corpus)
     }
 

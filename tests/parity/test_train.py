@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import documents_of, open_domains
 from moefy.data.mixture import Mixture
-from moefy.data.packing import pack
+from moefy.data.records import open_domains
 from moefy.data.strategies import initial_weights
+from moefy.data.tokenise import pack
 from moefy.errors import (
     ArchitectureError,
     CheckpointError,
@@ -83,7 +83,7 @@ def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: 
     moefy.train(moe, tmp_path / "out", data=corpus, tokens=32, seed=5, **one)
     windows = {
         domain.name: pack(
-            documents_of(domain, "train"), load_tokenizer(moe), sequence_length=32, max_windows=1
+            domain.documents("train"), load_tokenizer(moe), sequence_length=32, max_windows=1
         )
         for domain in open_domains(corpus)
     }

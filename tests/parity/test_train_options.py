@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import documents_of, open_domains
 from moefy.data.mixture import Mixture
-from moefy.data.packing import pack
+from moefy.data.records import open_domains
+from moefy.data.tokenise import pack
 from moefy.errors import CorpusError, OutputError, StorageError, UsageError
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
@@ -69,7 +69,7 @@ def changed(before: Path, after: Path) -> set[str]:
 def heldout(folder: Path, corpus: Path, name: str) -> torch.Tensor:
     (domain,) = (domain for domain in open_domains(corpus) if domain.name == name)
     windows = pack(
-        documents_of(domain, "heldout"), load_tokenizer(folder), sequence_length=32, max_windows=3
+        domain.documents("heldout"), load_tokenizer(folder), sequence_length=32, max_windows=3
     )
     return torch.from_numpy(windows)
 
@@ -209,7 +209,7 @@ def test_distillation_is_the_divergence_from_the_teacher(
     line = read_log(out)[0]
     windows = {
         domain.name: pack(
-            documents_of(domain, "train"), load_tokenizer(moe), sequence_length=32, max_windows=4
+            domain.documents("train"), load_tokenizer(moe), sequence_length=32, max_windows=4
         )
         for domain in open_domains(corpus)
     }

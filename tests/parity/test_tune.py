@@ -27,8 +27,7 @@ import moefy
 import moefy.checkpoint.targets
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.conversations import read_conversations
-from moefy.data.examples import make_examples
-from moefy.data.template import chat_template
+from moefy.data.template import chat_template, make_examples
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 from moefy.experts.balance import switch_loss
 from moefy.experts.routers import RouterTrace, routers_of

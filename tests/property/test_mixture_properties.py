@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefy.data.mixture import Mixture, MixtureState, WeightUpdate
-from moefy.data.permutation import permuted
+from moefy.data.mixture import Mixture, MixtureState, WeightUpdate, permuted
 from moefy.data.strategies import UPDATE_RULES, UpdateRule, initial_weights, llama_moe_update
 
 rules = pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=list(UPDATE_RULES))

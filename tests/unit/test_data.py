@@ -17,8 +17,8 @@ from tests.conftest import byte_tokenizer
 import moefy
 from moefy.data import files
 from moefy.data.demo_text import _plain
-from moefy.data.domains import documents_of, is_held_out, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import is_held_out, open_domains
+from moefy.data.tokenise import pack
 from moefy.errors import CorpusError
 
 
@@ -28,7 +28,7 @@ def test_domains_are_the_files_names(corpus: Path) -> None:
 
 def test_held_out_documents_are_never_trained_on(corpus: Path) -> None:
     for domain in open_domains(corpus):
-        train, held = (set(documents_of(domain, side)) for side in ("train", "heldout"))
+        train, held = (set(domain.documents(side)) for side in ("train", "heldout"))
         assert train | held == set(domain.documents())
         assert 0 < len(held) < len(train)
         assert all(is_held_out(text) for text in held)
@@ -126,7 +126,7 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
     (domain,) = open_domains(f"hf:{folder}")
     assert domain.name == "stories"
     assert list(domain.documents()) == texts
-    held_out, train = (list(documents_of(domain, split)) for split in ("heldout", "train"))
+    held_out, train = (list(domain.documents(split)) for split in ("heldout", "train"))
     assert sorted(held_out + train) == sorted(texts)
     assert held_out
 

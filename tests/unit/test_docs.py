@@ -20,7 +20,6 @@ MARK = re.compile(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
 TABLES = {
     "calibrated": "experiments/calibrated",
     "streaming": "experiments/streaming",
-    "filters": "experiments/filters",
     "prepare": "experiments/prepare",
     "transformers": "runtimes/transformers",
     "machine": "runtimes/machine",

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from tests.conftest import byte_tokenizer
 
 from moefy.data.conversations import Conversation, Message
-from moefy.data.examples import IGNORED, make_examples
-from moefy.data.template import ChatTemplate, chat_template, end_of_turn, for_training
+from moefy.data.template import (
+    IGNORED,
+    ChatTemplate,
+    chat_template,
+    end_of_turn,
+    for_training,
+    make_examples,
+)
 from moefy.errors import UsageError
 
 TALK: list[Message] = [

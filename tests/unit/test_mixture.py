@@ -9,8 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from moefy.data.mixture import Mixture
-from moefy.data.permutation import permuted
+from moefy.data.mixture import Mixture, permuted
 from moefy.data.strategies import llama_moe_update, sheared_llama_update
 from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moefy.data.reference import published_reference, read_reference
 from moefy.data.strategies import (
     SLIMPAJAMA,
     STRATEGIES,
     find_strategy,
     initial_weights,
     llama_moe_update,
+    published_reference,
+    read_reference,
     sheared_llama_update,
     slimpajama_name,
 )

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 
 from moefy.checkpoint.load import load_model, load_tokenizer
-from moefy.data.domains import documents_of, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import open_domains
+from moefy.data.tokenise import pack
 from moefy.errors import CorpusError
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
@@ -53,7 +53,7 @@ def calibration_windows(
         length["max_windows"] = -(-tokens // (sequence_length * len(domains)))
         for done, domain in enumerate(domains):
             report(Progress("calibration text", done, len(domains), domain.name))
-            found.append(pack(documents_of(domain, "train"), tokenizer, **length))
+            found.append(pack(domain.documents("train"), tokenizer, **length))
         report(Progress("calibration text", len(domains), len(domains)))
     num_tokens = sum(windows.size for windows in found) if found else tokens
     if num_tokens < needed_tokens:

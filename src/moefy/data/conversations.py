@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.data.domains import is_held_out
-from moefy.data.records import find_sources
+from moefy.data.records import find_sources, is_held_out
 from moefy.errors import CorpusError
 
 Message = dict[str, str]

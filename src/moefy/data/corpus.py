@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Int
 
 from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import Side, documents_of, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import Side, open_domains
 from moefy.data.shards import RECORD, TokenShards, is_prepared
+from moefy.data.tokenise import pack
 from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 
@@ -66,7 +66,7 @@ def open_corpus(
     domains = {domain.name: domain for domain in open_domains(data, report=report)}
 
     def packed(name: str, side: Side, count: int) -> Windows:
-        documents = documents_of(domains[name], side)
+        documents = domains[name].documents(side)
         return pack(documents, tokenizer, sequence_length=sequence_length, max_windows=count)
 
     # Training text is tokenised now, because the mixture needs the numbers of sequences; held-out

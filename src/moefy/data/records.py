@@ -6,22 +6,26 @@ JSON lines, whatever it is, so that all of them take one way through the code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moefy.data import demo_text
 from moefy.data.files import FORMS, READABLE, Meter, encode, encode_table, form_of, read_file
 from moefy.errors import CorpusError
 from moefy.progress import ProgressFn, silent
-from moefy.recipe import SLIMPAJAMA_KEY
+from moefy.recipe import FOLDER_NAME, SLIMPAJAMA_KEY
 
+Side = Literal["train", "heldout", "all"]
 DEMO = "demo"
 HUB = "hf:"
+HELD_OUT_ONE_IN = 20
 _UNITS = {".jsonl": "line", ".json": "record", ".txt": "paragraph"}
 
 
@@ -34,6 +38,7 @@ class Source:
     unit: str  # what messages call one of its records: "line", "row"
     domain: str | None  # of all its records; None where each record says
     num_bytes: int  # size on disk; 0 for a stream
+    text_key: str  # key of the text in a record
     read: Callable[[Meter], Iterator[bytes]]  # returns the JSON lines and feeds the meter
 
     def records(self) -> Iterator[tuple[str, bytes]]:
@@ -41,6 +46,43 @@ class Source:
         for number, line in enumerate(self.read(Meter()), start=1):
             if line.strip():
                 yield f"{self.path}, {self.unit} {number}", line
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The documents of one domain, lazily and always in the same order."""
+
+    name: str
+    sources: tuple[Source, ...]
+
+    def documents(self, side: Side = "all") -> Iterator[str]:
+        """Iterate over the texts of one side of the held-out split that are not empty.
+
+        Raises:
+            CorpusError: a file is damaged, or a record is broken.
+        """
+        for source in self.sources:
+            for where, line in source.records():
+                text = record_of(line, where, source.text_key)[1]
+                if text and (side == "all" or is_held_out(text) == (side == "heldout")):
+                    yield text
+
+
+def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domain]:
+    """Return the domains of a corpus (see `find_sources`), sorted by name."""
+    sources = find_sources(data, report=report)
+    grouped = groupby(sources, lambda source: str(source.domain))
+    return [Domain(name, tuple(found)) for name, found in grouped]
+
+
+def is_held_out(document: str) -> bool:
+    """Say whether a document is kept out of training: one in twenty, chosen by its content.
+
+    The choice depends on nothing but the text, so it survives reordering and resharding, and
+    copies of a document are always on the same side.
+    """
+    digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def find_sources(
@@ -56,7 +98,7 @@ def find_sources(
         data: a file; a folder that holds, for each domain, a file `<domain>.jsonl` or a folder
             `<domain>/` with any number of files; `hf:NAME[:CONFIG]`, the training split of a
             Hugging Face dataset; or `demo`. Hidden files are never read, and a folder is read in
-            the first form of FORMS that it holds.
+            the first form of FORMS that it holds. `#KEY` behind it is another `text_key`.
         text_key: key of the text; dots lead into objects. None: whole records are wanted
             (conversations), and files may lie in any layout.
         domain_key: key of the domain; files may then lie in any layout.
@@ -66,17 +108,21 @@ def find_sources(
         CorpusError: there is no such corpus, or nothing in it.
         AssetError: the demo text cannot be fetched.
     """
-    keys = [key for key in (text_key, domain_key) if key]
-    if str(data) == DEMO:
+    place, text_key = split_key(data, text_key)
+    keys, key = [each for each in (text_key, domain_key) if each], text_key or ""
+    if place == DEMO:
         if domain_key or not text_key:
             raise CorpusError(f"{DEMO} is text with its own domains: leave --domain-key out")
         texts = sorted(demo_text.sources(report=report).items())
         return [_stream(f"{DEMO}:{name}", name, partial(_rows_of, read)) for name, read in texts]
-    if str(data).startswith(HUB):
-        name, _, config = str(data).removeprefix(HUB).partition(":")
+    if place.startswith(HUB):
+        name, _, config = place.removeprefix(HUB).partition(":")
         rows = partial(_dataset_rows, name, config or None, keys)
-        return [_stream(str(data), None if domain_key else Path(name).name, rows)]
-    path = Path(data).expanduser()
+        is_named = text_key and not domain_key
+        return [
+            _stream(place, folder_name(Path(name).name, place) if is_named else None, rows, key)
+        ]
+    path = Path(place).expanduser()
     if not path.exists():
         raise CorpusError(
             f"{path} does not exist; the text is a file ({READABLE}), a folder of <domain>.jsonl "
@@ -95,10 +141,33 @@ def find_sources(
             _UNITS.get(form_of(file), "row"),
             domain,
             file.stat().st_size,
+            "text" if form_of(file) == ".txt" else key,
             partial(read_file, file, keys),
         )
         for domain, file in found
     ]
+
+
+def split_key(data: str | Path, text_key: str | None = "text") -> tuple[str, str | None]:
+    """Return a corpus without the `#KEY` behind it, and the key of its text."""
+    place, separator, key = str(data).rpartition("#")
+    if text_key and separator and place and key and not Path(str(data)).expanduser().exists():
+        return place, key
+    return str(data), text_key
+
+
+def folder_name(name: Any, where: str) -> str:
+    """Return the name of a domain, which becomes a folder of the corpus.
+
+    Raises:
+        CorpusError: it leads out of the corpus, or would be hidden in it.
+    """
+    if not (isinstance(name, str) and FOLDER_NAME.fullmatch(name)):
+        raise CorpusError(
+            f"{where}: {name!r} is the name of a domain and cannot name a folder: give names with "
+            "domain_names in a recipe"
+        )
+    return name
 
 
 def record_of(line: bytes, where: str, text_key: str = "text") -> tuple[dict[str, Any], str]:
@@ -110,10 +179,15 @@ def record_of(line: bytes, where: str, text_key: str = "text") -> tuple[dict[str
     """
     try:
         record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{where}: not a JSON object ({str(error)[:200]})") from error
+    try:
         text = field(record, text_key)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (TypeError, KeyError) as error:
+        found = ", ".join(sorted(map(repr, record))) if isinstance(record, dict) else type(record)
         raise CorpusError(
-            f"{where}: not a JSON object with a {text_key!r} ({repr(error)[:200]})"
+            f"{where}: not a JSON object with a {text_key!r}, only {str(found)[:200]}: write "
+            "DATA#KEY to read the text from another key"
         ) from error
     if not isinstance(text, str):
         raise CorpusError(f"{where}: {text_key!r} is not a string")
@@ -161,7 +235,7 @@ def _by_domain(path: Path, files: list[Path]) -> list[tuple[str | None, Path]]:
         # Files of one folder are one domain, but a file beside a folder of its name is a mistake.
         is_alone = file == path or file.parent == path
         stem = file.name[: file.name.lower().rindex(form_of(file))]
-        name = stem if is_alone else file.relative_to(path).parts[0]
+        name = folder_name(stem if is_alone else file.relative_to(path).parts[0], str(file))
         others = found.setdefault(name, [])
         if others and (is_alone or others[0].parent == path):
             raise CorpusError(
@@ -184,13 +258,15 @@ def _refuse_one_stream(file: Path) -> None:
     )
 
 
-def _stream(name: str, domain: str | None, lines: Callable[[], Iterable[bytes]]) -> Source:
+def _stream(
+    name: str, domain: str | None, lines: Callable[[], Iterable[bytes]], text_key: str = "text"
+) -> Source:
     def read(meter: Meter) -> Iterator[bytes]:
         for line in lines():
             meter.add(line)
             yield line
 
-    return Source(name, name, "row", domain, 0, read)
+    return Source(name, name, "row", domain, 0, text_key, read)
 
 
 def _rows_of(read: Callable[[], Iterator[str]]) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """Prepared corpora on disk: token ids by domain and split, memory-mapped.
 
     OUT/<domain>/train-00000.bin     raw little-endian uint16 (uint32 where the vocabulary needs it)
-    OUT/<domain>/heldout-00000.bin   the documents kept out of training (`domains.is_held_out`)
+    OUT/<domain>/heldout-00000.bin   the documents kept out of training (`records.is_held_out`)
     OUT/moefy.json                   what they are; written last, so a folder with it is whole
 
 The shards of a split are one stream of tokens: where it was cut into files means nothing.
@@ -11,20 +11,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import accumulate
+import os
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Integer
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from moefy.data.packing import backend_of
-from moefy.errors import CorpusError
+from moefy.data.records import folder_name
+from moefy.data.tokenise import backend_of
+from moefy.errors import CorpusError, OutputError
 
 RECORD = "moefy.json"
 JOURNAL = "journal.json"
 StoredSide = Literal["train", "heldout"]
 _SIDES = ("train", "heldout")
+
+
+class _Shard(BaseModel):
+    file: str
+    split: StoredSide
+    tokens: NonNegativeInt
+    sha256: str
+
+
+class _Domain(BaseModel):
+    shards: list[_Shard]
+
+
+class _Tokenizer(BaseModel):
+    name: str
+    sha256: str
+    vocab_size: int
+    eos: int
+
+
+class _Record(BaseModel):
+    """What a corpus's moefy.json must hold to be read; it says more."""
+
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: _Tokenizer
+    domains: dict[str, _Domain]
 
 
 class TokenShards:
@@ -36,7 +65,8 @@ class TokenShards:
         record: what moefy.json says.
 
     Raises:
-        CorpusError: the folder is no whole prepared corpus, or a shard has another size.
+        CorpusError: the folder is no whole prepared corpus, or a shard has another size or lies
+            outside of it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -50,7 +80,10 @@ class TokenShards:
         for domain, found in self.record["domains"].items():
             for side in _SIDES:
                 shards = [shard for shard in found["shards"] if shard["split"] == side]
-                self._files[domain, side] = [self._checked(shard) for shard in shards]
+                name = f"{folder_name(domain, str(self.folder / RECORD))}/{side}"
+                self._files[domain, side] = [
+                    self._checked(shard, f"{name}-{i:05d}.bin") for i, shard in enumerate(shards)
+                ]
                 counts = (shard["tokens"] for shard in shards)
                 self._starts[domain, side] = list(accumulate(counts, initial=0))
 
@@ -116,8 +149,13 @@ class TokenShards:
             )
         return self._starts[domain, side]
 
-    def _checked(self, shard: dict[str, Any]) -> Path:
-        file = self.folder / shard["file"]
+    def _checked(self, shard: dict[str, Any], name: str) -> Path:
+        if shard["file"] != name:
+            raise CorpusError(
+                f"{self.folder / RECORD} names the shard {shard['file']!r} where {name!r} belongs: "
+                "copy the folder again, or run moefy prepare again"
+            )
+        file = self.folder / name
         wanted = shard["tokens"] * self._dtype.itemsize
         found = file.stat().st_size if file.is_file() else None
         if found != wanted:
@@ -133,8 +171,8 @@ def is_prepared(folder: str | Path) -> bool:
     """Say whether a folder holds a whole prepared corpus."""
     file = Path(folder).expanduser() / RECORD
     try:
-        return bool(json.loads(file.read_text()).get("stage") == "prepare")
-    except (OSError, ValueError, AttributeError):
+        return bool(json.loads(file.read_bytes()).get("stage") == "prepare")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -145,7 +183,16 @@ def read_record(folder: Path) -> dict[str, Any]:
         CorpusError: the folder is no whole prepared corpus.
     """
     if is_prepared(folder):
-        return json.loads((folder / RECORD).read_text())
+        record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
+        try:
+            _Record.model_validate(record)
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise CorpusError(
+                f"{folder / RECORD} is damaged ({'.'.join(map(str, found['loc']))}: "
+                f"{found['msg']}): copy the folder again, or run moefy prepare again"
+            ) from error
+        return record
     # The journal is gone once a run has finished.
     if (folder / JOURNAL).exists():
         raise CorpusError(
@@ -185,3 +232,88 @@ def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
 def _brief(tokenizer: dict[str, Any]) -> str:
     size, eos = tokenizer["vocab_size"], tokenizer["eos"]
     return f"{size:,} tokens, end {eos}, SHA-256 {tokenizer['sha256'][:12]}…"
+
+
+class TokenWriter:
+    """Appends ids to the shards of many streams; a stream is named DOMAIN/SIDE.
+
+    Every shard but a stream's last has exactly `shard_bytes`.
+
+    Args:
+        folder: where `<domain>/<side>-NNNNN.bin` are written.
+        shard_bytes: size of a full shard.
+        sizes: bytes by stream at the last commit.
+    """
+
+    def __init__(self, folder: Path, *, shard_bytes: int, sizes: dict[str, int]) -> None:
+        self.sizes = dict(sizes)
+        # What was written after the last commit is cut off: its lines will be read again.
+        self.folder, self._shard_bytes = folder, shard_bytes
+        self._unsynced: set[Path] = set()
+        written = (folder.glob(f"*/{side}-{'[0-9]' * 5}.bin") for side in _SIDES)
+        for file in chain.from_iterable(written):
+            stream, _, index = file.relative_to(folder).with_suffix("").as_posix().rpartition("-")
+            committed = sizes.get(stream, 0) - int(index) * shard_bytes
+            if committed <= 0:
+                file.unlink()
+            elif committed < file.stat().st_size:
+                os.truncate(file, committed)
+
+    def append(self, stream: str, ids: bytes) -> None:
+        """Add whole ids to a stream.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        rest = memoryview(ids)
+        while rest:
+            size = self.sizes.get(stream, 0)
+            block = rest[: self._shard_bytes - size % self._shard_bytes]
+            file = self._file(stream, size // self._shard_bytes)
+            file.parent.mkdir(exist_ok=True)
+            # Opened for each block: a corpus of many domains would hold hundreds of files open.
+            with file.open("ab") as shard:
+                shard.write(block)
+            self._unsynced.add(file)
+            self.sizes[stream] = size + len(block)
+            rest = rest[len(block) :]
+
+    def commit(self) -> dict[str, int]:
+        """Bring everything to the disk and return the sizes, which may then be written down."""
+        for file in self._unsynced:
+            with file.open("rb") as shard:
+                os.fsync(shard.fileno())  # some file systems find only now that the disk is full
+        self._unsynced.clear()
+        return dict(self.sizes)
+
+    def shards(self, itemsize: int) -> dict[str, list[dict[str, Any]]]:
+        """Return, by domain, the file, split, tokens and SHA-256 of every shard, once all is done.
+
+        Raises:
+            OutputError: a shard has not the size that was written.
+        """
+        found: dict[str, list[dict[str, Any]]] = {}
+        for stream, size in sorted(self.sizes.items()):
+            domain, _, side = stream.rpartition("/")
+            for start in range(0, size, self._shard_bytes):
+                file = self._file(stream, start // self._shard_bytes)
+                wanted = min(self._shard_bytes, size - start)
+                if not file.is_file() or file.stat().st_size != wanted:
+                    raise OutputError(
+                        f"{file} has not the {wanted:,} bytes that were written: somebody else "
+                        "changed it; start again with --overwrite"
+                    )
+                with file.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256")
+                found.setdefault(domain, []).append(
+                    {
+                        "file": file.relative_to(self.folder).as_posix(),
+                        "split": side,
+                        "tokens": wanted // itemsize,
+                        "sha256": digest.hexdigest(),
+                    }
+                )
+        return found
+
+    def _file(self, stream: str, index: int) -> Path:
+        return self.folder / f"{stream}-{index:05d}.bin"

@@ -1,15 +1,20 @@
 """How much of each domain: the published mixtures, and how one may change while it is trained on.
 
-Weights are float64 and sum to 1. A domain of weight 0 is left out and stays left out.
+Weights are float64 and sum to 1. A domain of weight 0 is left out and stays left out. A mixture
+that follows the losses compares them with reference losses, nats per token on a domain's held-out
+text. The best reference is the dense parent itself, which the trainer measures; this file has the
+two others, a file and the published numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 from jaxtyping import Float64
 
 from moefy.errors import CorpusError, UsageError
@@ -29,30 +34,41 @@ _OTHER_SPELLINGS = {
 _SUM_TOLERANCE = 1e-6
 _FLOOR = 1e-4
 
-_LLAMA = dict(zip(SLIMPAJAMA, (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02), strict=True))
-_SHEARED = dict(zip(SLIMPAJAMA, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01), strict=True))
+# By SlimPajama's domains. LLaMA: the mixture it was trained on. Sheared: where Sheared-LLaMA's
+# dynamic loading (arXiv 2310.06694) ended. 6.7: the losses of LLaMA-2-7B on SlimPajama's validation
+# sets (LLaMA-MoE, arXiv 2406.16554, `LLAMA2_7B_SLIMPAJAMA_VAL_REF_LOSS` in its code). 1.3 and 2.7:
+# what a LLaMA of so many billions would reach on RedPajama's, by Sheared-LLaMA's scaling law.
+_PUBLISHED = {
+    name: dict(zip(SLIMPAJAMA, row, strict=True))
+    for name, row in {
+        "LLaMA": (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02),
+        "Sheared": (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01),
+        "1.3": (1.9643, 2.1251, 0.7459, 1.7590, 2.1393, 1.4449, 1.6117),
+        "2.7": (1.8712, 2.0328, 0.6883, 1.6297, 2.0325, 1.3560, 1.5353),
+        "6.7": (1.6917, 2.0749, 0.6984, 1.5899, 1.9252, 1.2408, 1.4975),
+    }.items()
+}
+_REFERENCE_SIZES = ("1.3", "2.7", "6.7")  # billions of parameters
+_LLAMA_VOCAB_SIZE = 32_000
+_LARGEST_RATIO = 1.6
 
 
 class Strategy(NamedTuple):
-    """A named way to mix domains, as in LLaMA-MoE (arXiv 2406.16554, section on data sampling).
-
-    LLaMA's weights are the mixture LLaMA was trained on; Sheared's are where Sheared-LLaMA's
-    dynamic loading (arXiv 2310.06694) ended.
-    """
+    """A named way to mix domains, as in LLaMA-MoE (arXiv 2406.16554, section on data sampling)."""
 
     name: str
     weights: Mapping[str, float] | None  # None: the same for every domain of any corpus
     is_dynamic: bool  # the weights follow the losses (see `UPDATE_RULES`)
 
 
-STRATEGIES = (
-    Strategy("StaticLLaMA", _LLAMA, is_dynamic=False),
-    Strategy("StaticSheared", _SHEARED, is_dynamic=False),
-    Strategy("Uniform", None, is_dynamic=False),
-    Strategy("DynamicLLaMA", _LLAMA, is_dynamic=True),
-    Strategy("DynamicSheared", _SHEARED, is_dynamic=True),
-    Strategy("DynamicUniform", None, is_dynamic=True),
-)
+STRATEGIES = [
+    Strategy(name, _PUBLISHED.get(name[len(kind) :]), is_dynamic=kind == "Dynamic")
+    for kind, names in {
+        "Static": ("StaticLLaMA", "StaticSheared", "Uniform"),
+        "Dynamic": ("DynamicLLaMA", "DynamicSheared", "DynamicUniform"),
+    }.items()
+    for name in names
+]
 
 
 def find_strategy(name: str) -> Strategy:
@@ -201,3 +217,68 @@ UPDATE_RULES: Mapping[str, UpdateRule] = {
 def _grown(weights: Weights, growth: Weights) -> Weights:
     grown = weights * np.exp(growth - growth.max())  # the largest factor is 1: nothing overflows
     return grown / grown.sum()
+
+
+def published_reference(
+    domains: Iterable[str], *, num_parameters: int, vocab_size: int
+) -> dict[str, float]:
+    """Return the published losses of the row that is nearest to the parent's size.
+
+    Args:
+        domains: the corpus's names.
+        num_parameters: of the dense parent.
+        vocab_size: of the dense parent. The losses are per token of LLaMA's 32,000.
+
+    Returns:
+        Nats per token by the corpus's names.
+
+    Raises:
+        UsageError: no row is near enough, or the tokenizer is another.
+        CorpusError: the corpus does not have SlimPajama's seven domains.
+    """
+    billions = num_parameters / 1e9
+    # Model sizes are compared by their ratio, as scaling laws do.
+    size = min(_REFERENCE_SIZES, key=lambda size: abs(math.log(float(size) / billions)))
+    ratio = float(size) / billions
+    sizes = ", ".join(f"{size}B" for size in _REFERENCE_SIZES)
+    instead = "take the dense model's own losses (reference_losses: dense) or a file"
+    if max(ratio, 1 / ratio) > _LARGEST_RATIO:
+        raise UsageError(
+            f"no reference losses are published for {billions:.3g}B parameters, only for {sizes}: "
+            f"{instead}"
+        )
+    if vocab_size != _LLAMA_VOCAB_SIZE:
+        raise UsageError(
+            f"the published reference losses are nats per token of LLaMA's {_LLAMA_VOCAB_SIZE:,} "
+            f"tokens, and this model has {vocab_size:,}: {instead}"
+        )
+    return for_domains(_PUBLISHED[size], domains, what="the published reference losses")
+
+
+def read_reference(file: str | Path, domains: Iterable[str]) -> dict[str, float]:
+    """Read reference losses from a YAML or JSON file, as in `{wiki: 1.59, book: 1.93}`.
+
+    Args:
+        file: a mapping of domains to nats per token.
+        domains: the corpus's names; the file may use other names of the same SlimPajama domains.
+
+    Raises:
+        UsageError: the file cannot be read, is no mapping, or holds something else than a positive
+            number for a domain.
+        CorpusError: a domain is missing, or one too many is there.
+    """
+    try:
+        # JSON with tabs between its values is no YAML
+        values = yaml.safe_load(Path(file).read_text().replace("\t", " "))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"the reference losses {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} must map domains to losses, as in {{wiki: 1.59, book: 1.93}}")
+    for domain, loss in values.items():
+        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+        if not (isinstance(domain, str) and is_number and 0 < loss < math.inf):
+            raise UsageError(
+                f"{file}, {domain!r}: {loss!r} is no loss: write nats per token, as in 1.59"
+            )
+    losses = {domain: float(loss) for domain, loss in values.items()}
+    return for_domains(losses, domains, what=f"the reference losses in {file}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moefy.checkpoint.cost import Cost, cost
-from moefy.data.domains import Side
+from moefy.data.records import Side
 from moefy.evaluation.compared import ComparedModel, compared_models
 from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
 from moefy.evaluation.output_loss import LogitsInput

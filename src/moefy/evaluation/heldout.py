@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from moefy.checkpoint.load import load_tokenizer
-from moefy.data.domains import Side, documents_of, open_domains
-from moefy.data.packing import pack
+from moefy.data.records import Side, open_domains
+from moefy.data.tokenise import pack
 from moefy.errors import CorpusError
 from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
 from moefy.hardware import device, products_in, synchronise
@@ -203,7 +203,7 @@ def evaluation_windows(
     for done, domain in enumerate(domains):
         report(Progress("tokenise", done, len(domains), domain.name))
         packed = pack(
-            documents_of(domain, split),
+            domain.documents(split),
             tokenizer,
             sequence_length=sequence_length,
             max_windows=windows,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from moefy.checkpoint.cost import cost, ffn_shape
-from moefy.data.domains import Side
+from moefy.data.records import Side
 from moefy.errors import UsageError
 from moefy.evaluation.compared import ComparedModel, compared_models
 from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity

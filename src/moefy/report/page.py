@@ -16,7 +16,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moefy.checkpoint.card import command_of, recipe_of, steps_of
-from moefy.data.domains import Side
+from moefy.data.records import Side
 from moefy.errors import CheckpointError
 from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.paired import Interval

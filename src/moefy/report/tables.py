@@ -98,14 +98,14 @@ def inspection_rows(inspection: Inspection) -> Rows:
 def corpus_rows(record: dict[str, Any]) -> Rows:
     """Return header and rows of a prepared corpus's record, a domain a row."""
     rows = [["domain", "documents", "tokens", "held-out documents", "held-out tokens"]]
-    rows[0] += ["characters/token", "filtered", "broken"]
+    rows[0] += ["characters/token", "broken"]
     for domain, found in record["domains"].items():
         tokens = found["tokens"] + found["heldout_tokens"]
         characters = found["characters"] + found["heldout_characters"]
         keys = ("documents", "tokens", "heldout_documents", "heldout_tokens")
         row = [domain, *(f"{found[key]:,}" for key in keys)]
         row.append(f"{characters / tokens:.2f}" if tokens else "–")
-        rows.append([*row, f"{found['filtered']:,}", f"{found['broken_lines']:,}"])
+        rows.append([*row, f"{found['broken_lines']:,}"])
     return rows
 
 

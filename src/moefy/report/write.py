@@ -11,7 +11,7 @@ from typing import Any
 from moefy.checkpoint.card import model_card, with_results
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
-from moefy.data.domains import Side
+from moefy.data.records import Side
 from moefy.errors import UsageError
 from moefy.evaluation.compare import evaluate
 from moefy.evaluation.routing import measure_routing

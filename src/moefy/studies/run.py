@@ -10,8 +10,7 @@ from typing import Any, Unpack
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import BUILTIN, resolve
 from moefy.data.conversations import read_conversations
-from moefy.data.domains import open_domains
-from moefy.data.records import DEMO
+from moefy.data.records import DEMO, open_domains
 from moefy.data.strategies import initial_weights
 from moefy.errors import CorpusError, UsageError
 from moefy.progress import Progress, ProgressFn, silent

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from moefy.data.examples import IGNORED
+from moefy.data.template import IGNORED
 from moefy.errors import ArchitectureError
 from moefy.evaluation.output_loss import LogitsInput, check_vocabularies, output_loss
 from moefy.experts.balance import RouterSums, importance_and_load_loss, router_z_loss, switch_loss

@@ -14,8 +14,7 @@ from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.corpus import heldout_of, open_corpus
 from moefy.data.mixture import Mixture
-from moefy.data.reference import published_reference, read_reference
-from moefy.data.strategies import initial_weights
+from moefy.data.strategies import initial_weights, published_reference, read_reference
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder

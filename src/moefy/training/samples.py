@@ -18,9 +18,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moefy.data.corpus import Corpus
-from moefy.data.examples import IGNORED, Example
 from moefy.data.mixture import Mixture, MixtureState, Sample, WeightUpdate
 from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES
+from moefy.data.template import IGNORED, Example
 from moefy.evaluation.heldout import heldout_losses
 from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe, TuneRecipe

@@ -14,8 +14,14 @@ from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.data.conversations import read_conversations
-from moefy.data.examples import Example, make_examples
-from moefy.data.template import ChatTemplate, chat_template, end_of_turn, for_training
+from moefy.data.template import (
+    ChatTemplate,
+    Example,
+    chat_template,
+    end_of_turn,
+    for_training,
+    make_examples,
+)
 from moefy.errors import CorpusError, UsageError
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import ProgressFn, silent
