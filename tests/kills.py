@@ -107,6 +107,7 @@ class Server:
         command: str | list[str],
         event_idx: int | None = None,
         *,
+        kill_after_s: float | None = None,
         limits: dict[str, int] | None = None,
         check: tuple[str, str] | None = None,
     ) -> End:
@@ -116,6 +117,7 @@ class Server:
             folder: current folder of the command.
             command: words behind `moefy`.
             event_idx: file event before which it kills itself.
+            kill_after_s: seconds after which it is killed.
             limits: of `resource.setrlimit` by name, and `seconds`.
             check: a module and the label that its function `agrees` gets after a success.
         """
@@ -123,7 +125,9 @@ class Server:
         assert stdin is not None
         assert stdout is not None
         words = command.split() if isinstance(command, str) else command
-        stdin.write(json.dumps([str(folder), words, event_idx, limits or {}, check]) + "\n")
+        stdin.write(
+            json.dumps([str(folder), words, event_idx, kill_after_s, limits or {}, check]) + "\n"
+        )
         stdin.flush()
         return End(**json.loads(stdout.readline()))
 
@@ -160,7 +164,7 @@ def _run(arguments: list[str], event_idx: int | None, check: list[str] | None) -
 
 
 def _serve() -> None:
-    """Read [folder, arguments, event or null, limits, check]; answer the fields of `End`."""
+    """Read a line with what `Server.run` was told; answer the fields of `End`."""
     import torch
 
     import moefy
@@ -174,7 +178,7 @@ def _serve() -> None:
     import moefy.report.charts  # matplotlib takes a second
 
     for line in sys.stdin:
-        folder, arguments, event_idx, limits, check = json.loads(line)
+        folder, arguments, event_idx, kill_after_s, limits, check = json.loads(line)
         out, into = os.pipe()
         started = time.monotonic()
         if (child := os.fork()) == 0:
@@ -188,7 +192,11 @@ def _serve() -> None:
                 resource.setrlimit(getattr(resource, name), (limit, limit))
             _run(arguments, event_idx, check)
         os.close(into)
+        killer = threading.Timer(kill_after_s or 0, os.kill, (child, signal.SIGKILL))
+        if kill_after_s is not None:
+            killer.start()
         _, status, usage = os.wait4(child, 0)
+        killer.cancel()
         elapsed_s = time.monotonic() - started
         with contextlib.suppress(ProcessLookupError):  # workers that it left
             os.killpg(child, signal.SIGKILL)

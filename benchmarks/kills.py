@@ -1,0 +1,47 @@
+"""Kills commands before every file event and at random moments, and prints what became of them.
+
+    python benchmarks/kills.py train tune --events --random 100
+
+Every killed command is run again until it ends, and compared with an undisturbed run. It takes
+about two seconds a kill; without names all commands are killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.kill_trials import COMMANDS, Killer, make_inputs
+from tests.kills import Server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[*COMMANDS, []], default=[])
+    parser.add_argument("--events", action="store_true")
+    parser.add_argument("--random", type=int, default=0, metavar="KILLS")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    server, wrong = Server(), []
+    with tempfile.TemporaryDirectory() as folder:
+        place = make_inputs(Path(folder))
+        for name in chosen.names or COMMANDS:
+            if chosen.events:
+                killer = Killer(server, place, name)
+                trials = killer.at_events()
+                print(f"every event of {killer.num_events}: {trials}", flush=True)
+                wrong += trials.wrong
+            if chosen.random:
+                trials = Killer(server, place, name).at_random(chosen.random, chosen.seed)
+                print(f"random moments: {trials}", flush=True)
+                wrong += trials.wrong
+    server.close()
+    sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
