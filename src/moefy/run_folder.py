@@ -16,13 +16,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from moefy.errors import OutputError, StorageError
 from moefy.storage import (
     Lock,
     changed_settings,
     check_place,
+    read_json,
     replace_file,
     storage_errors,
     sync,
@@ -31,6 +32,7 @@ from moefy.storage import (
 
 MARKER = ".moefy.json"
 State = Literal["unfinished", "finished"]
+Action = Literal["begin", "go on", "replace", "finish"]
 
 
 class Marker(BaseModel):
@@ -55,18 +57,11 @@ def read_marker(folder: Path) -> Marker | None:
     Raises:
         OutputError: the marker is damaged.
     """
-    file = folder / MARKER
+    remedy = f"move {folder} away, or choose another folder"
     try:
-        return Marker.model_validate_json(file.read_bytes())
+        return read_json(folder / MARKER, Marker, remedy)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise OutputError(
-            f"{file} is damaged ({where or 'JSON'}: {first['msg']}): move {folder} away, or choose "
-            "another folder"
-        ) from error
 
 
 class RunFolder:
@@ -128,7 +123,7 @@ class RunFolder:
         try:
             with storage_errors(self.out):
                 self._recover()
-                self._check_contents()
+                self._decide(None)
         except BaseException:
             self._lock.release()
             raise
@@ -153,34 +148,56 @@ class RunFolder:
         """
         identity = json.loads(json.dumps(identity))
         with storage_errors(self.out):
-            # A killed call may have finished: its lock file is still there, and so is the marker.
-            for folder in (self._next, self.out):
-                marker = read_marker(folder)
-                if marker is None or marker.identity != identity or marker.state != "finished":
-                    continue
-                if self._reopens and folder == self.out and not self._overwrite:
-                    self._mark(folder, "unfinished", identity)
-                    return True
-                if folder == self._next or self._lock.was_left:
-                    self.was_finished, self.work = True, folder
-                    self.finish()
-                    return True
-            marker = read_marker(self.out)
-            if marker and marker.state == "finished" and self.work == self.out:
-                if not self._overwrite:
-                    raise self._other_settings(marker, identity)
-                self.work = self._next  # the finished folder stays until the new one is whole
-            if marker and marker.state == "finished" and not self._overwrite:
-                raise self._in_the_way(marker)
-            marker = read_marker(self.work) if self._resumes else None
-            if marker is not None and not (self._overwrite and self.work == self.out):
-                if marker.identity == identity:
-                    return True
-                if self.work == self.out:
-                    raise self._other_settings(marker, identity)
+            action = self._decide(identity)
+            self.work = self.out if self._resumes and action != "replace" else self._next
+            ahead, is_new = read_marker(self._next), action in ("begin", "replace")
+            is_same = ahead is not None and ahead.identity == identity
+            if action == "finish" or (is_new and is_same and ahead and ahead.state == "finished"):
+                self.was_finished, self.work = True, self._next if is_new else self.out
+                self.finish()
+                return True
+            if action == "go on" or (action == "replace" and self._resumes and is_same):
+                marker = read_marker(self.work)
+                if marker and marker.state == "finished":
+                    self._mark(self.work, "unfinished", identity)
+                return True
+            self._lock.note(finishing=None)
             self._clear(self.work)
             self._mark(self.work, "unfinished", identity)
         return False
+
+    def _decide(self, identity: Mapping[str, Any] | None) -> Action:
+        """Say what is to be done about what OUT holds, or refuse.
+
+        Args:
+            identity: of this call; None is any, for a refusal before it is known.
+
+        Raises:
+            OutputError: OUT is in the way.
+        """
+        if not (self.out.is_dir() and any(self.out.iterdir())):
+            return "begin"
+        marker = read_marker(self.out)
+        if self._overwrite:
+            self._check_removal(marker)
+        if marker is None or marker.kind != self._kind:
+            raise self._in_the_way(marker)
+        same = identity is None or marker.identity == identity
+        finishing = same and self._lock.notes.get("finishing") == self._overwrite
+        goes_on = same and (self._resumes if marker.state == "unfinished" else self._reopens)
+        match marker.state, self._overwrite:
+            case _, False if goes_on:
+                self._check_links()
+                return "go on"
+            case "finished", _ if finishing:
+                return "finish"
+            case "finished", True:
+                return "replace"
+            case "unfinished", True:
+                return "begin" if self._resumes else "replace"
+        if self._reopens or (self._resumes and marker.state == "unfinished"):
+            raise self._other_settings(marker, identity or {})
+        raise self._in_the_way(marker)
 
     def require_bytes(self, needed_bytes: int) -> None:
         """Refuse work that the disk cannot hold.
@@ -222,6 +239,8 @@ class RunFolder:
             marker = read_marker(self.work)
             if not self.was_finished:
                 sync_files(self.work)
+                # The call after a kill knows by this that the run that it finds is its own.
+                self._lock.note(finishing=self._overwrite)
                 self._mark(self.work, "finished", marker.identity if marker else {})
             # The marker is the commit point: a kill below this line leaves a finished run.
             for name in self._scratch:
@@ -243,42 +262,45 @@ class RunFolder:
                     f"finished {self._kind} lies in {self._next}"
                 )
         self._next.rename(self.out)
-        shutil.rmtree(self._old, ignore_errors=True)
+        self._remove(self._old)
         sync(self.out.parent)
         self.work = self.out
 
     def _recover(self) -> None:
         """Put right what a killed call left beside OUT and in it."""
-        for marker in (folder / f".{MARKER}.partial-*" for folder in (self.out, self._next)):
-            for file in marker.parent.glob(marker.name):
-                file.unlink(missing_ok=True)
-        shutil.rmtree(self._trash, ignore_errors=True)
-        if self._old.is_dir():
-            found = read_marker(self._next)
-            if not self.out.exists() and found is not None and found.state == "finished":
-                self._next.rename(self.out)
-            elif not self.out.exists():
-                self._old.rename(self.out)
-            shutil.rmtree(self._old, ignore_errors=True)
+        for folder in (self._next, self._old, self._trash):
+            if folder.is_symlink():
+                raise OutputError(f"{folder} is a link, and moefy would work in it: move it away")
         for folder in (self.out, self._next):
+            # before the marker is read, whose own partial file this may be
+            for file in folder.glob(f".{MARKER}.partial-*"):
+                file.unlink()
             if read_marker(folder) is not None:
                 for file in folder.rglob(".*.partial-*"):
-                    file.unlink(missing_ok=True)
+                    file.unlink()
+        self._remove(self._trash)
+        if read_marker(self._old) is not None and not self.out.exists():
+            found = read_marker(self._next)
+            finished = found is not None and found.state == "finished"
+            (self._next if finished else self._old).rename(self.out)
+        self._remove(self._old)
 
-    def _check_contents(self) -> None:
-        """Refuse a folder that is in the way, as far as that can be told without an identity."""
-        if not (self.out.is_dir() and any(self.out.iterdir())):
+    def _remove(self, folder: Path) -> None:
+        """Remove a folder of moefy's, the marker last: without it nobody could tell whose it is."""
+        if not folder.is_dir():
             return
-        marker = read_marker(self.out)
-        if not self._overwrite:
-            undecided = marker is not None and (
-                self._reopens
-                or (marker.state == "finished" and self._lock.was_left)
-                or (marker.state == "unfinished" and self._resumes)
-            )
-            if not undecided or (marker is not None and marker.kind != self._kind):
-                raise self._in_the_way(marker)
-            return
+        files = list(folder.iterdir())
+        if files and read_marker(folder) is None:
+            raise OutputError(f"{folder} is in the way and no folder of moefy's: move it away")
+        for file in sorted(files, key=lambda file: file.name == MARKER):
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
+        folder.rmdir()
+
+    def _check_removal(self, marker: Marker | None) -> None:
+        """Refuse to overwrite what is not this command's."""
         if marker is None or marker.kind != self._kind:
             what = f"a {marker.kind}" if marker else f"files but no {self._kind} of moefy's"
             raise OutputError(
@@ -290,8 +312,16 @@ class RunFolder:
                 f"{self.out} holds {foreign} beside a {self._kind}, and --overwrite would delete "
                 "it: move it away, or choose another folder"
             )
-        if marker.state == "finished" and not self._reopens:
-            self.work = self._next
+
+    def _check_links(self) -> None:
+        """Refuse a link under a name that the command writes: it may lead anywhere."""
+        for file in self.out.rglob("*"):
+            name = file.relative_to(self.out)
+            if file.is_symlink() and _is_one_of(name, [*(self._own or ("*",)), *self._scratch]):
+                raise OutputError(
+                    f"{file} is a link, and {self._kind} files would be written where it leads: "
+                    "remove it, or choose another folder"
+                )
 
     def _in_the_way(self, marker: Marker | None) -> OutputError:
         what = f"holds a {marker.state} {marker.kind}" if marker else "exists"
@@ -308,16 +338,13 @@ class RunFolder:
         )
 
     def _foreign(self, folder: Path) -> str | None:
-        """Return a file in the folder that its marker does not list."""
+        """Return a file in the folder that its marker does not list; moefy writes no links."""
         marker = read_marker(folder)
-        owned = set(marker.files) if marker else set()
         for file in sorted(folder.rglob("*")):
-            name = file.relative_to(folder).as_posix()
-            if file.is_dir() and not file.is_symlink():
-                continue
-            parents = {parent.as_posix() for parent in Path(name).parents}
-            if name != MARKER and not _is_one_of({name, *parents}, owned):
-                return name
+            name = file.relative_to(folder)
+            ours = name == Path(MARKER) or _is_one_of(name, marker.files if marker else ())
+            if file.is_symlink() or not (ours or file.is_dir()):
+                return name.as_posix()
         return None
 
     def _clear(self, folder: Path) -> None:
@@ -330,26 +357,25 @@ class RunFolder:
                 )
             # A kill while the files are removed must not leave a folder without its marker.
             folder.rename(self._trash)
-            shutil.rmtree(self._trash)
+            self._remove(self._trash)
         folder.mkdir(parents=True)
 
     def _mark(self, folder: Path, state: State, identity: Mapping[str, Any]) -> None:
-        files = [*(self._own or ("*",)), *self._scratch]
+        own = self._own or ("*",)
+        files = [*own, *self._scratch]
         if state == "finished":
-            found = (file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
+            names = (file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
             files = [
                 name.as_posix()
-                for name in sorted(found)
-                if _is_one_of({p.as_posix() for p in (name, *name.parents)}, self._own or ("*",))
-                and name.parts[0] not in {MARKER, *self._scratch}
+                for name in sorted(names)
+                if _is_one_of(name, own) and name.parts[0] not in {MARKER, *self._scratch}
             ] + [*self._scratch]
         marker = Marker(kind=self._kind, state=state, identity=dict(identity), files=files)
         replace_file(folder / MARKER, marker.model_dump_json(indent=1) + "\n")
 
 
-def _is_one_of(names: Collection[str], owned: Collection[str]) -> bool:
-    """Say whether one of the names is owned, by itself or by a pattern."""
-    patterns = [name for name in owned if "*" in name]
-    return any(
-        name in owned or any(fnmatchcase(name, pattern) for pattern in patterns) for name in names
-    )
+def _is_one_of(name: Path, owned: Collection[str]) -> bool:
+    """Say whether a file or a folder that it lies in is owned, by itself or by a pattern."""
+    names = {name.as_posix(), *(parent.as_posix() for parent in name.parents)}
+    patterns = [each for each in owned if "*" in each]
+    return any(each in owned or any(fnmatchcase(each, p) for p in patterns) for each in names)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-from moefy.errors import OutputError, StorageError
+from pydantic import TypeAdapter, ValidationError
+
+from moefy.errors import MoefyError, OutputError, StorageError
 
 fcntl: ModuleType | None
 try:
@@ -22,8 +25,9 @@ try:
 except ImportError:  # Windows has no such locks: there two processes are not kept apart
     fcntl = None
 
-Record = TypeVar("Record")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_HOLDER = {"pid", "host", "since"}
+_BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR}
 
 
 def cache_folder() -> Path:
@@ -32,6 +36,11 @@ def cache_folder() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "moefy"
+
+
+def digest(content: Any) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -81,31 +90,46 @@ def replace_file(path: Path, content: str) -> None:
             partial.unlink(missing_ok=True)
 
 
-def read_records(
-    file: Path, build: Callable[[dict[str, Any]], Record], *, what: str
-) -> list[Record]:
-    """Read a file of one JSON object a line; none where there is no file.
+def read_json(file: Path, shape: Any, remedy: str, *, error: type[MoefyError] = OutputError) -> Any:
+    """Read a JSON file that moefy has written, and that anybody may have changed since.
+
+    Args:
+        file: to read; FileNotFoundError where there is none.
+        shape: type of its content, as pydantic takes them.
+        remedy: what a person can do where it is damaged, for the error.
+        error: what is raised then.
+    """
+    return parse_json(file.read_bytes(), shape, str(file), remedy, error)
+
+
+def read_records(file: Path, shape: Any, remedy: str = "") -> list[Any]:
+    """Read a file of one JSON value a line; none where there is no file.
 
     Args:
         file: in a folder that may not exist yet.
-        build: makes a record of an object.
-        what: a record is, for the error.
+        shape: type of a line, as pydantic takes them.
+        remedy: what a person can do about a damaged line, for the error.
 
     Raises:
-        OutputError: a line is no record.
+        OutputError: a line is damaged.
     """
-    if not file.exists():
-        return []
-    records = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            records.append(build(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{file}, line {number} is no {what} of this version of moefy ({error!r}): remove "
-                "the line, or choose another folder"
-            ) from error
-    return records
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    remedy = remedy or "remove the line, or choose another folder"
+    return [
+        parse_json(line, shape, f"{file}, line {number}", remedy, OutputError)
+        for number, line in enumerate(lines, start=1)
+    ]
+
+
+def parse_json(content: bytes, shape: Any, where: str, remedy: str, error: type[MoefyError]) -> Any:
+    """Return JSON as a type that pydantic takes; `where` and `remedy` are for the error."""
+    try:
+        # strict: a text where a number was written is damage
+        return TypeAdapter(shape).validate_json(content, strict=True)
+    except ValidationError as found:
+        first = found.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "JSON"
+        raise error(f"{where} is damaged ({key[:100]}: {first['msg']}): {remedy}") from found
 
 
 def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -131,7 +155,7 @@ def storage_errors(out: Path) -> Iterator[None]:
             raise StorageError(
                 f"{error.filename or out} cannot be written: {error.strerror}"
             ) from error
-        if error.errno in {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}:
+        if error.errno in _BAD_NAME:
             raise OutputError(f"{out} cannot be written: {error.strerror}") from error
         raise
     except Exception as error:
@@ -168,10 +192,10 @@ class Lock:
     """An exclusive lock on an output, held by a file beside it until `release` or the process ends.
 
     Attributes:
-        was_left: what the process that held it before wrote of itself, if it was killed.
+        notes: what the lock's file says besides its holder; a killed holder's are handed on.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds it, or the file is none of moefy's.
         StorageError: the place cannot be written.
     """
 
@@ -182,14 +206,16 @@ class Lock:
         with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             while True:
-                self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+                # a link planted there must not lead the lock to another file
+                how = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                self._handle = os.open(self._file, how, 0o644)
                 self._take(out)
                 # The holder before us may have removed the file between our two calls.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(self._file.stat(), os.fstat(self._handle)):
                         break
                 os.close(self._handle)
-            self.was_left = os.read(self._handle, 1000)
+            self.notes = self._left()
             self.note()
 
     def _take(self, out: Path) -> None:
@@ -207,9 +233,25 @@ class Lock:
         except OSError:
             return  # a network file system without locks
 
+    def _left(self) -> dict[str, Any]:
+        """Return the notes of a holder that was killed."""
+        content = os.pread(self._handle, 4096, 0).decode(errors="replace")
+        if not content:
+            return {}
+        try:
+            # a kill between writing and cutting leaves the end of longer notes behind these
+            left = json.JSONDecoder().raw_decode(content)[0]
+            return {key: left[key] for key in left.keys() - _HOLDER} if left["pid"] else {}
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            os.close(self._handle)
+            raise OutputError(
+                f"{self._file} is no lock of moefy's: move it away, or choose another folder"
+            ) from None
+
     def note(self, **notes: Any) -> None:
         """Say in the lock's file who holds it, and what a call after a kill should know."""
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), **notes}
+        self.notes |= notes
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), **self.notes}
         content = json.dumps(holder).encode()
         os.pwrite(self._handle, content, 0)
         os.truncate(self._handle, len(content))
@@ -259,19 +301,18 @@ def whole_file(
             process writes it.
         StorageError: the disk is full, or the place cannot be written.
     """
-    if any(source.exists() and out.resolve() == source.resolve() for source in sources):
-        raise OutputError(f"the output {out} would replace its own source: choose another file")
     partial = out.with_name(f".{out.name}.next")
-    if not partial.is_file():  # a killed call's, which shows that the place is right
-        check_place(partial)
+    with storage_errors(out):
+        if any(source.exists() and out.resolve() == source.resolve() for source in sources):
+            raise OutputError(f"the output {out} would replace its own source: choose another file")
+        if not partial.is_file():  # a killed call's, which shows that the place is right
+            check_place(partial)
     lock = Lock(out)
     try:
         partial.unlink(missing_ok=True)
         # A call that was killed behind its last step noted the file that it put in place.
         inode = out.stat().st_ino if out.is_file() else None
-        is_ours = inode is not None and f'"inode": {inode}}}'.encode() in lock.was_left
-        if is_ours:  # for the call after this one, should this one be killed too
-            lock.note(inode=inode)
+        is_ours = inode is not None and inode == lock.notes.get("inode")
         if out.is_dir() or (out.exists() and not overwrite and not is_ours):
             what = "is a folder" if out.is_dir() else "exists"
             raise OutputError(

@@ -118,7 +118,7 @@ def test_what_does_not_add_up_is_refused(
     with pytest.raises(CheckpointError, match=r"partition\.npy cannot be read"):
         moefy.export_dense(tmp_path / "plain", out)
     (tmp_path / "plain" / "moefy.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no readable moefy\.json"):
+    with pytest.raises(CheckpointError, match=r"has no moefy\.json"):
         moefy.export_dense(tmp_path / "plain", out)
     assert not out.exists()
 

@@ -170,6 +170,71 @@ def test_a_finished_folder_that_reopens_is_begun_anew_on_request(tmp_path: Path)
         run.begin({"seed": 2})
 
 
+def rows(out: Path, *, overwrite: bool = False, row: str = "x") -> None:
+    with RunFolder(out, "study", resumes=True, reopens=True, overwrite=overwrite) as run:
+        run.begin(IDENTITY)
+        with (run.work / "rows").open("a") as file:
+            file.write(row)
+        run.finish()
+
+
+def test_overwrite_begins_anew_wherever_an_earlier_call_was_killed(tmp_path: Path) -> None:
+    for event_idx in range(100):
+        out = tmp_path / str(event_idx) / "out"
+        if not killed_at(event_idx, partial(rows, out, row="old")):
+            break
+        rows(out, overwrite=True, row="new")
+        assert (out / "rows").read_text() == "new", event_idx
+    assert event_idx > 5
+
+
+@pytest.mark.parametrize("name", ["log", "checkpoint", "checkpoint/0", ".moefy.json"])
+def test_a_link_in_an_unfinished_run_is_not_followed(tmp_path: Path, name: str) -> None:
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    with RunFolder(out, "model", resumes=True, own=("log",), scratch=("checkpoint",)) as run:
+        run.begin(IDENTITY | {"content": "x"})
+        (run.work / "checkpoint").mkdir()
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    target = outside / "file"
+    if name == "checkpoint":
+        (out / name).rmdir()
+        target = outside
+    elif name == MARKER:
+        target.write_bytes((out / name).read_bytes())
+        (out / name).unlink()
+    before = content_of(outside)
+    (out / name).symlink_to(target)
+    for overwrite in (False, True):
+        with suppress(OutputError):
+            steps(out, overwrite=overwrite)
+        assert content_of(outside) == before
+
+
+@pytest.mark.parametrize("suffix", ["lock", "next", "old", "trash"])
+def test_what_is_not_moefys_beside_an_output_is_kept(tmp_path: Path, suffix: str) -> None:
+    place = tmp_path / f".out.{suffix}"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    if suffix == "lock":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"move it away"):
+        one_shot(tmp_path / "out")
+    kept = place if suffix == "lock" else place / "thesis.txt"
+    assert kept.read_text() == "mine"
+    kept.unlink()
+    if place.is_dir():
+        place.rmdir()
+    place.symlink_to(mine / "thesis.txt" if suffix == "lock" else mine)
+    with pytest.raises(OutputError, match=r"Too many levels|is a link"):
+        one_shot(tmp_path / "out")
+    assert content_of(mine) == {"thesis.txt": "mine"}
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"kind": "model"}', "[" * 100_000])
 def test_a_damaged_marker_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / MARKER).write_text(content)

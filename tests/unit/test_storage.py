@@ -39,11 +39,11 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> Non
     file = tmp_path / "log.jsonl"
     replace_file(file, '{"step": 1}\n')
     replace_file(file, '{"step": 2}\n')
-    assert read_records(file, lambda line: line["step"], what="line") == [2]
+    assert read_records(file, dict[str, int]) == [{"step": 2}]
     assert list(tmp_path.iterdir()) == [file]
     replace_file(file, "[]\n")
-    with pytest.raises(OutputError, match=r"log\.jsonl, line 1 is no line"):
-        read_records(file, lambda line: line["step"], what="line")
+    with pytest.raises(OutputError, match=r"log\.jsonl, line 1 is damaged \(JSON: .*remove"):
+        read_records(file, dict[str, int])
 
 
 def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_other_settings_are_refused(toys: tuple[Path, ...], tmp_path: Path) -> N
     assert more.measured == 5  # the dense model has none
     assert first.runs[0] in more.runs
     (out / "runs.jsonl").write_text('{"ablation": "torn')
-    with pytest.raises(OutputError, match=r"runs.jsonl, line 1 is no run of this version"):
+    with pytest.raises(OutputError, match=r"runs.jsonl, line 1 is damaged"):
         tiny_study(toys, out, "rescaling")
     anew = tiny_study(toys, out, "rescaling", tokens=256, overwrite=True)
     assert {run.trained for run in anew.runs} == {0, 256}

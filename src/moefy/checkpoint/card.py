@@ -6,11 +6,17 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BaseModel, Field
 
+from moefy.errors import CheckpointError
 from moefy.recipe import ConvertRecipe
+from moefy.storage import read_json
+
+RECORD = "moefy.json"
 
 _NOT_CHOSEN = {"train": ("source", "parent", "data", "text"), "tune": ("source", "data", "tokens")}
 _DONE = {"convert": "converted", "train": "trained", "tune": "tuned"}
@@ -28,6 +34,82 @@ _LIMITS = """## Limits
   experts and their size.
 - Knowledge, biases and unsafe answers of the dense model remain, and so does its license.
 """
+
+
+class _Source(BaseModel, extra="allow"):
+    name: str
+    sha256: dict[str, str]
+    config: dict[str, Any]
+    base_model: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+class _Recipe(BaseModel, extra="allow"):
+    experts: int
+    active: int
+    shared: int
+
+
+class _Calibration(BaseModel, extra="allow"):
+    data: str
+    tokens: int
+    sha256: str
+
+
+class _Step(BaseModel, extra="allow"):
+    moefy: str
+    versions: dict[str, str]
+
+
+class _Converted(_Step):
+    stage: Literal["convert"]
+    recipe: _Recipe
+    source: _Source
+    calibration: _Calibration | None = None
+
+
+class _Run(BaseModel, extra="allow"):
+    source: dict[str, str]
+    data: str | None
+
+
+class _Tuning(BaseModel, extra="allow"):
+    conversations: int
+    heldout_before: float | None
+    heldout_after: float | None
+
+
+class _Learned(_Step):
+    run: _Run
+    earlier: _Record | None = Field(alias="from")
+
+
+class _Trained(_Learned):
+    stage: Literal["train"]
+
+
+class _Tuned(_Learned):
+    stage: Literal["tune"]
+    result: _Tuning
+
+
+_Record = Annotated[_Converted | _Trained | _Tuned, Field(discriminator="stage")]
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return a model folder's moefy.json, None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged, or does not say how the model was made.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    remedy = "copy it again from where the model is from, or move it away"
+    read_json(file, _Record, remedy, error=CheckpointError)
+    return json.loads(file.read_bytes())
 
 
 def model_card(

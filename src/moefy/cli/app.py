@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from typing import Annotated
@@ -20,7 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
 )
-_LONGEST = 480  # characters of a message: what a file holds may be quoted in it
+_LONGEST = 480  # characters of a message
+_PASSWORD = re.compile(r"//[^/\s@]+@")  # of //name:password@host
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in a variable's name
+_SHORTEST_SECRET = 8  # characters; a shorter value may be a word of the message
 _debug = False  # set by the callback, which runs before the command
 
 _MOVED = {
@@ -47,29 +51,50 @@ def main() -> None:
     ask_for_huge_pages()  # before torch allocates its first tensor
     try:
         _refuse_moved(sys.argv[1:])
-        app()
+        # not standalone: Typer would draw a box around a usage error of its own
+        sys.exit(app(standalone_mode=False) or 0)
     except Exception as error:
         if _debug:
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # a class of Typer's own click
+            print(error)
+            sys.exit(2)
         if os.environ.get("RANK", "0") != "0":
             # torchrun's processes fail alike, and it ends this one when the first has said why
             time.sleep(20)
         # one line, whatever the message holds: a traceback helps nobody but us
-        text = _shown(str(error))
-        if not isinstance(error, MoefyError):
-            text = (
-                f"unexpected {type(error).__name__}: {text} (this is a bug: run `moefy --debug …` "
-                "for the traceback and report it)"
-            )
-        print(f"moefy: {text}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
+        text, code = _explained(error)
+        print(f"moefy: {_shown(text)}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """Return what an error says to a person, and its exit code."""
+    if isinstance(error, MoefyError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.Abort):
+        return "stopped", 1
+    if hasattr(error, "format_message"):  # of Typer: a word of the command line is wrong
+        return f"{error.format_message().rstrip('.')}: see `moefy … --help`", 2
+    if isinstance(error, OSError) and error.errno:
+        # the system's and not ours: a file that disappeared, a disk that fails, a lost network
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}: check the place, and run the command again", 2
+    bug = "this is a bug: run `moefy --debug …` for the traceback and report it"
+    return f"unexpected {type(error).__name__}: {error} ({bug})", 1
 
 
 def _shown(text: str) -> str:
-    """Return a message in one line that a terminal only shows, its middle cut out if it is long."""
-    text = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())
-    )
+    """Return a message in one line that a terminal only shows.
+
+    Its middle is cut out if it is long, as what a file holds may be quoted in it. Passwords of
+    addresses and what the environment keeps secret are left out.
+    """
+    text = _PASSWORD.sub("//", " ".join(text.split()))
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, f"[${name}]")
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 120]} … {text[-100:]}"
 
 

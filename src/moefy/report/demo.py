@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moefy.checkpoint.card import read_record
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import BUILTIN, resolve
 from moefy.construct.convert import convert
@@ -16,7 +17,7 @@ from moefy.evaluation.compare import Comparison, evaluate
 from moefy.hardware import peak_rss_bytes
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import LLAMA_MOE
-from moefy.report.page import Report, facts_of, read_record, write_page
+from moefy.report.page import Report, facts_of, write_page
 from moefy.report.tables import number
 from moefy.run_folder import RunFolder
 from moefy.training.recipe import TrainRecipe

@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moefy.checkpoint.card import command_of, recipe_of, steps_of
 from moefy.data.records import Side
-from moefy.errors import CheckpointError
 from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.paired import Interval
 from moefy.evaluation.routing import RoutingResult
@@ -95,24 +94,6 @@ def facts_of(command: str, **settings: Any) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in packages},
     }
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return a model folder's moefy.json, None if there is none.
-
-    Raises:
-        CheckpointError: The file is not what moefy writes.
-    """
-    file = folder / "moefy.json"
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text())
-        return {"stage": record["stage"], **record}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} does not say how the model was made ({error}): move it away"
-        ) from error
 
 
 def verdict(report: Report) -> str:

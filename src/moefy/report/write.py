@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.card import model_card, with_results
+from moefy.checkpoint.card import model_card, read_record, with_results
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.records import Side
@@ -17,7 +17,7 @@ from moefy.evaluation.compare import evaluate
 from moefy.evaluation.routing import measure_routing
 from moefy.evaluation.suite import check_suite, evaluate_suite
 from moefy.progress import ProgressFn, silent
-from moefy.report.page import Report, facts_of, read_record, verdict, write_page
+from moefy.report.page import Report, facts_of, verdict, write_page
 from moefy.report.tables import comparison_rows, markdown, suite_rows
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file

@@ -16,12 +16,12 @@ from moefy.errors import CorpusError, UsageError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.report.tables import Rows
 from moefy.run_folder import RunFolder
-from moefy.storage import replace_file
+from moefy.storage import digest, replace_file
 from moefy.studies.ablations import Ablation, ablations_named
 from moefy.studies.recipe import StudyRecipe, StudySettings
 from moefy.studies.report import write_report
 from moefy.studies.runner import Runner
-from moefy.studies.runs import RUNS, Job, Place, Run, digest, job_of, read_runs, write_runs
+from moefy.studies.runs import RUNS, Job, Place, Run, job_of, read_runs, write_runs
 from moefy.training.recipe import TuneRecipe
 
 

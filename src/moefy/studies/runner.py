@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from moefy.checkpoint.card import read_record
 from moefy.checkpoint.cost import cost, split_config
 from moefy.checkpoint.load import load_model
 from moefy.checkpoint.reader import read_config, side_files
@@ -158,7 +158,9 @@ class Runner:
         if not _is_complete(folder):
             tune(model, folder, data=self._sft, recipe=job.tune, report=self._report)
         # From the file, since the folder may have been complete before this call.
-        result = json.loads((folder / "moefy.json").read_text())["result"]
+        record = read_record(folder)
+        assert record is not None
+        result = record["result"]
         return {
             "conversations": result["conversations"],
             "loss_before": result["heldout_before"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from moefy.recipe import ConvertRecipe
-from moefy.storage import read_records, write_records
+from moefy.storage import digest, read_records, write_records
 from moefy.studies.ablations import Arm
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
@@ -143,18 +142,13 @@ def _train_recipe(arm: Arm, recipe: StudyRecipe, seed: int) -> TrainRecipe:
     return TrainRecipe.build(**choices)
 
 
-def digest(values: Mapping[str, Any]) -> str:
-    """Return a short hash of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def read_runs(file: Path) -> dict[Place, Run]:
     """Read a `runs.jsonl`; nothing where there is none.
 
     Raises:
         OutputError: a line is no run of this version.
     """
-    return {run.place: run for run in read_records(file, _RUN.validate_python, what="run")}
+    return {run.place: run for run in read_records(file, Run)}
 
 
 def write_runs(file: Path, runs: Mapping[Place, Run]) -> None:
