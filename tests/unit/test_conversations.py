@@ -63,6 +63,50 @@ def test_folders_compressed_files_and_datasets(tmp_path: Path) -> None:
     assert row.where.endswith(", row 1")
 
 
+SAME: dict[str, Any] = {
+    "top-level system": {"system": "Be short.", "messages": PAIR},
+    "parts": {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "short."}]},
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            PAIR[1],
+        ]
+    },
+    "prompt and completion": {"system": "Be short.", "prompt": "Hi", "completion": "Ho"},
+    "conversational prompt": {
+        "prompt": [{"role": "system", "content": "Be short."}, PAIR[0]],
+        "completion": [PAIR[1]],
+    },
+    "Alpaca": {"system": "Be short.", "instruction": "Hi", "input": "", "output": "Ho"},
+    "empty extras": {
+        "tools": [],
+        "messages": [
+            {"role": "system", "content": "Be short.", "tool_calls": None},
+            PAIR[0],
+            {**PAIR[1], "weight": 1, "reasoning_content": ""},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_other_forms_are_the_same_conversation(form: str, tmp_path: Path) -> None:
+    (found,), broken = read_conversations(write(tmp_path / "c.jsonl", SAME[form]))
+    assert broken == []
+    assert found.messages == [{"role": "system", "content": "Be short."}, *PAIR]
+    assert found.unlearned == frozenset()
+
+
+def test_answers_that_are_only_read(tmp_path: Path) -> None:
+    weighted = {"messages": [PAIR[0], PAIR[1] | {"weight": 0}, *PAIR]}
+    prompt = {"prompt": [*PAIR, PAIR[0]], "completion": [PAIR[1]]}
+    alpaca = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+    (one, two, three), _ = read_conversations(write(tmp_path / "c.jsonl", weighted, prompt, alpaca))
+    assert one.messages == two.messages == [*PAIR, *PAIR]
+    assert one.unlearned == two.unlearned == {1}
+    assert three.messages[0]["content"] == "Add.\n\n1 + 1"
+
+
 BROKEN: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"messages": [', "Expecting value"),
     "no object": ([1], "not a JSON object"),
@@ -72,7 +116,30 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no message": ({"messages": ["Hi"]}, "message 1 is not a JSON object"),
     "stranger": ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 is from 'tool'"),
     "list for a speaker": ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 is from"),
-    "no text": ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 has no text"),
+    "no text": ({"messages": [{"role": "user", "content": 3}]}, "message 1 has no text"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+        "message 1 has a part that is no text",
+    ),
+    "tools": ({"tools": [{"name": "f"}], "messages": PAIR}, "'tools' is not trained on"),
+    "tool call": (
+        {"messages": [PAIR[0], {**PAIR[1], "tool_calls": [{}]}]},
+        "message 2 has 'tool_calls', which is not trained on",
+    ),
+    "reasoning": (
+        {"messages": [PAIR[0], {**PAIR[1], "reasoning_content": "Hm."}]},
+        "message 2 has 'reasoning_content', which is not trained on",
+    ),
+    "two systems": (
+        {"system": "a", "messages": [{"role": "system", "content": "b"}, *PAIR]},
+        "message 2 is system's, not user's",
+    ),
+    "weight": ({"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]}, "message 2 has the weight 0.5"),
+    "nothing to learn": (
+        {"messages": [PAIR[0], {**PAIR[1], "weight": 0}]},
+        "no answer is to be learned",
+    ),
+    "no output": ({"instruction": "Hi", "input": ""}, "only 'input', 'instruction'"),
     "empty": ({"messages": [PAIR[0], {"role": "assistant", "content": " "}]}, "message 2 is empty"),
     "half a character": (
         '{"messages": [{"role": "user", "content": "\\ud800"}]}',

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moefy.data.conversations import Conversation, Message
+from moefy.data.render import render
 from moefy.errors import UsageError
 from moefy.progress import Progress, ProgressFn, silent
 
 CHATML = "chatml"
 _BEGIN, _END = "<|im_start|>", "<|im_end|>"
+_TEMPLATE_BYTES = 1 << 20
 _PROBE: list[Message] = [
     {"role": "user", "content": "Ping?"},
     {"role": "assistant", "content": "Pong."},
@@ -36,19 +41,21 @@ class ChatTemplate:
 
         Raises:
             ValueError: the template refuses these messages.
+            UsageError: it takes too much time or memory.
         """
-        from jinja2 import TemplateError
+        return render(
+            tokenizer.get_chat_template(self.source),
+            messages,
+            add_generation_prompt=answer,
+            **tokenizer.special_tokens_map,
+        )
 
-        try:
-            text: str = tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=answer,
-                chat_template=self.source,
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        return text
+    def prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
+        """Return the tokens of messages and of what opens the assistant's turn; as `render`."""
+        text = self.render(tokenizer, messages, answer=True)
+        harmless = without_control(tokenizer, messages)
+        frame = self.render(tokenizer, harmless, answer=True) if harmless != messages else text
+        return tokenised(tokenizer, text, frame)[0]
 
 
 def chat_template(tokenizer: Any, asked: str | None = None) -> ChatTemplate:
@@ -64,7 +71,8 @@ def chat_template(tokenizer: Any, asked: str | None = None) -> ChatTemplate:
         return _chatml(tokenizer)
     if asked is not None:
         try:
-            return ChatTemplate(asked, Path(asked).expanduser().read_text())
+            with Path(asked).expanduser().open("rb") as file:
+                return ChatTemplate(asked, file.read(_TEMPLATE_BYTES).decode())
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"the chat template {asked} cannot be read ({error}): name a file with a Jinja "
@@ -104,12 +112,85 @@ def for_training(tokenizer: Any, template: ChatTemplate) -> ChatTemplate:
 Spans = list[tuple[int, int]]
 
 
+def without_control(tokenizer: Any, messages: list[Message]) -> list[Message]:
+    """Return messages with letters in place of the tokenizer's special tokens."""
+    control = _control(tokenizer)
+    hide = partial(control.sub, lambda found: "x" * len(found[0]))
+    return [message | {"content": hide(message["content"])} for message in messages]
+
+
+def tokenised(tokenizer: Any, text: str, frame: str) -> tuple[list[int], Spans]:
+    """Return the tokens of a rendered conversation, and the characters that each stands for.
+
+    Special tokens that stand in a message are text: only the template writes control tokens.
+
+    Args:
+        tokenizer: a fast one.
+        text: what the template wrote.
+        frame: the same of messages `without_control`.
+
+    Raises:
+        ValueError: it cannot be told what in the text is the template's.
+    """
+    # Tokenised whole, as the model will see it.
+    whole = _pieces(tokenizer, frame, [(0, len(frame), None)])
+    if text == frame:
+        return whole
+    parts: list[tuple[int, int, int | None]] = []
+    start = 0
+    for found in _control(tokenizer).finditer(frame):
+        token = tokenizer.convert_tokens_to_ids(found[0].strip())
+        parts += [(start, found.start(), None), (*found.span(), token)]
+        start = found.end()
+    parts.append((start, len(frame), None))
+    # Some tokenizers begin a piece otherwise than the middle of a text.
+    if len(text) != len(frame) or _pieces(tokenizer, frame, parts)[0] != whole[0]:
+        raise ValueError(
+            "a message holds a special token, which cannot be told from the template's"
+        )
+    return _pieces(tokenizer, text, parts, split_special_tokens=True)
+
+
+def _control(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of the special tokens, with the white space that each takes in."""
+    tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    patterns = (
+        (r"\s*" if token.lstrip else "")
+        + re.escape(token.content)
+        + (r"\s*" if token.rstrip else "")
+        for token in sorted(tokens, key=lambda token: -len(token.content))
+    )
+    return re.compile("|".join(patterns) or "(?!)")
+
+
+def _pieces(
+    tokenizer: Any, text: str, parts: list[tuple[int, int, int | None]], **options: Any
+) -> tuple[list[int], Spans]:
+    """Tokenise a text part by part; a part with an id is that token."""
+    options |= {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    ids: list[int] = []
+    places: Spans = []
+    for start, end, token in parts:
+        if token is not None:
+            ids.append(token)
+            places.append((start, end))
+        elif start < end:
+            encoded = tokenizer(text[start:end], **options)
+            ids += encoded["input_ids"]
+            places += [(start + first, start + last) for first, last in encoded["offset_mapping"]]
+    return ids, places
+
+
 def assistant_spans(
-    tokenizer: Any, template: ChatTemplate, messages: list[Message]
+    tokenizer: Any,
+    template: ChatTemplate,
+    messages: list[Message],
+    unlearned: Collection[int] = (),
 ) -> list[tuple[str, Spans]]:
     """Return a conversation's texts up to the assistant's last word, and where it speaks.
 
-    A span begins behind what opens the assistant's turn and ends with what closes it, which the
+    Answers in `unlearned` are only read: they have no span, and none of the texts ends with one. A
+    span begins behind what opens the assistant's turn and ends with what closes it, which the
     model has to learn to write; white space behind that is left out. There is one text, or with a
     template that is used by answer, one for every answer with that answer's span.
 
@@ -119,6 +200,7 @@ def assistant_spans(
     """
     # What follows the last answer cannot be learned from.
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i in answers if i not in unlearned]
     texts: list[tuple[str, Spans]] = []
     whole = template.render(tokenizer, messages[: answers[-1] + 1])
     spans = []
@@ -221,16 +303,18 @@ def _examples(
     conversation: Conversation, tokenizer: Any, template: ChatTemplate, max_length: int
 ) -> list[Example]:
     found = []
-    for text, spans in assistant_spans(tokenizer, template, conversation.messages):
-        tokenised = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        # Tokenised whole, as the model will see it. A token belongs to the assistant when all of
-        # its characters do: the model is never asked for one that begins before the turn.
-        ids: list[int] = tokenised["input_ids"]
+    spoken = partial(assistant_spans, tokenizer, template, unlearned=conversation.unlearned)
+    texts = frames = spoken(conversation.messages)
+    harmless = without_control(tokenizer, conversation.messages)
+    if harmless != conversation.messages:
+        frames = spoken(harmless)
+    for (text, spans), (frame, _) in zip(texts, frames, strict=True):
+        # A token belongs to the assistant when all of its characters do: the model is never asked
+        # for one that begins before the turn.
+        ids, places = tokenised(tokenizer, text, frame)
         labels = [IGNORED] * len(ids)
         span_idx = 0
-        for i, (start, end) in enumerate(tokenised["offset_mapping"]):
+        for i, (start, end) in enumerate(places):
             while span_idx < len(spans) and start >= spans[span_idx][1]:
                 span_idx += 1
             if span_idx < len(spans) and spans[span_idx][0] <= start and end <= spans[span_idx][1]:

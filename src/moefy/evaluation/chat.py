@@ -67,12 +67,10 @@ class Speaker:
             UsageError: the conversation is too long, or the template refuses it.
         """
         try:
-            text = self.template.render(self._tokenizer, messages, answer=True)
+            ids = self.template.prompt(self._tokenizer, messages)
         except ValueError as error:
             raise UsageError(f"{self.folder}: {error}") from error
-        # The template has written the special tokens already.
-        inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        prompt = inputs["input_ids"].to(self._model.device)  # [1, tokens]
+        prompt = torch.tensor([ids], device=self._model.device)  # [1, tokens]
         room: int = self._model.config.max_position_embeddings
         if prompt.shape[1] >= room:
             raise UsageError(
