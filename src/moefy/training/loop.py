@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,16 @@ import torch
 
 from moefy.checkpoint.card import model_card
 from moefy.checkpoint.cost import cost
-from moefy.checkpoint.reader import read_config, side_files
+from moefy.checkpoint.load import mended_generation
+from moefy.checkpoint.reader import (
+    GENERATION,
+    read_config,
+    read_json,
+    side_files,
+    weight_files,
+)
 from moefy.checkpoint.source import origin, resolve
+from moefy.errors import CheckpointError, reason
 from moefy.progress import Progress, ProgressFn
 from moefy.recipe import Recipe
 from moefy.run_folder import RunFolder
@@ -39,7 +48,8 @@ class TrainingLoop:
     """A run's models and samples, its steps, its checkpoints, and the model that it writes.
 
     `stage` decides how the steps of the schedule are counted, `parent` is the teacher's folder
-    (None without distillation), and the recipe's precision is decided.
+    (None without distillation), the recipe's precision is decided, and `identity` goes into
+    moefy.json. What `write` needs of the source is read here, so that no training ends in it.
     """
 
     def __init__(
@@ -50,9 +60,11 @@ class TrainingLoop:
         samples: Samples,
         recipe: TrainRecipe,
         processes: Processes,
+        identity: dict[str, Any],
     ) -> None:
-        self._stage, self._samples = stage, samples
+        self._stage, self._samples, self._identity = stage, samples, identity
         self.source, self.recipe, self.processes = source, recipe, processes
+        self._source_files = processes.of_first(lambda: _Source.read(source, stage, identity))
         self.student = load_student(source, recipe, processes)
         self.teacher = load_teacher(parent, recipe, processes) if parent else None
         self._objective = Objective(self.student, self.teacher, recipe, processes)
@@ -87,6 +99,13 @@ class TrainingLoop:
         and `first_line` precedes the steps in the log of a fresh run.
         """
         recipe, num_steps = self.recipe, self.recipe.num_steps
+        every = recipe.checkpoint_every_steps
+        num_saved = num_steps // every - first_step // every if every else 0
+        model_bytes = self._source_files.weights_bytes
+        self.processes.of_first(lambda: self._state.require_space(num_saved, model_bytes))
+        if names := self._source_files.left_out:
+            note = f"without {', '.join(names)}: they mean nothing beside its other keys"
+            report(Progress(f"read {GENERATION}", 1, 1, note))
         one_pass = cost(read_config(self.source), context=recipe.sequence_length)
         flops = TRAINED_PASSES * one_pass.flops_per_token
         peak = self.processes.size * peak_flops(recipe.precision)
@@ -113,8 +132,8 @@ class TrainingLoop:
             line = {"step": step + 1, "tokens": self._samples.tokens, **losses, **samples.notes}
             line["tokens_per_s"] = samples.num_tokens / seconds
             line["mfu"] = flops * line["tokens_per_s"] / peak
-            is_last, every = step + 1 == num_steps, recipe.evaluate_every_steps
-            if every and ((step + 1) % every == 0 or is_last):
+            is_last, interval = step + 1 == num_steps, recipe.evaluate_every_steps
+            if interval and ((step + 1) % interval == 0 or is_last):
                 line["heldout_loss"] = heldout()
             if log:
                 log.write(line)
@@ -123,7 +142,6 @@ class TrainingLoop:
             for name, epoch in line.get("repeats", {}).items():
                 note += f"; {name} starts epoch {epoch + 1}"
             report(Progress(self._stage, step + 1, num_steps, note))
-            every = recipe.checkpoint_every_steps
             # also behind the last step: writing the model may fail
             if every and (step + 1) % every == 0:
                 self._state.save(step + 1, self._samples.state())
@@ -131,20 +149,23 @@ class TrainingLoop:
             log.close()
 
     def write(
-        self, record: dict[str, Any], *, amend: Callable[[Path], None] = lambda _: None
+        self,
+        *,
+        result: Callable[[], dict[str, Any]] | None = None,
+        amend: Callable[[Path], None] = lambda _: None,
     ) -> None:
         """Put the trained model into the run's folder, in the dtype and the form of its source.
 
-        `record` goes into moefy.json, between moefy's version and the source's own record; `amend`
-        changes the folder of weights and tokenizer before it is moved into place.
+        What `result` returns goes into moefy.json; `amend` changes the folder of weights and
+        tokenizer before it is moved into place.
         """
-        network, source, config = self.student, self.source, read_config(self.source)
+        network, files = self.student, self._source_files
         finished = self._folder.work / FINISHED
         if self.recipe.lora:
             merge_adapters(network)
         self.processes.of_first(lambda: shutil.rmtree(finished, ignore_errors=True))
         with storage_errors(finished):
-            _round_weights(network, config.get("dtype") or config.get("torch_dtype") or "float32")
+            _round_weights(network, files.dtype)
             head = network.get_output_embeddings()
             if head.weight is network.get_input_embeddings().weight:
                 head.weight = None  # a tied one, gathered from several processes, is written twice
@@ -153,23 +174,68 @@ class TrainingLoop:
 
         def complete() -> None:
             with storage_errors(finished):
-                earlier = source / "moefy.json"
-                came_from = json.loads(earlier.read_text()) if earlier.is_file() else None
-                packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-                whole = {"moefy": version("moefy"), **record, "versions": packages}
-                whole["from"] = came_from
-                for file in side_files(source):
-                    shutil.copyfile(file, finished / file.name)
+                for name, content in files.beside.items():
+                    (finished / name).write_bytes(content)
                 amend(finished)
-                card = model_card(whole, config, None if came_from else origin(source, source))
-                (finished / "README.md").write_text(card)
-                (finished / "moefy.json").write_text(json.dumps(whole, indent=2) + "\n")
-                # other runtimes read spellings in it that transformers would not write again
-                shutil.copyfile(source / "config.json", finished / "config.json")
+                record = _record(self._stage, self._identity, files.came_from, result and result())
+                (finished / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
             self._folder.publish(finished)
             self._folder.finish()
 
         self.processes.of_first(complete)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What of a source goes into the trained model's folder besides the weights."""
+
+    beside: dict[str, bytes]  # files by name: tokenizer, config.json, the new README.md
+    left_out: list[str]  # of its generation_config.json, see `mended_generation`
+    came_from: dict[str, Any] | None  # its moefy.json
+    dtype: torch.dtype
+    weights_bytes: int
+
+    @classmethod
+    def read(cls, source: Path, stage: str, identity: dict[str, Any]) -> _Source:
+        """Read it, and raise CheckpointError for what could not be written behind the last step."""
+        config, record = read_config(source), source / "moefy.json"
+        beside = {file.name: file.read_bytes() for file in side_files(source)}
+        settings, left_out = mended_generation(source)
+        if left_out:
+            beside[GENERATION] = (json.dumps(settings, indent=2) + "\n").encode()
+        # other runtimes read spellings in it that transformers would not write again
+        beside["config.json"] = (source / "config.json").read_bytes()
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise CheckpointError(f"{source} has the dtype {dtype}: write float32 or bfloat16")
+        came_from = read_json(record) if record.is_file() else None
+        described = None if came_from else origin(source, source)
+        try:
+            card = model_card(_record(stage, identity, came_from), config, described)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{record} is damaged ({reason(error)}): fetch it again, or delete it"
+            ) from error
+        beside["README.md"] = card.encode()
+        size = sum((source / name).stat().st_size for name in weight_files(source))
+        return cls(beside, left_out, came_from, getattr(torch, dtype), size)
+
+
+def _record(
+    stage: str,
+    identity: dict[str, Any],
+    came_from: dict[str, Any] | None,
+    result: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return moefy.json: what was done, with which versions, and the source's own moefy.json."""
+    return {
+        "moefy": version("moefy"),
+        "stage": stage,
+        "run": identity,
+        **({"result": result} if result else {}),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "from": came_from,
+    }
 
 
 def resolve_first(model: str | Path, processes: Processes, report: ProgressFn) -> Path:
@@ -178,10 +244,10 @@ def resolve_first(model: str | Path, processes: Processes, report: ProgressFn) -
     return resolve(model)
 
 
-def _round_weights(network: Any, dtype: str) -> None:
+def _round_weights(network: Any, dtype: torch.dtype) -> None:
     """Round the weights; buffers, as selection biases, keep what small steps have added up to."""
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    network.to(getattr(torch, dtype))
+    network.to(dtype)
     for name, buffer in kept.items():
         module, _, own = name.rpartition(".")
         setattr(network.get_submodule(module), own, buffer)

@@ -88,7 +88,6 @@ def train(
             check_context(read_config(parent), choice.sequence_length, str(parent))
         text, samples, heldout = _open_corpus(data, source, choice, processes, report)
         taught = parent if choice.distils else None  # else only its held-out losses are needed
-        loop = TrainingLoop("train", source, taught, samples, choice, processes)
         identity = {
             "source": processes.of_first(lambda: fingerprint(source)),
             "parent": processes.of_first(lambda: fingerprint(parent) if parent else None),
@@ -96,6 +95,7 @@ def train(
             "text": text,
             **choice.identity(),
         }
+        loop = TrainingLoop("train", source, taught, samples, choice, processes, identity)
         first_step = choice.num_steps  # of a run that was killed behind its last step
         if not begin(folder, identity, processes):
             first_step = loop.resume(folder, report)
@@ -103,7 +103,7 @@ def train(
                 samples.follow(heldout, _reference(folder, loop, heldout, first_step, report))
             measure = partial(losses_of, loop.student, heldout, choice, processes)
             loop.run(first_step, choice, measure, report)
-            loop.write({"stage": "train", "run": identity})
+            loop.write()
         log = processes.of_first(lambda: read_log(folder.work))
         if draw:
             processes.of_first(lambda: draw(folder.out) and None)

@@ -106,6 +106,15 @@ class RunState:
         self._parameters = dict(learned.named_parameters())
         self._buffers = {name: b for name, b in learned.named_buffers() if name in names}
 
+    def require_space(self, num_saved: int, model_bytes: int) -> None:
+        """Raise StorageError where so many checkpoints, and the model, do not fit on the disk."""
+        learned = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        one_bytes = sum(map(_num_bytes, self._weights().values()))
+        one_bytes += 2 * sum(map(_num_bytes, learned))  # Adam's moments
+        # a checkpoint is removed when there is one more; those of a resumed run are there already
+        num_new = min(num_saved, self._kept + 1 - len(self._checkpoints()))
+        self._folder.require_bytes(max(num_new, 0) * one_bytes + model_bytes)
+
     def save(self, step: int, samples: dict[str, Any]) -> None:
         """Write a checkpoint behind a step, with the state of the samples.
 

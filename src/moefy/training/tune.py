@@ -22,7 +22,7 @@ from moefy.data.template import (
     for_training,
     make_examples,
 )
-from moefy.errors import CorpusError, UsageError
+from moefy.errors import CorpusError, UsageError, reason
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import ProgressFn, silent
 from moefy.run_folder import RunFolder
@@ -70,8 +70,8 @@ class Tuning:
 class _Talks:
     """Conversations as tokens, in one template."""
 
-    tokenizer: Any
     template: ChatTemplate
+    end: int | None  # token behind an assistant's turn
     trained: list[Example]
     heldout: list[Example]
     broken: list[str]
@@ -121,8 +121,6 @@ def tune(
         talks = _read(data, source, choice, report)
         samples = ConversationSamples(talks.trained, choice, processes)
         plan = as_training(choice, samples.num_steps, config)
-        loop = TrainingLoop("tune", source, None, samples, plan, processes)
-        measure = partial(heldout_loss, loop.student, talks.heldout, plan, processes)
         tokens = json.dumps([(example.ids, example.labels) for example in talks.trained])
         identity = {
             "source": processes.of_first(lambda: fingerprint(source)),
@@ -130,13 +128,17 @@ def tune(
             "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
             **choice.identity(),
         }
+        loop = TrainingLoop("tune", source, None, samples, plan, processes, identity)
+        measure = partial(heldout_loss, loop.student, talks.heldout, plan, processes)
         first_step = samples.num_steps
         if not begin(folder, identity, processes):
             first_step = loop.resume(folder, report)
             begun = None if first_step else {"step": 0, "heldout_loss": measure()}
             loop.run(first_step, choice, measure, report, first_line=begun)
-            record = {"stage": "tune", "run": identity, "result": _result(folder, talks, samples)}
-            loop.write(record, amend=lambda finished: _finish(finished, config, talks))
+            loop.write(
+                result=lambda: _result(folder, talks, samples),
+                amend=lambda finished: _finish(finished, config, talks),
+            )
         result = processes.of_first(lambda: _result(folder, talks, samples))
         if draw:
             processes.of_first(lambda: draw(folder.out) and None)
@@ -202,7 +204,14 @@ def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn
             f"{data} holds no conversation to train on: "
             + (broken[0] if broken else "all of them are held out, add more")
         )
-    return _Talks(tokenizer, template, trained, heldout, broken)
+    try:
+        end = end_of_turn(tokenizer, template)
+    except ValueError as error:
+        raise UsageError(
+            f"the chat template {template.name} refuses a question with an answer "
+            f"({reason(error)}): pass another one with --chat-template"
+        ) from error
+    return _Talks(template, end, trained, heldout, broken)
 
 
 def _result(folder: RunFolder, talks: _Talks, samples: ConversationSamples) -> dict[str, Any]:
@@ -236,9 +245,8 @@ def _finish(folder: Path, config: dict[str, Any], talks: _Talks) -> None:
     settings = json.loads(file.read_text()) if file.is_file() else {}
     known = settings.get("eos_token_id", config.get("eos_token_id"))
     stops = known if isinstance(known, list) else [] if known is None else [known]
-    end = end_of_turn(talks.tokenizer, template)
-    if end is not None and end not in stops:
-        settings["eos_token_id"] = [*stops, end]
+    if talks.end is not None and talks.end not in stops:
+        settings["eos_token_id"] = [*stops, talks.end]
         file.write_text(json.dumps(settings, indent=2) + "\n")
     if talks.broken:
         (folder / "broken.txt").write_text("".join(f"{line}\n" for line in talks.broken))
