@@ -3,9 +3,8 @@
     python benchmarks/expert_layers.py [--repeats 9]
 
 One layer of SmolLM2-135M's shape, forward and backward on 512 tokens, half of the slices chosen:
-processor time, the median of runs that alternate between the implementations, and what a dry run
-says that a pass of 512 tokens keeps in all 30 layers. Writes docs/performance/expert-layers.csv and
-the table.
+processor time, the median of runs that alternate between the implementations, and what a pass of
+512 tokens keeps in all 30 layers. Writes docs/performance/expert-layers.csv and the table.
 """
 
 from __future__ import annotations
@@ -18,15 +17,17 @@ from typing import Any
 
 import torch
 from publish import publish_table
-from transformers import MixtralConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from moefy.checkpoint.cost import config_of, split_config
 from moefy.experts.layers import register
-from moefy.training.dry_run import dry_run
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "lean")
 HIDDEN, NEURONS, TOKENS = 576, 1536, 512
+_LOGITS_BYTES = 3 * (64 << 20)  # chunks of them, see evaluation/output_loss.py
 
 
 def main() -> None:
@@ -43,16 +44,36 @@ def main() -> None:
         for implementation in IMPLEMENTATIONS:
             kept = "–"
             if implementation != "eager":  # its loop over experts needs to know who chose whom
-                found = dry_run(
-                    f"smollm2-135m:{experts // 2}/{experts}",
-                    processes=1,
-                    experts_implementation=implementation,
-                )
-                kept = f"{found.activation_bytes / 2**20:.0f}"
+                kept = f"{_kept_bytes(experts, implementation) / 2**20:.0f}"
             cells = [f"{1000 * found[implementation]:.0f}" for found in times.values()]
             rows.append([f"{experts // 2}/{experts}", implementation, *cells, kept])
             print(*rows[-1], sep="\t", flush=True)
     publish_table(rows, DOCS / "performance/expert-layers.csv", DOCS / "performance.md")
+
+
+def _kept_bytes(experts: int, implementation: str) -> int:
+    """Return the bytes that a pass of SmolLM2's split keeps for its backward pass, and its loss."""
+    config = split_config(config_of("smollm2-135m"), experts=experts, active=experts // 2)
+    shape = {key: value for key, value in config.items() if key != "model_type"}
+    kept: dict[int, tuple[torch.Tensor, int]] = {}  # holds the tensors: storages are used again
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor, storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        network = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **shape), dtype=torch.bfloat16
+        ).train()
+        network.set_experts_implementation(implementation)
+        weights = {p.untyped_storage()._cdata for p in network.parameters()}
+        tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = network.model(tokens, use_cache=False).last_hidden_state
+        hidden.sum().backward()
+    return sum(size for _, size in kept.values()) + _LOGITS_BYTES
 
 
 def _times(experts: int, precision: torch.dtype, repeats: int) -> dict[str, float]:

@@ -66,7 +66,7 @@ def train(
         typer.Option(
             "--dry-run",
             metavar="N",
-            help="Check the recipe and estimate memory for N processes; train nothing.",
+            help="Check the recipe and count memory for N processes; train nothing.",
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -122,7 +122,6 @@ def dry_run_rows(found: DryRun) -> Rows:
         ["active parameters", f"{found.active_params:,}"],
         ["learned parameters", f"{found.learned_params:,}"],
         ["weights, gradients, optimizer: GiB a process", f"{found.state_bytes / gib:.2f}"],
-        ["activations of a pass: GiB a process", f"{found.activation_bytes / gib:.2f}"],
         *(teacher if found.teacher_bytes else []),
         ["FLOPs, forward and backward", f"{found.total_flops:.3g}"],
     ]
