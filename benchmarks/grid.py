@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 import moefy
 from moefy.report.tables import write_csv
 from moefy.studies.plan import GRID, GridPoint, read_grid
-from moefy.studies.report import difference
-from moefy.studies.runs import read_arms
+from moefy.studies.report import arms_in, difference
 
 
 def measure(model: str, split: dict[str, int], work: Path) -> dict[str, float]:
@@ -37,7 +36,7 @@ def measure(model: str, split: dict[str, int], work: Path) -> dict[str, float]:
 
 
 def points_of(out: Path, model: str) -> list[GridPoint]:
-    arms, about = read_arms(out / "size.csv"), json.loads((out / ".moefy.json").read_text())
+    arms, about = arms_in(out)["size"], json.loads((out / ".moefy.json").read_text())
     dense, points = arms["dense"][0], []
     for name, runs in arms.items():
         above = difference(runs, arms["dense"])

@@ -16,8 +16,7 @@ from publish import replace_table, rows_of
 
 from moefy.report.tables import write_csv
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.report import difference
-from moefy.studies.runs import read_arms
+from moefy.studies.report import arms_in, difference
 
 DOCS = Path(__file__).parents[1] / "docs"
 TABLES = {
@@ -32,7 +31,7 @@ def main(folders: list[Path]) -> None:
     for folder in folders:
         recipe = StudyRecipe.build(folder / "recipe.yaml")
         split = {"experts": str(recipe.experts), "active": str(recipe.active)}
-        arms = read_arms(folder / "methods.csv")
+        arms = arms_in(folder)["methods"]
         for name, runs in arms.items():
             above = difference(runs, arms["dense"])
             if above is not None:

@@ -20,14 +20,23 @@ from moefy.run_folder import MARKER
 from moefy.studies.ablations import ABLATIONS, Ablation
 from moefy.studies.plan import GRID
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.report import HEAD, NOT_RUN, PAGE, UNDECIDED, agreement, difference, page
-from moefy.studies.runs import RUNS, Run, read_arms, read_runs
+from moefy.studies.report import (
+    HEAD,
+    NOT_RUN,
+    PAGE,
+    UNDECIDED,
+    Arms,
+    agreement,
+    arms_in,
+    difference,
+    page,
+)
+from moefy.studies.runs import RUNS, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("*.csv", "*.png", HEAD, "recipe.yaml", RUNS, MARKER)  # with the marker a copy goes on
+KINDS = (GRID, "*.png", HEAD, "recipe.yaml", RUNS, MARKER)  # with the marker a copy goes on
 Studies = dict[Path, StudyRecipe]
 """Their folders, the fewest tokens first."""
-Arms = dict[str, list[Run]]
 
 
 def publish(outs: Sequence[Path], docs: Path, package: Path) -> None:
@@ -71,14 +80,16 @@ def overview(studies: Studies, docs: Path) -> str:
         _, marker, missing = (folder / HEAD).read_text().partition(NOT_RUN)
         if marker:
             parts.append(f"Not run with {_name(recipe)}:\n\n{missing.strip()}\n")
+    everything = {folder: arms_in(folder) for folder in studies}
     for ablation in ABLATIONS:
         found = {
-            _name(recipe): folder
-            for folder, recipe in studies.items()
-            if (folder / f"{ablation.name}.csv").is_file()
+            folder: arms[ablation.name]
+            for folder, arms in everything.items()
+            if ablation.name in arms
         }
         if found:
-            parts.append(_section(ablation, found, docs))
+            names = {_name(studies[folder]): folder for folder in found}
+            parts.append(_section(ablation, names, found, docs))
     return "\n".join(parts)
 
 
@@ -98,8 +109,10 @@ def study_rows(studies: Studies, docs: Path) -> Rows:
     return rows
 
 
-def _section(ablation: Ablation, folders: dict[str, Path], docs: Path) -> str:
-    found = {study: read_arms(folder / f"{ablation.name}.csv") for study, folder in folders.items()}
+def _section(
+    ablation: Ablation, folders: dict[str, Path], arms: dict[Path, Arms], docs: Path
+) -> str:
+    found = {study: arms[folder] for study, folder in folders.items()}
     parts = [f"## {ablation.title}", ablation.setup, markdown(comparison_rows(found)).rstrip()]
     for study, folder in folders.items():
         figure = (folder / f"{ablation.name}.png").relative_to(docs)
@@ -120,7 +133,7 @@ def comparison_rows(found: dict[str, Arms]) -> Rows:
     rows = [["arm", "compared with", "the paper"]]
     losses: dict[str, list[str]] = {}
     for study, arms in found.items():
-        learned = any(run.trained or run.conversations for runs in arms.values() for run in runs)
+        learned = any(run.trained for runs in arms.values() for run in runs)
         ends = [f"start, {study}", f"end, {study}"] if learned else [f"untrained, study of {study}"]
         losses[study] = ["loss_before", "loss"] if learned else ["loss"]
         rows[0] += [*ends, "result"]

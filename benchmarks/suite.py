@@ -13,10 +13,12 @@ docs/results.md and docs/results/: tables and figure, and all numbers as results
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -35,7 +37,7 @@ from moefy.report.tables import (
     comparison_rows,
     markdown,
     nll_rows,
-    published_rows,
+    percent,
     suite_notes,
     suite_rows,
     write_csv,
@@ -105,7 +107,7 @@ def main() -> None:
     models, names = [DENSE, *(words[2] for words in made.values())], ["dense", *made]
     text = {"data": options.data, "windows": _WINDOWS, "decode": False}
     comparison = evaluate(models, names=names, report=_print, **text)
-    suite = {"suite": "llama-moe", "limit": options.limit, "dtype": options.dtype}
+    suite = {"limit": options.limit, "dtype": options.dtype}
     result = evaluate_suite(models, names=names, report=_print, **suite)
     publish(result, comparison, made, options.data)
 
@@ -116,7 +118,7 @@ def publish(
     """Write the page, its tables and figure, and everything as JSON."""
     folder = ROOT / "docs" / "results"
     folder.mkdir(exist_ok=True)
-    found = {"suite": result.to_dict(), "comparison": comparison.to_dict()}
+    found = {"suite": asdict(result), "comparison": asdict(comparison)}
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     chart = benchmark_chart(result)
     chart.write(folder)
@@ -151,6 +153,28 @@ def publish(
         f"The commands:\n\n```bash\n{chr(10).join(lines)}\n```\n"
     )
     replace_table(ROOT / "docs" / "evaluation.md", "benchmarks", benchmark_rows())
+
+
+def published_rows(result: SuiteResult) -> Rows:
+    """Return header and rows of the scores with published ones below, a model a row.
+
+    docs/results/paper.csv has the base models in LLaMA-MoE (EMNLP 2024, main results): of 2.7 to
+    3.5 billion active parameters, measured with an earlier harness, NQ-open with OpenCompass.
+    """
+    names = [benchmark.name for benchmark in result.benchmarks]
+    rows = [["model", "average", *names], ["measured here, percent ± standard error"]]
+    for model in result.models:
+        scores = [model.scores[name] for name in names]
+        cells = [percent(score.value, score.stderr) for score in scores]
+        rows.append([model.name, percent(model.average, model.average_stderr), *cells])
+    rows.append(["published, of other sizes, in percent: LLaMA-MoE (arXiv 2406.16554)"])
+    with (ROOT / "docs/results/paper.csv").open() as lines:
+        for scores in csv.DictReader(lines):
+            # An average over other benchmarks cannot be compared with the published one.
+            whole = {*names, "model", "average"} == set(scores)
+            cells = [scores.get(benchmark, "–") for benchmark in names]
+            rows.append([scores["model"], scores["average"] if whole else "–", *cells])
+    return rows
 
 
 def benchmark_chart(suite: SuiteResult) -> Chart:

@@ -1,4 +1,4 @@
-"""A toy model, text and conversations, made on the spot: what studies are tried on."""
+"""A toy model and text, made on the spot: what studies are tried on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from moefy.data.strategies import SLIMPAJAMA
-from moefy.storage import cached_folder
 from moefy.training.run import train
 
 SHAPE = {
@@ -28,11 +27,8 @@ SMOKE: dict[str, Any] = {
     "seeds": 2,
     "sequence_length": 64,
     "windows": 3,
-    "evaluations": 2,
-    "grid": (8, 16),
     "convert": {"calibration_tokens": 1024, "calibration_length": 64},
     "train": {"global_batch_size": 2, "micro_batch_size": 2, "precision": "float32"},
-    "tune": {"epochs": 1, "sequence_length": 128, "global_batch_size": 4, "precision": "float32"},
 }
 """Settings at which every ablation ends within a minute or two on two cores."""
 
@@ -61,31 +57,24 @@ def write_toy_llama(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def make_toys(folder: Path) -> tuple[Path, Path, Path]:
-    """Return paths of a model, text and conversations, which are made if they are not there."""
-    model, text, talks = folder / "model", folder / "text", folder / "talks/talks.jsonl"
-    if not text.is_dir():
-        with cached_folder(text) as partial:
-            _write_text(partial)
-    if not talks.parent.is_dir():
-        with cached_folder(talks.parent) as partial:
-            lines = [_conversation(a, b) for a in range(8) for b in range(10)]
-            (partial / talks.name).write_text("".join(lines))
-    if not model.is_dir():
-        # The FFNs of a random model do little, so its splits would hardly differ from it.
-        with cached_folder(model) as partial:
-            train(
-                write_toy_llama(partial / "untrained"),
-                partial / "trained",
-                data=text,
-                tokens=24_576,
-                sequence_length=64,
-                global_batch_size=4,
-                micro_batch_size=4,
-                learning_rate=1e-2,
-                precision="float32",
-            )
-    return model / "trained", text, talks
+def make_toys(folder: Path) -> tuple[Path, Path]:
+    """Write a model and text; return their paths."""
+    model, text = folder / "model", folder / "text"
+    text.mkdir(parents=True)
+    _write_text(text)
+    # The FFNs of a random model do little, so its splits would hardly differ from it.
+    train(
+        write_toy_llama(folder / "untrained"),
+        model,
+        data=text,
+        tokens=24_576,
+        sequence_length=64,
+        global_batch_size=4,
+        micro_batch_size=4,
+        learning_rate=1e-2,
+        precision="float32",
+    )
+    return model, text
 
 
 def _write_text(folder: Path) -> None:
@@ -98,10 +87,3 @@ def _write_text(folder: Path) -> None:
         texts = ["".join(generator.choice(letters, size=400, p=shares)) for _ in range(150)]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (folder / f"{domain}.jsonl").write_text(lines)
-
-
-def _conversation(a: int, b: int) -> str:
-    """Return a question with its answer; its content decides whether it is held out."""
-    asked = {"role": "user", "content": f"What is {a} + {b}?"}
-    answered = {"role": "assistant", "content": f"It is {a + b}."}
-    return json.dumps({"messages": [asked, answered]}) + "\n"

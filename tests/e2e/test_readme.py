@@ -123,7 +123,7 @@ class Page(HTMLParser):
         self.outside: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.figures += tag == "svg"
+        self.figures += tag == "img"
         values = dict(attrs)
         target = values.get("src") or values.get("href") or values.get("xlink:href") or "#"
         if tag in {"script", "link", "iframe"} or not target.startswith(("#", "data:")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from tests.conftest import write_tiny_llama
 import moefy
 from moefy.cli import main
 from moefy.recipe import LLAMA_MOE
-from moefy.report.charts import k_chart
 
 PLAIN: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 SMALL: dict[str, Any] = {"windows": 2, "sequence_length": 24}
@@ -40,25 +40,22 @@ def test_json_and_tables(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = (*models, "--data", corpus, "--windows", 2, "--sequence-length", 24)
-    assert run(monkeypatch, *command, "--top-k", "1,6", "--json") == 0
+    assert run(monkeypatch, *command, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    expected = moefy.measure_routing(models, data=corpus, active=[1, 6], **SMALL)
-    assert found == expected.to_dict()
-    assert [at["k"] for at in found["models"][0]["quality"]] == [1, 2, 6]
+    expected = moefy.measure_routing(models, data=corpus, **SMALL)
+    assert found == asdict(expected)
+    assert [model["active"] for model in found["models"]] == [2]
 
     assert run(monkeypatch, *command) == 0
     printed = capsys.readouterr().out
     assert "Use of the experts, 96 tokens" in printed
-    assert "2 of 6, as saved" in printed
     lines = [line.split("│")[2].strip() for line in printed.splitlines() if line.startswith("│")]
-    assert lines[:4] == ["0", "1", "mean", "dense"]
+    assert lines == ["0", "1", "mean"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top-k", "x"], "write whole numbers"),
-        (["--top-k", "9"], "allowed are 1 to 6"),
         (["--split", "all of it"], "'heldout', 'train', 'all'"),
     ],
 )
@@ -71,10 +68,3 @@ def test_bad_options(
 ) -> None:
     assert run(monkeypatch, *models, *arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_figure(models: list[Path], corpus: Path, tmp_path: Path) -> None:
-    chart = k_chart(moefy.measure_routing(models, data=corpus, **SMALL))
-    chart.write(tmp_path)
-    assert (tmp_path / "routing-k.png").stat().st_size > 5_000
-    assert [row[1] for row in chart.rows[1:3]] == ["dense", "1 of 6"]

@@ -113,7 +113,7 @@ def test_the_table(
     [
         ("--batch", "1,x", "write whole numbers"),
         ("--batch", "0", "at least 1"),
-        ("--rounds", "0", "rounds = '0': input should be greater than or equal to 1"),
+        ("--rounds", "0", "--rounds, --threads: 0 was given, and at least 1 is needed"),
         ("--dtype", "int8", "allowed are float32 and bfloat16"),
         ("--runtime", "onnx", "allowed are transformers and llama.cpp"),
         ("--prompt-tokens", "600", "has room for 512 tokens, not for 600 of prompt and 64 new"),

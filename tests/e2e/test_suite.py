@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_dense_and_split(tmp_path: Path, opened: list[str]) -> None:
     name = "WinoGrande"
     difference = moe.scores[name].value - reference.scores[name].value
     assert moe.against_reference.differences[name].value == pytest.approx(difference)
-    json.dumps(found.to_dict(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
     assert evaluate_suite([split, dense], tasks=tasks, limit=20, names=["moe", "dense"]) == found
     assert opened == 2 * tasks
@@ -126,22 +127,14 @@ def test_what_is_printed(
 def test_data_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a task that only the hub has: it is named, and the others are measured and kept."""
+    """Of a task that only the hub has: it is named, before anything is measured."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     dense = write_tiny_llama(tmp_path / "dense")
-    command = ["suite", dense, "--tasks", "openbookqa,winogrande", "--limit", 2]
-    assert run(monkeypatch, *command) == 1
-    printed = capsys.readouterr()
-    last = printed.err.strip().splitlines()[-1]
-    assert last.startswith("moefy: ")
-    assert "openbookqa has no score: the data of openbookqa cannot be loaded" in last
-    assert "± " in next(line for line in printed.out.splitlines() if "WinoGrande" in line)
-    assert len(list((cache_folder() / "scores").rglob("winogrande-*.json"))) == 1
-    (model,) = evaluate_suite(dense, tasks=["openbookqa", "winogrande"], limit=2).models
-    assert "the data of openbookqa cannot be loaded" in model.failed["openbookqa"]
-    assert set(model.scores) == {"WinoGrande"}
-    assert model.average is None
+    assert run(monkeypatch, "suite", dense, "--tasks", "winogrande,openbookqa", "--limit", 2) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("moefy: the data of openbookqa cannot be loaded")
+    assert not (cache_folder() / "scores").exists()
     (model,) = evaluate_suite(dense, tasks=["sciq"], limit=2).models  # needs no hub
     assert set(model.scores) == {"SciQ"}
 
@@ -164,8 +157,7 @@ def test_no_network_and_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"suite": "llama"}, "allowed are llama-moe"),
-        ({}, "name a suite"),
+        ({"tasks": []}, "one task .llama-moe: the paper's eleven"),
         ({"tasks": ["sciq"], "limit": 0}, "--limit 0"),
         ({"tasks": ["sciq"], "dtype": "int8"}, "--dtype 'int8'"),
         ({"tasks": ["wino_grande"]}, "near it are winogrande"),

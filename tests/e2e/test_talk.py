@@ -269,10 +269,10 @@ def test_a_judge_marks_the_answers(
     out = tmp_path / "judged"
     options = {"questions": questions, "max_new_tokens": 16}
     assert moefy.judge(tuned, out, judge_model="strict", **options).score is None
-    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in answers] == [1, 2]
-    assert answers[0]["choices"][0]["turns"][0] == "Servus!"
-    second = answers[1]["choices"][0]["turns"][1]
+    assert answers[0]["answers"][0] == "Servus!"
+    second = answers[1]["answers"][1]
 
     flags = ("--questions", questions, "--max-new-tokens", 16, "--judge-model", "strict")
     done = run("judge", tuned, out, *flags, "--endpoint", endpoint, "--json")
@@ -280,9 +280,11 @@ def test_a_judge_marks_the_answers(
     assert (found["score"], found["unscored"]) == (7.0, 1)
     assert found["scores"] == {"turn 1": 7.0, "turn 2": 7.0, "math": 7.0, "writing": 7.0}
     sent = Endpoint.requests[1:]  # the first got a 503
-    marked = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
-    assert [row["custom_id"] for row in marked] == ["1-1", "1-2", "2-1", "2-2"]
-    assert [row["score"] for row in marked] == [7.0, 7.0, 7.0, None]
+    marked = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    assert [row["judgements"] for row in marked] == [
+        ["Rating: [[7]]", "Rating: [[7]]"],
+        ["Rating: [[7]]", "no idea"],
+    ]
     assert all(request["model"] == "strict" for request in sent)
     words = [request["messages"][1]["content"] for request in sent]
     assert "Hallo 1" in words[0]
@@ -294,8 +296,8 @@ def test_a_judge_marks_the_answers(
     assert "Reference" not in words[2]
     assert second in words[3]
 
-    lines = (out / "judgements.jsonl").read_text().splitlines(keepends=True)
-    (out / "judgements.jsonl").write_text("".join(lines[:3]))  # a kill
+    marked[1]["judgements"].pop()  # a kill
+    (out / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
     again = moefy.judge(tuned, out, endpoint=endpoint, judge_model="strict", **options)
     assert vars(again) == found | {"folder": out}
     assert Endpoint.requests[5:] == sent[3:]
@@ -305,7 +307,7 @@ def test_a_judge_marks_the_answers(
         moefy.judge(tuned, out, endpoint=endpoint, judge_model="mild", **options)
     assert "secret" not in "".join(file.read_text() for file in out.iterdir())
     moefy.judge(tuned, out, questions=questions, max_new_tokens=8, overwrite=True)
-    assert not (out / "judgements.jsonl").exists()
+    assert '"judgements": []' in (out / "judged.jsonl").read_text()
 
 
 def test_a_judge_that_refuses(
@@ -317,7 +319,7 @@ def test_a_judge_that_refuses(
     with pytest.raises(JudgeError, match=r"does not judge \(status 401: .*\$OPENAI_API_KEY"):
         moefy.judge(tuned, tmp_path / "out", questions=questions, endpoint=endpoint)
     assert len(Endpoint.requests) == 1
-    with pytest.raises(UsageError, match="--endpoint localhost:8000: write its whole address"):
+    with pytest.raises(UsageError, match="--endpoint: write its whole address"):
         moefy.judge(tuned, tmp_path / "no", questions=questions, endpoint="localhost:8000")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-hüdden")
     with pytest.raises(UsageError, match=r"put a key of plain letters into \$OPENAI_API_KEY"):
@@ -340,7 +342,7 @@ def test_a_key_goes_nowhere_else(
         moefy.judge(tuned, tmp_path / "out", questions=questions, endpoint=endpoint)
     assert len(Endpoint.requests) == 1
     secret = endpoint.replace("http://", "http://user:password@")
-    with pytest.raises(UsageError, match=r"^--endpoint 127.0.0.1:\d+/v1: write its whole address"):
+    with pytest.raises(UsageError, match=r"^--endpoint: write its whole address[^@]*$"):
         moefy.judge(tuned, tmp_path / "out", questions=questions, endpoint=secret)
 
 

@@ -23,8 +23,8 @@ from moefy.cli import app
 from moefy.data.records import open_domains
 from moefy.data.tokenise import pack
 from moefy.errors import CorpusError, UsageError
-from moefy.evaluation import compared
-from moefy.evaluation.heldout import Quality
+from moefy.evaluation import compare
+from moefy.evaluation.compare import window_quality
 from moefy.evaluation.output_loss import LogitsInput
 from moefy.recipe import LLAMA_MOE
 
@@ -87,16 +87,16 @@ def test_means_by_hand() -> None:
     reference = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
     model = torch.tensor([[[0.25, 0.75], [0.6, 0.4]]]).log()
     ids, matrix = torch.tensor([[0, 1]]), torch.eye(2)
-    found, alone = Quality(), Quality()
     with torch.no_grad():
-        found.add("a", LogitsInput(model, matrix), ids, LogitsInput(reference, matrix))
-        alone.add("a", LogitsInput(model, matrix), ids)
-    assert found.loss == alone.loss == pytest.approx(-math.log(0.75))
+        dense = LogitsInput(reference, matrix)
+        losses, divergences, agreements = window_quality(LogitsInput(model, matrix), ids, dense)
+        alone = window_quality(LogitsInput(model, matrix), ids, None)
+    assert losses == alone[0] == [pytest.approx(-math.log(0.75))]
     first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     second = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
-    assert found.kl_to_reference == pytest.approx((first + second) / 2, abs=1e-6)
-    assert found.top1_agreement == 0.5
-    assert alone.kl_to_reference is alone.top1_agreement is None
+    assert divergences == [pytest.approx((first + second) / 2, abs=1e-6)]
+    assert agreements == [0.5]
+    assert alone[1:] == ([], [])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,15 +107,14 @@ def test_means_are_those_of_all_logits(tmp_path: Path, family: str) -> None:
     dense, other = (AutoModelForCausalLM.from_pretrained(tmp_path).double() for _ in "ab")
     other.model.layers[0].mlp.down_proj.weight.data *= 0.5
     ids = torch.arange(24).view(3, 8)
-    found = Quality()
     with torch.no_grad():
-        found.add("a", LogitsInput.of(other, ids), ids, LogitsInput.of(dense, ids))
+        found = window_quality(LogitsInput.of(other, ids), ids, LogitsInput.of(dense, ids))
         log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (dense, other))
     losses = -log_q[:, :-1].gather(-1, ids[:, 1:, None]).mean((1, 2))
-    assert found.losses == {"a": pytest.approx(losses.tolist(), rel=1e-12)}
+    assert found[0] == pytest.approx(losses.tolist(), rel=1e-12)
     divergences = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
-    assert found.divergences == pytest.approx(divergences.tolist(), rel=1e-9)
-    assert found.agreements == pytest.approx(
+    assert found[1] == pytest.approx(divergences.tolist(), rel=1e-9)
+    assert found[2] == pytest.approx(
         (log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).tolist()
     )
 
@@ -134,7 +133,7 @@ def test_one_model_at_a_time_is_in_memory(
         most = max(most, sum(body() is not None for body in bodies))
         return network
 
-    monkeypatch.setattr(compared, "load_model", load)
+    monkeypatch.setattr(compare, "load_model", load)
     models = [make_llama(name) for name in "abcd"]
     moefy.evaluate(models, data=corpus, windows=1, sequence_length=16)
     assert (len(bodies), most) == (4, 1)

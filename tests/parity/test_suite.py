@@ -15,9 +15,15 @@ from tests.conftest import write_tiny_model
 
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import builtin
-from moefy.evaluation.answers import score_answers
 from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
-from moefy.evaluation.harness import HarnessModel, TaskPlan, load_tasks, plan_tasks, run_task
+from moefy.evaluation.harness import (
+    HarnessModel,
+    TaskPlan,
+    load_tasks,
+    plan_tasks,
+    run_task,
+    score_answers,
+)
 from moefy.evaluation.paired import standard_error
 from moefy.progress import silent
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,12 @@ def test_the_lowest_loss_within_a_size(grid: Path) -> None:
     assert found.dense.total_params == DENSE
     assert [each.fits for each in found.candidates] == [False, True, True, True, True]
     assert found.command == "moefy convert smollm2-135m OUT --experts 16 --active 4 --shared 2"
-    assert "3 seeds) and speed (2 CPU threads) were measured on m, which has as many" in found.basis
+    assert "speed (2 CPU threads) were measured on m, text: d, 3 seeds" in found.basis
     rows = plan_rows(found)
     assert [row[-1] for row in rows[1:]] == ["", "yes", "recommended", "yes", "yes"]
     assert rows[3][:4] == ["4/16", "2", "56%", "1.020 ± 0.020"]
     assert rows[3][6] == "75.0M"
-    json.dumps(found.to_dict())
+    json.dumps(asdict(found))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_lowest_loss_at_a_speed(grid: Path) -> None:
         "moefy convert MODEL OUT --experts 16 --active 4 --shared 4 --partition coactivation "
         "--set refit_ridge=0.01"
     )
-    assert "measured on m, which has 1/50.1 of its parameters: its own loss" in found.basis
+    assert found.basis.endswith("llama-2-7b has 50.1 times its parameters.")
     found = moefy.plan("llama-2-7b", speedup=0.5, phase="prefill", grid=grid)
     assert found.recommended.point == POINTS[4]
 
@@ -122,15 +122,11 @@ def test_splits_that_a_model_does_not_allow(grid: Path, tmp_path: Path) -> None:
         ({"speedup": 1.0, "phase": "sleep"}, "allowed are prefill and decode"),
         (
             {"active_params": 134_515_008},
-            r"smollm2-135m has 134,515,008 parameters; splits in the grid have from "
-            r"[\d,]+ \(2/16\) to [\d,]+ \(8/16\) active ones",
+            r"smollm2-135m has 134,515,008 parameters; splits in the grid have from [\d,]+ to ",
         ),
-        (
-            {"active_params": 50_000_000},
-            r"splits in the grid have from [\d,]+ \(2/16\) to [\d,]+ \(8/16\) active ones, since",
-        ),
-        ({"speedup": 3.0}, "3 times as fast as the dense model: the fastest in decode is pruned"),
-        ({"speedup": 1.0, "phase": "prefill"}, "fastest in prefill is pruned 4/16, 0.80 times"),
+        ({"active_params": 50_000_000}, "active ones, since embeddings and attention always run"),
+        ({"speedup": 3.0}, r"up to 1.60 times as fast in decode: ask for less"),
+        ({"speedup": 1.0, "phase": "prefill"}, "up to 0.80 times as fast in prefill"),
     ],
 )
 def test_what_cannot_be_had(grid: Path, choices: dict[str, Any], message: str) -> None:

@@ -9,11 +9,10 @@ import scipy.stats
 
 from moefy.errors import UsageError
 from moefy.recipe import ConvertRecipe
-from moefy.report.tables import write_csv
 from moefy.studies.ablations import ABLATIONS, METHODS, ablations_named
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.report import Spread, difference, spread, summary_rows
-from moefy.studies.runs import Run, read_arms, run_rows
+from moefy.studies.report import Spread, arms_in, difference, spread, summary_rows
+from moefy.studies.runs import RUNS, Run, write_runs
 from moefy.training.recipe import TrainRecipe
 
 OFF, ON = "4/16 not rescaled", "4/16 rescaled"
@@ -30,14 +29,12 @@ def run(
         expected=expected,
         key="",
         trained=0 if arm == "dense" else 1000,
-        conversations=0,
         total_params=2_000_000,
         active_params=1_000_000,
         flops_per_token=10,
         loss_before=loss if arm == "dense" else loss + 2,
         loss=loss,
         domain_loss={"wiki": loss - 0.5, "book": loss + 0.5},
-        curve=[] if arm == "dense" else [(0, loss + 2), (1000, loss)],
         machine="2 CPU threads",
     )
 
@@ -106,10 +103,11 @@ def test_seeds_that_two_arms_do_not_share() -> None:
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
     arms = arms_of([3.0, 3.1, 3.2], [2.0, 2.11, 2.19])
-    file = tmp_path / "rescaling.csv"
-    write_csv(file, run_rows([run for runs in arms.values() for run in runs]))
-    assert read_arms(file) == arms
-    rows = summary_rows(read_arms(file))
+    runs = [run for runs in arms.values() for run in runs]
+    write_runs(tmp_path / RUNS, {run.place: run for run in reversed(runs)})
+    (tmp_path / "recipe.yaml").write_text(StudyRecipe().to_yaml())
+    assert arms_in(tmp_path) == {"rescaling": arms}
+    rows = summary_rows(arms)
     assert rows[0] == [
         *("arm", "seeds", "compared with", "loss before", "difference", "loss", "difference"),
         *("result", "the paper", "agreement", "params", "active"),
@@ -127,7 +125,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     "recipe",
     [
         StudyRecipe(),
-        StudyRecipe(experts=8, active=2, grid=(8, 32)),
+        StudyRecipe(experts=8, active=2),
         StudyRecipe(experts=64, active=32),
     ],
 )

@@ -112,12 +112,13 @@ def demo(
 
     Example: `moefy demo --out moefy-demo`
     """
-    from moefy.report import demo as demos
+    from moefy.report.demo import demo
+    from moefy.report.write import verdict
 
-    done = call(demos.demo, out, overwrite=overwrite, **split, **recipe)
+    done = call(demo, out, overwrite=overwrite, **split, **recipe)
     show(
         None,
         (tables.comparison_rows(done.comparison), "SmolLM2-135M, held-out text"),
-        text=f"{demos.headline(done.comparison)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
+        text=f"{verdict(done)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
         f"{done.facts['peak_rss_bytes'] / 2**30:.1f} GiB. Report: {done.folder / 'report.html'}",
     )

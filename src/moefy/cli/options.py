@@ -30,7 +30,10 @@ SplitName = Annotated[
     typer.Option(metavar="<str>", help="Documents to measure on: heldout, train or all."),
 ]
 Dtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
-Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of lm_eval, as in sciq,piqa.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="Tasks of lm_eval, as in sciq,piqa; llama-moe: the paper's eleven."),
+]
 Limit = Annotated[int | None, typer.Option(help="Items of each benchmark. [default: all]")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")]
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -29,6 +30,8 @@ def show(
 ) -> None:
     """Print a result: as JSON for programs, or as tables and a text for people."""
     if as_json:
+        if is_dataclass(record) and not isinstance(record, type):
+            record = asdict(record)
         print(json.dumps(record, indent=2, default=str))  # default: paths become text
         return
     for rows, title in tables:

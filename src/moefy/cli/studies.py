@@ -21,14 +21,10 @@ def study(
     *,
     model: Annotated[str, typer.Option(help="Dense model, as for convert.")] = "smollm2-135m",
     data: Data = "demo",
-    sft: Annotated[
-        str | None,
-        typer.Option(help="Conversations, as for tune. [default: nothing is tuned]"),
-    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ablations: rescaling, construction, methods, sampling, scratch, size, tuning. "
+            help="Ablations: rescaling, construction, methods, sampling, scratch, size. "
             "[default: all]"
         ),
     ] = None,
@@ -41,7 +37,7 @@ def study(
     Example: `moefy study out/study --only rescaling,construction --tokens 65536`
     """
     how = {"only": listed(only), "recipe": recipe, "overwrite": overwrite}
-    done = call(moefy.study, out, model=model, data=data, sft=sft, **how)
+    done = call(moefy.study, out, model=model, data=data, **how)
     warn(*(f"not run: {what}: {why}" for what, why in done.skipped.items()))
     record = {
         "folder": str(done.folder),
@@ -79,7 +75,7 @@ def plan(
     done = moefy.plan(model, active_params=most, speedup=speedup, phase=phase)
     warn(*(f"left out: {name}: {why}" for name, why in done.left_out.items()))
     show(
-        done.to_dict(),
+        done,
         (plan_rows(done), f"{model}: splits that were measured, best first"),
         as_json=as_json,
         text=f"{done.basis}\nWhat next: {done.command}",

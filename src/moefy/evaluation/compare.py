@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import statistics
+import filecmp
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
 
 from moefy.checkpoint.cost import Cost, cost
+from moefy.checkpoint.load import load_model, load_tokenizer
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.source import resolve
+from moefy.checkpoint.targets import check_known
 from moefy.data.records import Side
-from moefy.evaluation.compared import ComparedModel, compared_models
-from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
-from moefy.evaluation.output_loss import LogitsInput
+from moefy.errors import UsageError
+from moefy.evaluation.heldout import Windows, evaluation_windows, perplexity
+from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
 from moefy.evaluation.paired import Interval, paired_difference
 from moefy.evaluation.timing import decode, prefill
-from moefy.hardware import device
+from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 
 _DECODE_PROMPT, _DECODE_TOKENS, _DECODE_ROUNDS = 32, 24, 3
@@ -49,9 +58,65 @@ class Comparison:
     sequence_length: int  # tokens per window
     results: list[Result]  # in the order given
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """One of several models with the same tokenizer."""
+
+    name: str  # shown in tables
+    folder: Path
+    config: dict[str, Any]  # of config.json
+
+    def load(self, report: ProgressFn) -> Any:
+        """Return the model in float32 on the device."""
+        report(Progress("load", 0, 1, self.name))
+        network = load_model(self.folder, dtype=torch.float32).to(device())
+        report(Progress("load", 1, 1, self.name))
+        return network
+
+
+def compared_models(
+    models: str | Path | Sequence[str | Path],
+    names: Sequence[str] | None = None,
+    report: ProgressFn = silent,
+) -> list[ComparedModel]:
+    """Find models that read the same tokens.
+
+    Args:
+        models: model folders, or anything `convert` takes as a source.
+        names: shown instead of `models`.
+        report: told about progress.
+
+    Raises:
+        UsageError: there is none, a model is not usable, or their tokenizers differ.
+        ArchitectureError: a model that moefy neither converts nor writes.
+    """
+    given = [models] if isinstance(models, str | Path) else list(models)
+    if not given:
+        raise UsageError("name at least one model")
+    shown = list(names) if names else [str(model) for model in given]
+    folders = [resolve(model, report=report) for model in given]
+    configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        check_known(config.get("model_type"), folder)
+    vocabs = {config["vocab_size"] for config in configs}
+    if len(vocabs) > 1:
+        raise UsageError(
+            f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
+            "models with the same tokenizer can be compared"
+        )
+    first = folders[0]
+    for folder in folders[1:]:
+        one, other = first / "tokenizer.json", folder / "tokenizer.json"
+        # what transformers makes of one file may depend on the architecture beside it
+        if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
+            continue
+        if load_tokenizer(first).get_vocab() != load_tokenizer(folder).get_vocab():
+            raise UsageError(
+                f"{first} and {folder} have different tokens: only models with the same "
+                "tokenizer can be compared"
+            )
+    return [ComparedModel(*each) for each in zip(shown, folders, configs, strict=True)]
 
 
 @torch.inference_mode()
@@ -124,27 +189,54 @@ def _measure(
     """Return a model's row, and the model as a reference for others."""
     network = model.load(report)
     decode_tokens_per_s = _decode_tokens_per_s(network, text) if decode else None
-    quality, speeds, states = Quality(), [], []
-    total = sum(map(len, text.values()))
-    measured = passes(network, text, quality, reference.states if reference else None)
-    for done, (domain, state, elapsed_s) in enumerate(measured, start=1):
-        speeds.append(state.hidden.shape[1] / elapsed_s)
+    losses: dict[str, list[float]] = {domain: [] for domain in text}  # of windows
+    divergences, agreements, speeds = list[float](), list[float](), list[float]()
+    states: list[LogitsInput] = []
+    rows = [(domain, row) for domain, several in text.items() for row in several]
+    for idx, (domain, row) in enumerate(rows):
+        ids = torch.from_numpy(row)[None].to(device())
+        synchronise()  # the clock must not count what is still running on an accelerator
+        started = time.perf_counter()
+        state = LogitsInput.of(network, ids)
+        synchronise()
+        speeds.append(ids.shape[1] / (time.perf_counter() - started))
+        found = window_quality(state, ids, reference.states[idx] if reference else None)
+        losses[domain] += found[0]
+        divergences += found[1]
+        agreements += found[2]
         if reference is None and counted.experts == 0:
             states.append(state)
-        report(Progress("evaluate", done, total, domain))
-    losses = list(quality.losses.values())
-    row = Result(
+        report(Progress("evaluate", idx + 1, len(rows), domain))
+    windows = list(losses.values())
+    result = Result(
         name=model.name,
-        perplexity=perplexity(quality.loss),
-        domain_perplexity={name: perplexity(loss) for name, loss in quality.domain_loss.items()},
-        excess_loss=paired_difference(reference.losses, losses) if reference else None,
-        kl_to_reference=quality.kl_to_reference,
-        top1_agreement=quality.top1_agreement,
+        perplexity=perplexity(fmean(loss for several in windows for loss in several)),
+        domain_perplexity={name: perplexity(fmean(each)) for name, each in losses.items()},
+        excess_loss=paired_difference(reference.losses, windows) if reference else None,
+        kl_to_reference=fmean(divergences) if divergences else None,
+        top1_agreement=fmean(agreements) if agreements else None,
         cost=counted,
-        prefill_tokens_per_s=statistics.median(speeds),
+        prefill_tokens_per_s=median(speeds),
         decode_tokens_per_s=decode_tokens_per_s,
     )
-    return row, _Reference(model.name, states, losses)
+    return result, _Reference(model.name, states, windows)
+
+
+def window_quality(
+    model: LogitsInput, ids: Int[Tensor, "windows sequence"], reference: LogitsInput | None
+) -> tuple[list[float], list[float], list[float]]:
+    """Return, of every window, its mean loss, KL(reference ‖ model) and share of equal top tokens.
+
+    Nats per token; the last two are empty without a reference.
+    """
+    # the last position has nothing to predict, but its distribution is compared like the others
+    labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED if reference is None else 0)
+    out = output_loss(model, labels, teacher=reference)
+    compared = [
+        [] if each is None else each.double().mean(1).tolist()
+        for each in (out.divergence, out.agreement)
+    ]
+    return out.cross_entropy[:, :-1].double().mean(1).tolist(), compared[0], compared[1]
 
 
 def _decode_tokens_per_s(network: Any, text: Windows) -> float:
@@ -155,4 +247,4 @@ def _decode_tokens_per_s(network: Any, text: Windows) -> float:
     for _ in range(_DECODE_ROUNDS):
         cache, token, _ = prefill(network, prompt)
         seconds.append(decode(network, cache, token, _DECODE_TOKENS))
-    return _DECODE_TOKENS / statistics.median(seconds)
+    return _DECODE_TOKENS / median(seconds)

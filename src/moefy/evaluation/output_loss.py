@@ -8,10 +8,9 @@ product is computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+from unittest.mock import patch  # sets an attribute, and puts back what was there
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +56,8 @@ class LogitsInput:
                 f"the logits of this {model.config.model_type} model have a bias or a soft cap, "
                 "which the chunked loss does not know"
             )
-        with _passed_over(head):
+        # FSDP hooks the output, and warns of views: hence a copy
+        with patch.object(head, "forward", torch.clone):
             hidden = model(tokens, use_cache=False, **inputs).logits
         # a tied matrix is taken where FSDP keeps it up to date: the head's has rows that never
         # change where the vocabulary has no multiple of the processes (pytorch issue 176076)
@@ -67,20 +67,6 @@ class LogitsInput:
     def predicting(self) -> LogitsInput:
         """Return the same without each sequence's last token, which has nothing to predict."""
         return LogitsInput(self.hidden[:, :-1], self.weight)
-
-
-@contextmanager
-def _passed_over(head: Any) -> Iterator[None]:
-    """Let the output matrix return its input."""
-    before = vars(head).get("forward")
-    head.forward = torch.clone  # FSDP hooks the output, and warns of views
-    try:
-        yield
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
 
 
 @dataclass(frozen=True)
@@ -140,7 +126,11 @@ def output_loss(
         labels[counted],
         teacher.hidden[counted] if teacher else None,
         teacher.weight if teacher else None,
-        _Settings(teacher_share, temperature, divisor, chunk_bytes, with_gradient),
+        teacher_share,
+        temperature,
+        divisor,
+        chunk_bytes,
+        with_gradient,
     )
 
     def placed(values: Tensor) -> Tensor:
@@ -163,14 +153,6 @@ def check_vocabularies(student: int, teacher: int) -> None:
         )
 
 
-class _Settings(NamedTuple):
-    share: float
-    temperature: float
-    divisor: float
-    chunk_bytes: int
-    with_gradient: bool
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradient in one pass over chunks of tokens."""
 
@@ -182,7 +164,11 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: Tensor,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
-        settings: _Settings,
+        share: float,
+        temperature: float,
+        divisor: float,
+        chunk_bytes: int,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -194,11 +180,11 @@ class _ChunkedLoss(torch.autograd.Function):
         divergence = torch.zeros_like(cross_entropy)
         agreement = torch.zeros_like(labels, dtype=torch.bool)
         needs_hidden, needs_weight = (
-            needed and settings.with_gradient for needed in ctx.needs_input_grad[:2]
+            needed and with_gradient for needed in ctx.needs_input_grad[:2]
         )
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        chunk_tokens = max(1, settings.chunk_bytes // (4 * len(weight)))
+        chunk_tokens = max(1, chunk_bytes // (4 * len(weight)))
         with torch.autocast(kind, enabled=False):
             for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
@@ -208,19 +194,19 @@ class _ChunkedLoss(torch.autograd.Function):
                 if teacher_hidden is not None and teacher_matrix is not None:
                     teacher_logits = F.linear(teacher_hidden[rows].to(dtype), teacher_matrix)
                     teacher_logits = teacher_logits.to(wide)
-                    if not settings.with_gradient:  # training has no use for it
+                    if not with_gradient:  # training has no use for it
                         agreement[rows] = logits.argmax(-1) == teacher_logits.argmax(-1)
                 cross_entropy[rows], divergence[rows], grad = _losses_and_gradient(
                     logits,
                     labels[rows],
                     teacher_logits,
-                    settings.share,
-                    settings.temperature,
+                    share,
+                    temperature,
                     with_gradient=needs_hidden or needs_weight,
                 )
                 if grad is None:
                     continue
-                grad = grad.mul_(1 / settings.divisor).to(dtype)
+                grad = grad.mul_(1 / divisor).to(dtype)
                 if hidden_grad is not None:
                     hidden_grad[rows] = grad @ matrix
                 if weight_grad is not None and dtype == wide:
@@ -233,16 +219,16 @@ class _ChunkedLoss(torch.autograd.Function):
             None if weight_grad is None else weight_grad.to(weight.dtype),
         )
         ctx.mark_non_differentiable(cross_entropy, divergence, agreement)
-        by_token = (1 - settings.share) * cross_entropy
-        by_token += settings.share * settings.temperature**2 * divergence
-        return by_token.sum() / settings.divisor, cross_entropy, divergence, agreement
+        by_token = (1 - share) * cross_entropy
+        by_token += share * temperature**2 * divergence
+        return by_token.sum() / divisor, cross_entropy, divergence, agreement
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the chunked loss keeps its gradients for one backward"
         gradients = [g if g is None else g.mul_(loss_grad) for g in ctx.gradients]
         ctx.gradients = None  # so that autograd can keep the tensors instead of copying them
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 8
 
 
 def _losses_and_gradient(

@@ -1,23 +1,22 @@
-"""What the routers of MoE models do on held-out text, and what another number of experts costs."""
+"""What the routers of MoE models do on held-out text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from moefy.checkpoint.cost import cost, ffn_shape
+from moefy.checkpoint.cost import ffn_shape
 from moefy.data.records import Side
 from moefy.errors import UsageError
-from moefy.evaluation.compared import ComparedModel, compared_models
-from moefy.evaluation.heldout import Quality, Windows, evaluation_windows, passes, perplexity
-from moefy.evaluation.output_loss import LogitsInput
-from moefy.experts.routers import ActiveExperts, RouterTrace
+from moefy.evaluation.compare import ComparedModel, compared_models
+from moefy.evaluation.heldout import Windows, evaluation_windows
+from moefy.experts.routers import RouterTrace
+from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
 
 _CUTS = 64  # of every domain's windows into halves
@@ -26,27 +25,15 @@ Counts = Float[np.ndarray, "layers experts"]
 
 
 @dataclass(frozen=True)
-class KQuality:
-    """One model with k of its routed experts chosen per token."""
-
-    k: int
-    loss: float  # mean −log p of the next token, nats, over all domains
-    perplexity: float
-    kl_to_reference: float | None  # mean over tokens of KL(reference ‖ model), nats
-    top1_agreement: float | None  # share of positions with the reference's likeliest token
-    active_params: int  # parameters that one token uses
-
-
-@dataclass(frozen=True)
 class RoutingStats:
-    """What one model's routers chose, with as many experts as the model was saved with.
+    """What one model's routers chose.
 
     A *choice* is one expert chosen for one token: a token makes `active` of them in every layer.
     """
 
     name: str
     experts: int  # routed experts per layer, E
-    active: int  # routed experts chosen per token, as saved
+    active: int  # routed experts chosen per token
     shared: int | None  # slices that always run; None where they are no whole number of experts
     load: dict[str, list[list[float]]]  # by domain, layer and expert: share of the domain's choices
     entropy: list[float]  # by layer, of the load over all tokens, over log E; 1 is even use
@@ -56,22 +43,15 @@ class RoutingStats:
     # by layer, that of domains that do not differ (`expected_divergence`); None where a domain has
     # a single window
     domain_noise: list[float] | None
-    quality: list[KQuality]  # by k, ascending
 
 
 @dataclass(frozen=True)
 class RoutingResult:
     """What `measure_routing` measured."""
 
-    reference: str | None  # name of the dense model
-    reference_loss: float | None  # its mean −log p of the next token, nats, on the same text
     tokens: dict[str, int]  # by domain, tokens that were routed
     sequence_length: int  # tokens per window
     models: list[RoutingStats]  # the MoE models, in the order given
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 @torch.inference_mode()
@@ -82,102 +62,52 @@ def measure_routing(
     split: Side = "heldout",
     windows: int = 8,
     sequence_length: int = 512,
-    active: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     report: ProgressFn = silent,
 ) -> RoutingResult:
-    """Watch the routers of MoE models on held-out text, and try them with other numbers of experts.
-
-    One model at a time is in memory, in float32; of the dense model, the last hidden states and the
-    output matrix stay. With another k than the saved one, every chosen expert keeps the weight that
-    it has with the saved k (`experts.routers.ActiveExperts`): fewer experts are the saved model
-    with some outputs left out, more are the saved model with some added. With k = E an unfitted
-    conversion whose weights are all 1 is the dense model. No file is written.
+    """Watch the routers of MoE models on held-out text, one model in memory, in float32.
 
     Args:
-        models: model folders, or anything `convert` takes as a source. The first dense one is the
-            reference; other dense ones are left out.
+        models: model folders, or anything `convert` takes as a source; dense ones are left out.
         data: a folder of `<domain>.jsonl(.gz)` files, or `demo`.
         split: `heldout` (the documents `train` leaves out), `train`, or `all`.
         windows: per domain; fewer where a domain has less text.
         sequence_length: tokens per window.
-        active: the k to try besides the saved one; None for 1, 2, 4, … and E.
         names: to show instead of `models`.
         report: told about progress.
 
     Raises:
-        UsageError: no model has experts, a k is out of range, a model or the text is not usable, or
-            the models' vocabularies differ.
+        UsageError: no model has experts, a model or the text is not usable, or the models'
+            vocabularies differ.
     """
     compared = compared_models(models, names, report)
     routed = [each for each in compared if ffn_shape(each.config).experts]
-    dense = next((each for each in compared if each not in routed), None)
     if not routed:
         raise UsageError(
             f"{', '.join(each.name for each in compared)}: no model has experts to choose from; "
             "name one that `moefy convert` wrote"
         )
-    tried = [_numbers_to_try(each, active) for each in routed]
     folder = compared[0].folder
     text = evaluation_windows(data, folder, windows, sequence_length, split, report=report)
-    states: list[LogitsInput] | None = None
-    reference_loss = None
-    if dense:
-        states, quality = [], Quality()
-        network = dense.load(report)
-        total = sum(map(len, text.values()))
-        for _, state, _ in passes(network, text, quality):
-            states.append(state)
-            report(Progress(dense.name, len(states), total))
-        reference_loss = quality.loss
-        del network  # the states keep its output matrix alone
     return RoutingResult(
-        reference=dense.name if dense else None,
-        reference_loss=reference_loss,
         tokens={domain: rows.size for domain, rows in text.items()},
         sequence_length=sequence_length,
-        models=[
-            _watch(model, ks, text, states, report) for model, ks in zip(routed, tried, strict=True)
-        ],
+        models=[_watch(model, text, report) for model in routed],
     )
 
 
-def _numbers_to_try(model: ComparedModel, active: Sequence[int] | None) -> list[int]:
-    """Return every k to measure, ascending, the saved one among them."""
-    shape = ffn_shape(model.config)
-    if active is None:
-        active = [2**power for power in range(shape.experts.bit_length())] + [shape.experts]
-    for k in active:
-        if not 1 <= k <= shape.experts:
-            raise UsageError(
-                f"{model.name} has {shape.experts} routed experts to choose from, so {k} cannot "
-                f"be active: allowed are 1 to {shape.experts}"
-            )
-    return sorted({*active, shape.active})
-
-
-def _watch(
-    model: ComparedModel,
-    ks: Sequence[int],
-    text: Windows,
-    reference: list[LogitsInput] | None,
-    report: ProgressFn,
-) -> RoutingStats:
-    """Run a MoE model with every k, and look at the routers where k is the saved one."""
+def _watch(model: ComparedModel, text: Windows, report: ProgressFn) -> RoutingStats:
     network = model.load(report)
     shape, trace = ffn_shape(model.config), RouterTrace(network)
-    counts: dict[str, list[Float[np.ndarray, "layers experts"]]] = {domain: [] for domain in text}
-    qualities = {k: Quality() for k in ks}
-    total, done = len(ks) * sum(map(len, text.values())), 0
-    for k, quality in qualities.items():
-        with ActiveExperts(network, k), trace:
-            for domain, _, _ in passes(network, text, quality, reference):
-                if k == shape.active:
-                    # [layers, tokens, experts]: how many tokens chose each expert
-                    counts[domain].append(trace.runs().double().sum(1).cpu().numpy())
-                trace.clear()
-                done += 1
-                report(Progress(model.name, done, total, f"{k} active"))
+    counts: dict[str, list[Counts]] = {domain: [] for domain in text}
+    rows = [(domain, row) for domain, several in text.items() for row in several]
+    with trace:
+        for done, (domain, row) in enumerate(rows, start=1):
+            network(torch.from_numpy(row)[None].to(device()), use_cache=False, logits_to_keep=1)
+            # [layers, tokens, experts]: how many tokens chose each expert
+            counts[domain].append(trace.runs().double().sum(1).cpu().numpy())
+            trace.clear()
+            report(Progress(model.name, done, len(rows)))
     windows = [np.stack(each) for each in counts.values()]  # by domain [windows, layers, experts]
     loads = [load_shares(domain.sum(0)) for domain in windows]
     choices = np.sum([domain.sum(0) for domain in windows], axis=0)
@@ -194,17 +124,6 @@ def _watch(
         max_over_mean=(load.max(-1) * shape.experts).tolist(),
         domain_distance=divergence(np.stack(loads)).tolist(),
         domain_noise=None if noise is None else noise.tolist(),
-        quality=[
-            KQuality(
-                k=k,
-                loss=quality.loss,
-                perplexity=perplexity(quality.loss),
-                kl_to_reference=quality.kl_to_reference,
-                top1_agreement=quality.top1_agreement,
-                active_params=cost({**model.config, "num_experts_per_tok": k}).active_params,
-            )
-            for k, quality in qualities.items()
-        ],
     )
 
 

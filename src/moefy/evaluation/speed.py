@@ -7,7 +7,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from moefy.evaluation.timing import (
     Phase,
     Seconds,
     llama_cpp_round,
+    no_seconds,
     one_round,
 )
 from moefy.hardware import device, multiply_rate, read_rate
@@ -63,10 +64,6 @@ class SpeedComparison:
     prompt_tokens: int  # of each sequence
     new_tokens: int  # of each sequence
     speeds: list[Speed]  # by phase, then batch, then model
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 def measure_speed(
@@ -113,7 +110,14 @@ def measure_speed(
     _check(given, counts, dtype, runtime, one_sequence=set(batches) == {1})
     folders = [resolve(model, report=report) for model in given]
     contenders = contenders_of(folders, list(names) if names else [str(model) for model in given])
-    sizes, seconds = (prompt_tokens, new_tokens), Seconds()
+    sizes, seconds = (prompt_tokens, new_tokens), no_seconds()
+    for contender in contenders:
+        room = contender.config.get("max_position_embeddings") or sum(sizes)
+        if sum(sizes) > room:
+            raise UsageError(
+                f"{contender.name} has room for {room} tokens, not for {prompt_tokens} of prompt "
+                f"and {new_tokens} new ones: lower --prompt-tokens or --new-tokens"
+            )
     with _threads(threads), tempfile.TemporaryDirectory(prefix="moefy-speed-") as work:
         rates = {"memory": read_rate(), "arithmetic": multiply_rate(getattr(torch, dtype))}
         turns = rounds * len(contenders)
@@ -124,11 +128,9 @@ def measure_speed(
                 folder = Path(work) / str(idx)
                 found = llama_cpp_round(contenders[idx], sizes, dtype, folders[0], folder, report)
                 for phase, elapsed_s in zip(PHASES, found, strict=True):
-                    seconds.setdefault((idx, phase, 1), {}).setdefault("", []).append(elapsed_s)
-                continue
-            network = contenders[idx].load(dtype)
-            for batch in batches:
-                one_round(network, contenders[idx].config, batch, sizes, seconds, idx)
+                    seconds[idx, phase, 1][""].append(elapsed_s)
+            else:
+                one_round(contenders[idx], batches, sizes, dtype, seconds, idx)
         report(Progress("measure speed", turns, turns))
         return SpeedComparison(
             runtime=runtime,

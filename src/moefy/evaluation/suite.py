@@ -11,7 +11,7 @@ import importlib.util
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config, side_files
 from moefy.checkpoint.source import resolve
-from moefy.errors import CheckpointError, EvaluationError, UsageError
+from moefy.errors import CheckpointError, UsageError
 from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.paired import Paired, compare_paired, standard_error
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder, digest
 
-SUITES = {"llama-moe": PAPER_BENCHMARKS}
+PAPER = "llama-moe"
+"""Stands for the paper's eleven among names of tasks."""
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -51,9 +52,8 @@ class ModelScores:
 
     name: str
     scores: dict[str, BenchmarkScore]  # by benchmark
-    failed: dict[str, str]  # by benchmark, the reason why it has no score
-    average: float | None = None  # of the scores; None unless all are there
-    average_stderr: float | None = None
+    average: float  # of the scores
+    average_stderr: float | None
     against_reference: Paired | None = None  # item by item; None for the reference itself
 
 
@@ -67,21 +67,11 @@ class SuiteResult:
     reference: str | None  # the first dense model, with which the others are compared
     models: list[ModelScores]
 
-    @property
-    def failures(self) -> list[tuple[str, str, str]]:
-        """Model, benchmark and reason of every score that is missing."""
-        return [(m.name, name, why) for m in self.models for name, why in m.failed.items()]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
 
 def evaluate_suite(
     models: str | Path | Sequence[str | Path],
     *,
-    suite: str | None = None,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] = (PAPER,),
     limit: int | None = None,
     dtype: str = "float32",
     names: Sequence[str] | None = None,
@@ -90,13 +80,13 @@ def evaluate_suite(
     """Measure models on benchmarks through lm-evaluation-harness.
 
     The result of every task is kept in the cache under the hash of the model, so that an
-    interrupted evaluation continues. A benchmark that fails is named in `failed`; the others go on.
+    interrupted evaluation continues.
 
     Args:
         models: model folders, or anything `convert` takes as a source.
-        suite: "llama-moe", the paper's eleven.
-        tasks: names of the harness's tasks, besides or instead of a suite. The paper's tasks run as
-            the paper used them, on data out of pinned archives, others as the harness defines them.
+        tasks: names of the harness's tasks; "llama-moe" stands for the paper's eleven. The paper's
+            run as the paper used them, on data out of pinned archives, others as the harness
+            defines them, on the hub's.
         limit: items per benchmark, from the start of its data (of MMLU, spread evenly over its 57
             subjects, at least one of each); None for all.
         dtype: "float32" or "bfloat16", of weights and computation.
@@ -106,9 +96,11 @@ def evaluate_suite(
     Raises:
         UsageError: a model, a task or a number is not usable, or the harness is not installed.
         AssetError: the data is neither in the cache nor can it be fetched.
+        EvaluationError: the hub has no such data, a task does not fit into the accelerator's
+            memory, or its metric is no mean over items; finished tasks are kept.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    chosen = check_suite(given, suite=suite, tasks=tasks, limit=limit, dtype=dtype)
+    chosen = check_suite(given, tasks=tasks, limit=limit, dtype=dtype)
     from moefy.evaluation import harness
 
     folders = [resolve(model, report=report) for model in given]
@@ -121,52 +113,39 @@ def evaluate_suite(
         _measure(folder, name, plans, report, limit=limit, dtype=dtype)
         for folder, name in zip(folders, shown, strict=True)
     ]
-    scores = [model for model, _ in measured]
     chance = {benchmark.name: benchmark.chance for benchmark in benchmarks}
-    for i, (model, items) in enumerate(measured):
-        # Only the same benchmarks can be compared, so all must have a score on both sides.
-        if dense and i != dense[0] and not (model.failed or scores[dense[0]].failed):
-            paired = compare_paired(measured[dense[0]][1], items, chance)
-            scores[i] = replace(model, against_reference=paired)
-    return SuiteResult(
-        benchmarks=benchmarks,
-        limit=limit,
-        dtype=dtype,
-        reference=shown[dense[0]] if dense else None,
-        models=scores,
-    )
+    scores = [
+        replace(model, against_reference=compare_paired(measured[dense[0]][1], items, chance))
+        if dense and i != dense[0]
+        else model
+        for i, (model, items) in enumerate(measured)
+    ]
+    return SuiteResult(benchmarks, limit, dtype, shown[dense[0]] if dense else None, scores)
 
 
 def check_suite(
-    given: Sequence[str | Path],
-    *,
-    suite: str | None,
-    tasks: Sequence[str],
-    limit: int | None,
-    dtype: str = "float32",
+    given: Sequence[str | Path], *, tasks: Sequence[str], limit: int | None, dtype: str
 ) -> list[Benchmark | str]:
-    """Return the suite's benchmarks and the named tasks, each once, if `evaluate_suite` can start.
+    """Return the benchmarks and other tasks of some names, each once, if they can be measured.
 
     Raises:
         UsageError: see `evaluate_suite`.
     """
-    if not given:
-        raise UsageError("name at least one model")
+    if not given or not tasks:
+        raise UsageError(f"name at least one model and one task ({PAPER}: the paper's eleven)")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least 1 is needed")
-    for option, value, allowed in (("dtype", dtype, _DTYPES), ("suite", suite, (None, *SUITES))):
-        if value not in allowed:
-            names = " and ".join(filter(None, allowed))
-            raise UsageError(f"--{option} {value!r}: allowed are {names}")
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype!r}: allowed are {' and '.join(_DTYPES)}")
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
         )
     # A task of the paper's is used as in the paper, with its shots and metric.
     known = {benchmark.task: benchmark for benchmark in PAPER_BENCHMARKS}
-    chosen = [*(SUITES[suite] if suite else ()), *(known.get(task, task) for task in tasks)]
-    if not chosen:
-        raise UsageError(f"name a suite ({' or '.join(SUITES)}) or tasks")
+    chosen: list[Benchmark | str] = []
+    for task in tasks:
+        chosen += PAPER_BENCHMARKS if task == PAPER else [known.get(task, task)]
     return list(dict.fromkeys(chosen))
 
 
@@ -198,15 +177,11 @@ def _measure(
     # The model is not opened if the cache holds all results.
     model = functools.cache(lambda: harness.open_model(folder, settings["dtype"]))
     items: dict[str, list[float]] = {}
-    scores, failed = {}, {}
+    scores = {}
     for plan in plans:
         benchmark = plan.benchmark.name
         stage = f"{name}: {benchmark}"
-        try:
-            parts = harness.run_plan(plan, model, kept, stage, report=report, **settings)
-        except EvaluationError as error:  # the other benchmarks go on
-            failed[benchmark] = str(error)
-            continue
+        parts = harness.run_plan(plan, model, kept, stage, report=report, **settings)
         # MMLU's score is the mean over all items, so large subjects count more than small ones.
         values = items[benchmark] = [value for part in parts for value in part.values]
         with_nll = all(part.nll for part in parts)
@@ -221,10 +196,8 @@ def _measure(
             truncated=sum(part.truncated for part in parts),
             elapsed_s=sum(part.elapsed_s for part in parts),
         )
-    if failed:  # an average of fewer benchmarks would not compare with anybody's
-        return ModelScores(name, scores, failed), items
     average = statistics.fmean(score.value for score in scores.values())
     errors = [score.stderr for score in scores.values() if score.stderr is not None]
     # Benchmarks are independent, so the variances of their means add.
     stderr = math.hypot(*errors) / len(errors) if len(errors) == len(scores) else None
-    return ModelScores(name, scores, failed, average, stderr), items
+    return ModelScores(name, scores, average, stderr), items

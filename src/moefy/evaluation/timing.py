@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,28 +67,32 @@ class Contender:
 
 
 Key = tuple[int, Phase, int]  # contender, phase, batch
-Seconds = dict[Key, dict[str, list[float]]]
+Seconds = defaultdict[Key, dict[str, list[float]]]
 """Seconds of one forward pass, one value per round, by implementation of the experts ("": none)."""
 
 
+def no_seconds() -> Seconds:
+    """Return an empty table that grows where it is written."""
+    return defaultdict(lambda: defaultdict(list))
+
+
 def one_round(
-    network: Any,
-    config: Mapping[str, Any],
-    batch: int,
+    contender: Contender,
+    batches: Sequence[int],
     sizes: tuple[int, int],  # tokens of the prompt, and new ones
+    dtype: str,
     seconds: Seconds,
     idx: int,
 ) -> None:
     """Time both phases once, with every implementation that is still measured."""
-    ids, short = random_prompt(config["vocab_size"], batch, sizes[0]), random_prompt(2, 1, 8)
-    cache, token = None, ids
-    for phase in PHASES:
-        measured = seconds.setdefault((idx, phase, batch), {})
+    network, config, short = contender.load(dtype), contender.config, random_prompt(2, 1, 8)
+    for batch, phase in itertools.product(batches, PHASES):
+        token = ids = random_prompt(config["vocab_size"], batch, sizes[0])
+        found, cache, failure = seconds[idx, phase, batch], None, None
         if phase == "decode":  # what prefills fastest fills the cache
             _use(network, _kept(seconds[idx, "prefill", batch])[0])
             cache, token, _ = prefill(network, ids)
-        failure = None
-        for name in _kept(measured) or _implementations(config, token.numel(), network.dtype):
+        for name in _kept(found) or _implementations(config, token.numel(), network.dtype):
             try:
                 _use(network, name)
                 # the first run of an implementation is slow
@@ -94,13 +100,12 @@ def one_round(
                 if phase == "prefill":
                     elapsed_s = prefill(network, ids)[2]
                 else:  # decoding appends to the cache: each implementation gets a copy
-                    elapsed_s = decode(network, copy.deepcopy(cache), token, sizes[1])
-                    elapsed_s /= sizes[1]
+                    elapsed_s = decode(network, copy.deepcopy(cache), token, sizes[1]) / sizes[1]
             except Exception as error:  # what the implementations raise has no common type
                 failure = error
             else:
-                measured.setdefault(name, []).append(elapsed_s)
-        if failure is not None and not measured:  # one that does not work here is left out
+                found[name].append(elapsed_s)
+        if failure is not None and not found:  # one that does not work here is left out
             raise failure
 
 

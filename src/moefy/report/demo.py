@@ -6,25 +6,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moefy.checkpoint.card import read_record
-from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.source import BUILTIN, resolve
 from moefy.construct.convert import convert
 from moefy.data.records import DEMO
-from moefy.evaluation.compare import Comparison, evaluate
+from moefy.evaluation.compare import evaluate
 from moefy.hardware import peak_rss_bytes
-from moefy.progress import Progress, ProgressFn, silent
+from moefy.progress import ProgressFn, silent
 from moefy.recipe import LLAMA_MOE
-from moefy.report.page import Report, facts_of, write_page
-from moefy.report.tables import number
+from moefy.report.write import Report, facts_of, verdict, write_page
 from moefy.run_folder import RunFolder
 from moefy.training.recipe import TrainRecipe
 from moefy.training.run import train
 from moefy.training.state import read_log
 
-_PROMPT = "The history of the city begins"
 _EVAL_WINDOWS = 4
 
 
@@ -75,13 +70,8 @@ def demo(
         comparison = evaluate(
             list(folders.values()), names=list(folders), windows=_EVAL_WINDOWS, report=report
         )
-        samples = {}
-        for done, (name, folder) in enumerate(folders.items()):
-            samples[name] = _sample(folder)
-            report(Progress("write a sentence", done + 1, len(folders), name))
         records = {name: read_record(folder) for name, folder in folders.items()}
         facts |= {
-            "samples": samples,
             "train_recipe": recipe.model_dump(mode="json"),
             "elapsed_s": round(time.perf_counter() - started, 1),
             "peak_rss_bytes": peak_rss_bytes(),
@@ -89,29 +79,6 @@ def demo(
         logs = {"recovered": read_log(folders["recovered"])}
         finished = Report(run.out, comparison, None, None, records, logs, facts)
         title = f"moefy demo: SmolLM2-135M-Instruct, {recipe.tokens:,} training tokens"
-        write_page(run.work, finished, title=title, lead=headline(comparison), samples=samples)
+        write_page(run.work, finished, title=title, lead=verdict(finished))
         run.finish()
     return finished
-
-
-@torch.inference_mode()
-def _sample(folder: Path) -> str:
-    tokenizer = load_tokenizer(folder)
-    network = load_model(folder, dtype=torch.float32)
-    ids = tokenizer(_PROMPT, return_tensors="pt")
-    written = network.generate(
-        **ids, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
-    return str(tokenizer.decode(written[0], skip_special_tokens=True))
-
-
-def headline(comparison: Comparison) -> str:
-    """Say in a sentence what the demo's table says."""
-    dense, random_split, converted, recovered = comparison.results
-    share = recovered.cost.flops_per_token / dense.cost.flops_per_token
-    return (
-        f"With {share:.0%} of the dense model's FLOPs per token, perplexity "
-        f"{dense.perplexity:,.1f} becomes {converted.perplexity:,.1f} without training "
-        f"(a random split: {number(random_split.perplexity)}) and {recovered.perplexity:,.1f} "
-        "after this training."
-    )

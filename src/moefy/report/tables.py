@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.resources import files
-from math import exp, nan
+from collections.abc import Callable, Iterable
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
     from moefy.evaluation.paired import Interval
     from moefy.evaluation.routing import RoutingResult
     from moefy.evaluation.speed import Speed, SpeedComparison
-    from moefy.evaluation.suite import BenchmarkScore, SuiteResult
+    from moefy.evaluation.suite import SuiteResult
     from moefy.training.dry_run import DryRun
 
 Rows = list[list[str]]
-"""The header first; a row of one cell is a heading for the rows below it."""
+"""The header first."""
 Item = TypeVar("Item")
 Columns = list[tuple[str, Callable[[Item], str]]]
 """Each column's header, and how an item is shown in it."""
@@ -127,21 +126,6 @@ def dry_run_rows(found: DryRun) -> Rows:
     ]
 
 
-def k_rows(result: RoutingResult) -> Rows:
-    """Return header and rows of the quality by number of chosen experts, a model and k a row."""
-    rows = [["model", "chosen", "loss", "perplexity", "KL to dense", "top-1 as dense", "active"]]
-    if result.reference is not None and result.reference_loss is not None:
-        loss = result.reference_loss
-        rows.append([result.reference, "dense", f"{loss:.3f}", number(exp(loss)), "–", "–", "–"])
-    for model in result.models:
-        for at in model.quality:
-            mark = ", as saved" if at.k == model.active else ""
-            row = [model.name, f"{at.k} of {model.experts}{mark}", f"{at.loss:.3f}"]
-            row += [number(at.perplexity), shown(at.kl_to_reference, ".3f")]
-            rows.append([*row, shown(at.top1_agreement, ".1%"), millions(at.active_params)])
-    return rows
-
-
 def routing_rows(result: RoutingResult) -> Rows:
     """Return header and rows of the load, a layer of a model a row, below them the model's mean."""
     rows = [["model", "layer", "entropy", "dead", "max/mean", "domains (bits)", "by chance (bits)"]]
@@ -165,16 +149,16 @@ def suite_rows(result: SuiteResult) -> Rows:
     """
     rows = [["benchmark", "shots", "metric", "items"]]
     for benchmark in result.benchmarks:
-        scores = [model.scores.get(benchmark.name) for model in result.models]
-        items = next((f"{score.items:,}" for score in scores if score), "–")
-        rows.append([benchmark.name, str(benchmark.shots), benchmark.metric, items])
+        items = result.models[0].scores[benchmark.name].items
+        rows.append([benchmark.name, str(benchmark.shots), benchmark.metric, f"{items:,}"])
     compared = any(model.against_reference for model in result.models)
     retention = ["retention", "retention above chance"] if compared else []
     rows += [[label, "", "", ""] for label in ("average", *retention, "minutes")]
+    names = [benchmark.name for benchmark in result.benchmarks]
     for model in result.models:
-        names = [benchmark.name for benchmark in result.benchmarks]
         minutes = sum(score.elapsed_s for score in model.scores.values()) / 60
-        own = [model.name, *_score_cells(model.scores, names)]
+        scores = [model.scores[name] for name in names]
+        own = [model.name, *(percent(score.value, score.stderr) for score in scores)]
         own += [percent(model.average, model.average_stderr)]
         columns = [[*own, *("" for _ in retention), f"{minutes:.1f}"]]
         if paired := model.against_reference:
@@ -190,47 +174,12 @@ def suite_rows(result: SuiteResult) -> Rows:
     return rows
 
 
-def published_rows(result: SuiteResult) -> Rows:
-    """Return header and rows of the scores with published ones below, a model a row.
-
-    Rows of one cell are headings. There are published rows where a benchmark of the paper was
-    measured; their average is shown where exactly its eleven benchmarks were.
-    """
-    names = [benchmark.name for benchmark in result.benchmarks]
-    rows = [["model", "average", *names], ["measured here, percent ± standard error"]]
-    for model in result.models:
-        average = percent(model.average, model.average_stderr)
-        rows.append([model.name, average, *_score_cells(model.scores, names)])
-    if not any(benchmark.stock for benchmark in result.benchmarks):
-        return rows
-    rows.append(["published, of other sizes, in percent: LLaMA-MoE (arXiv 2406.16554)"])
-    for scores in published():
-        # An average over other benchmarks cannot be compared with the published one.
-        whole = {*names, "model", "average"} == set(scores)
-        cells = [scores.get(benchmark, "–") for benchmark in names]
-        rows.append([scores["model"], scores["average"] if whole else "–", *cells])
-    return rows
-
-
-def published() -> list[dict[str, str]]:
-    """Return scores of the base models in LLaMA-MoE (EMNLP 2024, main results), in percent.
-
-    The models have 2.7 to 3.5 billion active parameters, and were measured with an earlier version
-    of the harness, NQ-open with OpenCompass. `average` is that of all eleven benchmarks.
-    """
-    text = (files("moefy.report") / "published.csv").read_text()
-    return list(csv.DictReader(text.splitlines()))
-
-
 def nll_rows(result: SuiteResult) -> Rows:
     """Return header and rows of −log p of the right answers, where one is scored."""
     rows = [["benchmark", *(model.name for model in result.models)]]
     for benchmark in result.benchmarks:
-        scores = [model.scores.get(benchmark.name) for model in result.models]
-        cells = [
-            with_error(score.gold_nll, score.gold_nll_stderr, ".3f") if score else "–"
-            for score in scores
-        ]
+        scores = [model.scores[benchmark.name] for model in result.models]
+        cells = [with_error(score.gold_nll, score.gold_nll_stderr) for score in scores]
         rows.append([benchmark.name, *cells])
     return rows
 
@@ -249,15 +198,9 @@ def suite_notes(result: SuiteResult) -> list[str]:
     ]
 
 
-def _score_cells(scores: Mapping[str, BenchmarkScore], names: Sequence[str]) -> list[str]:
-    found = [scores.get(name) for name in names]
-    return [percent(score.value, score.stderr) if score else "–" for score in found]
-
-
-def percent(value: float | None, error: float | None) -> str:
+def percent(value: float, error: float | None) -> str:
     """Return a share and its standard error as tables show them, in percent."""
-    value, error = (None if part is None else 100 * part for part in (value, error))
-    return with_error(value, error, ".1f")
+    return with_error(100 * value, error and 100 * error, ".1f")
 
 
 def write_csv(path: Path, rows: Rows) -> None:

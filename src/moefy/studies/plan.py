@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -68,10 +66,6 @@ class Plan:
     left_out: dict[str, str]  # splits that the model does not allow, and why
     command: str  # what makes the recommended split
     basis: str  # what the prediction rests on
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 def read_grid(file: Path | None = None) -> list[GridPoint]:
@@ -139,39 +133,32 @@ def plan(
         raise UsageError(f"{model} allows no split of the grid: {next(iter(left_out.values()))}")
     fitting = [each for each in candidates if each.fits]
     if not fitting or (active_params or 0) >= dense.total_params:
-        raise UsageError(_unreachable(str(model), dense, candidates, speedup, phase))
-    # Of splits that cannot be told from the lowest loss, speed decides.
-    equal = [each for each in fitting if _is_equal(each.point, fitting[0].point)]
+        sizes = [each.cost.active_params for each in candidates]
+        fastest = max(each.speedup for each in candidates)
+        raise UsageError(
+            f"{model} has {dense.total_params:,} parameters; splits in the grid have from "
+            f"{min(sizes):,} to {max(sizes):,} active ones, since embeddings and attention always "
+            f"run, and are up to {fastest:.2f} times as fast in {phase}: ask for less"
+        )
+    # Of splits that cannot be told from the lowest loss, speed decides. The half-width of a
+    # difference of independent means; None is of a split without any seed.
+    lowest = fitting[0].point
+    equal = [
+        each
+        for each in fitting
+        if each.point.nats_above_dense - lowest.nats_above_dense
+        <= math.hypot(each.point.half_width or 0.0, lowest.half_width or 0.0)
+    ]
     best = max(equal, key=lambda each: each.speedup)
     # A shape or a config.json has no weights, so commands cannot name it.
     has_weights = Path(model).expanduser().is_dir() or str(model) == BUILTIN
     command = _command(str(model) if has_weights else "MODEL", best.point)
-    basis = _basis(str(model), dense, best.point)
-    return Plan(str(model), dense, candidates, best, left_out, command, basis)
-
-
-def _is_equal(one: GridPoint, lowest: GridPoint) -> bool:
-    # The half-width of a difference of independent means; None is of a split without any seed.
-    half_width = math.hypot(one.half_width or 0.0, lowest.half_width or 0.0)
-    return one.nats_above_dense - lowest.nats_above_dense <= half_width
-
-
-def _unreachable(
-    model: str, dense: Cost, found: Sequence[PlannedSplit], speedup: float | None, phase: str
-) -> str:
-    """Say what is possible instead."""
-    if speedup is not None:
-        fastest = max(found, key=lambda each: each.speedup)
-        return (
-            f"no split in the grid is {speedup:g} times as fast as the dense model: the fastest in "
-            f"{phase} is {fastest.point.name}, {fastest.speedup:.2f} times"
-        )
-    by_size = sorted(found, key=lambda each: each.cost.active_params)
-    sizes = [f"{each.cost.active_params:,} ({each.point.name})" for each in by_size]
-    return (
-        f"{model} has {dense.total_params:,} parameters; splits in the grid have from {sizes[0]} "
-        f"to {sizes[-1]} active ones, since embeddings and attention always run: ask for as many"
+    basis = (
+        f"Parameters are {model}'s own. Loss and speed ({best.point.machine}) were measured on "
+        f"{best.point.model}, text: {best.point.data}, {best.point.seeds} seeds, before training; "
+        f"{model} has {dense.total_params / best.point.dense_params:,.3g} times its parameters."
     )
+    return Plan(str(model), dense, candidates, best, left_out, command, basis)
 
 
 def _command(model: str, point: GridPoint) -> str:
@@ -180,18 +167,6 @@ def _command(model: str, point: GridPoint) -> str:
     if point.shared == point.active:  # static pruning, with its own choices (ablations.yaml)
         command += " --partition coactivation --set refit_ridge=0.01"
     return command
-
-
-def _basis(model: str, dense: Cost, point: GridPoint) -> str:
-    times = dense.total_params / point.dense_params
-    when = f"after {point.trained:,} tokens of training" if point.trained else "before any training"
-    text = (
-        f"Parameters are {model}'s own. Loss (nats above dense, {when}; text: {point.data}; "
-        f"{point.seeds} seeds) and speed ({point.machine}) were measured on {point.model}, which "
-    )
-    if times == 1:
-        return f"{text}has as many parameters."
-    return f"{text}has 1/{times:,.3g} of its parameters: its own loss and speed will be others."
 
 
 def grid_rows(points: list[GridPoint]) -> Rows:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from moefy.recipe import Positive, Recipe, option
 
 Settings = dict[str, Any]
-_FREE = {"seeds", "first_seed", "grid"}  # they add runs and change none that is there
+_FREE = {"seeds", "first_seed"}  # they add runs and change none that is there
 
 
 class StudySettings(TypedDict, total=False):
@@ -20,20 +20,17 @@ class StudySettings(TypedDict, total=False):
     first_seed: int
     sequence_length: int
     windows: int
-    evaluations: int
     experts: int
     active: int
-    grid: tuple[int, ...]
     convert: Settings
     train: Settings
-    tune: Settings
 
 
 class StudyRecipe(Recipe):
     """Settings that are the same for every arm of every ablation.
 
-    `convert`, `train` and `tune` hold keys of these commands' recipes; what an arm itself says
-    comes before them, and the teacher `dense` is the study's own model.
+    `convert` and `train` hold keys of these commands' recipes; what an arm itself says comes before
+    them, and the teacher `dense` is the study's own model.
     """
 
     tokens: Annotated[int, option("Number of tokens that every arm trains on", ge=1)] = 32_768
@@ -41,13 +38,10 @@ class StudyRecipe(Recipe):
     first_seed: Annotated[int, Field(ge=0)] = 0  # several machines share a study by seeds
     sequence_length: Annotated[int, option("Tokens per held-out window", ge=2)] = 512
     windows: Annotated[int, option("Number of held-out windows per domain", ge=1)] = 8
-    evaluations: Positive = 8  # measurements of the held-out loss along training
     experts: Positive = 16
     active: Annotated[int, Field(ge=2)] = 4  # the paper's 4/16, in all ablations but size
-    grid: tuple[Positive, ...] = (8, 16, 32, 64)  # numbers of experts in the ablation of size
     convert: Settings = Field(default_factory=dict)
     train: Settings = Field(default_factory=dict)
-    tune: Settings = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _half_is_whole(self) -> StudyRecipe:

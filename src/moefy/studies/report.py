@@ -1,4 +1,4 @@
-"""What a study leaves: a CSV file and a figure for each ablation, and `study.md` over all.
+"""What a study leaves: a figure for each ablation, and `study.md` with a table for each.
 
 The page is made from the files in the folder alone. ± is half of a 95% interval over the seeds.
 """
@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moefy.report.tables import Rows, markdown, millions, write_csv
+from moefy.report.tables import Rows, markdown, millions
 from moefy.storage import replace_file, storage_errors
-from moefy.studies.ablations import ABLATIONS, Ablation, ablations_named
+from moefy.studies.ablations import ABLATIONS, ablations_named
 from moefy.studies.plan import GRID, grid_rows, read_grid
 from moefy.studies.recipe import StudyRecipe
-from moefy.studies.runs import Run, read_arms, run_rows
+from moefy.studies.runs import RUNS, Run, read_runs
 
 PAGE = "study.md"
 HEAD = "about.md"
 """The beginning of the page: what was studied, and what could not be."""
 NOT_RUN = "Not run:"
+Arms = dict[str, list[Run]]
 UNDECIDED = "not decided"
 # Student's t, 97.5th percentile, for 1 to 9 degrees of freedom; the last is used beyond.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -82,9 +83,9 @@ def agreement(expected: str | None, mark: str) -> str:
     return "agrees" if mark == expected else "contradicts"
 
 
-def summary_rows(arms: Mapping[str, Sequence[Run]]) -> Rows:
+def summary_rows(arms: Arms) -> Rows:
     """Return header and rows of an ablation's table, an arm a row."""
-    learned = any(run.trained or run.conversations for runs in arms.values() for run in runs)
+    learned = any(run.trained for runs in arms.values() for run in runs)
     losses = ["loss_before", "loss"] if learned else ["loss"]
     header = ["arm", "seeds", "compared with"]
     header += ["loss before", "difference"] if learned else []
@@ -105,7 +106,7 @@ def summary_rows(arms: Mapping[str, Sequence[Run]]) -> Rows:
     return rows
 
 
-def ablation_figure(arms: Mapping[str, Sequence[Run]]) -> Figure:
+def ablation_figure(arms: Arms) -> Figure:
     """Draw each arm's held-out loss before and after training, with its interval over the seeds."""
     figure = Figure(figsize=(7.6, max(2.5, 0.3 * len(arms))), layout="constrained")
     axes = figure.subplots()
@@ -123,70 +124,67 @@ def ablation_figure(arms: Mapping[str, Sequence[Run]]) -> Figure:
 
 def write_report(
     out: Path,
-    runs: Sequence[Run],
     recipe: StudyRecipe,
     skipped: Mapping[str, str],
     *,
     model: str,
     data: str,
 ) -> dict[str, Rows]:
-    """Write tables, figures and the page of all runs; return the tables by ablation.
+    """Write figures and the page of the runs in a folder; return the tables by ablation.
 
     `skipped` says what is missing and why, `model` and `data` are names.
     """
-    for ablation in ABLATIONS:
-        file = out / f"{ablation.name}.csv"
-        if found := runs_of(ablation, runs, recipe):
-            with storage_errors(out):
-                write_csv(file, run_rows(found))
-                # What is drawn comes from the file, so that it can be made again from it.
-                ablation_figure(read_arms(file)).savefig(file.with_suffix(".png"), dpi=150)
+    found = arms_in(out)
+    runs = read_runs(out / RUNS).values()
     machines = ", ".join(sorted({run.machine for run in runs}))
+    for name, arms in found.items():
+        with storage_errors(out):
+            ablation_figure(arms).savefig(out / f"{name}.png", dpi=150)
     head = (
         f"# Study\n\nAblations on {model}, text: {data}, as `moefy study` ran them ({machines}). "
-        f"Losses are measured on {recipe.windows} held-out windows of {recipe.sequence_length} "
-        "tokens per domain, the same for every model, and are means over the domains.\n\n"
+        f"Losses are nats per token on {recipe.windows} held-out windows of "
+        f"{recipe.sequence_length} tokens per domain, the same for every model, and are means over "
+        "the domains.\n\n"
         "A seed decides partition, router, fresh weights and the order "
         "of samples, not the held-out text. ± is half of the 95% interval of the mean over the "
         "seeds (Student's t). Differences are paired by seed; a result is not decided where the "
-        "interval includes 0 or is of one seed. Every setting is in `recipe.yaml`.\n"
+        "interval includes 0 or is of one seed. Every setting is in `recipe.yaml`, every run in "
+        f"`{RUNS}`.\n"
     )
     if skipped:
         lines = "".join(f"- {what}: {why}\n" for what, why in skipped.items())
         head += f"\n{NOT_RUN}\n\n{lines}"
     replace_file(out / HEAD, head)
     replace_file(out / PAGE, page(out))
-    return {name: summary_rows(read_arms(out / f"{name}.csv")) for name in present(out)}
+    return {name: summary_rows(arms) for name, arms in found.items()}
 
 
-def runs_of(ablation: Ablation, runs: Iterable[Run], recipe: StudyRecipe) -> list[Run]:
-    """Return an ablation's runs in the order of its arms and seeds."""
-    order = [arm.name for arm in ablation.arms(recipe)]
-    found = [run for run in runs if run.ablation == ablation.name and run.arm in order]
-    return sorted(found, key=lambda run: (order.index(run.arm), run.seed))
-
-
-def present(folder: Path) -> list[str]:
-    """Return the names of the ablations that a folder has results of."""
-    return [a.name for a in ABLATIONS if (folder / f"{a.name}.csv").is_file()]
+def arms_in(folder: Path) -> dict[str, Arms]:
+    """Return the runs in a study's folder by ablation, arm and seed, each in its order."""
+    recipe = StudyRecipe.build(folder / "recipe.yaml")
+    runs = sorted(read_runs(folder / RUNS).values(), key=lambda run: run.seed)
+    found: dict[str, Arms] = {}
+    for ablation in ABLATIONS:
+        for arm in ablation.arms(recipe):
+            own = [run for run in runs if (run.ablation, run.arm) == (ablation.name, arm.name)]
+            if own:
+                found.setdefault(ablation.name, {})[arm.name] = own
+    return found
 
 
 def page(folder: Path) -> str:
     """Return the whole page, from the files in a study's folder."""
-    sections = [_section(folder, name) for name in present(folder)]
+    sections = [_section(folder, name, arms) for name, arms in arms_in(folder).items()]
     return "\n".join([(folder / HEAD).read_text(), *sections])
 
 
-def _section(folder: Path, name: str) -> str:
+def _section(folder: Path, name: str, arms: Arms) -> str:
     (ablation,) = ablations_named([name])
-    table = summary_rows(read_arms(folder / f"{name}.csv"))
-    parts = [f"## {ablation.title}", ablation.setup, markdown(table).rstrip()]
-    files = [f"[{name}.csv]({name}.csv)"]
+    parts = [f"## {ablation.title}", ablation.setup, markdown(summary_rows(arms)).rstrip()]
     if name == "size" and (folder / GRID).is_file():
         parts.append(markdown(grid_rows(read_grid(folder / GRID))).rstrip())
-        files.append(f"[{GRID}]({GRID})")
+        parts.append(f"The grid is in [{GRID}]({GRID}).")
     parts.append(f"![{ablation.title}]({name}.png)")
     if ablation.paper:
         parts.append(f"The paper: {ablation.paper}")
-    parts.append(f"Loss: {ablation.measure}. Every run: {', '.join(files)}.")
     return "\n\n".join(parts) + "\n"
