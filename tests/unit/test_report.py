@@ -46,7 +46,7 @@ TRAINED: dict[str, Any] = {
 PAPER = (Path(__file__).parents[2] / "docs/results/paper.csv").read_text().splitlines()
 
 
-@pytest.mark.parametrize("row", csv.DictReader(PAPER), ids=lambda row: row["model"])
+@pytest.mark.parametrize("row", list(csv.DictReader(PAPER)), ids=lambda row: row["model"])
 def test_published_averages_are_those_of_the_row(row: dict[str, str]) -> None:
     scores = {name: float(cell) for name, cell in row.items() if name != "model"}
     average = scores.pop("average")
