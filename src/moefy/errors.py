@@ -66,7 +66,7 @@ class OutputError(UsageError):
     """The output folder exists, or lies where it must not."""
 
 
-def reason(error: BaseException, longest: int = 200) -> str:
-    """Return a library's error as part of one line: it may be long and quote what it was given."""
+def reason(error: object, longest: int = 200) -> str:
+    """Return a library's error, or another's words, as a part of one line of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]}…"

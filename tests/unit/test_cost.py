@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.cost import SHAPES, cost
+from moefy.checkpoint.families import dense_config
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import MIXTRAL, target_config
 from moefy.errors import ArchitectureError, UsageError
@@ -34,7 +35,9 @@ def test_llama_2_7b_counts_are_the_papers() -> None:
 def test_total_parameters_are_those_of_the_real_architecture(name: str, experts: int) -> None:
     config = SHAPES[name]
     if experts:
-        config = target_config(MIXTRAL, config, Split(experts, 2), dtype="float32")
+        config = target_config(
+            MIXTRAL, dense_config(config, name), Split(experts, 2), dtype="float32"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     assert cost(config).total_params == sum(p.numel() for p in model.parameters())

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample, check_finite
-from moefy.checkpoint.families import sliding_window, transformers_settings
+from moefy.checkpoint.families import sliding_window
 from moefy.checkpoint.reader import DenseCheckpoint, stored_form
-from moefy.errors import UsageError
+from moefy.errors import CheckpointError, UsageError, reason
 from moefy.hardware import device
 
 _WINDOWS_AT_ONCE = 8
@@ -90,17 +90,30 @@ def _placed(stored: Tensor) -> Tensor:
 
 
 class ModelReplay:
-    """A dense checkpoint as embeddings, layers that are loaded one by one, and the output head."""
+    """A dense checkpoint as embeddings, layers that are loaded one by one, and the output head.
+
+    Raises:
+        CheckpointError: transformers cannot build the model that config.json means.
+    """
 
     def __init__(self, dense: DenseCheckpoint) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._dense = dense
-        config = AutoConfig.for_model(**transformers_settings(dense.config))
+        config = AutoConfig.for_model(**dense.config)
         config._attn_implementation = "sdpa"
-        with torch.device("meta"):  # modules and shapes, no memory
-            self._model = AutoModelForCausalLM.from_config(config).float().eval()
-        self._rotary = type(self._model.model.rotary_emb)(config).to(device())
+        try:
+            with torch.device("meta"):  # modules and shapes, no memory
+                self._model = AutoModelForCausalLM.from_config(config).float().eval()
+            self._rotary = type(self._model.model.rotary_emb)(config).to(device())
+            if not self._rotary.inv_freq.isfinite().all():
+                raise ValueError("the frequencies are not finite")
+        except Exception as error:  # wherever a wrong setting leads to
+            raise CheckpointError(
+                f"{dense.folder}: transformers cannot build the model of its config.json, with "
+                f"rope_parameters (or rope_scaling) {reason(dense.config['rope_parameters'])}: "
+                f"{reason(error, 100)}"
+            ) from error
         self.num_layers = dense.num_layers
 
     def embed(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.families import FAMILIES, attention_bias, canonical_config, dense_family
+from moefy.checkpoint.families import FAMILIES, attention_bias, dense_config
+from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import (
     TARGETS,
@@ -82,10 +83,7 @@ def ffn_shape(config: Mapping[str, Any]) -> FfnShape:
         size, shared_size = config[target.expert_size_key], 0
         if target.shared_down:
             shared_size = config[target.shared_key] * (size if target.shared_in_slices else 1)
-        key = target.num_experts_key
-        if key not in config:  # transformers saves qwen3_moe's num_experts under this name
-            key = "num_local_experts"
-        experts, active = config[key], config["num_experts_per_tok"]
+        experts, active = config[target.num_experts_key], config["num_experts_per_tok"]
         return FfnShape(int(experts), int(active), size, shared_size)
     return FfnShape(0, 0, config["intermediate_size"], 0)
 
@@ -120,7 +118,7 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
         sinks = config["num_attention_heads"] if target.sinks else 0
         bias = target.attention_bias if config.get("attention_bias") else "none"
     else:
-        config = canonical_config(FAMILIES[config["model_type"]], config)
+        config = meaning_of(config, "config.json")
         bias = attention_bias(config)
 
     hidden, vocab = config["hidden_size"], config["vocab_size"]
@@ -234,7 +232,7 @@ def split_config(
     """
     split = Split(experts, active, shared or 0)
     split.check(config["intermediate_size"])
-    dense = canonical_config(dense_family(dict(config), name), dict(config))
+    dense = dense_config(config, name)
     if not split.chosen:
         return pruned_config(dense, split)
     try:

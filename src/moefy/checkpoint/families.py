@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moefy.errors import ArchitectureError
+from moefy.checkpoint.meaning import meaning_of, own_keys
+from moefy.errors import ArchitectureError, reason
 
 Bias = Literal["none", "qkv", "qkvo"]
+Window = Literal["no", "in all layers", "by layer"]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Rotary embeddings that the targets share with the dense families."""
@@ -26,14 +28,10 @@ class DenseFamily:
     name: str = ""  # `architectures[0]` begins with it, or with the capitalised `model_type`
     attention_bias: str = "none"  # a `Bias`, or the config key that switches all four on
     qk_norm: bool = False  # whether queries and keys are normed by head
-    window_key: str | None = None  # config key of the sliding window, if the family has one
-    # config key that switches the window on; the first `max_window_layers` layers go without it
-    window_switch: str | None = None
+    window: Window = "no"  # layers that have the sliding window, if the config has one
     multipliers: bool = False  # whether embeddings, attention, residuals and logits are scaled
     rope_switches: str | None = None  # config key that says which layers have the rotary embedding
     partial_rotary: bool = False  # whether a part of each head may go without rotary embedding
-    extra: tuple[str, ...] = ()  # config keys that transformers needs of this family alone
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of missing keys, over `DEFAULTS`
     # tensors that are stored as one, their rows from the top down
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -48,61 +46,27 @@ class DenseFamily:
     down = "mlp.down_proj.weight"
     ffn_norm = "post_attention_layernorm.weight"
     model_tensors = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    optional = ("self_attn.rotary_emb.inv_freq",)
 
 
 QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 O_BIAS = "self_attn.o_proj.bias"
 
 LLAMA = DenseFamily("llama", attention_bias="attention_bias")
-MISTRAL = DenseFamily(
-    "mistral",
-    window_key="sliding_window",
-    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
-)
-QWEN2 = DenseFamily(
-    "qwen2",
-    attention_bias="qkv",
-    window_key="sliding_window",
-    window_switch="use_sliding_window",
-    defaults={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32},
-)
-QWEN3 = DenseFamily(
-    "qwen3",
-    attention_bias="attention_bias",
-    qk_norm=True,
-    window_key="sliding_window",
-    window_switch="use_sliding_window",
-    defaults={**QWEN2.defaults, "head_dim": 128},
-)
+MISTRAL = DenseFamily("mistral", window="in all layers")
+QWEN2 = DenseFamily("qwen2", attention_bias="qkv", window="by layer")
+QWEN3 = DenseFamily("qwen3", attention_bias="attention_bias", qk_norm=True, window="by layer")
 SMOLLM3 = DenseFamily(
     "smollm3",
     name="SmolLM3",
     attention_bias="attention_bias",
-    window_key="sliding_window",
-    window_switch="use_sliding_window",
+    window="by layer",
     rope_switches="no_rope_layers",  # 1 where there is one
-    extra=("no_rope_layers", "layer_types", "pad_token_id"),
-    defaults={
-        "sliding_window": None,
-        "no_rope_layer_interval": 4,
-        "num_key_value_heads": 4,
-        "pad_token_id": 128004,
-        "rope_theta": 2_000_000.0,
-        "tie_word_embeddings": True,
-    },
 )
 GRANITE = DenseFamily("granite", attention_bias="attention_bias", multipliers=True)
 PHI3 = DenseFamily(
     "phi3",
-    window_key="sliding_window",
+    window="in all layers",
     partial_rotary=True,
-    extra=("original_max_position_embeddings", "pad_token_id"),
-    defaults={
-        "rms_norm_eps": 1e-5,
-        "original_max_position_embeddings": 4096,
-        "pad_token_id": 32000,
-    },
     fused={
         "self_attn.qkv_proj.weight": tuple(f"{name}.weight" for name in QKV),
         "mlp.gate_up_proj.weight": (DenseFamily.gate, DenseFamily.up),
@@ -128,85 +92,69 @@ MULTIPLIERS = dict.fromkeys(
 )
 """Granite's scales and their defaults; attention's is 1/√head_dim in the other families."""
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "vocab_size",
-)
-"""Config keys of a model's shape."""
 
-DEFAULTS: dict[str, Any] = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "mlp_bias": False,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "use_sliding_window": False,
-}
-"""What transformers assumes where config.json says nothing, in every family."""
-
-
-def dense_family(config: Mapping[str, Any], source: str) -> DenseFamily:
-    """Return the family of a dense config.json; `source` names it in messages.
+def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return a dense config.json as transformers reads it; `source` names it in messages.
 
     Raises:
+        CheckpointError: see `meaning_of`.
         ArchitectureError: it is unknown, quantised, or has a setting that would be changed.
     """
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        reason = NOT_CARRIED.get(str(model_type))
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        model_type = config.get("model_type")
+        why = NOT_CARRIED.get(str(model_type))
         raise ArchitectureError(
-            f"{source} has the architecture {model_type!r}"
-            + (f" ({reason})" if reason else "")
+            f"{source} has the architecture {reason(repr(model_type))}"
+            + (f" ({why})" if why else "")
             + f"; moefy converts dense {', '.join(FAMILIES)} models (also SmolLM2, TinyLlama, "
             "Qwen2.5, Phi-3 and their kin, by these names)"
         )
-    family, quantised = FAMILIES[model_type], config.get("quantization_config") or {}
-    rope, part = rope_parameters(config)["rope_type"], rotary_fraction(config)
+    read = meaning_of(config, source)
+    quantised, heads = read.get("quantization_config") or {}, read["num_attention_heads"]
+    read["head_dim"] = read.get("head_dim") or read["hidden_size"] // heads
+    rope, part = read["rope_parameters"], rotary_fraction(read)
+    layers, longest = read["num_hidden_layers"], read["max_position_embeddings"]
+    window = read.get("sliding_window")
+    slides = window is not None and family.window == "in all layers"
+    usual = ("full_attention", "sliding_attention")[slides]
+    types = set(read.get("layer_types") or ()) - {usual}
+    if family.window == "by layer" and window is not None:
+        types -= {"sliding_attention"}
+    switches = read.get(family.rope_switches or "", ())
     refused = {
         f"is quantised ({quantised.get('quant_method', 'unknown')}): convert the unquantised "
-        "checkpoint, then quantise": quantised,
-        f"has the rotary embedding {rope!r}; known are {', '.join(ROPE_TYPES)}": (
-            rope not in ROPE_TYPES
+        "checkpoint (one without quantization_config), then quantise": quantised,
+        f"has the rotary embedding {rope['rope_type']!r}; known are {', '.join(ROPE_TYPES)} "
+        "(rope_parameters or rope_scaling)": rope["rope_type"] not in ROPE_TYPES,
+        f"rotates only a part of each head (partial_rotary_factor {part} in rope_parameters or "
+        f"rope_scaling), which no known {family.model_type} model does": (
+            part != 1 and not family.partial_rotary
         ),
-        f"rotates only a part of each head (partial_rotary_factor {part}), which no known "
-        f"{model_type} model does": part != 1 and not family.partial_rotary,
+        f"has layer_types of {', '.join(sorted(types))}, which {family.model_type} does not "
+        f"compute with sliding_window = {window}": types,
+        f"has sliding_window = {window}, which transformers follows in the cache of a "
+        f"{family.model_type} model and not in its attention": (
+            family.window == "no"
+            and window is not None
+            and not (isinstance(window, int) and window >= longest)
+        ),
+        f"has {heads} num_attention_heads, no multiple of its num_key_value_heads": (
+            heads % read["num_key_value_heads"]
+        ),
+        f"has {family.rope_switches} for {len(switches)} layers and num_hidden_layers = {layers}": (
+            family.rope_switches and len(switches) != layers
+        ),
     }
     for key, only in {"hidden_act": "silu", "mlp_bias": False}.items():
-        found = config.get(key, only)
+        found = read.get(key, only)
         what = f"sets {key} = {found!r}; the native targets can only express {only!r}"
-        refused[what] = found != only
+        refused[what] = found != only and key in own_keys(read)
     for what, holds in refused.items():
         if holds:
-            raise ArchitectureError(f"{source} {what}")
-    return family
-
-
-def canonical_config(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dense config.json with the family's defaults filled in, code references left out."""
-    heads = config.get("num_attention_heads") or 1
-    filled: dict[str, Any] = {
-        "num_key_value_heads": heads,
-        "head_dim": config.get("hidden_size", heads) // heads,
-        **DEFAULTS,
-        **(MULTIPLIERS if family.multipliers else {}),
-        **family.defaults,
-    }
-    filled |= {key: value for key, value in config.items() if value is not None}
-    for key in filter(None, (family.window_key, *family.extra)):
-        # null means none for these, where a missing key means the default
-        if key in config:
-            filled[key] = config[key]
-    filled.pop("auto_map", None)
-    return filled
+            raise ArchitectureError(f"{source} {reason(what)}")
+    # null means no dropout for one family, and nothing for the others
+    return {**read, **_rope_settings(read), "attention_dropout": read["attention_dropout"] or 0.0}
 
 
 def attention_bias(config: Mapping[str, Any]) -> Bias:
@@ -220,36 +168,24 @@ def attention_bias(config: Mapping[str, Any]) -> Bias:
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:
     """Return the tokens that attention looks back on, or None where that is all of them."""
-    family = FAMILIES[config["model_type"]]
-    switch = family.window_switch
-    if not family.window_key or (switch and not (config[switch] and any(sliding_layers(config)))):
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    if not any(sliding_layers(config)) or window is None or (longest and window >= longest):
         return None
-    window = config.get(family.window_key)
-    longest = config.get("max_position_embeddings")
-    return None if window is None or (longest and window >= longest) else int(window)
+    return int(window)
 
 
 def sliding_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     """Return for every layer whether it has the sliding window, if there is one."""
-    layers, family = config["num_hidden_layers"], FAMILIES[config["model_type"]]
-    if not family.window_switch:
-        return (True,) * layers
-    if types := config.get("layer_types"):
-        return tuple(kind == "sliding_attention" for kind in types)
-    if family.rope_switches:  # where there is no rotary embedding
-        return tuple(not has for has in rotary_layers(config))
-    return tuple(layer_idx >= config["max_window_layers"] for layer_idx in range(layers))
+    window = FAMILIES[config["model_type"]].window
+    if window == "by layer":
+        return tuple(kind == "sliding_attention" for kind in config["layer_types"])
+    return (window == "in all layers",) * config["num_hidden_layers"]
 
 
 def rotary_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     """Return for every layer whether it has the rotary embedding."""
-    layers, key = config["num_hidden_layers"], FAMILIES[config["model_type"]].rope_switches
-    if key is None:
-        return (True,) * layers
-    if switches := config.get(key):
-        return tuple(map(bool, switches))
-    every = config["no_rope_layer_interval"]
-    return tuple((layer_idx + 1) % every != 0 for layer_idx in range(layers))
+    key = FAMILIES[config["model_type"]].rope_switches
+    return tuple(map(bool, config[key])) if key else (True,) * config["num_hidden_layers"]
 
 
 def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -276,38 +212,18 @@ def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings of a config in transformers 5's form."""
-    # older files spell them as `rope_theta` beside `rope_scaling`, newer ones as `rope_parameters`
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    if config.get("model_type") == "phi3" and parameters["rope_type"] in ("su", "yarn"):
-        parameters["rope_type"] = "longrope"  # Phi-3's earlier names for it
-    parameters.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
-    original = config.get("original_max_position_embeddings")  # wins over the one in the dict
-    if original and parameters["rope_type"] != "default":
-        parameters["original_max_position_embeddings"] = original
-    parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if parameters["partial_rotary_factor"] in (None, 1):
-        del parameters["partial_rotary_factor"]
-    return parameters
-
-
 def rotary_fraction(config: Mapping[str, Any]) -> float:
     """Return the part of each head, from its start, that has the rotary embedding."""
-    return float(rope_parameters(config).get("partial_rotary_factor", 1.0))
+    return float(config["rope_parameters"].get("partial_rotary_factor") or 1.0)
 
 
-def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what transformers' `AutoConfig.for_model` needs of a canonical config."""
-    family = FAMILIES[config["model_type"]]
-    names = (
-        "model_type",
-        *SIZES,
-        *DEFAULTS,
-        *(MULTIPLIERS if family.multipliers else ()),
-        *filter(None, (family.window_key, family.window_switch)),
-        *family.extra,
-    )
-    settings = {name: config[name] for name in names if name in config}
-    return settings | {"rope_parameters": rope_parameters(config)}
+def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config keys of the rotary embedding in every spelling that a runtime reads."""
+    # transformers 5 reads the first one; vLLM, llama.cpp and mistral.rs read the others, and MLX
+    # wants to see `rope_scaling` even where it is null
+    rope = {k: v for k, v in config["rope_parameters"].items() if k != "type"}
+    if rotary_fraction(config) == 1:
+        rope.pop("partial_rotary_factor", None)
+    plain = rope["rope_type"] == "default"
+    scaling = None if plain else {k: v for k, v in rope.items() if k != "rope_theta"}
+    return {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}

@@ -18,7 +18,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 from torch import Tensor
 
-from moefy.checkpoint.families import FAMILIES, canonical_config, rope_parameters, sliding_window
+from moefy.checkpoint.families import FAMILIES, sliding_window
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import check_known
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
@@ -290,17 +290,14 @@ def _check_expressible(config: dict[str, Any], folder: Path) -> None:
     kind of rotary embedding.
     """
     model_type = config["model_type"]
-    if model_type in FAMILIES:
-        window = sliding_window(canonical_config(FAMILIES[model_type], config))
-    else:
-        window = config.get("sliding_window")
+    window = sliding_window(config) if model_type in FAMILIES else config.get("sliding_window")
     if window and model_type != "granitemoe_swa":
         raise ArchitectureError(
             f"{folder} has a sliding window of {window} tokens, which llama.cpp does not apply to "
             f"{model_type}: longer texts would be computed differently; convert with --target "
             "granitemoe_swa, whose window it applies"
         )
-    rope = rope_parameters(config)["rope_type"]
+    rope = config["rope_parameters"]["rope_type"]
     reads_factors = {"longrope": ("phi3",), "llama3": _READ_LLAMA3}.get(rope)
     if reads_factors and model_type not in reads_factors:
         raise ArchitectureError(

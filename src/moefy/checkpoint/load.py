@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from moefy.checkpoint.reader import GENERATION, read_config, read_json
+from moefy.checkpoint.reader import GENERATION, read_config, read_json, tensor_files
 from moefy.checkpoint.targets import check_known
 from moefy.errors import CheckpointError, reason
 
@@ -21,20 +20,37 @@ def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
         CheckpointError: the folder is no model, or a damaged one.
         ArchitectureError: a model that moefy neither converts nor writes.
     """
-    # before transformers, which would load a stranger or end in an error about a missing key
-    check_known(read_config(folder).get("model_type"), folder)
+    # before transformers, which would load a stranger, or make what the files do not hold
+    config = read_config(folder)
+    check_known(config.get("model_type"), folder)
+    names = (name.split(".") for name in tensor_files(folder) if name.startswith("model.layers."))
+    layers = {parts[2] for parts in names}
+    if len(layers) != config["num_hidden_layers"]:
+        raise CheckpointError(
+            f"{folder} holds {len(layers)} layers, and config.json says num_hidden_layers = "
+            f"{config['num_hidden_layers']}"
+        )
+    generation = mended_generation(folder)[0]
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    generation = GenerationConfig(**mended_generation(folder)[0])
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as error:  # a damaged folder fails wherever the damage leads to
         raise CheckpointError(
             f"{folder} cannot be loaded ({reason(error)}): it is incomplete or damaged"
         ) from error
+    for what, names in notes.items():  # transformers makes up what is missing, and drops the rest
+        if names:
+            raise CheckpointError(
+                f"{folder} has {what.replace('_', ' ')}, {reason(sorted(map(str, names))[0], 80)} "
+                "the first: the folder is incomplete, or config.json belongs to another model"
+            )
+    model.config.return_dict = True  # a config.json may say that models return tuples
     if (folder / GENERATION).is_file():
-        model.generation_config = generation
-    return model
+        model.generation_config = GenerationConfig(**generation)
+    return model.eval()
 
 
 def mended_generation(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -67,13 +83,28 @@ def mended_generation(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer that lies beside a model."""
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        CheckpointError: there is none, a damaged one, or that of a larger vocabulary.
+    """
     from transformers import AutoTokenizer
 
+    is_model = (folder / "config.json").is_file()
+    rows = read_config(folder).get("vocab_size") if is_model else None
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizer libraries have no common error type
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        highest = max(tokenizer.get_vocab().values(), default=0)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # no common type; a panic of the Rust library is no Exception
         raise CheckpointError(
-            f"{folder} has no readable tokenizer ({str(error).partition(chr(10))[0]}): "
+            f"{folder} has no readable tokenizer ({reason(error)}): "
             "copy the dense model's tokenizer files into it"
         ) from error
+    if rows and highest >= rows:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has the id {highest:,}, and its embedding {rows:,} rows "
+            "(vocab_size): put the tokenizer files of the model itself into the folder"
+        )
+    return tokenizer

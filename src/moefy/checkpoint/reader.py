@@ -15,6 +15,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moefy.checkpoint.families import DenseFamily, canonical_config, dense_family, layer_shapes
+from moefy.checkpoint.families import FAMILIES, DenseFamily, dense_config, layer_shapes
+from moefy.checkpoint.meaning import meaning_of
+from moefy.checkpoint.targets import TARGETS
 from moefy.errors import CheckpointError, reason
 
 SINGLE = "model.safetensors"
@@ -46,7 +49,13 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """Return a model folder's config.json (or read that file itself)."""
+    """Return a model folder's config.json (or read that file itself), as transformers reads it.
+
+    A file of an architecture that moefy does not know is returned as it is.
+
+    Raises:
+        CheckpointError: there is none, or it means no model.
+    """
     file = source / "config.json" if source.is_dir() else source
     if not file.is_file():
         message = f"{source} is no model folder: it has no config.json"
@@ -55,7 +64,9 @@ def read_config(source: Path) -> dict[str, Any]:
                 "; it holds an unfinished training run, which the command that began it continues"
             )
         raise CheckpointError(message)
-    return read_json(file)
+    config = read_json(file)
+    is_known = str(config.get("model_type")) in {**FAMILIES, **TARGETS}
+    return meaning_of(config, str(file)) if is_known else config
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -63,18 +74,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it cannot be read, is no JSON object, or holds what no such file needs:
-            `_MOST_JSON_BYTES`, deep nesting, numbers of thousands of digits, NaN.
+            `_MOST_JSON_BYTES`, deep nesting, numbers of thousands of digits.
     """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}, which is no number of JSON")
-
     try:
         with file.open("rb") as opened:
             content = opened.read(_MOST_JSON_BYTES + 1)
         if len(content) > _MOST_JSON_BYTES:
             raise ValueError(f"it is larger than {_MOST_JSON_BYTES >> 20} MiB")
-        found = json.loads(content, parse_constant=refuse)
+        found = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {reason(error)}") from error
     if not isinstance(found, dict):
@@ -111,14 +118,14 @@ def weight_files(folder: Path) -> list[str]:
 
 def indexed_files(index: Path) -> list[str]:
     """Return the names of the weight files that an index names."""
-    try:
-        weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no valid weight index: {error!r}") from error
-    if any(Path(str(name)).name != name for name in files):
-        raise CheckpointError(f"{index} names files outside the folder")
-    return files
+    weight_map = read_json(index).get("weight_map")
+    files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if not files:
+        raise CheckpointError(f"{index} is no weight index: it names no file in weight_map")
+    # also the names `.` and ``, and those that the system does not take
+    if outside := [name for name in files if Path(name).name != name or "\0" in name]:
+        raise CheckpointError(f"{index} names {reason(outside[0], 60)}, no file of the folder")
+    return sorted(files)
 
 
 class TensorFile(ABC):
@@ -213,10 +220,24 @@ def open_tensors(path: Path) -> TensorFile:
             f"{path} is missing: the folder is incomplete, fetch it again"
         ) from None
     except Exception as error:  # torch's unpickler fails with whatever the damage leads to
-        first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be read ({first_line}): it is truncated or damaged, fetch it again"
+            f"{path} cannot be read ({reason(error)}): it is truncated or damaged, fetch it again"
         ) from error
+
+
+def tensor_files(folder: Path) -> dict[str, TensorFile]:
+    """Return the open weight file of every tensor of a folder.
+
+    Raises:
+        CheckpointError: a file cannot be read, or two hold a tensor of the same name.
+    """
+    found: dict[str, TensorFile] = {}
+    for name in weight_files(folder):
+        file = open_tensors(folder / name)
+        if twice := sorted(found.keys() & file.headers.keys()):
+            raise CheckpointError(f"{folder} holds {twice[0]} twice, the second time in {name}")
+        found |= dict.fromkeys(file.headers, file)
+    return found
 
 
 def stored_form(family: DenseFamily, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -243,50 +264,40 @@ class DenseCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        stored_config = read_config(folder)
-        self.family: DenseFamily = dense_family(stored_config, str(folder))
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value = stored_config.get(key)
-            if not isinstance(value, int) or value < 1:
-                raise CheckpointError(
-                    f"{folder}/config.json has {key} = {value!r}: a positive integer is needed"
-                )
-        self.config = canonical_config(self.family, stored_config)
+        self.config = dense_config(read_config(folder), str(folder))
+        self.family: DenseFamily = FAMILIES[self.config["model_type"]]
         shapes = layer_shapes(self.config)
         self.layer_tensors = tuple(shapes)  # without the FFN matrices
         self.num_layers: int = self.config["num_hidden_layers"]
-        self.tied = bool(self.config["tie_word_embeddings"])  # the output matrix is the embedding
         # factor with which attention and FFN enter the residual stream; Granite's is not 1
         self.residual_scale = float(self.config.get("residual_multiplier", 1.0))
-        # names outside the layers that a converted model keeps
-        self.model_tensors = [
-            n for n in self.family.model_tensors if not (self.tied and n == "lm_head.weight")
-        ]
-        self._files: dict[str, TensorFile] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, tuple[str, slice]] = {}
-        self.dtype = ""  # that of the FFN weights
-        allowed = _SAFETENSORS_DTYPES.values()
-        # all checks come before the first tensor is read
-        for name in weight_files(folder):
-            file = open_tensors(folder / name)
-            for tensor, (dtype, shape) in file.headers.items():
-                if dtype not in allowed:
-                    raise CheckpointError(
-                        f"{folder}: {tensor} is stored as {dtype}; allowed are {', '.join(allowed)}"
-                    )
-                self._files[tensor], self._shapes[tensor] = file, shape
-                if tensor.endswith(self.family.down):
-                    self.dtype = dtype
+        # all checks come before the first tensor is read, but for that of a second output matrix
+        self._files = tensor_files(folder)
+        self._shapes = {name: file.headers[name][1] for name, file in self._files.items()}
         hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
         layer = shapes | dict.fromkeys((self.family.gate, self.family.up), (inner, hidden))
         layer[self.family.down] = (hidden, inner)
         self._split_fused(layer)
         self._check(layer)
+        embedding, head = self.family.model_tensors[0], self.family.model_tensors[-1]
+        # the output matrix is the embedding; where both are stored and differ, no loader ties them
+        self.tied = bool(self.config["tie_word_embeddings"])
+        if self.tied and head in self._shapes and not torch.equal(self[embedding], self[head]):
+            self.tied = self.config["tie_word_embeddings"] = False
+        # names outside the layers that a converted model keeps
+        self.model_tensors = [n for n in self.family.model_tensors if not (self.tied and n == head)]
+        # that of the weights when the model is loaded: without a word in config.json, the widest
+        names = [name for name in self._shapes if name.endswith(".weight")]
+        self.dtype: str = self.config["dtype"] or str(self.stored_dtype(*names))[6:]
 
     def __getitem__(self, name: str) -> Tensor:
         stored, rows = self._rows.get(name, (name, None))
         return self._files[stored].read(stored, rows)
+
+    def stored_dtype(self, *names: str) -> torch.dtype:
+        """Return the dtype that holds all of these tensors exactly."""
+        return reduce(torch.promote_types, (getattr(torch, self._stored_as(n)) for n in names))
 
     def total_bytes(self) -> int:
         """Return the size of all weight files."""
@@ -317,19 +328,22 @@ class DenseCheckpoint:
         family, hidden = self.family, self.config["hidden_size"]
         matrix = (self.config["vocab_size"], hidden)
         wanted: dict[str, tuple[int, ...]]
-        wanted = {n: (hidden,) if "norm" in n else matrix for n in self.model_tensors}
+        wanted = {n: (hidden,) if "norm" in n else matrix for n in family.model_tensors}
+        if self.config["tie_word_embeddings"] and "lm_head.weight" not in self._shapes:
+            del wanted["lm_head.weight"]
         wanted |= {prefix + n: shape for prefix in self._prefixes() for n, shape in layer.items()}
-        # older files hold what is computed today, and tied models may hold the output matrix
-        tolerated = {prefix + name for prefix in self._prefixes() for name in family.optional}
-        tolerated |= {*family.model_tensors}
         if missing := sorted(wanted.keys() - self._shapes.keys()):
             raise CheckpointError(
                 f"{self.folder} lacks {len(missing)} of its tensors, {missing[0]} the first: "
                 "the folder is incomplete, or config.json belongs to another model"
             )
-        if unmapped := sorted(
-            self._shapes.keys() - wanted.keys() - tolerated - {*family.model_tensors}
-        ):
+        # older files hold buffers that every loader computes anew
+        unmapped = sorted(
+            name
+            for name in self._shapes.keys() - wanted.keys()
+            if not name.endswith("rotary_emb.inv_freq")
+        )
+        if unmapped:
             raise CheckpointError(
                 f"{self.folder} holds {len(unmapped)} tensors that no rule of the "
                 f"{family.model_type} family maps, {unmapped[0]} the first: nothing was converted, "
@@ -341,6 +355,15 @@ class DenseCheckpoint:
                     f"{self.folder}: {name} has shape {list(self._shapes[name])}, config.json says "
                     f"{list(shape)}"
                 )
+            if (dtype := self._stored_as(name)) not in _SAFETENSORS_DTYPES.values():
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored as {dtype}; allowed are "
+                    f"{', '.join(_SAFETENSORS_DTYPES.values())}"
+                )
+
+    def _stored_as(self, name: str) -> str:
+        stored, _ = self._rows.get(name, (name, None))
+        return self._files[stored].headers[stored][0]
 
     def _prefixes(self) -> list[str]:
         return [self.family.layer.format(layer=layer) for layer in range(self.num_layers)]

@@ -14,15 +14,15 @@ from typing import Any, Literal
 from moefy.checkpoint.families import (
     FAMILIES,
     MULTIPLIERS,
-    SIZES,
     Bias,
+    Window,
     attention_bias,
-    rope_parameters,
     rotary_fraction,
     rotary_layers,
     sliding_layers,
     sliding_window,
 )
+from moefy.checkpoint.meaning import SIZES
 from moefy.errors import ArchitectureError
 from moefy.split import Split
 
@@ -41,7 +41,6 @@ _COPIED = (
 _BIASES: tuple[Bias, ...] = ("none", "qkv", "qkvo")
 _LOSS = {"router_aux_loss_coef": 0.01, "output_router_logits": False}
 RouterScore = Literal["softmax", "sigmoid"]
-Window = Literal["no", "in all layers", "by layer"]
 
 
 @dataclass(frozen=True)
@@ -262,7 +261,6 @@ def target_config(
     target: NativeTarget, dense: Mapping[str, Any], split: Split, *, dtype: str
 ) -> dict[str, Any]:
     """Return the config.json of a converted model; `dense` is canonical, `dtype` a stored one."""
-    rope = rope_parameters(dense)
     size = split.size(dense["intermediate_size"])
     config: dict[str, Any] = {
         "architectures": [target.architecture],
@@ -272,11 +270,7 @@ def target_config(
         target.expert_size_key: size,
         target.num_experts_key: split.routed,
         "num_experts_per_tok": split.chosen,
-        # transformers 5 reads the first spelling; vLLM, llama.cpp and mistral.rs read the other,
-        # and MLX wants to see `rope_scaling` even where it is null
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None,
+        **{key: dense[key] for key in ("rope_parameters", "rope_theta", "rope_scaling")},
         "dtype": dtype,
         "torch_dtype": dtype,
     }
@@ -298,7 +292,7 @@ def target_config(
         config |= {
             "sliding_window": window or dense["max_position_embeddings"],
             "layer_types": [("full_attention", "sliding_attention")[slide] for slide in slides],
-            "layer_rope_theta": [rope["rope_theta"] if rotate else 0 for rotate in rotates],
+            "layer_rope_theta": [dense["rope_theta"] if rotate else 0 for rotate in rotates],
             "no_rope_layers": [int(rotate) for rotate in rotates],  # llama.cpp's key for the same
         }
     if target.partial_rotary:
@@ -306,8 +300,6 @@ def target_config(
     if target.multipliers:
         own = {"attention_multiplier": dense["head_dim"] ** -0.5}
         config |= {key: dense.get(key, own.get(key, one)) for key, one in MULTIPLIERS.items()}
-    if rope["rope_type"] != "default":
-        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     # torch's grouped matrix product refuses rows that are no multiple of 16 bytes: here
     # transformers runs the experts one by one
     if size % 8 or config["hidden_size"] % 8:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moefy.checkpoint.reader import INDEX, SINGLE
+from moefy.errors import CheckpointError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_BYTES_PER_TENSOR = 192
@@ -58,6 +59,7 @@ class ShardWriter:
         self._head_bytes = -(-head_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
         self._header_bytes = self._head_bytes - 8  # its length stands before it
         self._file: FileStream | None = None
+        self._beside = ThreadPoolExecutor(1)
         self._header: dict[str, Any] = dict(_METADATA)
         self._header_used = len(_json(_METADATA))
         self._filled_bytes = 0
@@ -69,11 +71,16 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._beside.shutdown()
         if self._file is not None:  # an error before `finish`
             self._file.abandon()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; a ValueError for a name that was added before."""
+        """Write one tensor; a ValueError for a name that was added before.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
         if name in self._names:
             raise ValueError(f"{name} was written twice")
         self._names.add(name)
@@ -93,7 +100,13 @@ class ShardWriter:
         self._header[name] = entry
         self._header_used += room
         if size:
+            extremes = self._beside.submit(torch.aminmax, tensor)  # NaN if one is
             self._file.write(tensor.contiguous().flatten())
+            if not all(value.isfinite() for value in extremes.result()):
+                raise CheckpointError(
+                    f"{name} would hold NaN or infinite values: the source's weights are damaged, "
+                    "or the converted ones too large for their dtype"
+                )
         self._filled_bytes += size
         self.total_bytes += size
 

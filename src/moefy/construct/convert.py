@@ -113,6 +113,7 @@ def convert(
     with RunFolder(out, "model", overwrite=overwrite, sources=[source]) as run:
         dense = DenseCheckpoint(resolve(source, report=report))
         choice, target = _for_model(asked, dense)
+        ModelReplay(dense)  # for its errors: it can be built
         generation, left_out = mended_generation(dense.folder)
         if left_out:
             note = f"without {', '.join(left_out)}: they mean nothing beside its other keys"

@@ -28,7 +28,8 @@ def native_layer(
         target: the architecture; None for the dense family with the shared neurons alone.
     """
     prefix = dense.family.layer.format(layer=layer_idx)
-    dtype = dense[prefix + dense.family.down].dtype
+    matrices = (dense.family.gate, dense.family.up, dense.family.down)
+    dtype = dense.stored_dtype(*(prefix + name for name in matrices))
     layer = {name: dense[prefix + name] for name in dense.layer_tensors}
     if target is None:
         layer |= {name: tensor.to("cpu", dtype) for name, tensor in _pruned(dense, split).items()}

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.cost import cost, ffn_shape, has_qk_norm
-from moefy.checkpoint.families import FAMILIES, canonical_config
+from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
 from moefy.errors import UsageError
@@ -281,7 +282,7 @@ def least_work(
     # a query meets all cached keys and, on average, half of the new ones: `cost` halves the context
     counted, ffn = cost(config, context=2 * cached_tokens + new_tokens), ffn_shape(config)
     if config["model_type"] in FAMILIES:
-        config = canonical_config(FAMILIES[config["model_type"]], config)
+        config = meaning_of(config, "config.json")
     table = config["vocab_size"] * config["hidden_size"]
     weights = counted.active_params
     if not config.get("tie_word_embeddings", False):

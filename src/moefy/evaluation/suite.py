@@ -19,7 +19,7 @@ from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config, side_files
 from moefy.checkpoint.source import resolve
-from moefy.errors import CheckpointError, UsageError
+from moefy.errors import UsageError
 from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.paired import Paired, compare_paired, standard_error
 from moefy.progress import Progress, ProgressFn, silent
@@ -151,14 +151,8 @@ def check_suite(
 
 def _check_model(folder: Path) -> int:
     """Return the number of experts of a model, 0 for a dense one, if its vocabulary is whole."""
-    config = read_config(folder)
-    tokens, rows = len(load_tokenizer(folder)), config["vocab_size"]
-    if tokens > rows:
-        raise CheckpointError(
-            f"{folder}: its tokenizer has {tokens:,} tokens and its embedding {rows:,}: put the "
-            "tokenizer files of the model itself into the folder"
-        )
-    return ffn_shape(config).experts
+    load_tokenizer(folder)
+    return ffn_shape(read_config(folder)).experts
 
 
 def _measure(
