@@ -1,8 +1,4 @@
-"""Damaged model folders: each mutation is a name and a function that changes a copy of a folder.
-
-A run of moefy on the changed copy may succeed, with what transformers itself reads, or end in one
-line of ours.
-"""
+"""Model folders, dense and split, and GGUF files."""
 
 from __future__ import annotations
 
@@ -12,9 +8,13 @@ import struct
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
+
+from tests.parity.test_gguf_source import write_gguf
 
 Mutation = tuple[str, Callable[[Path], None]]
 
@@ -68,7 +68,48 @@ HEADERS: dict[str, bytes] = {
 NAMES = ("../model.safetensors", "/etc/passwd", "missing.safetensors", "", ".", "a\0b", "x" * 300)
 
 
-def mutations(folder: Path) -> Iterator[Mutation]:
+CONVERT = "convert {} out --experts 4 --active 4 --shared 0 --partition random --router random "
+TRAIN = "train moe out --data text --tokens 32 --set sequence_length=32 --set global_batch_size=1"
+KINDS = (*JSON_FILES, "model.safetensors", "index")
+COMMANDS = {
+    **{f"dense {kind}": CONVERT.format("dense") + "--repair none" for kind in KINDS},
+    **{f"split {kind}": TRAIN for kind in KINDS},
+    "gguf": CONVERT.format("model.gguf") + "--repair none",
+}
+
+
+def mutations(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Iterate over every change of a model in `folder`, all of them made from it as it is now."""
+    found = [
+        (f"{what} {label}", partial(change, folder / name))
+        for what, name in {"dense": "dense", "split": "moe"}.items()
+        for label, change in folder_mutations(folder / name)
+    ]
+    with TemporaryDirectory() as place:
+        file = Path(place) / "model.gguf"
+        write_gguf(file, "llama")
+        found += [(label, partial(c, folder / file.name)) for label, c in gguf_mutations(file)]
+    yield from found
+
+
+def agrees(folder: Path, label: str) -> str | None:
+    """Compare a conversion with all experts active with what transformers reads in its source."""
+    if not label.startswith("dense"):
+        return None
+    ids = torch.arange(1, 60)[None]
+    with torch.inference_mode():
+        try:
+            expected, found = (
+                AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)(ids)
+                for name in ("dense", "out")
+            )
+        except Exception as error:
+            return f"transformers does not read both ({error!r})"
+    difference = (expected[0] - found[0]).abs().max()
+    return None if difference < 1e-3 else f"the logits differ by {difference:.3g}"
+
+
+def folder_mutations(folder: Path) -> Iterator[Mutation]:
     """Iterate over every mutation of a model folder; each function takes a copy of it."""
     for name in JSON_FILES:
         if (folder / name).is_file():

@@ -90,8 +90,22 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def side_files(source: Path) -> list[Path]:
-    """Return the files that travel with a model: tokenizer, templates, licences."""
-    return sorted(file for glob in _SIDE_FILES for file in source.glob(glob) if file.is_file())
+    """Return the files that travel with a model: tokenizer, templates, licences.
+
+    Raises:
+        CheckpointError: one is a link to a file elsewhere, which would be copied and published.
+    """
+    files = sorted(file for glob in _SIDE_FILES for file in source.glob(glob) if file.is_file())
+    root = source.resolve()
+    if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to its blobs
+        root = root.parents[1]
+    for file in files:
+        if not file.resolve().is_relative_to(root):
+            raise CheckpointError(
+                f"{file} is a link to {file.resolve()}, outside of the model: put the file itself "
+                "into the folder"
+            )
+    return files
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
