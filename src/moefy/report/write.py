@@ -136,14 +136,12 @@ def write_report(
     """Measure models and write what was found as one page that needs nothing else.
 
     Held-out loss, distance from the dense model, cost and speed are `evaluate`'s, routing is
-    `measure_routing`'s, benchmarks are `evaluate_suite`'s and continue where an earlier call was
-    interrupted. The results also go into the README.md of every model folder that moefy wrote,
-    between marks, in the place of an earlier report's.
+    `measure_routing`'s, benchmarks are `evaluate_suite`'s. The results also go into the README.md
+    of every model folder that moefy wrote, between marks, in the place of an earlier report's.
 
     Args:
         out: Folder to write; it appears whole or not at all.
-        models: Model folders, or anything `convert` takes as a source; the first dense one is what
-            the others are compared with.
+        models: Model folders, or anything `convert` takes; the first dense one is the reference.
         tasks: Names of tasks of lm-evaluation-harness to measure too; see `evaluate_suite`.
         limit: Items per benchmark; None for all.
         dtype: "float32" or "bfloat16", in which the benchmarks are computed.
@@ -159,8 +157,7 @@ def write_report(
 
     Raises:
         UsageError: A model, the text, a benchmark or the output is not usable; nothing was written.
-        StorageError: The disk is full, or a place cannot be written; if that is a model card's,
-            the report is there.
+        StorageError: A place cannot be written; if that is a model card's, the report is there.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
     labels = list(names) if names else short_names(given)
