@@ -31,6 +31,8 @@ COMMANDS = {
     "report": "report out ../../dense ../moe --data ../../text --windows 1 --sequence-length 32",
     "export gguf": "export gguf ../../known out --dtype f32",
     "export dense": "export dense ../../moe out",
+    "study": "study out --model ../../dense --data ../../text --only rescaling --tokens 64 "
+    "--set sequence_length=32 --set windows=1 --set experts=4 --set active=2",
     "judge": "judge ../../moe out --questions ../../questions.jsonl --max-new-tokens 2",
 }
 """`train` and `tune` do three steps, with a checkpoint behind each."""

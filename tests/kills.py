@@ -57,6 +57,23 @@ def die_before(event_idx: int | None, folder: Path | None = None) -> Callable[[]
     return lambda: seen
 
 
+def lose(path: Path, read_idx: int) -> None:
+    """Rename a file or folder away before its n-th file is opened for reading."""
+    seen = 0
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event != "open" or not isinstance(args[0], str | bytes | os.PathLike):
+            return
+        opened = Path(os.fsdecode(args[0])).absolute()
+        if path in (opened, *opened.parents):
+            if seen == read_idx:
+                path.rename(path.with_name(f"{path.name} lost"))
+            seen += 1
+
+    sys.addaudithook(hook)
+
+
 def killed_at(event_idx: int, work: Callable[[], None]) -> bool:
     """Run `work` in a child that kills itself before its n-th file event; say whether it was."""
     child = os.fork()
@@ -109,6 +126,7 @@ class Server:
         *,
         kill_after_s: float | None = None,
         limits: dict[str, int] | None = None,
+        loses: tuple[Path, int] | None = None,
         check: tuple[str, str] | None = None,
     ) -> End:
         """Run a command of moefy in a folder; what it prints is in `log` beside the folder.
@@ -119,15 +137,16 @@ class Server:
             event_idx: file event before which it kills itself.
             kill_after_s: seconds after which it is killed.
             limits: of `resource.setrlimit` by name, and `seconds`.
+            loses: input that disappears, and before which of its files is read.
             check: a module and the label that its function `agrees` gets after a success.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         words = command.split() if isinstance(command, str) else command
-        stdin.write(
-            json.dumps([str(folder), words, event_idx, kill_after_s, limits or {}, check]) + "\n"
-        )
+        lost = (str(loses[0].resolve()), loses[1]) if loses else None
+        told = [str(folder), words, event_idx, kill_after_s, limits or {}, lost, check]
+        stdin.write(json.dumps(told) + "\n")
         stdin.flush()
         return End(**json.loads(stdout.readline()))
 
@@ -178,7 +197,7 @@ def _serve() -> None:
     import moefy.report.charts  # matplotlib takes a second
 
     for line in sys.stdin:
-        folder, arguments, event_idx, kill_after_s, limits, check = json.loads(line)
+        folder, arguments, event_idx, kill_after_s, limits, lost, check = json.loads(line)
         out, into = os.pipe()
         started = time.monotonic()
         if (child := os.fork()) == 0:
@@ -190,6 +209,8 @@ def _serve() -> None:
             signal.alarm(limits.pop("seconds", 0))
             for name, limit in limits.items():
                 resource.setrlimit(getattr(resource, name), (limit, limit))
+            if lost is not None:
+                lose(Path(lost[0]), lost[1])
             _run(arguments, event_idx, check)
         os.close(into)
         killer = threading.Timer(kill_after_s or 0, os.kill, (child, signal.SIGKILL))

@@ -1,6 +1,6 @@
 """`python -m tests.fuzz [MODULE …] [--only TEXT] [--every N]`: try changed inputs.
 
-`--write` puts the counts into docs/reliability/fuzz.csv; that takes all modules and every input.
+`--write` puts the counts into docs/reliability/fuzz.csv and docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from moefy.report.tables import markdown
 from tests.conftest import make_place
 from tests.fuzz.runner import Outcome, counts, modules, run
 from tests.kills import Server
@@ -44,9 +45,30 @@ def main() -> None:
         print(",".join(row))
     print(f"{len(outcomes)} inputs in {time.monotonic() - started:.0f} s")
     if asked.write:
-        FIGURES.parent.mkdir(exist_ok=True)
-        with FIGURES.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(table)
+        write_figures(FIGURES, table)
+
+
+def write_figures(figures: Path, table: list[list[str]]) -> None:
+    """Put rows into a CSV file, each in the place of an earlier one of its name, and into the page.
+
+    The last row is the sum.
+    """
+    figures.parent.mkdir(exist_ok=True)
+    rows: dict[str, list[str]] = {}
+    if figures.is_file():
+        with figures.open() as file:
+            rows = {row[0]: row for row in csv.reader(file)}
+    rows |= {row[0]: row for row in table}
+    rows.pop("all", None)
+    header, *others = rows.values()
+    sums = [str(sum(int(row[i]) for row in others)) for i in range(1, len(header))]
+    whole = [header, *others, ["all", *sums]]
+    with figures.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(whole)
+    page = figures.parents[1] / "reliability.md"
+    marks = f"<!-- {figures.stem} -->\n", f"<!-- /{figures.stem} -->"
+    before, _, after = page.read_text().partition(marks[0])
+    page.write_text(before + marks[0] + markdown(whole) + marks[1] + after.partition(marks[1])[2])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs commands on changed inputs, and judges how they end.
 
-A module of this folder that has a function `mutations` is one part of the fuzzer:
+A module of this folder that has `COMMANDS` is one part of the fuzzer:
 
     COMMANDS = {"config.json": "convert dense out --experts 4 --active 2"}
 
@@ -46,7 +46,7 @@ def modules() -> list[str]:
     """Return the names of the parts of the fuzzer."""
     names = [each.name for each in pkgutil.iter_modules(fuzz.__path__)]
     inner = [f"tests.fuzz.{name}" for name in names if name not in ("runner", "__main__")]
-    return [name for name in inner if hasattr(importlib.import_module(name), "mutations")]
+    return [name for name in inner if hasattr(importlib.import_module(name), "COMMANDS")]
 
 
 def run(
@@ -73,10 +73,10 @@ def run(
         command = module.COMMANDS[kind]
         end = server.run(folder, command, limits=LIMITS, check=(module_name, label))
         said = (folder.parent / "log").read_text(errors="replace")
-        complaint = _complaint(end, said, folder)
-        ended = "wrong" if complaint else "success" if end.code == 0 else "refused"
+        wrong = complaint(end, said, folder)
+        ended = "wrong" if wrong else "success" if end.code == 0 else "refused"
         last = said.strip().rpartition("\n")[2][:1000]
-        yield Outcome(kind, label, ended, f"{complaint}: {last}" if complaint else last)
+        yield Outcome(kind, label, ended, f"{wrong}: {last}" if wrong else last)
 
 
 def _renew(folder: Path, place: Path) -> None:
@@ -84,7 +84,7 @@ def _renew(folder: Path, place: Path) -> None:
     shutil.copytree(place, folder)
 
 
-def _complaint(end: End, said: str, folder: Path) -> str:
+def complaint(end: End, said: str, folder: Path) -> str:
     """Say what is wrong with an end; nothing where it is allowed."""
     lines = said.strip().splitlines()
     if end.code < 0:

@@ -33,6 +33,8 @@ TABLES = {
     "training-speed-gpu": "performance/training-speed-gpu",
     "suite-time": "results/suite-time",
     "tuning": "tuning/tuning",
+    "fuzz": "reliability/fuzz",
+    "kills": "reliability/kills",
     "benchmarks-tuned": "tuning/benchmarks-tuned",
     "side-by-side": "tuning/side-by-side",
 }

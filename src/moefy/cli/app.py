@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
 )
 _LONGEST = 480  # characters of a message
-_PASSWORD = re.compile(r"//[^/\s@]+@")  # of //name:password@host
+_PASSWORD = re.compile(r"(?<=:/)(/?)[^/\s@]+@")  # of https://name:password@host, or as a path
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in a variable's name
 _SHORTEST_SECRET = 8  # characters; a shorter value may be a word of the message
 _debug = False  # set by the callback, which runs before the command
@@ -90,7 +90,7 @@ def _shown(text: str) -> str:
     Its middle is cut out if it is long, as what a file holds may be quoted in it. Passwords of
     addresses and what the environment keeps secret are left out.
     """
-    text = _PASSWORD.sub("//", " ".join(text.split()))
+    text = _PASSWORD.sub(r"\1", " ".join(text.split()))
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, f"[${name}]")
