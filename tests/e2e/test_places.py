@@ -93,7 +93,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("file_bytes", [0, 300, 20_000])
+@pytest.mark.parametrize("file_bytes", [300, 20_000])
 def test_a_disk_that_fills(name: str, file_bytes: int, run: Path, server: Server) -> None:
     # a limit on each file's size is what a process can be given without a disk of its own
     end = server.run(run, WRITING[name], limits={"RLIMIT_FSIZE": file_bytes})
@@ -132,7 +132,7 @@ def test_a_conversion_while_the_disk_fills(place: Path, run: Path, server: Serve
     assert server.run(run, command).code == 0
     expected = contents(run)
     largest = max(file.stat().st_size for file in (run / "out").iterdir())
-    for tenth in range(10):
+    for tenth in range(1, 11):
         shutil.rmtree(run / "out")
         said = refusal(
             server.run(run, command, limits={"RLIMIT_FSIZE": largest * tenth // 10}), run
