@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import tracemalloc
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from moefy.data import files
 from moefy.data.demo_text import _plain
 from moefy.data.records import is_held_out, open_domains
 from moefy.data.tokenise import pack
-from moefy.errors import CorpusError
+from moefy.errors import CorpusError, UsageError
 
 
 def test_domains_are_the_files_names(corpus: Path) -> None:
@@ -208,6 +210,14 @@ MISNAMED = {
     "gzip": ("a.jsonl", gzip.compress(b'{"text": "a"}'), "compressed by gzip"),
     "zstd": ("a.txt", zstandard.compress(b"a"), "compressed by Zstandard"),
     "utf-16": ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 text: convert it to UTF-8"),
+    "utf-16 without a mark": ("a.jsonl", '{"text": "a"}'.encode("utf-16-le"), "UTF-16 text or no"),
+    "xz": ("a.jsonl", lzma.compress(b'{"text": "a"}'), "compressed in a form that is not read"),
+    "bz2": ("a.txt", bz2.compress(b"a"), "compressed in a form that is not read here: use gzip"),
+    "zip": ("a.json", b"PK\x03\x04" + bytes(30), "is an archive: unpack it"),
+    "tar": ("a.jsonl.gz", gzip.compress(b"a" * 257 + b"ustar" + b"a" * 300), "is an archive"),
+    "parquet": ("a.jsonl", b"PAR1\x15\x04", "a Parquet file: let its name end in .parquet"),
+    "csv without lines": ("a.csv", b"text\n" + b"a" * (1 << 25), "no line end in 16 MiB"),
+    "deep line": ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: not a JSON object"),
     "not gzip": ("a.jsonl.gz", b'{"text": "a"}', "damaged compressed file"),
     "not zstd": ("a.jsonl.zst", b'{"text": "a"}', "damaged compressed file"),
     "not parquet": ("a.parquet", b'{"text": "a"}', "cannot be read as parquet"),
@@ -229,6 +239,72 @@ def test_a_file_of_another_form_is_named_in_one_line(kind: str, tmp_path: Path) 
     assert name in str(error.value)
     assert len(str(error.value)) < 500
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["jsonl.gz", "jsonl.zst", "json.gz", "csv.zst", "txt.gz"])
+def test_lines_that_expand_without_end(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line is short, so that only their number tells."""
+    monkeypatch.setattr(files, "_SMALL_BYTES", 1 << 17)
+    line = {"json": b" \n", "csv": b'"a"\n', "txt": b"\n"}.get(form.partition(".")[0], b"\n")
+    start = {"json": b"[", "csv": b"text\n"}.get(form.partition(".")[0], b"")
+    pack_it = gzip.compress if form.endswith("gz") else zstandard.compress
+    file = tmp_path / f"bomb.{form}"
+    file.write_bytes(pack_it(start + line * (1 << 18)))
+    with pytest.raises(CorpusError, match="expands more than 200-fold"):
+        list(open_domains(file)[0].documents())
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in {"a.txt": "one\n\ntwo", "a.csv": "text\none\ntwo"}.items():
+        (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+        assert list(open_domains(tmp_path / name)[0].documents()) == ["one", "two"]
+
+
+def test_a_parquet_file_that_names_one_text_in_every_row(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    text = pyarrow.DictionaryArray.from_arrays([0] * 200, ["a" * (1 << 20)])
+    write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    before = pyarrow.total_allocated_bytes()
+    documents = open_domains(tmp_path / "a.parquet")[0].documents()
+    for _ in range(100):
+        next(documents)
+    assert pyarrow.default_memory_pool().max_memory() - before < 1 << 26
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "a/../..", ""])
+def test_no_domain_leads_out_of_a_corpus(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "a", "by": name}))
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    made = {"tokenizer": tmp_path / "tokenizer", "workers": 1, "domain_key": "by"}
+    with pytest.raises(CorpusError, match="cannot name a folder"):
+        moefy.prepare(file, tmp_path / "out/x", **made)
+    with pytest.raises(UsageError, match=r"domain_names gives .*, which cannot name a folder"):
+        moefy.prepare(file, tmp_path / "out/x", **made, domain_names={name: name})
+    if name == "..":
+        with pytest.raises(CorpusError, match="cannot name a folder"):
+            open_domains("hf:..")
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_another_key_of_the_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"body": {"raw": "one"}}) + "\n")
+    assert list(open_domains(f"{file}#body.raw")[0].documents()) == ["one"]
+    with pytest.raises(CorpusError, match=r"no.*'text', only 'body': write DATA#KEY"):
+        list(open_domains(file)[0].documents())
+    (tmp_path / "c#.jsonl").write_text('{"text": "two"}')  # a name like this is no key
+    assert list(open_domains(tmp_path / "c#.jsonl")[0].documents()) == ["two"]
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    made = moefy.prepare(
+        f"{file}#body.raw", tmp_path / "out", tokenizer=tmp_path / "tokenizer", workers=1
+    )
+    assert list(made.record["domains"]) == ["a"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

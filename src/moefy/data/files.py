@@ -33,13 +33,18 @@ COMPRESSED: dict[str, Callable[[Any], Any]] = {
 }
 READABLE = ".jsonl, .json, .csv, .txt (also .gz or .zst) or .parquet"
 _BLOCK_BYTES = 1 << 18
-_LONGEST_BYTES = 1 << 27
+_LONGEST_BYTES = 1 << 24  # of a record; its tokens take a hundred times the memory
+_LARGEST_RATIO = 200  # of compressed text; prose has 3, and logs have 20
+_SMALL_BYTES = 1 << 24  # of decompressed text, which may have any ratio
+_BOM = "\ufeff".encode()
 _NOT_TEXT = {
-    b"\x1f\x8b": "compressed by gzip: let its name end in .gz",
-    b"\x28\xb5\x2f\xfd": "compressed by Zstandard: let its name end in .zst",
-    b"PK\x03\x04": "a zip archive: unpack it",
-    b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
-    b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
+    rb"\x1f\x8b": "compressed by gzip: let its name end in .gz",
+    rb"\x28\xb5\x2f\xfd": "compressed by Zstandard: let its name end in .zst",
+    rb"BZh\d1AY|\xfd7zXZ": "compressed in a form that is not read here: use gzip or Zstandard",
+    rb"PK\x03\x04|.{257}ustar": "an archive: unpack it",
+    rb"PAR1\x15": "a Parquet file: let its name end in .parquet",
+    rb"\xff\xfe|\xfe\xff": "UTF-16 text: convert it to UTF-8",
+    rb".{0,200}\0": "UTF-16 text or no text at all: convert it to UTF-8",
 }
 _BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
 
@@ -74,7 +79,7 @@ def read_file(file: Path, keys: list[str], meter: Meter) -> Iterator[bytes]:
         meter: counts what is read.
 
     Raises:
-        CorpusError: the file cannot be read, is damaged, or has a record of more than 128 MiB.
+        CorpusError: the file cannot be read, is damaged, or has a record of more than 16 MiB.
     """
     form = form_of(file)
     with _opened(file, meter) as content:
@@ -84,13 +89,13 @@ def read_file(file: Path, keys: list[str], meter: Meter) -> Iterator[bytes]:
             yield from encode_table(_parquet(file), str(file), keys)
         elif form == ".csv":
             csv.field_size_limit(_LONGEST_BYTES)
-            rows = csv.DictReader(io.TextIOWrapper(content, "utf-8-sig", newline=""))
+            rows = csv.DictReader(line.decode() for line in _lines(file, content))
             yield from encode_table(rows, str(file), keys)
         elif form == ".txt":
             for text in _paragraphs(file, content):
                 yield encode({"text": text})
-        elif form == ".json" and content.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            array = io.TextIOWrapper(content, "utf-8-sig")
+        elif form == ".json" and content.peek().lstrip().startswith(b"["):
+            array = io.TextIOWrapper(content, "utf-8")  # held, so that it outlives its reader
             yield from map(encode, _elements(file, array))
         else:  # a .json file may hold a record a line too, as C4's do
             yield from _lines(file, content)
@@ -126,13 +131,17 @@ def _opened(file: Path, meter: Meter) -> Iterator[io.BufferedReader]:
     """Give a file's content, decompressed; say what is wrong with a file that is not readable."""
     try:
         with io.BufferedReader(_Metered(file, meter), _BLOCK_BYTES) as raw:
-            # These notice a file that is cut off, and never expand more than is asked for.
-            decompressed = COMPRESSED.get(file.suffix.lower(), lambda raw: raw)(raw)
-            content = io.BufferedReader(decompressed, _BLOCK_BYTES)
+            source: Any = raw
+            if file.suffix.lower() in COMPRESSED:
+                # These notice a file that is cut off, and never expand more than is asked for.
+                source = _Expanded(file, COMPRESSED[file.suffix.lower()](raw), meter)
+            content = io.BufferedReader(source, _BLOCK_BYTES)
             start = content.peek()  # does not move the position
             for magic, what in _NOT_TEXT.items():
-                if start.startswith(magic):
+                if form_of(file) != ".parquet" and re.match(magic, start, re.DOTALL):
                     raise CorpusError(f"{file} is {what}")
+            if start.startswith(_BOM):
+                content.read(len(_BOM))
             yield content
     except (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile) as error:
         raise CorpusError(
@@ -158,6 +167,27 @@ class _Metered(io.FileIO):
     def readinto(self, target: Any) -> int:
         count = super().readinto(target) or 0
         self._meter.add(memoryview(target)[:count])
+        return count
+
+
+class _Expanded(io.RawIOBase):
+    """What a compressed file holds, as long as it is not made to expand without end."""
+
+    def __init__(self, file: Path, decompressed: Any, meter: Meter) -> None:
+        self._file, self._decompressed, self._meter = file, decompressed, meter
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        count: int = self._decompressed.readinto(target)
+        self._num_bytes += count
+        if self._num_bytes > max(_SMALL_BYTES, _LARGEST_RATIO * self._meter.num_bytes):
+            raise CorpusError(
+                f"{self._file} expands more than {_LARGEST_RATIO}-fold, which no text does: "
+                "decompress it if you trust it"
+            )
         return count
 
 
@@ -191,7 +221,8 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         raise CorpusError(
             f"{file} needs the pyarrow package: pip install 'moefy[datasets]'"
         ) from None
-    for batch in ParquetFile(file).iter_batches(batch_size=64):
+    # a row at a time: a dictionary may hold one text of megabytes, and name it in every row
+    for batch in ParquetFile(file).iter_batches(batch_size=1):
         yield from batch.to_pylist()
 
 

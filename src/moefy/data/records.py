@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -41,7 +42,7 @@ class Source:
     text_key: str  # key of the text in a record
     read: Callable[[Meter], Iterator[bytes]]  # returns the JSON lines and feeds the meter
 
-    def records(self) -> Iterator[tuple[str, bytes]]:
+    def records(self) -> Generator[tuple[str, bytes]]:
         """Iterate over the lines that are not blank, each with its place for messages."""
         for number, line in enumerate(self.read(Meter()), start=1):
             if line.strip():
@@ -62,10 +63,11 @@ class Domain:
             CorpusError: a file is damaged, or a record is broken.
         """
         for source in self.sources:
-            for where, line in source.records():
-                text = record_of(line, where, source.text_key)[1]
-                if text and (side == "all" or is_held_out(text) == (side == "heldout")):
-                    yield text
+            with closing(source.records()) as records:  # a broken record must not leave files open
+                for where, line in records:
+                    text = record_of(line, where, source.text_key)[1]
+                    if text and (side == "all" or is_held_out(text) == (side == "heldout")):
+                        yield text
 
 
 def open_domains(data: str | Path, *, report: ProgressFn = silent) -> list[Domain]:
