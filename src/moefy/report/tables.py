@@ -110,8 +110,6 @@ def corpus_rows(record: dict[str, Any]) -> Rows:
 
 def dry_run_rows(found: DryRun) -> Rows:
     """Return header and rows of a dry run, a figure a row."""
-    gib = 2**30
-    teacher = [["the teacher's weights: GiB a process", f"{found.teacher_bytes / gib:.2f}"]]
     return [
         ["of the run", ""],
         ["optimizer steps", f"{found.steps:,}"],
@@ -120,8 +118,7 @@ def dry_run_rows(found: DryRun) -> Rows:
         ["parameters", f"{found.total_params:,}"],
         ["active parameters", f"{found.active_params:,}"],
         ["learned parameters", f"{found.learned_params:,}"],
-        ["weights, gradients, optimizer: GiB a process", f"{found.state_bytes / gib:.2f}"],
-        *(teacher if found.teacher_bytes else []),
+        ["weights, gradients, optimizer: GiB a process", f"{found.state_bytes / 2**30:.2f}"],
         ["FLOPs, forward and backward", f"{found.total_flops:.3g}"],
     ]
 

@@ -34,8 +34,7 @@ class DryRun:
     active_params: int  # per token
     learned_params: int  # not frozen
     passes_per_step: int  # forward and backward, of one process
-    state_bytes: int  # weights, gradients and optimizer of one process
-    teacher_bytes: int  # the frozen parent's weights in one process; 0 without distillation
+    state_bytes: int  # weights, gradients, optimizer and the teacher's weights, in one process
     total_flops: int  # of the whole run, the teacher's forward passes too
 
 
@@ -74,15 +73,15 @@ def dry_run(
         prepare_student(network, choice)
         objective = Objective(network, None, choice, Processes(size=processes))
         build_optimizer(network, objective.noise, choice)
-    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
+    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
     counted = cost(config, context=choice.sequence_length)
-    flops_per_token, teacher_bytes = TRAINED_PASSES * counted.flops_per_token, 0
-    parts = shard * choice.parallel.tensor
+    flops_per_token = TRAINED_PASSES * counted.flops_per_token
+    state_bytes = _OPTIMIZER_BYTES * learned + 4 * (total - learned)
     if choice.distils:
         teacher = cost(_config_of(choice.teacher or ""), context=choice.sequence_length)
-        width = 2 if training_precision(choice.precision) == "bfloat16" else 4
-        teacher_bytes = width * teacher.total_params // parts
+        is_short = training_precision(choice.precision) == "bfloat16"
+        state_bytes += (2 if is_short else 4) * teacher.total_params
         flops_per_token += teacher.flops_per_token
     return DryRun(
         steps=choice.num_steps,
@@ -92,8 +91,7 @@ def dry_run(
         active_params=counted.active_params,
         learned_params=learned,
         passes_per_step=choice.global_batch_size // num_data // choice.micro_batch_size,
-        state_bytes=(_OPTIMIZER_BYTES * learned + 4 * (total - learned)) // parts,
-        teacher_bytes=teacher_bytes,
+        state_bytes=state_bytes // (shard * choice.parallel.tensor),
         total_flops=choice.num_steps * choice.tokens_per_step * flops_per_token,
     )
 
