@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import write_tiny_model
+from tests.fuzz.model_folders import Evil
 from tests.toys import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.load import load_model, load_tokenizer
-from moefy.errors import CheckpointError
+from moefy.errors import ArchitectureError, CheckpointError
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 8, "active": 8, "shared": 0}
@@ -184,3 +185,30 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     assert (tmp_path / "moe/tokenizer.json").read_bytes() == blob.with_name(
         "tokenizer.json"
     ).read_bytes()
+
+
+def test_pickled_files_run_nothing_and_hold_plain_tensors(tmp_path: Path) -> None:
+    dense = write_tiny_model(tmp_path / "dense", "llama")
+    tensors: dict[str, Any] = load_file(dense / "model.safetensors")
+    (dense / "model.safetensors").unlink()
+    file = dense / "pytorch_model.bin"
+    for name, value in {
+        "a.sparse": torch.eye(3).to_sparse(),
+        "b.code": Evil(),
+        "c.number": 3,
+    }.items():
+        torch.save(tensors | {name: value}, file)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+            moefy.convert(dense, tmp_path / "moe", **EXACT)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+            load_model(dense, dtype=torch.float32)
+    assert not (Path.cwd() / "PWNED").exists()
+
+
+def test_gguf_is_written_of_the_architecture_that_the_model_type_names(tmp_path: Path) -> None:
+    """llama.cpp's converter goes by `architectures` alone."""
+    dense = write_tiny_model(tmp_path / "dense", "llama")
+    change(dense, lambda _: None, architectures=["InternS1ForConditionalGeneration"])
+    with pytest.raises(ArchitectureError, match=r"InternS1.*a llama model has .'LlamaForCausalLM'"):
+        moefy.export_gguf(dense, tmp_path / "out.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from moefy.checkpoint.families import FAMILIES, sliding_window
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import check_known
-from moefy.errors import ArchitectureError, CheckpointError, UsageError
+from moefy.checkpoint.targets import TARGETS, check_known
+from moefy.errors import ArchitectureError, CheckpointError, UsageError, reason
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import whole_file
 
@@ -33,7 +33,7 @@ GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's rotary embedding, as one factor per frequency."""
 
-_MOST_VALUES = 1 << 23
+_MOST_VALUES = 1 << 22
 """Values in a header, a string counted twice; the largest vocabularies need two million."""
 Shape = tuple[int, ...]
 
@@ -290,6 +290,12 @@ def _check_expressible(config: dict[str, Any], folder: Path) -> None:
     kind of rotary embedding.
     """
     model_type = config["model_type"]
+    known = {**FAMILIES, **TARGETS}[model_type].architecture
+    if (named := config.get("architectures")) != [known]:
+        raise ArchitectureError(
+            f"{folder} has architectures = {reason(named, 80)}, by which llama.cpp's converter "
+            f"chooses what it writes: a {model_type} model has [{known!r}]"
+        )
     window = sliding_window(config) if model_type in FAMILIES else config.get("sliding_window")
     if window and model_type != "granitemoe_swa":
         raise ArchitectureError(

@@ -209,6 +209,8 @@ class PickledFile(TensorFile):
         self._tensors: dict[str, Tensor] = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
+        if any(tensor.layout is not torch.strided for tensor in self._tensors.values()):
+            raise ValueError("it holds sparse tensors")
         self.headers = {
             name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             for name, tensor in self._tensors.items()
