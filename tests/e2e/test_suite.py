@@ -142,7 +142,7 @@ def test_data_that_is_missing(
 def test_a_vocabulary_that_is_too_small(tmp_path: Path, opened: list[str]) -> None:
     dense = write_tiny_llama(tmp_path / "dense", vocab_size=250)
     whole = write_tiny_llama(tmp_path / "whole")
-    with pytest.raises(CheckpointError, match="has the id 256, and its embedding 250 rows"):
+    with pytest.raises(CheckpointError, match="has the id 255, and its embedding 250 rows"):
         evaluate_suite([whole, dense], tasks=["sciq"], limit=1)
     assert not opened
 

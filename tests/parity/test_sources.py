@@ -120,6 +120,10 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(tmp_path: Path) -
     tokenizer.save_pretrained(dense)
     with pytest.raises(CheckpointError, match=r"has the id 257, and its embedding 257 rows"):
         load_tokenizer(dense)
+    padded = byte_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})  # as many published models have it
+    padded.save_pretrained(dense)
+    assert load_tokenizer(dense).pad_token_id == 257
 
 
 def drop(tensors: Tensors) -> None:

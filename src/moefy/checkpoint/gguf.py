@@ -290,7 +290,7 @@ def _check_expressible(config: dict[str, Any], folder: Path) -> None:
     kind of rotary embedding.
     """
     model_type = config["model_type"]
-    known = {**FAMILIES, **TARGETS}[model_type].architecture
+    known = (FAMILIES.get(model_type) or TARGETS[model_type]).architecture
     if (named := config.get("architectures")) != [known]:
         raise ArchitectureError(
             f"{folder} has architectures = {reason(named, 80)}, by which llama.cpp's converter "

@@ -94,7 +94,10 @@ def load_tokenizer(folder: Path) -> Any:
     rows = read_config(folder).get("vocab_size") if is_model else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        highest = max(tokenizer.get_vocab().values(), default=0)
+        # a special token, which many a tokenizer has without a row, comes from no text
+        added = tokenizer.added_tokens_decoder.items()
+        special = {token_id for token_id, token in added if token.special}
+        highest = max({*tokenizer.get_vocab().values()} - special, default=0)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # no common type; a panic of the Rust library is no Exception
