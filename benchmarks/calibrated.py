@@ -61,7 +61,7 @@ def measure(folder: Path) -> dict[str, str]:
     rates = matmul_rate(torch.float32), matmul_rate(torch.float64, 2048)
     dense = DenseCheckpoint(folder)
     hidden, inner = dense.config["hidden_size"], dense.config["intermediate_size"]
-    recipe = ConvertRecipe().for_model(inner)
+    recipe = ConvertRecipe(effort="fast").for_model(inner)
     windows = recipe.calibration_tokens // SEQUENCE
     ids = np.random.default_rng(0).integers(0, dense.config["vocab_size"], (windows, SEQUENCE))
     started = time.perf_counter()

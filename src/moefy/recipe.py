@@ -94,12 +94,19 @@ Partition = Literal[
     "alternating",
 ]
 Router = Literal["random", "mean-gate", "representative", "ridge", "ridge-log", "ascent"]
-Repair = Literal["none", "unscaled", "paper", "scale", "refit"]
+Repair = Literal["none", "unscaled", "paper", "scale", "refit", "fit"]
+Effort = Literal["fast", "normal", "high"]
 Target = Literal[
     "mixtral", "granitemoeshared", "granitemoe", "qwen3_moe", "glm4_moe", "granitemoe_swa"
 ]
 REGRESSIONS = ("ridge", "ridge-log", "ascent")
 """Routers that are fitted to the experts' energies on calibration tokens."""
+EFFORTS: dict[Effort, dict[str, Any]] = {
+    "fast": {"repair": "refit", "calibration_tokens": 28_672, "fit_epochs": 1.0},
+    "normal": {"repair": "fit", "calibration_tokens": 86_016, "fit_epochs": 2.0},
+    "high": {"repair": "fit", "calibration_tokens": 344_064, "fit_epochs": 2.0},
+}
+"""What the effort decides where a key is None; measured in docs/construction.md."""
 
 
 class ConvertSettings(TypedDict, total=False):
@@ -111,11 +118,16 @@ class ConvertSettings(TypedDict, total=False):
     partition: Partition
     router: Router
     router_ridge: float
-    repair: Repair
+    effort: Effort
+    repair: Repair | None
     refit_ridge: float
+    refit_tokens: int
+    fit_epochs: float | None
+    fit_learning_rate: float
+    fit_batch_tokens: int
     aim: Literal["ffn", "residual"]
     target: Target | None
-    calibration_tokens: int
+    calibration_tokens: int | None
     calibration_length: int
     seed: int
 
@@ -140,15 +152,34 @@ class ConvertRecipe(Recipe):
     partition: Annotated[Partition, option("How neurons are assigned to slices")] = "alternating"
     router: Annotated[Router, option("How the router's weights are made")] = "ascent"
     router_ridge: Annotated[float, Field(gt=0)] = 1.0
+    effort: Annotated[
+        Effort, option("Time that is spent on quality: closed form alone, minutes, or hours")
+    ] = "normal"
     repair: Annotated[
-        Repair, option("How the sum of the experts is corrected (unscaled: 1/k, paper: E/k²)")
-    ] = "refit"
+        Repair | None,
+        option(
+            "How the split is corrected (unscaled: 1/k, paper: E/k², refit: down_proj, fit: all)",
+            unset="fit; refit where --effort is fast",
+        ),
+    ] = None
     refit_ridge: Annotated[float, Field(gt=0)] = 0.3
+    refit_tokens: Annotated[
+        int, Field(ge=1, description="Most calibration tokens that the closed form reads")
+    ] = 28_672
+    fit_epochs: Annotated[
+        float | None, Field(gt=0, description="Passes of the fit; None: by effort")
+    ] = None
+    fit_learning_rate: Annotated[
+        float, Field(gt=0, description="Of the fit, times each matrix's root mean square")
+    ] = 0.02
+    fit_batch_tokens: Annotated[int, Field(ge=1, description="Tokens of a step of the fit")] = 512
     aim: Literal["ffn", "residual"] = "residual"
     target: Annotated[
         Target | None, option("Architecture to write", unset="the first that is exact")
     ] = None
-    calibration_tokens: Positive = 28_672
+    calibration_tokens: Annotated[
+        int | None, Field(ge=1, description="Tokens of the calibration text; None: by effort")
+    ] = None
     calibration_length: Annotated[int, Field(ge=2)] = 512
     seed: Seed = 0
 
@@ -172,16 +203,21 @@ class ConvertRecipe(Recipe):
         return (
             self.partition not in ("random", "clustering-up", "clustering-gate")
             or self.router in ("representative", *REGRESSIONS)
-            or self.repair in ("scale", "refit")
+            or self.fitted
         )
 
     @property
     def follows_dense(self) -> bool:
         """Whether a fitted repair aims at the dense residual stream."""
-        return self.aim == "residual" and self.repair in ("scale", "refit")
+        return self.aim == "residual" and self.fitted
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the repair fits weights to calibration tokens."""
+        return self.repair in ("scale", "refit", "fit", None)
 
     def for_model(self, intermediate_size: int) -> Self:
-        """Return the recipe with every count set as `Split.of` does, checked against the model.
+        """Return the recipe with every choice made: the counts as `Split.of` does, and the effort.
 
         Args:
             intermediate_size: the dense model's d_ff.
@@ -192,7 +228,21 @@ class ConvertRecipe(Recipe):
         # sharing-inner has no shared experts, whatever the usual number is
         shared = 0 if self.partition == "sharing-inner" else self.shared
         split = Split.of(intermediate_size, self.experts, self.active, shared)
-        return self.model_copy(update=asdict(split))
+        effort = EFFORTS[self.effort]
+        unset = {key: value for key, value in effort.items() if getattr(self, key) is None}
+        return self.model_copy(update=asdict(split) | unset)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the choices that decide the weights, of a recipe `for_model`, as JSON keeps them.
+
+        `effort` decides nothing more, nor what only a fit reads where nothing is fitted by it.
+        """
+        skipped = {"effort"}
+        if self.repair != "fit":
+            skipped |= {key for key in type(self).model_fields if key.startswith("fit_")}
+        if self.calibration_tokens is not None and self.calibration_tokens <= self.refit_tokens:
+            skipped.add("refit_tokens")
+        return self.model_dump(mode="json", exclude=skipped)
 
     @property
     def split(self) -> Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.calibrate.importance import window_importance
-from moefy.calibrate.replay import CalibrationWalk, ModelReplay
+from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.text import calibration_windows, self_windows
+from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.targets import TARGETS
 from moefy.construct.convert import split_layers
@@ -68,7 +70,7 @@ def research_logits(
         layer = replay.layer(layer_idx)
         hidden = layer.attend(hidden)
         sample = layer.sample(hidden)
-        hidden = hidden + split(sample).view_as(hidden)
+        hidden = hidden + split(sample.inputs).view_as(hidden)
         logits = sample.inputs @ split.routing.router.T
         if 0 < (active := split.routing.active) < logits.shape[1]:
             last, next_ = logits.topk(active + 1, dim=1).values[:, -2:].T
@@ -81,6 +83,7 @@ def research_logits(
     [
         *((choices, shared) for choices in CHOICES for shared in (0, 2)),
         ({"partition": "sharing-inner", "router": "random", "repair": "refit"}, 0),
+        ({"repair": "fit"}, 2),
     ],
     ids=lambda value: value.get("partition", "default") if isinstance(value, dict) else str(value),
 )
@@ -94,7 +97,7 @@ def test_checkpoint_equals_research_form(
     assert model.config.model_type == ("granitemoeshared" if shared else "mixtral")
     windows = corpus_windows(tiny_llama, corpus)
     ids = torch.from_numpy(windows[:3])
-    recipe = ConvertRecipe.build(**settings)
+    recipe = ConvertRecipe.build(**settings).for_model(48)
     expected, tied = research_logits(tiny_llama, recipe, windows, ids)
     with torch.inference_mode():
         difference = (model(ids).logits - expected).abs().amax(-1).flatten()
@@ -136,7 +139,9 @@ def test_all_shared_is_a_smaller_dense_model(
     assert (model.config.model_type, model.config.intermediate_size) == ("llama", 24)
     windows = corpus_windows(tiny_llama, corpus)
     ids = torch.from_numpy(windows[:3])
-    expected, _ = research_logits(tiny_llama, ConvertRecipe.build(**settings), windows, ids)
+    expected, _ = research_logits(
+        tiny_llama, ConvertRecipe.build(**settings).for_model(48), windows, ids
+    )
     with torch.inference_mode():
         assert (model(ids).logits - expected).abs().max() < 1e-4
 
@@ -167,16 +172,48 @@ def test_layers_see_what_the_converted_ones_before_them_give(
             model(torch.from_numpy(windows))
     seen = {name: found.flatten(0, 1) for name, found in seen.items()}
     dense = DenseCheckpoint(tiny_llama)
-    replay, recipe = ModelReplay(dense), ConvertRecipe.build(**settings)
+    replay, recipe = ModelReplay(dense), ConvertRecipe.build(**settings).for_model(48)
     walk = CalibrationWalk(replay, windows, follow_dense=True)
     for layer_idx, split in enumerate(split_layers(dense, recipe, windows)):
-        sample = walk.enter(replay.layer(layer_idx))
-        walk.leave(sample, split)
+        tokens = walk.enter(replay.layer(layer_idx))
+        sample = tokens.sample(slice(None))
+        walk.leave(tokens, split)
     assert (sample.inputs - seen["moe normed"]).abs().max() < 1e-4
     assert (seen["dense normed"] - seen["moe normed"]).abs().max() > 1e-3
     assert sample.desired is not None
     expected = seen["dense out"] - seen["moe stream"]
     assert (sample.desired - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("choices", [{}, {"repair": "refit"}], ids=["fit", "refit"])
+def test_states_in_a_file_give_the_same_bytes(
+    tiny_llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: Any
+) -> None:
+    """Above a GiB the residual stream lies in a file; memory then does not grow with the tokens."""
+    settings = choices | TOKENS | {"experts": 8, "active": 4}
+    moefy.convert(tiny_llama, tmp_path / "memory", data=corpus, **settings)
+    monkeypatch.setattr("moefy.calibrate.walk._IN_MEMORY_BYTES", 1000)
+    moefy.convert(tiny_llama, tmp_path / "file", data=corpus, **settings)
+    one, two = (tmp_path / name / "model.safetensors" for name in ("memory", "file"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_fit_says_what_it_gained(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    settings = TOKENS | {"experts": 8, "active": 4}
+    notes: list[str] = []
+    moefy.convert(
+        tiny_llama, tmp_path / "moe", data=corpus, report=lambda p: notes.append(p.note), **settings
+    )
+    record = json.loads((tmp_path / "moe/moefy.json").read_text())
+    assert record["recipe"]["repair"] == "fit"
+    assert len(record["fit_errors"]) == 2
+    for error, note in zip(record["fit_errors"], notes[-2:], strict=True):
+        assert error["after"] <= error["before"]
+        assert note == f"held-out error {error['before']:.3f} → {error['after']:.3f}"
+    moefy.convert(tiny_llama, tmp_path / "fast", data=corpus, effort="fast", **settings)
+    record = json.loads((tmp_path / "fast/moefy.json").read_text())
+    assert record["recipe"]["repair"] == "refit"
+    assert "fit_errors" not in record
 
 
 def test_replay_is_the_model(tiny_llama: Path) -> None:

@@ -94,7 +94,7 @@ def test_what_does_not_add_up_is_refused(
 ) -> None:
     dense, out = make_llama(), tmp_path / "back"
     cases: dict[str, tuple[dict[str, Any], str]] = {
-        "refit": ({"shared": 2}, "fitted down_proj to the routing.*use the dense source"),
+        "refit": ({"shared": 2}, "fitted its weights to the routing.*use the dense source"),
         "scale": (EXACT | {"repair": "scale"}, "--repair scale"),
         "overlap": (
             EXACT | {"partition": "sharing-inner", "calibration_length": 256},

@@ -33,6 +33,7 @@ TABLES = {
     "training-speed-gpu": "performance/training-speed-gpu",
     "suite-time": "results/suite-time",
     "tuning": "tuning/tuning",
+    "fit": "construction/fit",
     "fuzz": "reliability/fuzz",
     "kills": "reliability/kills",
     "benchmarks-tuned": "tuning/benchmarks-tuned",

@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.sample import FfnSample, check_finite
+from moefy.calibrate.sample import FfnSample, swiglu
 from moefy.checkpoint.families import sliding_window
 from moefy.checkpoint.reader import DenseCheckpoint, stored_form
 from moefy.errors import CheckpointError, UsageError, reason
 from moefy.hardware import device
 
-_WINDOWS_AT_ONCE = 8
+WINDOWS_AT_ONCE = 8
 
 
 class LayerReplay:
@@ -41,6 +40,13 @@ class LayerReplay:
         self.down = dense.residual_scale * state[family.down]
         self.norm_gain = state[family.ffn_norm]
 
+    def ffn(
+        self, residual: Float[Tensor, "windows sequence hidden"]
+    ) -> Float[Tensor, "windows sequence hidden"]:
+        """Return the dense FFN's outputs, what is added to the residual stream."""
+        inputs = self._module.post_attention_layernorm(residual).flatten(0, 1)
+        return (swiglu(inputs, self.gate, self.up) @ self.down.T).view_as(residual)
+
     def attend(
         self, hidden: Float[Tensor, "windows sequence hidden"]
     ) -> Float[Tensor, "windows sequence hidden"]:
@@ -48,7 +54,7 @@ class LayerReplay:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotary = self._rotary(hidden, positions)
         parts = []  # attention's scores of all windows at once would not fit
-        for part in hidden.split(_WINDOWS_AT_ONCE):
+        for part in hidden.split(WINDOWS_AT_ONCE):
             normed = self._module.input_layernorm(part)
             attention, _ = self._module.self_attn(
                 hidden_states=normed, position_embeddings=rotary, attention_mask=None
@@ -115,6 +121,7 @@ class ModelReplay:
                 f"{reason(error, 100)}"
             ) from error
         self.num_layers = dense.num_layers
+        self.hidden_size: int = dense.config["hidden_size"]
 
     def embed(
         self, ids: Int[Tensor, "windows sequence"]
@@ -155,41 +162,3 @@ class ModelReplay:
             return (scale * norm(hidden)) @ matrix.T
 
         return logits
-
-
-class CalibrationWalk:
-    """Gives every layer the inputs that the converted layers before it really produce.
-
-    A layer's target is the dense FFN's output for those inputs. With `follow_dense` it is what
-    brings the residual stream back to the dense model's, which is then carried along beside (one
-    more pass of the dense layer): a layer so mends what earlier ones lost.
-    """
-
-    def __init__(
-        self,
-        replay: ModelReplay,
-        windows: Int[np.ndarray, "windows sequence"],
-        *,
-        follow_dense: bool,
-    ) -> None:
-        self._hidden = replay.embed(torch.from_numpy(windows))
-        self._dense = self._hidden.clone() if follow_dense else None
-
-    def enter(self, layer: LayerReplay) -> FfnSample:
-        """Take the tokens through a layer's attention; return what its FFN sees."""
-        if self._dense is not None:
-            self._dense = layer.attend(self._dense)
-            self._dense += layer.sample(self._dense).outputs().view_as(self._dense)
-        self._hidden = layer.attend(self._hidden)
-        check_finite(self._hidden)
-        sample = layer.sample(self._hidden)
-        if self._dense is not None:
-            # added to the stream in front of the FFN, this gives the dense model's behind it
-            sample.desired = (self._dense - self._hidden).flatten(0, 1)
-        return sample
-
-    def leave(
-        self, sample: FfnSample, ffn: Callable[[FfnSample], Float[Tensor, "tokens hidden"]]
-    ) -> None:
-        """Take the tokens through the converted FFN."""
-        self._hidden += ffn(sample).view_as(self._hidden)

@@ -63,7 +63,10 @@ def calibration_windows(
             "calibration_tokens"
         )
     if found:
-        return np.concatenate(found)
+        # one window of each domain in turn: any first part of them has as many of each
+        turns = [np.arange(len(windows)) for windows in found]
+        order = np.argsort(np.concatenate(turns), kind="stable")
+        return np.concatenate(found)[order]
     return self_windows(folder, tokens=tokens, **length, seed=seed, report=report)
 
 

@@ -7,8 +7,8 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Int
 
 from moefy.calibrate.importance import window_importance
-from moefy.calibrate.replay import CalibrationWalk, ModelReplay, weights_alone
+from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
+from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.card import model_card
 from moefy.checkpoint.load import mended_generation
 from moefy.checkpoint.reader import (
@@ -39,12 +40,14 @@ from moefy.checkpoint.targets import (
     target_config,
 )
 from moefy.checkpoint.writer import ShardWriter
-from moefy.construct.ffn import SplitFfn
+from moefy.construct.ffn import SplitFfn, stream
 from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import split_ffn
+from moefy.construct.repair.fit import fit_ffn
 from moefy.data.records import HUB
 from moefy.errors import ArchitectureError
+from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, ConvertSettings
 from moefy.run_folder import RunFolder
@@ -120,7 +123,7 @@ def convert(
             report(Progress(f"write {GENERATION}", 1, 1, note))
         windows = None
         # text and recipe are refused before the folder is touched
-        if choice.calibrated:
+        if choice.calibrated and choice.calibration_tokens:
             windows = calibration_windows(
                 data,
                 dense.folder,
@@ -135,7 +138,7 @@ def convert(
         if not run.begin(identity):
             run.require_bytes(dense.total_bytes())
             score = target.score if target else "softmax"
-            layers = split_layers(dense, choice, windows, score, report)
+            layers = split_layers(dense, choice, windows, score, report, run.work)
             with storage_errors(run.out):
                 _write(run.work, dense, choice.split, target, layers, record, report)
                 if left_out:
@@ -201,15 +204,21 @@ def _write(
         # not every runtime lets a target's output matrix be the embeddings, see `NativeTarget.tied`
         if dense.tied and not config["tie_word_embeddings"]:
             writer.add("lm_head.weight", dense["model.embed_tokens.weight"])
-        slots = []
+        slots, errors = [], []
         for layer_idx, ffn in enumerate(layers):
             for name, tensor in native_layer(dense, layer_idx, ffn, target):
                 writer.add(name, tensor)
             slots.append(ffn.partition.slots)
+            note = ""
+            if ffn.error:
+                errors.append(asdict(ffn.error))
+                note = f"held-out error {ffn.error.before:.3f} → {ffn.error.after:.3f}"
             del ffn  # before the next layer is made, so that only one is in memory
-            report(Progress("convert", layer_idx + 1, dense.num_layers))
+            report(Progress("convert", layer_idx + 1, dense.num_layers, note))
         np.save(folder / PARTITION, np.array(slots, dtype=np.int32))
         record["source"]["sha256"] = hashes.result()
+        if errors:
+            record["fit_errors"] = errors  # by layer
         (folder / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
         (folder / "README.md").write_text(model_card(record, config))
         writer.finish(config)  # config.json last: without it the folder is no model
@@ -221,12 +230,13 @@ def split_layers(
     windows: Int[np.ndarray, "windows sequence"] | None,
     score: RouterScore = "softmax",
     report: ProgressFn = silent,
+    scratch: Path | None = None,
 ) -> Iterator[SplitFfn]:
     """Split the FFNs in the order of the layers.
 
     With calibration windows, each layer is fitted on the inputs that the layers already converted
     give it (see `CalibrationWalk`); without, only weight-only methods work. `report` is told about
-    the importance pass alone.
+    the importance pass alone. `scratch` is a folder for what does not fit in memory.
 
     Raises:
         CorpusError: an activation is not finite.
@@ -244,16 +254,24 @@ def split_layers(
         clusters = recipe.split.routed
         segments = window_importance(replay, windows, clusters, report=report)
         importance = importance_by_cluster(segments, clusters, seed=recipe.seed)
-    walk = CalibrationWalk(replay, windows, follow_dense=recipe.follows_dense)
-    for layer_idx in range(dense.num_layers):
-        sample = walk.enter(replay.layer(layer_idx))
-        if importance is not None:
-            sample.importance = importance[layer_idx]
-        split = split_ffn(sample, recipe, layer_idx, score)
-        walk.leave(sample, split)
-        del sample  # before the next one is made: a 7B layer's takes 2 GiB
-        yield split
-        del split
+    precision = training_precision("auto") if recipe.repair == "fit" else "float32"
+    walk = CalibrationWalk(
+        replay, windows, follow_dense=recipe.follows_dense, precision=precision, scratch=scratch
+    )
+    with freed_memory_kept(), closing(walk):
+        for layer_idx in range(dense.num_layers):
+            tokens = walk.enter(replay.layer(layer_idx))
+            # the closed form needs few tokens, and its cost grows with them
+            sample = tokens.sample(slice(min(recipe.refit_tokens, tokens.num_tokens)))
+            if importance is not None:
+                sample.importance = importance[layer_idx]
+            split = split_ffn(sample, recipe, layer_idx, score)
+            del sample  # before the next one is made: a 7B layer's takes 2 GiB
+            if recipe.repair == "fit":
+                split = fit_ffn(tokens, split, recipe, stream(recipe.seed, "fit", layer_idx))
+            walk.leave(tokens, split)
+            yield split
+            del split
 
 
 def _record(

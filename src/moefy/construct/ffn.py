@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample
 from moefy.checkpoint.targets import RouterScore
 from moefy.split import Split
+
+_CHUNK = 4096  # tokens
+_SMALL = 64  # neurons of an expert
 
 
 def stream(seed: int, purpose: str, layer_idx: int) -> np.random.Generator:
@@ -72,18 +76,25 @@ class Routing:
     active: int
     score: RouterScore = "softmax"
 
-    def weights(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
-        """Return the weights of the experts with the k largest logits, and 0 for those that rest.
+    def top(
+        self, inputs: Float[Tensor, "tokens hidden"]
+    ) -> tuple[Float[Tensor, "tokens active"], Int[Tensor, "tokens active"]]:
+        """Return the weights of the experts with the k largest logits, and which these are.
 
-        They are k·softmax over the k logits, or 2·sigmoid of each: 1 where the logits are 0.
+        The weights are k·softmax over the k logits, or 2·sigmoid of each: 1 where the logits are 0.
         """
-        # topk of 0 has no softmax
-        if self.active == 0:
-            return inputs.new_zeros(len(inputs), len(self.router))
-        logits = inputs @ self.router.T
-        top, chosen = logits.topk(self.active, dim=-1)
+        top, chosen = (inputs @ self.router.T).topk(self.active, dim=-1)
+        # 2·sigmoid and k·softmax are both 1 where the logits are equal, as in the dense sum
         weights = 2 * top.sigmoid() if self.score == "sigmoid" else self.active * top.softmax(-1)
-        return torch.zeros_like(logits).scatter_(-1, chosen, weights)
+        return weights, chosen
+
+    def weights(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+        """Return `top`'s weights in a row per token, 0 for the experts that rest."""
+        everywhere = inputs.new_zeros(len(inputs), len(self.router))
+        if self.active == 0:  # topk of 0 has no softmax
+            return everywhere
+        weights, chosen = self.top(inputs)
+        return everywhere.scatter(-1, chosen, weights)
 
     def chosen(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
         """Return 1 for the k experts that run and 0 for the others."""
@@ -101,22 +112,102 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class FitError:
+    """Error of one layer on calibration tokens that were not fitted, before and after the fit.
+
+    Both are Σ ω·‖y − f‖² / Σ ω·‖y‖², y the target and f the split FFN's outputs.
+    """
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class SplitFfn:
     """One converted FFN, in the form that mathematics is done in (weights as in the dense sum).
 
-    `gate` and `up` are the dense matrices; the columns of `down` follow `partition.slots`.
+    `gate` and `up` are the dense matrices, or fitted ones with a row per slot (`fitted`); the
+    columns of `down` follow `partition.slots`.
     """
 
     partition: Partition
     routing: Routing
-    gate: Float[Tensor, "neurons hidden"]
-    up: Float[Tensor, "neurons hidden"]
+    gate: Float[Tensor, "rows hidden"]
+    up: Float[Tensor, "rows hidden"]
     down: Float[Tensor, "hidden slots"]
+    fitted: bool = False
+    error: FitError | None = None
 
-    def __call__(self, sample: FfnSample) -> Float[Tensor, "tokens hidden"]:
-        """Return the converted FFN's outputs for the tokens of a sample of the dense one."""
-        chunks = masked_chunks(sample, self.partition, self.routing)
-        return torch.cat([masked @ self.down.T for _, masked in chunks])
+    @property
+    def rows(self) -> Partition:
+        """Which rows of `gate` and `up` every expert has."""
+        if not self.fitted:
+            return self.partition
+        kept, routed = len(self.partition.shared), self.partition.routed
+        return Partition(np.arange(kept), kept + np.arange(routed.size).reshape(routed.shape))
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and the transposed down, each [slots, hidden]."""
+        slots = torch.from_numpy(self.rows.slots)
+        return self.gate[slots], self.up[slots], self.down.T.contiguous()
+
+    def __call__(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        """Return the converted FFN's outputs."""
+        weights, num_shared = self.weights, len(self.partition.shared)
+        parts = (routed_ffn(z, *weights, self.routing, num_shared) for z in inputs.split(_CHUNK))
+        return torch.cat(list(parts))
+
+
+def routed_ffn(
+    inputs: Float[Tensor, "tokens hidden"],
+    gate: Float[Tensor, "slots hidden"],
+    up: Float[Tensor, "slots hidden"],
+    down: Float[Tensor, "slots hidden"],
+    routing: Routing,
+    num_shared: int,
+) -> Float[Tensor, "tokens hidden"]:
+    """Return the outputs of a split FFN; only the chosen experts are computed.
+
+    Products are formed in the dtype of `gate`, `up` and `down`; routing and sums in the inputs'.
+
+    Args:
+        inputs: z, the FFN's inputs.
+        gate: rows of the shared neurons, then expert by expert.
+        up: the same.
+        down: the same; `down_proj` transposed.
+        routing: who runs, and with what weight.
+        num_shared: number of shared neurons.
+    """
+    z, experts = inputs.to(gate.dtype), len(routing.router)
+    outputs = torch.zeros_like(inputs)
+    if num_shared:
+        shared = slice(num_shared)
+        hidden = F.silu(z @ gate[shared].T) * (z @ up[shared].T)
+        outputs = outputs + hidden @ down[shared]
+    if routing.active == 0:
+        return outputs
+    matrices = [m[num_shared:].unflatten(0, (experts, -1)) for m in (gate, up, down)]
+    if matrices[0].shape[1] < _SMALL and 8 * routing.active >= experts:
+        # products with a few rows are slower than one large product of which a part is masked
+        weights = routing.weights(inputs).to(z.dtype)
+        routed = (m.flatten(0, 1) for m in matrices)
+        g, u, d = routed
+        hidden = F.silu(z @ g.T) * (z @ u.T)
+        masked = hidden.unflatten(1, (experts, -1)) * weights[:, :, None]
+        return outputs + masked.flatten(1) @ d
+    weights, chosen = routing.top(inputs)
+    order = chosen.flatten().argsort(stable=True)  # pairs of token and expert, by expert
+    tokens = order // routing.active
+    counts = chosen.flatten().bincount(minlength=experts).tolist()
+    by_expert = zip(
+        z[tokens].split(counts),
+        weights.flatten()[order, None].to(z.dtype).split(counts),
+        *(m.unbind(0) for m in matrices),
+        strict=True,
+    )
+    parts = [(F.silu(x @ g.T) * (x @ u.T) * weight) @ d for x, weight, g, u, d in by_expert]
+    return outputs.index_add(0, tokens, torch.cat(parts).to(outputs.dtype))
 
 
 def masked_chunks(

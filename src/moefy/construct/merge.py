@@ -110,9 +110,9 @@ def _record(folder: Path) -> tuple[ConvertRecipe, dict[str, Any]]:
         recipe = ConvertRecipe.build(**record["recipe"])
     except UsageError as error:
         raise CheckpointError(f"{folder / RECORD} is damaged (recipe: {error})") from error
-    if recipe.repair in ("scale", "refit"):
+    if recipe.fitted:
         raise ArchitectureError(
-            f"{folder} was made with --repair {recipe.repair}, which fitted down_proj to the "
+            f"{folder} was made with --repair {recipe.repair}, which fitted its weights to the "
             "routing: its experts no longer add up to the dense FFN; use the dense source "
             f"({record['source']['name']})"
         )

@@ -52,7 +52,7 @@ def native_layer(
 
 
 def _pruned(dense: DenseCheckpoint, split: SplitFfn) -> dict[str, Tensor]:
-    family, shared = dense.family, torch.from_numpy(split.partition.shared)
+    family, shared = dense.family, torch.from_numpy(split.rows.shared)
     down = split.down[:, : len(shared)] / dense.residual_scale
     return {family.gate: split.gate[shared], family.up: split.up[shared], family.down: down}
 
@@ -64,7 +64,7 @@ def _experts(
     kept, size = len(split.partition.shared), split.partition.routed.shape[1]
     yield target.router, split.routing.router
     if kept and target.shared_gate and target.shared_up and target.shared_down:
-        shared = torch.from_numpy(split.partition.shared)
+        shared = torch.from_numpy(split.rows.shared)
         gate, up = split.gate[shared], split.up[shared]
         if target.shared_gate == target.shared_up:
             yield target.shared_gate, torch.cat([gate, up])
@@ -74,7 +74,7 @@ def _experts(
         yield target.shared_down, _times(1 / residual_scale, split.down[:, :kept])
     # what the router's weights lack of 1 goes into down_proj, where every runtime reads it
     factor = split.routing.folded_factor / residual_scale
-    neurons = torch.from_numpy(split.partition.routed)  # [experts, size]
+    neurons = torch.from_numpy(split.rows.routed)  # [experts, size]
     downs = (_times(factor, columns) for columns in split.down[:, kept:].split(size, dim=1))
     if target.gate == target.up:
         pairs = [torch.cat([split.gate[rows], split.up[rows]]) for rows in neurons]

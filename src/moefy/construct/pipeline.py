@@ -33,7 +33,7 @@ def split_ffn(
     layer_idx: int,
     score: RouterScore = "softmax",
 ) -> SplitFfn:
-    """Split one FFN.
+    """Split one FFN in closed form; `repair.fit` goes on from there.
 
     Args:
         sample: the layer; without calibration tokens, only weight-only methods work.
@@ -121,7 +121,7 @@ def _regression(
 def _repaired_down(
     sample: FfnSample, recipe: ConvertRecipe, partition: Partition, routing: Routing
 ) -> Float[Tensor, "hidden slots"]:
-    if recipe.repair == "refit":
+    if recipe.repair in ("refit", "fit"):
         return refit_down_proj(sample, partition, routing, ridge=recipe.refit_ridge)
     down = partition.columns(sample.down)
     if recipe.repair == "scale":

@@ -53,7 +53,7 @@ class Job:
         fixed = not (self.convert or self.train)
         return {
             "start": self.arm.start,
-            "convert": self.convert.model_dump(mode="json") if self.convert else None,
+            "convert": self.convert.identity() if self.convert else None,
             "text": self.arm.text,
             "seed": None if fixed else self.seed,
         }
@@ -103,8 +103,9 @@ def job_of(
     """
     convert = train = None
     if arm.start != "dense":
-        convert = ConvertRecipe.build(**{**recipe.convert, **arm.convert, "seed": seed})
-        convert = convert.for_model(intermediate_size)
+        # the closed form, unless an arm is about the fit: many arms, and minutes for each
+        made = {"effort": "fast", **recipe.convert, **arm.convert, "seed": seed}
+        convert = ConvertRecipe.build(**made).for_model(intermediate_size)
     if arm.train is not None:
         # What the arm says comes before the study's recipe, and the study's measuring before both.
         sizes = {"tokens": recipe.tokens, "sequence_length": recipe.sequence_length}

@@ -1,0 +1,97 @@
+"""Closed form against fit, split against pruned: docs/construction/fit.csv and its table.
+
+    python benchmarks/fit.py WORK DATA [DESIGN...]    # DATA: ../shared/data/pretrain
+    python benchmarks/fit.py WORK                     # the table of what WORK has
+
+Every design is a `moefy convert` and a `moefy eval` on held-out documents, 28,672 tokens of seven
+domains. What WORK has already is not run again, so the command may be stopped and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from publish import publish_table
+
+DOCS = Path(__file__).parents[1] / "docs"
+MOEFY = [sys.executable, "-m", "moefy"]
+MODEL = "smollm2-135m"
+SPLITS = {
+    "8 of 16": ["--experts", "16", "--active", "8", "--shared", "0"],
+    "pruned to 8 of 16": ["--experts", "16", "--active", "8", "--shared", "8"],
+    "32 of 64": ["--experts", "64", "--active", "32", "--shared", "16"],
+    "12 of 16": ["--experts", "16", "--active", "12", "--shared", "0"],
+    "pruned to 12 of 16": ["--experts", "16", "--active", "12", "--shared", "12"],
+    "48 of 64": ["--experts", "64", "--active", "48", "--shared", "24"],
+    "4 of 16": ["--experts", "16", "--active", "4", "--shared", "0"],
+    "pruned to 4 of 16": ["--experts", "16", "--active", "4", "--shared", "4"],
+    "16 of 64": ["--experts", "64", "--active", "16", "--shared", "8"],
+    "2 of 8": ["--experts", "8", "--active", "2", "--shared", "0"],
+}
+
+
+def main(work: Path, data: str | None, designs: list[str]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    for name in designs or SPLITS if data else ():
+        for effort in ("fast", "normal"):
+            measure(work, data, name, effort)
+    rows = [
+        [
+            "design",
+            "share of the FFN",
+            "effort",
+            "tokens",
+            "nats above dense",
+            "KL to dense",
+            "convert, min",
+            "peak GiB",
+        ]
+    ]
+    for name, split in SPLITS.items():
+        for file in sorted(work.glob(f"{name.replace(' ', '-')}-*.json")):
+            found = json.loads(file.read_text())
+            share = int(split[3]) / int(split[1])
+            rows.append([name, f"{share:.0%}", *found.values()])
+    publish_table(rows, DOCS / "construction/fit.csv", DOCS / "construction.md")
+
+
+def measure(work: Path, data: str, name: str, effort: str) -> None:
+    """Convert and evaluate one design, unless its file is there."""
+    place = f"{name.replace(' ', '-')}-{effort}"
+    file, out = work / f"{place}.json", work / place
+    if file.exists():
+        return
+    options = [*SPLITS[name], "--effort", effort]
+    started = time.monotonic()
+    child = subprocess.Popen(
+        [*MOEFY, "convert", MODEL, str(out), "--data", data, *options, "--overwrite"]
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    minutes = (time.monotonic() - started) / 60
+    assert status == 0, name
+    text = subprocess.run(
+        [*MOEFY, "eval", MODEL, str(out), "--data", data, "--no-decode", "--json"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    split = json.loads(text)["results"][1]
+    recipe = json.loads((out / "moefy.json").read_text())["recipe"]
+    record = {
+        "effort": effort,
+        "tokens": str(recipe["calibration_tokens"]),
+        "nats": f"{split['excess_loss']['value']:.3f}",
+        "kl": f"{split['kl_to_reference']:.3f}",
+        "minutes": f"{minutes:.1f}",
+        "peak": f"{usage.ru_maxrss / 2**20:.1f}",
+    }
+    file.write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None, sys.argv[3:])
