@@ -134,9 +134,8 @@ def test_a_conversion_while_the_disk_fills(place: Path, run: Path, server: Serve
     largest = max(file.stat().st_size for file in (run / "out").iterdir())
     for tenth in range(1, 11):
         shutil.rmtree(run / "out")
-        said = refusal(
-            server.run(run, command, limits={"RLIMIT_FSIZE": largest * tenth // 10}), run
-        )
+        limits = {"RLIMIT_FSIZE": largest * tenth // 10 - 1}
+        said = refusal(server.run(run, command, limits=limits), run)
         assert "disk filled up" in said or "File too large" in said, said
         assert contents(run) == {}, tenth
         assert server.run(run, command).code == 0
