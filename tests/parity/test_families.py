@@ -18,7 +18,7 @@ from moefy.calibrate.text import calibration_windows
 from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
-from moefy.recipe import LLAMA_MOE, ConvertRecipe
+from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
 
@@ -151,7 +151,7 @@ def test_fitted_checkpoint_equals_research_form(
         corpus, dense, tokens=2048, sequence_length=length, needed_tokens=1
     )
     ids = torch.from_numpy(windows[:3])
-    expected, tied = research_logits(dense, ConvertRecipe.build(**choices), windows, ids, target)
+    expected, tied = research_logits(dense, made.recipe, windows, ids, target)
     difference = (logits(out, ids) - expected).abs().amax(-1).flatten()
     assert difference[~tied].max() < 1e-4
     assert tied.float().mean() < 0.05
