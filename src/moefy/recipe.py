@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moefy.errors import UsageError
 from moefy.split import Split
+from moefy.storage import load_yaml
 
 
 def option(text: str, *, unset: str = "", **bounds: Any) -> Any:
@@ -32,12 +33,13 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Seed = Annotated[int, option("Seed of every random choice", ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_LARGEST = 2**53  # every whole number up to here is one for torch, numpy and a float alike
 
 
 class Recipe(BaseModel):
     """Base of all recipes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     renamed: ClassVar[dict[str, str]] = {}
     """Keys of earlier versions, and what they are called now."""
 
@@ -70,11 +72,13 @@ class Recipe(BaseModel):
     @classmethod
     def _keys_are_known(cls, values: Any) -> Any:
         # pydantic would forbid them too, but it cannot say what is allowed or what took their place
-        for key in values if isinstance(values, dict) else ():
+        for key, value in values.items() if isinstance(values, dict) else ():
             if new := cls.renamed.get(key):
                 raise ValueError(f"{key} is now called {new}")
             if key not in cls.model_fields:
                 raise ValueError(f"unknown key {key!r}; allowed: {', '.join(cls.model_fields)}")
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise ValueError(f"{key} is {value}: numbers of up to {_LARGEST} are allowed")
         return values
 
     def to_yaml(self) -> str:
@@ -351,12 +355,8 @@ def _read(file: str | Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        text = Path(file).read_text()
-        # a kilobyte of aliases of aliases would become gigabytes of values
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UsageError(f"recipe {file} holds a YAML alias (*name): write the value itself")
-        values = yaml.safe_load(text) or {}
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        values = load_yaml(Path(file).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"recipe {file} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"recipe {file} must be a mapping of keys to values")

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from moefy.errors import MoefyError, OutputError, StorageError
@@ -331,3 +332,19 @@ def whole_file(
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+_OPENING = ("[", "{", "<block sequence start>", "<block mapping start>")
+_CLOSING = ("]", "}", "<block end>")
+_DEEPEST = 20
+
+
+def load_yaml(text: str) -> Any:
+    """Return what a stranger's YAML holds; YAMLError names what is wrong with it."""
+    depth = 0
+    for token in yaml.scan(text):
+        depth += (token.id in _OPENING) - (token.id in _CLOSING)
+        # aliases of aliases become gigabytes, and seconds grow with the square of the depth
+        if token.id == "<alias>" or depth > _DEEPEST:
+            raise yaml.YAMLError(f"an alias (*name), or nested over {_DEEPEST} deep: write it out")
+    return yaml.safe_load(text)

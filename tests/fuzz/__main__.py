@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz [MODULE …] [--only TEXT] [--every N]`: try changed inputs.
+"""`python -m tests.fuzz [MODULE …] [--only TEXT] [--every N] [--first N]`: try changed inputs.
 
 `--write` puts the counts into docs/reliability/fuzz.csv and docs/reliability.md.
 """
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*")
     parser.add_argument("--only", default="")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="print every end")
     asked = parser.parse_args()
@@ -35,7 +36,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place, server = make_place(Path(folder) / "place"), Server()
         for name in names:
-            for outcome in run(name, place, server, only=asked.only, every=asked.every):
+            for outcome in run(
+                name, place, server, only=asked.only, every=asked.every, first=asked.first
+            ):
                 outcomes.append(outcome)
                 if asked.verbose or outcome.end == "wrong":
                     print(f"{outcome.end}: {outcome.label}\n    {outcome.said}", flush=True)

@@ -39,7 +39,7 @@ _JSON = {
     "marker of a run": ("stopped/.moefy.json", "out/.moefy.json"),
     "record of a conversion": ("moe/moefy.json", "moe/moefy.json"),
     "record of a corpus": ("tokens/moefy.json", "tokens/moefy.json"),
-    "answers": ("judged/answers.jsonl", "out/answers.jsonl"),
+    "answers": ("judged/judged.jsonl", "out/judged.jsonl"),
     "runs": ("studied/runs.jsonl", "out/runs.jsonl"),
 }
 _NEEDS = {

@@ -21,6 +21,10 @@ COMMANDS = {
     "recipe of tune": "tune moe out --data talks.jsonl --recipe r.yaml --set epochs=1 "
     "--set global_batch_size=40 --set sequence_length=128",
 }
+KNOWN = {
+    "recipe of prepare: shard_tokens is 1": "a file for each token is synchronised, as was asked",
+    "recipe of prepare: shard_tokens is True": "pydantic takes it for 1",
+}
 _RECIPES: dict[str, Recipe] = {
     "recipe of convert": ConvertRecipe(),
     "recipe of prepare": PrepareRecipe(),

@@ -11,6 +11,9 @@ A module of this folder that has `COMMANDS` is one part of the fuzzer:
     def agrees(folder: Path, label: str) -> str | None:    # optional
         # runs after a success, in the process that ran the command; says what is wrong with it
 
+    KNOWN = {"config.json: byte 7": "why it is not mended"}    # optional
+    # how the labels of wrong ends begin that are counted apart; docs/reliability.md names them
+
 The part of the label before the colon is the kind, and `COMMANDS` holds the words behind `moefy`
 for each kind; they run in `folder`. What is random is drawn from a generator with a fixed seed.
 """
@@ -34,7 +37,7 @@ LONGEST_MESSAGE = 500
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one case ended: `kind` of input, "success", "refused" or "wrong", and what was said."""
+    """How one case ended: "success", "refused", "known" or "wrong", and what was said."""
 
     kind: str
     label: str
@@ -50,7 +53,13 @@ def modules() -> list[str]:
 
 
 def run(
-    module_name: str, place: Path, server: Server, *, only: str = "", every: int = 1
+    module_name: str,
+    place: Path,
+    server: Server,
+    *,
+    only: str = "",
+    every: int = 1,
+    first: int = 0,
 ) -> Iterator[Outcome]:
     """Try the mutations of one module.
 
@@ -60,21 +69,25 @@ def run(
         server: runs the commands.
         only: text that a label must hold.
         every: try only each so-manieth mutation.
+        first: number of the first one that is tried.
     """
     module = importlib.import_module(module_name)
     folder = place.with_name("case") / "here"
     _renew(folder, place)
     for number, (label, change) in enumerate(module.mutations(folder)):
-        if only not in label or number % every:
+        if only not in label or number % every != first:
             continue
         _renew(folder, place)
         change()
+        before = hidden(folder)
         kind = label.partition(":")[0]
         command = module.COMMANDS[kind]
         end = server.run(folder, command, limits=LIMITS, check=(module_name, label))
         said = (folder.parent / "log").read_text(errors="replace")
-        wrong = complaint(end, said, folder)
+        wrong = complaint(end, said, hidden(folder) - before)
         ended = "wrong" if wrong else "success" if end.code == 0 else "refused"
+        if wrong and any(label.startswith(known) for known in getattr(module, "KNOWN", ())):
+            ended = "known"
         last = said.strip().rpartition("\n")[2][:1000]
         yield Outcome(kind, label, ended, f"{wrong}: {last}" if wrong else last)
 
@@ -84,8 +97,13 @@ def _renew(folder: Path, place: Path) -> None:
     shutil.copytree(place, folder)
 
 
-def complaint(end: End, said: str, folder: Path) -> str:
-    """Say what is wrong with an end; nothing where it is allowed."""
+def hidden(folder: Path) -> set[str]:
+    """Return what a run has beside its output, by name."""
+    return {file.name for file in (*folder.glob(".*.lock"), *folder.rglob(".*.partial-*"))}
+
+
+def complaint(end: End, said: str, left: set[str]) -> str:
+    """Say what is wrong with an end that left hidden files; nothing where it is allowed."""
     lines = said.strip().splitlines()
     if end.code < 0:
         return f"ended by signal {-end.code} after {end.elapsed_s:.0f} s"
@@ -103,14 +121,13 @@ def complaint(end: End, said: str, folder: Path) -> str:
         return "more than one line"
     if len(lines[-1]) > LONGEST_MESSAGE:
         return f"a message of {len(lines[-1])} characters"
-    hidden = (*folder.glob(".*.lock"), *folder.rglob(".*.partial-*"))
-    return f"{hidden[0].name} is left behind" if hidden else ""
+    return f"{min(left)} is left behind" if left else ""
 
 
 def counts(outcomes: list[Outcome]) -> list[list[str]]:
     """Return a table: kind of input, changed inputs, how many of them ended how."""
     tally = Counter((each.kind, each.end) for each in outcomes)
-    ends = ("success", "refused", "wrong")
+    ends = ("success", "refused", "known", "wrong")
     rows = [
         [kind, *(str(tally[kind, end]) for end in ends)]
         for kind in dict.fromkeys(each.kind for each in outcomes)

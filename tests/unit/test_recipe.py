@@ -60,6 +60,9 @@ def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None
     [
         ({"tokens": 100}, "less than one sequence"),
         ({"global_batch_size": 3, "micro_batch_size": 2}, "multiple"),
+        ({"adam_betas": (0.9, 1)}, "adam_betas.1 = 1.*less than 1"),
+        ({"seed": 10**30}, "seed is 10{30}: numbers of up to"),
+        ({"learning_rate": float("inf")}, "learning_rate = inf.*finite"),
         (
             {"balance.noise": 1.0},
             "balance.switch: unknown key 'noise'; allowed: kind, coef",
@@ -152,7 +155,9 @@ def test_a_recipe_is_made_from_another() -> None:
 LAUGHS = "seed:\n - &a0 [x]\n" + "".join(f" - &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "{", "\tx: 1", LAUGHS, "x: " + "[" * 9999])
+@pytest.mark.parametrize(
+    "content", ["- a\n- b\n", "{", "\tx: 1", LAUGHS, "x: " + "[" * 10**5, "- " * 10**5]
+)
 def test_a_broken_recipe_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "r.yaml").write_text(content)
     with pytest.raises(UsageError, match=r"r\.yaml"):

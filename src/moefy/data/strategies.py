@@ -18,6 +18,7 @@ import yaml
 from jaxtyping import Float64
 
 from moefy.errors import CorpusError, UsageError
+from moefy.storage import load_yaml
 
 UPDATE_INTERVAL_STEPS = 170
 """Steps between two updates in LLaMA-MoE's dynamic runs: 2.5B tokens of 14.7M a step."""
@@ -269,7 +270,7 @@ def read_reference(file: str | Path, domains: Iterable[str]) -> dict[str, float]
     """
     try:
         # JSON with tabs between its values is no YAML
-        values = yaml.safe_load(Path(file).read_text().replace("\t", " "))
+        values = load_yaml(Path(file).read_text().replace("\t", " "))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"the reference losses {file} cannot be read: {error}") from error
     if not isinstance(values, dict):

@@ -189,7 +189,7 @@ class TrainRecipe(LoopRecipe):
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
     warmup_fraction: Fraction = 0.1
     min_lr_ratio: Fraction = 0.1
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    adam_betas: tuple[Share, Share] = (0.9, 0.95)
     weight_decay: NonNegative = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     router_lr_scale: NonNegative = 0.01
