@@ -334,8 +334,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-_OPENING = ("[", "{", "<block sequence start>", "<block mapping start>")
-_CLOSING = ("]", "}", "<block end>")
+_OPENING = (
+    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 _DEEPEST = 20
 
 
@@ -343,8 +346,8 @@ def load_yaml(text: str) -> Any:
     """Return what a stranger's YAML holds; YAMLError names what is wrong with it."""
     depth = 0
     for token in yaml.scan(text):
-        depth += (token.id in _OPENING) - (token.id in _CLOSING)
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
         # aliases of aliases become gigabytes, and seconds grow with the square of the depth
-        if token.id == "<alias>" or depth > _DEEPEST:
+        if isinstance(token, yaml.AliasToken) or depth > _DEEPEST:
             raise yaml.YAMLError(f"an alias (*name), or nested over {_DEEPEST} deep: write it out")
     return yaml.safe_load(text)
