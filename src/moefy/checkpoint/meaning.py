@@ -14,6 +14,7 @@ from typing import Any
 
 from moefy.errors import CheckpointError, reason
 
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -97,6 +98,10 @@ def meaning_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     vocab, padding = made["vocab_size"], made.get("pad_token_id")
     if padding is not None and not -vocab <= padding < vocab:
         raise CheckpointError(f"{source} has pad_token_id = {padding}, vocab_size = {vocab}")
+    active = made.get("num_experts_per_tok")
+    experts = next((made[key] for key in _NUM_EXPERTS if made.get(key) is not None), None)
+    if active is not None and experts is not None and not 1 <= active <= experts:
+        raise CheckpointError(f"{source} has num_experts_per_tok = {active} of {experts} experts")
     kept = {*own_keys(config), *_KEPT}
     found = {key: value for key, value in made.items() if key in kept}
     # a key may have two names, and transformers writes the one that it does not read

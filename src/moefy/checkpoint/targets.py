@@ -194,7 +194,7 @@ TARGETS = {
 
 def check_known(model_type: Any, folder: Path | str) -> None:
     """Raise an ArchitectureError for a model that moefy neither converts nor writes."""
-    if model_type not in {**FAMILIES, **TARGETS}:
+    if model_type not in [*FAMILIES, *TARGETS]:  # a list: any JSON value may be asked for
         known = ", ".join(sorted({**FAMILIES, **TARGETS}))
         raise ArchitectureError(f"{folder} has the architecture {model_type!r}; known: {known}")
 
