@@ -12,7 +12,7 @@ import torch
 
 import moefy
 from moefy.checkpoint.load import load_model, mended_generation
-from moefy.errors import CheckpointError
+from moefy.errors import CheckpointError, UsageError
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 
@@ -49,3 +49,24 @@ def test_generation_settings_of_no_meaning_are_refused_first(
     with pytest.raises(CheckpointError, match=r"generation_config\.json is"):
         load_model(dense, dtype=torch.float32)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+@pytest.mark.parametrize("change", [{"num_experts_per_tok": n} for n in (-1, 0, 5)])
+def test_a_model_that_chooses_experts_it_does_not_have_is_refused(
+    make_llama: Callable[..., Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    out = tmp_path / "moe"
+    recipe = LLAMA_MOE | {"partition": "random", "router": "random", "repair": "none"}
+    moefy.convert(make_llama(), out, experts=4, active=2, **recipe)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="of 4 experts"):
+        load_model(out, dtype=torch.float32)
+
+
+def test_a_model_type_that_is_no_text_is_refused(make_llama: Callable[..., Path]) -> None:
+    dense = make_llama()
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"model_type": {"a": []}}))
+    with pytest.raises(UsageError, match="has the architecture"):
+        load_model(dense, dtype=torch.float32)
