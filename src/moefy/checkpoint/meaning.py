@@ -147,7 +147,7 @@ def _problems(config: Mapping[str, Any], kind: Any) -> Iterator[tuple[str, str]]
             yield key, "it would replace a part of transformers' config class"
         elif key in {*declared, *_ROTARY} and not all(map(_is_sound, _numbers(value))):
             yield key, "no model has such a number"
-        elif key in SIZES and isinstance(value, int) and value < 1:
+        elif key in (*SIZES, "sliding_window") and isinstance(value, int) and value < 1:
             yield key, "a positive integer is needed"
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > _MOST_LAYERS:
