@@ -178,7 +178,7 @@ def test_a_broken_model_leaves_nothing(models: list[Path], corpus: Path, tmp_pat
     weights.write_bytes(weights.read_bytes()[:-100])
     cards = [(model / "README.md").read_text() for model in models[1:]]
     before = set(tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match="incomplete or damaged"):
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
         moefy.write_report(tmp_path / "out", models, data=corpus, **SMALL)
     assert set(tmp_path.iterdir()) == before
     assert [(model / "README.md").read_text() for model in models[1:]] == cards
