@@ -11,6 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 6, "active": 6}
 IDS = torch.randint(0, 257, (2, 100), generator=torch.Generator().manual_seed(1))
+
+EVERY = 11  # one change in so many; set it to 1 for all, which take ten minutes of processor time
 
 # forms of a family that other keys mean something in
 FORMS: dict[str, list[dict[str, Any]]] = {
@@ -188,7 +191,7 @@ def test_every_key_means_what_transformers_reads_or_is_refused(tmp_path: Path, f
     dense, out, counts, wrong = tmp_path / "dense", tmp_path / "moe", Counter[str](), []
     for number, form in enumerate(FORMS[family]):
         base = write_tiny_model(tmp_path / f"base{number}", family, **form)
-        for key, value in changes(family):
+        for key, value in islice(changes(family), 0, None, EVERY):
             shutil.rmtree(dense, ignore_errors=True)
             shutil.copytree(base, dense)
             config = rewritten(dense, key, value)
