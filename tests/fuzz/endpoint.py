@@ -63,6 +63,9 @@ def mutations(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         "a huge mark": (200, {}, good.replace(b"7", b"9" * 5000)),
         "16 MB": (200, {}, good.replace(b"Rating", b"x" * 20_000_000)),
     }
-    for what, answer in answers.items():
-        yield f"endpoint: {what}", partial(setattr, _Endpoint, "answer", answer)
-    server.shutdown()
+    try:
+        for what, answer in answers.items():
+            yield f"endpoint: {what}", partial(setattr, _Endpoint, "answer", answer)
+    finally:
+        server.shutdown()
+        server.server_close()

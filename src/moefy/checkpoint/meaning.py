@@ -149,6 +149,8 @@ def _problems(config: Mapping[str, Any], kind: Any) -> Iterator[tuple[str, str]]
             yield key, "no model has such a number"
         elif key in (*SIZES, "sliding_window") and isinstance(value, int) and value < 1:
             yield key, "a positive integer is needed"
+        elif key.endswith(("dropout", "_pdrop")) and any(not 0 <= p <= 1 for p in _numbers(value)):
+            yield key, "a probability is needed"
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         yield "num_hidden_layers", f"at most {_MOST_LAYERS} are read"
