@@ -77,7 +77,8 @@ class Recipe(BaseModel):
                 raise ValueError(f"{key} is now called {new}")
             if key not in cls.model_fields:
                 raise ValueError(f"unknown key {key!r}; allowed: {', '.join(cls.model_fields)}")
-            if isinstance(value, int) and abs(value) > _LARGEST:
+            # a seed is hashed, and may have any size
+            if key != "seed" and isinstance(value, int) and abs(value) > _LARGEST:
                 raise ValueError(f"{key} is {value}: numbers of up to {_LARGEST} are allowed")
         return values
 
