@@ -12,9 +12,9 @@ from tests.fuzz.runner import counts, modules, run
 from tests.kills import Server
 
 EVERY = 4
+"""Each so-manieth input is tried here, for CI's sake; `python -m tests.fuzz` tries all."""
 SLOW = {"moefy_files": 20, "recipes": 20}
 """Modules of which the test takes fewer inputs."""
-"""Each so-manieth input is tried here, for CI's sake; `python -m tests.fuzz` tries all."""
 
 
 @pytest.fixture(scope="module")
