@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import moefy
 from moefy.recipe import LLAMA_MOE
 from moefy.storage import cache_folder
+from tests.kills import Server
 from tests.toys import byte_tokenizer
 
 settings.register_profile("moefy", deadline=None)  # a busy machine is no failure
@@ -86,6 +87,14 @@ def make_place(folder: Path) -> Path:
     questions = ({"question_id": i, "category": "math", "turns": ["1", "2"]} for i in range(3))
     (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A warm process that runs commands in forks of itself."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(params=["tied", "untied"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ EVERY = 4
 """Each so-manieth input is tried here, for CI's sake; `python -m tests.fuzz` tries all."""
 SLOW = {"moefy_files": 20, "recipes": 20}
 """Modules of which the test takes fewer inputs."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -145,4 +145,5 @@ class CalibrationWalk:
     ) -> None:
         """Take the tokens through the converted FFN."""
         for block in self._blocks():
-            self._hidden[block] = self._hidden[block] + ffn(tokens.sample(block).inputs)
+            residual = self._hidden[block]
+            self._hidden[block] = residual + ffn(tokens.layer.sample(residual[None]).inputs)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefy.calibrate.sample import FfnSample
+from moefy.calibrate.sample import FfnSample, swiglu
 from moefy.checkpoint.targets import RouterScore
 from moefy.split import Split
 
@@ -183,19 +182,15 @@ def routed_ffn(
     outputs = torch.zeros_like(inputs)
     if num_shared:
         shared = slice(num_shared)
-        hidden = F.silu(z @ gate[shared].T) * (z @ up[shared].T)
-        outputs = outputs + hidden @ down[shared]
+        outputs = outputs + swiglu(z, gate[shared], up[shared]) @ down[shared]
     if routing.active == 0:
         return outputs
-    matrices = [m[num_shared:].unflatten(0, (experts, -1)) for m in (gate, up, down)]
-    if matrices[0].shape[1] < _SMALL and 8 * routing.active >= experts:
+    routed = [m[num_shared:] for m in (gate, up, down)]
+    if len(routed[0]) < _SMALL * experts and 8 * routing.active >= experts:
         # products with a few rows are slower than one large product of which a part is masked
         weights = routing.weights(inputs).to(z.dtype)
-        routed = (m.flatten(0, 1) for m in matrices)
-        g, u, d = routed
-        hidden = F.silu(z @ g.T) * (z @ u.T)
-        masked = hidden.unflatten(1, (experts, -1)) * weights[:, :, None]
-        return outputs + masked.flatten(1) @ d
+        hidden = swiglu(z, routed[0], routed[1]).unflatten(1, (experts, -1))
+        return outputs + (hidden * weights[:, :, None]).flatten(1) @ routed[2]
     weights, chosen = routing.top(inputs)
     order = chosen.flatten().argsort(stable=True)  # pairs of token and expert, by expert
     tokens = order // routing.active
@@ -203,10 +198,10 @@ def routed_ffn(
     by_expert = zip(
         z[tokens].split(counts),
         weights.flatten()[order, None].to(z.dtype).split(counts),
-        *(m.unbind(0) for m in matrices),
+        *(m.unflatten(0, (experts, -1)).unbind(0) for m in routed),
         strict=True,
     )
-    parts = [(F.silu(x @ g.T) * (x @ u.T) * weight) @ d for x, weight, g, u, d in by_expert]
+    parts = [(swiglu(x, g, u) * weight) @ d for x, weight, g, u, d in by_expert]
     return outputs.index_add(0, tokens, torch.cat(parts).to(outputs.dtype))
 
 
