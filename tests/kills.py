@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,26 @@ def lose(path: Path, read_idx: int) -> None:
     sys.addaudithook(hook)
 
 
+def fill(folder: Path, free_bytes: int) -> None:
+    """Leave so many bytes on the disk of a folder, by a file `filler` in it."""
+    with (folder / "filler").open("wb") as file:
+        size = shutil.disk_usage(folder).free - free_bytes
+        os.posix_fallocate(file.fileno(), 0, max(size, 1))
+
+
+def fill_before(pattern: str, free_bytes: int) -> None:
+    """Fill the current folder's disk before a matching file is opened for writing."""
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event != "open" or not int(args[2] or 0) & os.O_ACCMODE:  # type: ignore[call-overload]
+            return
+        opened = os.fsdecode(args[0]) if isinstance(args[0], str | bytes | os.PathLike) else ""
+        if Path(opened).match(pattern) and not Path("filler").exists():
+            fill(Path(), free_bytes)
+
+    sys.addaudithook(hook)
+
+
 def killed_at(event_idx: int, work: Callable[[], None]) -> bool:
     """Run `work` in a child that kills itself before its n-th file event; say whether it was."""
     child = os.fork()
@@ -127,6 +148,7 @@ class Server:
         kill_after_s: float | None = None,
         limits: dict[str, int] | None = None,
         loses: tuple[Path, int] | None = None,
+        fills: tuple[str, int] | None = None,
         check: tuple[str, str] | None = None,
     ) -> End:
         """Run a command of moefy in a folder; what it prints is in `log` beside the folder.
@@ -138,6 +160,7 @@ class Server:
             kill_after_s: seconds after which it is killed.
             limits: of `resource.setrlimit` by name, and `seconds`.
             loses: input that disappears, and before which of its files is read.
+            fills: file before which the disk fills up, and how many bytes are left then.
             check: a module and the label that its function `agrees` gets after a success.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -145,7 +168,7 @@ class Server:
         assert stdout is not None
         words = command.split() if isinstance(command, str) else command
         lost = (str(loses[0].resolve()), loses[1]) if loses else None
-        told = [str(folder), words, event_idx, kill_after_s, limits or {}, lost, check]
+        told = [str(folder), words, event_idx, kill_after_s, limits or {}, lost, fills, check]
         stdin.write(json.dumps(told) + "\n")
         stdin.flush()
         return End(**json.loads(stdout.readline()))
@@ -197,7 +220,7 @@ def _serve() -> None:
     import moefy.report.charts  # matplotlib takes a second
 
     for line in sys.stdin:
-        folder, arguments, event_idx, kill_after_s, limits, lost, check = json.loads(line)
+        folder, arguments, event_idx, kill_after_s, limits, lost, fills, check = json.loads(line)
         out, into = os.pipe()
         started = time.monotonic()
         if (child := os.fork()) == 0:
@@ -211,6 +234,8 @@ def _serve() -> None:
                 resource.setrlimit(getattr(resource, name), (limit, limit))
             if lost is not None:
                 lose(Path(lost[0]), lost[1])
+            if fills is not None:
+                fill_before(*fills)
             _run(arguments, event_idx, check)
         os.close(into)
         killer = threading.Timer(kill_after_s or 0, os.kill, (child, signal.SIGKILL))

@@ -163,7 +163,11 @@ class RunFolder:
                 return True
             self._lock.note(finishing=None)
             self._clear(self.work)
-            self._mark(self.work, "unfinished", identity)
+            try:
+                self._mark(self.work, "unfinished", identity)
+            except BaseException:
+                self.work.rmdir()  # without a marker nobody would know whose it is
+                raise
         return False
 
     def _decide(self, identity: Mapping[str, Any] | None) -> Action:

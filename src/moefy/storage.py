@@ -168,7 +168,7 @@ def storage_errors(out: Path) -> Iterator[None]:
 
 
 def _full(out: Path) -> str:
-    return f"the disk filled up while {out} was written; nothing was left behind: free some space"
+    return f"the disk filled up while {out} was written: free some space, and run it again"
 
 
 def sync_files(folder: Path) -> None:
@@ -217,7 +217,11 @@ class Lock:
                         break
                 os.close(self._handle)
             self.notes = self._left()
-            self.note()
+            try:
+                self.note()
+            except OSError:  # the disk is full
+                self.release()
+                raise
 
     def _take(self, out: Path) -> None:
         if fcntl is None:

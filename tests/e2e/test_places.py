@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.fuzz.runner import complaint, hidden
 from tests.kill_trials import COMMANDS, contents, make_inputs
-from tests.kills import End, Server
+from tests.kills import End, Server, fill
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from moefy.calibrate.walk import HiddenStates
 from moefy.storage import Lock
 
 WRITING = COMMANDS | {"demo": "demo --out out"}
@@ -110,26 +114,59 @@ def test_an_input_that_disappears(name: str, read_idx: int, run: Path, server: S
         assert INPUTS[name].partition(".")[0] in refusal(end, run)
 
 
-def test_a_conversion_while_the_disk_fills(place: Path, run: Path, server: Server) -> None:
-    """20 layers in shards; the disk is full at every tenth of what is written."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+@pytest.fixture(scope="module")
+def long(place: Path) -> Path:
+    """A model of 20 layers in shards."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=257, num_hidden_layers=20, **shape)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(place / "long", max_shard_size="100KB")
     for file in (place / "dense").glob("tokenizer*"):
         shutil.copy(file, place / "long")
-    command = WRITING["convert"].replace("dense", "long")
-    assert server.run(run, command).code == 0
-    expected = contents(run)
-    largest = max(file.stat().st_size for file in (run / "out").iterdir())
-    for tenth in range(1, 11):
-        shutil.rmtree(run / "out")
-        limits = {"RLIMIT_FSIZE": largest * tenth // 10 - 1}
-        said = refusal(server.run(run, command, limits=limits), run)
-        assert "disk filled up" in said or "File too large" in said, said
-        assert contents(run) == {}, tenth
-        assert server.run(run, command).code == 0
-        assert contents(run) == expected
+    return place / "long"
+
+
+@pytest.fixture
+def disk(run: Path) -> Iterator[Path]:
+    """The folder `run` as a small disk of its own."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(run)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {mounted.stderr}")
+    yield run
+    subprocess.run(["umount", str(run)], check=True)
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_conversion_on_a_disk_that_fills(
+    when: str, long: Path, disk: Path, server: Server
+) -> None:
+    """The disk is full at every tenth of what is written."""
+    command, source = WRITING["convert"].replace("dense", "long"), contents(long)
+    assert server.run(disk, command).code == 0
+    expected = contents(disk)
+    whole_bytes = sum(file.stat().st_size for file in (disk / "out").iterdir())
+    for tenth in range(10):
+        shutil.rmtree(disk / "out")
+        free_bytes = whole_bytes * tenth // 10
+        if when == "before":
+            fill(disk, free_bytes)
+            end = server.run(disk, command)
+        else:  # another program writes meanwhile
+            end = server.run(disk, command, fills=("shard-00001.partial", free_bytes))
+        (disk / "filler").unlink()
+        said = refusal(end, disk)
+        assert "the disk filled up" in said or "the disk has 0.00 GB free" in said
+        assert contents(disk) == {}, (tenth, said)
+        assert contents(long) == source
+        assert server.run(disk, command).code == 0
+        assert contents(disk) == expected
+
+
+def test_hidden_states_that_the_disk_cannot_hold(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moefy.calibrate.walk._IN_MEMORY_BYTES", 0)
+    fill(disk, 4096)
+    with pytest.raises(OSError, match="No space left"):
+        HiddenStates(1 << 10, 32, disk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class HiddenStates:
         if 4 * math.prod(self._shape) > _IN_MEMORY_BYTES:
             self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (open while this lives)
             self._file.truncate(4 * math.prod(self._shape))
+            if hasattr(os, "posix_fallocate"):
+                # on a full disk a write to a mapping would end the process without a word
+                os.posix_fallocate(self._file.fileno(), 0, 4 * math.prod(self._shape))
         else:
             self._kept = np.empty(self._shape, dtype=np.float32)
 
