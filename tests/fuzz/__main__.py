@@ -51,10 +51,10 @@ def main() -> None:
         write_figures(FIGURES, table)
 
 
-def write_figures(figures: Path, table: list[list[str]]) -> None:
+def write_figures(figures: Path, table: list[list[str]], *, summed: bool = True) -> None:
     """Put rows into a CSV file, each in the place of an earlier one of its name, and into the page.
 
-    The last row is the sum.
+    The last row is the sum where there shall be one.
     """
     figures.parent.mkdir(exist_ok=True)
     rows: dict[str, list[str]] = {}
@@ -64,8 +64,10 @@ def write_figures(figures: Path, table: list[list[str]]) -> None:
     rows |= {row[0]: row for row in table}
     rows.pop("all", None)
     header, *others = rows.values()
-    sums = [str(sum(int(row[i]) for row in others)) for i in range(1, len(header))]
-    whole = [header, *others, ["all", *sums]]
+    whole = [header, *others]
+    if summed:
+        sums = [str(sum(int(row[i]) for row in others)) for i in range(1, len(header))]
+        whole.append(["all", *sums])
     with figures.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(whole)
     page = figures.parents[1] / "reliability.md"

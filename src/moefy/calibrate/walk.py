@@ -35,9 +35,13 @@ class HiddenStates:
         if 4 * math.prod(self._shape) > _IN_MEMORY_BYTES:
             self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (open while this lives)
             self._file.truncate(4 * math.prod(self._shape))
-            if hasattr(os, "posix_fallocate"):
+            try:
                 # on a full disk a write to a mapping would end the process without a word
-                os.posix_fallocate(self._file.fileno(), 0, 4 * math.prod(self._shape))
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._file.fileno(), 0, 4 * math.prod(self._shape))
+            except OSError:
+                self.close()
+                raise
         else:
             self._kept = np.empty(self._shape, dtype=np.float32)
 
