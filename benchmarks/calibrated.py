@@ -22,7 +22,7 @@ from publish import publish_table, rows_of
 from streaming import make_model
 
 from moefy.checkpoint.reader import DenseCheckpoint
-from moefy.construct.convert import split_layers
+from moefy.construct.convert import calibration_walk, split_layers
 from moefy.recipe import ConvertRecipe
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -65,7 +65,7 @@ def measure(folder: Path) -> dict[str, str]:
     windows = recipe.calibration_tokens // SEQUENCE
     ids = np.random.default_rng(0).integers(0, dense.config["vocab_size"], (windows, SEQUENCE))
     started = time.perf_counter()
-    for split in split_layers(dense, recipe, ids):
+    for split in split_layers(dense, recipe, calibration_walk(dense, recipe, ids)):
         del split
     seconds = time.perf_counter() - started
     status = Path("/proc/self/status").read_text()

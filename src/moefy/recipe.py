@@ -106,10 +106,36 @@ Target = Literal[
 ]
 REGRESSIONS = ("ridge", "ridge-log", "ascent")
 """Routers that are fitted to the experts' energies on calibration tokens."""
+
+
+def _effort(repair: Repair, tokens: int, epochs: float, end_to_end: float) -> dict[str, Any]:
+    return {
+        "repair": repair,
+        "calibration_tokens": tokens,
+        "fit_epochs": epochs,
+        "end_to_end_epochs": end_to_end,
+    }
+
+
 EFFORTS: dict[Effort, dict[str, Any]] = {
-    "fast": {"repair": "refit", "calibration_tokens": 28_672, "fit_epochs": 1.0},
-    "normal": {"repair": "fit", "calibration_tokens": 86_016, "fit_epochs": 2.0},
-    "high": {"repair": "fit", "calibration_tokens": 344_064, "fit_epochs": 2.0},
+    "fast": {
+        "repair": "refit",
+        "calibration_tokens": 28_672,
+        "fit_epochs": 1.0,
+        "end_to_end_epochs": 0.0,
+    },
+    "normal": {
+        "repair": "fit",
+        "calibration_tokens": 86_016,
+        "fit_epochs": 2.0,
+        "end_to_end_epochs": 1.0,
+    },
+    "high": {
+        "repair": "fit",
+        "calibration_tokens": 344_064,
+        "fit_epochs": 2.0,
+        "end_to_end_epochs": 1.0,
+    },
 }
 """What the effort decides where a key is None; measured in docs/construction.md."""
 
@@ -130,6 +156,8 @@ class ConvertSettings(TypedDict, total=False):
     fit_epochs: float | None
     fit_learning_rate: float
     fit_batch_tokens: int
+    end_to_end_epochs: float | None
+    end_to_end_learning_rate: float
     aim: Literal["ffn", "residual"]
     target: Target | None
     calibration_tokens: int | None
@@ -178,6 +206,17 @@ class ConvertRecipe(Recipe):
         float, Field(gt=0, description="Of the fit, times each matrix's root mean square")
     ] = 0.02
     fit_batch_tokens: Annotated[int, Field(ge=1, description="Tokens of a step of the fit")] = 512
+    end_to_end_epochs: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="Passes after the fit that train norms and routers through the whole "
+            "model; None: by effort, 0 where the weights take over 4 GiB in float32",
+        ),
+    ] = None
+    end_to_end_learning_rate: Annotated[
+        float, Field(gt=0, description="Of that training, times each tensor's root mean square")
+    ] = 0.01
     aim: Literal["ffn", "residual"] = "residual"
     target: Annotated[
         Target | None, option("Architecture to write", unset="the first that is exact")
@@ -194,6 +233,15 @@ class ConvertRecipe(Recipe):
             raise ValueError(
                 f"sharing-inner has no shared experts, {self.shared} were asked for: pass --shared "
                 "0, or --partition sharing-inter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_end_to_end(self) -> Self:
+        if self.end_to_end_epochs and (self.repair not in ("fit", None) or self.aim != "residual"):
+            raise ValueError(
+                f"end_to_end_epochs is {self.end_to_end_epochs:g}, and only --repair fit with the "
+                "aim residual trains anything: leave it out"
             )
         return self
 
@@ -245,6 +293,8 @@ class ConvertRecipe(Recipe):
         skipped = {"effort"}
         if self.repair != "fit":
             skipped |= {key for key in type(self).model_fields if key.startswith("fit_")}
+        if not self.end_to_end_epochs:
+            skipped.add("end_to_end_learning_rate")
         if self.calibration_tokens is not None and self.calibration_tokens <= self.refit_tokens:
             skipped.add("refit_tokens")
         return self.model_dump(mode="json", exclude=skipped)

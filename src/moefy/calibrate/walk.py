@@ -106,21 +106,22 @@ class CalibrationWalk:
         precision: str = "float32",
         scratch: Path | None = None,
     ) -> None:
+        self.replay, self.windows = replay, windows
         self._precision, self._length = precision, windows.shape[1]
         self._num_tokens = windows.size
         size = replay.hidden_size
         self._hidden = HiddenStates(windows.size, size, scratch)
-        self._dense = HiddenStates(windows.size, size, scratch) if follow_dense else None
+        self.dense = HiddenStates(windows.size, size, scratch) if follow_dense else None
         for block in self._blocks():
             ids = torch.from_numpy(windows.reshape(-1)[block]).view(-1, self._length)
             embedded = replay.embed(ids).flatten(0, 1)
             self._hidden[block] = embedded
-            if self._dense is not None:
-                self._dense[block] = embedded
+            if self.dense is not None:
+                self.dense[block] = embedded
 
     def close(self) -> None:
         """Let the files of the states go."""
-        for states in (self._hidden, self._dense):
+        for states in (self._hidden, self.dense):
             if states is not None:
                 states.close()
 
@@ -138,13 +139,13 @@ class CalibrationWalk:
         """
         with products_in(self._precision, device()):
             for block in self._blocks():
-                if self._dense is not None:
-                    residual = layer.attend(self._dense[block].unflatten(0, (-1, self._length)))
-                    self._dense[block] = (residual + layer.ffn(residual)).flatten(0, 1)
+                if self.dense is not None:
+                    residual = layer.attend(self.dense[block].unflatten(0, (-1, self._length)))
+                    self.dense[block] = (residual + layer.ffn(residual)).flatten(0, 1)
                 states = layer.attend(self._hidden[block].unflatten(0, (-1, self._length)))
                 check_finite(states)
                 self._hidden[block] = states.flatten(0, 1)
-        return LayerTokens(layer, self._hidden, self._dense, self._num_tokens)
+        return LayerTokens(layer, self._hidden, self.dense, self._num_tokens)
 
     def leave(
         self,

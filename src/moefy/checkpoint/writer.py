@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.reader import INDEX, SINGLE
+from moefy.checkpoint.reader import INDEX, SINGLE, weight_files
 from moefy.errors import CheckpointError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -140,6 +140,27 @@ class ShardWriter:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode()
+
+
+def replace_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put other values into tensors of a checkpoint's files; dtypes and shapes stay.
+
+    Raises:
+        CheckpointError: a value is not finite in the stored dtype.
+    """
+    for file in weight_files(folder):
+        with (folder / file).open("rb+") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+            for name in tensors.keys() & header.keys():
+                entry = header[name]
+                dtype = next(dtype for dtype, code in _DTYPES.items() if code == entry["dtype"])
+                stored = tensors[name].to(dtype).contiguous()
+                assert list(stored.shape) == entry["shape"]
+                if not stored.isfinite().all():
+                    raise CheckpointError(f"{name} would hold NaN or infinite values")
+                stream.seek(8 + size + entry["data_offsets"][0])
+                stream.write(stored.flatten().view(torch.uint8).numpy().data)
 
 
 class FileStream:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,7 @@ from moefy.construct.ffn import SplitFfn, stream
 from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import split_ffn
+from moefy.construct.repair.end_to_end import train_end_to_end
 from moefy.construct.repair.fit import fit_ffn
 from moefy.data.records import HUB
 from moefy.errors import ArchitectureError
@@ -56,6 +57,8 @@ from moefy.storage import replace_file, storage_errors
 
 PARTITION = "partition.npy"
 """Which neuron of the dense model fills each slot, [layers, slots]; see `construct.merge`."""
+_MOST_BYTES = 4 << 30
+"""Larger models, in float32, are not trained end to end unless the recipe asks for it."""
 
 
 @contextmanager
@@ -137,10 +140,8 @@ def convert(
         identity = {"source": str(source), "data": str(data), "recipe": record["recipe"]}
         if not run.begin(identity):
             run.require_bytes(dense.total_bytes())
-            score = target.score if target else "softmax"
-            layers = split_layers(dense, choice, windows, score, report, run.work)
             with storage_errors(run.out):
-                _write(run.work, dense, choice.split, target, layers, record, report)
+                _convert(run.work, dense, choice, target, windows, record, report)
                 if left_out:
                     replace_file(run.work / GENERATION, json.dumps(generation, indent=2) + "\n")
         run.finish()
@@ -166,6 +167,11 @@ def _for_model(
         ArchitectureError: no target fits, or one was asked for that does not.
     """
     recipe = asked.for_model(dense.config["intermediate_size"])
+    size = 4 * dense.total_bytes() / getattr(torch, dense.dtype).itemsize
+    if asked.end_to_end_epochs is None and (
+        size > _MOST_BYTES or recipe.repair != "fit" or not recipe.follows_dense
+    ):
+        recipe = recipe.model_copy(update={"end_to_end_epochs": 0.0})
     split = recipe.split
     if split.chosen:
         target = native_target(dense.config, split, asked=recipe.target)
@@ -178,6 +184,30 @@ def _for_model(
     return recipe, None
 
 
+def _convert(
+    folder: Path,
+    dense: DenseCheckpoint,
+    recipe: ConvertRecipe,
+    target: NativeTarget | None,
+    windows: Int[np.ndarray, "windows sequence"] | None,
+    record: dict[str, Any],
+    report: ProgressFn,
+) -> None:
+    """Make the converted model in a folder."""
+    walk = None if windows is None else calibration_walk(dense, recipe, windows, folder)
+    with closing(walk) if walk else nullcontext():
+        layers = split_layers(dense, recipe, walk, target.score if target else "softmax", report)
+        config = _write(folder, dense, recipe.split, target, layers, record, report)
+        if recipe.end_to_end_epochs:
+            assert walk is not None
+            divergence = train_end_to_end(
+                folder, walk, recipe, target, stream(recipe.seed, "end to end", 0), report
+            )
+            record["end_to_end"] = asdict(divergence)
+    (folder / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(record, config))
+
+
 def _write(
     folder: Path,
     dense: DenseCheckpoint,
@@ -186,8 +216,11 @@ def _write(
     layers: Iterator[SplitFfn],
     record: dict[str, Any],
     report: ProgressFn,
-) -> None:
-    """Write the converted model, a layer at a time; the source is hashed meanwhile."""
+) -> dict[str, Any]:
+    """Write the converted layers, one at a time, and return config.json.
+
+    The source is hashed meanwhile.
+    """
     if target is None:
         config = pruned_config(dense.config, split)
     else:
@@ -219,48 +252,58 @@ def _write(
         record["source"]["sha256"] = hashes.result()
         if errors:
             record["fit_errors"] = errors  # by layer
-        (folder / "moefy.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "README.md").write_text(model_card(record, config))
-        writer.finish(config)  # config.json last: without it the folder is no model
+        writer.finish(config)
+    return config
+
+
+def calibration_walk(
+    dense: DenseCheckpoint,
+    recipe: ConvertRecipe,
+    windows: Int[np.ndarray, "windows sequence"],
+    scratch: Path | None = None,
+) -> CalibrationWalk:
+    """Return the tokens' way through the layers for a recipe; `scratch` as for the walk."""
+    precision = training_precision("auto") if recipe.repair == "fit" else "float32"
+    return CalibrationWalk(
+        ModelReplay(dense),
+        windows,
+        follow_dense=recipe.follows_dense,
+        precision=precision,
+        scratch=scratch,
+    )
 
 
 def split_layers(
     dense: DenseCheckpoint,
     recipe: ConvertRecipe,
-    windows: Int[np.ndarray, "windows sequence"] | None,
+    walk: CalibrationWalk | None,
     score: RouterScore = "softmax",
     report: ProgressFn = silent,
-    scratch: Path | None = None,
 ) -> Iterator[SplitFfn]:
     """Split the FFNs in the order of the layers.
 
-    With calibration windows, each layer is fitted on the inputs that the layers already converted
+    With calibration tokens, each layer is fitted on the inputs that the layers already converted
     give it (see `CalibrationWalk`); without, only weight-only methods work. `report` is told about
-    the importance pass alone. `scratch` is a folder for what does not fit in memory.
+    the importance pass alone.
 
     Raises:
         CorpusError: an activation is not finite.
     """
-    if windows is None:
+    if walk is None:
         for layer_idx in range(dense.num_layers):
             # weight-only methods promise the same bytes whatever the number of threads
             with one_thread():  # sums in another order could give other experts
                 split = split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx, score)
             yield split
         return
-    replay = ModelReplay(dense)
     importance = None
     if recipe.needs_gradients:
         clusters = recipe.split.routed
-        segments = window_importance(replay, windows, clusters, report=report)
+        segments = window_importance(walk.replay, walk.windows, clusters, report=report)
         importance = importance_by_cluster(segments, clusters, seed=recipe.seed)
-    precision = training_precision("auto") if recipe.repair == "fit" else "float32"
-    walk = CalibrationWalk(
-        replay, windows, follow_dense=recipe.follows_dense, precision=precision, scratch=scratch
-    )
-    with freed_memory_kept(), closing(walk):
+    with freed_memory_kept():
         for layer_idx in range(dense.num_layers):
-            tokens = walk.enter(replay.layer(layer_idx))
+            tokens = walk.enter(walk.replay.layer(layer_idx))
             # the closed form needs few tokens, and its cost grows with them
             sample = tokens.sample(slice(min(recipe.refit_tokens, tokens.num_tokens)))
             if importance is not None:

@@ -169,17 +169,19 @@ class _Experts(torch.autograd.Function):
             # [rows, size], then [experts, hidden, size]
             gated_grad = F.grouped_mm(rows_grad, down.to(dtype), offs=offsets)
             gated = (ungated.detach() * row_weights).to(dtype)
-            down_grad = F.grouped_mm(rows_grad.T, gated, offs=offsets)
+            gate_up_grad = down_grad = None  # frozen weights need none
+            if ctx.needs_input_grad[2]:
+                down_grad = F.grouped_mm(rows_grad.T, gated, offs=offsets).to(down.dtype)
             del rows_grad
             weights_grad = (gated_grad * ungated.detach()).sum(-1).to(weights.dtype)
             (products_grad,) = torch.autograd.grad(ungated, products, gated_grad * row_weights)
-            rows = hidden.to(dtype)[tokens]
-            gate_up_grad = F.grouped_mm(products_grad.T, rows, offs=offsets)
-            del rows
+            if ctx.needs_input_grad[1]:
+                rows = hidden.to(dtype)[tokens]
+                gate_up_grad = F.grouped_mm(products_grad.T, rows, offs=offsets).to(gate_up.dtype)
+                del rows
             hidden_grad = F.grouped_mm(products_grad, gate_up.to(dtype), offs=offsets)
             hidden_grad = hidden_grad[places].sum(1)  # always in the same order
-        grads = hidden_grad.to(hidden.dtype), gate_up_grad.to(gate_up.dtype)
-        return *grads, down_grad.to(down.dtype), weights_grad, *[None] * 4
+        return hidden_grad.to(hidden.dtype), gate_up_grad, down_grad, weights_grad, *[None] * 4
 
 
 def expert_views(

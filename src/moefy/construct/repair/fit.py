@@ -48,15 +48,10 @@ def fit_ffn(
     masters = [matrix.clone() for matrix in split.weights]
     if chosen:
         masters.append(split.routing.router.clone())
-    rate, batch = recipe.fit_learning_rate, recipe.fit_batch_tokens
-    optimizer = torch.optim.Adam(
-        [{"params": [m], "lr": rate * float(m.square().mean().sqrt())} for m in masters],
-        betas=_BETAS,
-        fused=True,
-    )
+    batch = recipe.fit_batch_tokens
     assert recipe.fit_epochs is not None
     num_steps = max(1, round(recipe.fit_epochs * num_fitted / batch))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, num_steps=num_steps))
+    optimizer, schedule = adam(masters, recipe.fit_learning_rate, num_steps)
     dtype = torch.bfloat16 if training_precision("auto") == "bfloat16" else torch.float32
 
     def squares(which: slice | np.ndarray, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -99,6 +94,20 @@ def fit_ffn(
     return SplitFfn(
         split.partition, routing, gate, up, down, fitted=True, error=FitError(before, after)
     )
+
+
+def adam(
+    tensors: list[Tensor], rate: float, num_steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Return an optimizer whose rate is `rate` times each tensor's root mean square now.
+
+    The schedule is a warm-up of 5% and half a cosine to 0.
+    """
+    sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in tensors]
+    groups = [{"params": [t], "lr": rate * s} for t, s in zip(tensors, sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
+    factor = partial(_rate, num_steps=num_steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _rate(step: int, num_steps: int) -> float:
