@@ -74,8 +74,8 @@ def cached_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Write a text file so that readers see the old content or the new one.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that readers see the old content or the new one.
 
     Raises:
         StorageError: the disk is full, or the place cannot be written.
@@ -83,7 +83,7 @@ def replace_file(path: Path, content: str) -> None:
     partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     with storage_errors(path):
         try:
-            partial.write_text(content)
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
             sync(partial)
             partial.replace(path)
             sync(path.parent)

@@ -16,7 +16,9 @@ import moefy
 from moefy.calibrate.text import calibration_windows
 from moefy.checkpoint.targets import TARGETS
 from moefy.construct import convert as construct
-from moefy.errors import UsageError
+from moefy.construct.repair.fit import fit_ffn
+from moefy.errors import OutputError, UsageError
+from moefy.progress import Progress
 
 SETTINGS: dict[str, Any] = {
     "experts": 8,
@@ -118,3 +120,34 @@ def test_large_models_and_other_repairs_are_not_trained(
     assert made.recipe.end_to_end_epochs == 0.5
     with pytest.raises(UsageError, match="end_to_end_epochs is 1"):
         moefy.convert(dense, tmp_path / "no", repair="refit", end_to_end_epochs=1)
+
+
+def test_a_long_conversion_goes_on_behind_its_last_layer(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = write_sure_model(tmp_path / "dense", "llama")
+    settings = SETTINGS | {"effort": "high"}
+    moefy.convert(dense, tmp_path / "whole", data=corpus, **settings)
+    fitted: list[int] = []
+
+    def fit(tokens: Any, split: Any, recipe: Any, generator: Any) -> Any:
+        fitted.append(1)
+        return fit_ffn(tokens, split, recipe, generator)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "convert" and progress.done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(construct, "fit_ffn", fit)
+    with pytest.raises(KeyboardInterrupt):
+        moefy.convert(dense, tmp_path / "out", data=corpus, report=stop, **settings)
+    assert not (tmp_path / "out/config.json").exists()
+    with pytest.raises(OutputError, match="other settings"):
+        moefy.convert(dense, tmp_path / "out", data=corpus, **settings | {"seed": 1})
+    moefy.convert(dense, tmp_path / "out", data=corpus, **settings)
+    assert len(fitted) == 2  # one layer each time
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        file.name for file in (tmp_path / "whole").iterdir()
+    }
+    one, two = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert one.read_bytes() == two.read_bytes()

@@ -41,6 +41,7 @@ from moefy.checkpoint.targets import (
 )
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.ffn import SplitFfn, stream
+from moefy.construct.kept import keep_layer, load_layer
 from moefy.construct.native import native_layer
 from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import split_ffn
@@ -51,12 +52,14 @@ from moefy.errors import ArchitectureError
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, ConvertSettings
-from moefy.run_folder import RunFolder
+from moefy.run_folder import MARKER, RunFolder
 from moefy.split import Split
 from moefy.storage import replace_file, storage_errors
 
 PARTITION = "partition.npy"
 """Which neuron of the dense model fills each slot, [layers, slots]; see `construct.merge`."""
+LAYERS = "layers"
+"""Folder of the finished layers of an unfinished conversion with `--effort high`."""
 _MOST_BYTES = 4 << 30
 """Larger models, in float32, are not trained end to end unless the recipe asks for it."""
 
@@ -102,7 +105,8 @@ def convert(
 
     Args:
         source: a model folder, a `.gguf` file, `smollm2-135m`, or a hub name.
-        out: folder to write; it appears whole or not at all.
+        out: folder to write; it appears whole or not at all. With the effort `high`, a conversion
+            that was stopped goes on behind its last finished layer.
         data: calibration text for the methods that need it: a folder of `<domain>.jsonl(.gz)`
             files, `demo`, or `self` (the dense model samples it); held-out documents are left out.
         recipe: a `ConvertRecipe` or a YAML file with its keys.
@@ -116,7 +120,15 @@ def convert(
         StorageError: the disk is full; nothing was left behind.
     """
     asked = ConvertRecipe.build(recipe, **settings)
-    with RunFolder(out, "model", overwrite=overwrite, sources=[source]) as run:
+    resumes = asked.effort == "high"  # the others take minutes, and leave nothing behind
+    with RunFolder(
+        out,
+        "model",
+        overwrite=overwrite,
+        sources=[source],
+        resumes=resumes,
+        scratch=[LAYERS] if resumes else (),
+    ) as run:
         dense = DenseCheckpoint(resolve(source, report=report))
         choice, target = _for_model(asked, dense)
         ModelReplay(dense)  # for its errors: it can be built
@@ -138,10 +150,17 @@ def convert(
             )
         record = _record(source, dense, choice, data, windows)
         identity = {"source": str(source), "data": str(data), "recipe": record["recipe"]}
-        if not run.begin(identity):
+        if resumes:
+            identity["calibration"] = record.get("calibration")
+        goes_on = run.begin(identity)
+        if not run.was_finished:
             run.require_bytes(dense.total_bytes())
             with storage_errors(run.out):
-                _convert(run.work, dense, choice, target, windows, record, report)
+                for file in run.work.iterdir() if goes_on else ():
+                    if file.name not in (MARKER, LAYERS):
+                        file.unlink()
+                kept = run.work / LAYERS if resumes else None
+                _convert(run.work, dense, choice, target, windows, record, report, kept)
                 if left_out:
                     replace_file(run.work / GENERATION, json.dumps(generation, indent=2) + "\n")
         run.finish()
@@ -192,11 +211,13 @@ def _convert(
     windows: Int[np.ndarray, "windows sequence"] | None,
     record: dict[str, Any],
     report: ProgressFn,
+    kept: Path | None,
 ) -> None:
-    """Make the converted model in a folder."""
+    """Make the converted model in a folder; `kept` as for `split_layers`."""
     walk = None if windows is None else calibration_walk(dense, recipe, windows, folder)
     with closing(walk) if walk else nullcontext():
-        layers = split_layers(dense, recipe, walk, target.score if target else "softmax", report)
+        score = target.score if target else "softmax"
+        layers = split_layers(dense, recipe, walk, score, report, kept)
         config = _write(folder, dense, recipe.split, target, layers, record, report)
         if recipe.end_to_end_epochs:
             assert walk is not None
@@ -279,12 +300,14 @@ def split_layers(
     walk: CalibrationWalk | None,
     score: RouterScore = "softmax",
     report: ProgressFn = silent,
+    kept: Path | None = None,
 ) -> Iterator[SplitFfn]:
     """Split the FFNs in the order of the layers.
 
     With calibration tokens, each layer is fitted on the inputs that the layers already converted
     give it (see `CalibrationWalk`); without, only weight-only methods work. `report` is told about
-    the importance pass alone.
+    the importance pass alone. Layers that lie in the folder `kept` are taken from there, the others
+    are put into it.
 
     Raises:
         CorpusError: an activation is not finite.
@@ -304,14 +327,21 @@ def split_layers(
     with freed_memory_kept():
         for layer_idx in range(dense.num_layers):
             tokens = walk.enter(walk.replay.layer(layer_idx))
-            # the closed form needs few tokens, and its cost grows with them
-            sample = tokens.sample(slice(min(recipe.refit_tokens, tokens.num_tokens)))
-            if importance is not None:
-                sample.importance = importance[layer_idx]
-            split = split_ffn(sample, recipe, layer_idx, score)
-            del sample  # before the next one is made: a 7B layer's takes 2 GiB
-            if recipe.repair == "fit":
-                split = fit_ffn(tokens, split, recipe, stream(recipe.seed, "fit", layer_idx))
+            file = kept / f"{layer_idx:03}.safetensors" if kept else None
+            found = load_layer(file, recipe.split.chosen, score) if file else None
+            if found:
+                split = found
+            else:
+                # the closed form needs few tokens, and its cost grows with them
+                sample = tokens.sample(slice(min(recipe.refit_tokens, tokens.num_tokens)))
+                if importance is not None:
+                    sample.importance = importance[layer_idx]
+                split = split_ffn(sample, recipe, layer_idx, score)
+                del sample  # before the next one is made: a 7B layer's takes 2 GiB
+                if recipe.repair == "fit":
+                    split = fit_ffn(tokens, split, recipe, stream(recipe.seed, "fit", layer_idx))
+                if file:
+                    keep_layer(file, split)
             walk.leave(tokens, split)
             yield split
             del split
