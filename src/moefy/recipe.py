@@ -118,24 +118,9 @@ def _effort(repair: Repair, tokens: int, epochs: float, end_to_end: float) -> di
 
 
 EFFORTS: dict[Effort, dict[str, Any]] = {
-    "fast": {
-        "repair": "refit",
-        "calibration_tokens": 28_672,
-        "fit_epochs": 1.0,
-        "end_to_end_epochs": 0.0,
-    },
-    "normal": {
-        "repair": "fit",
-        "calibration_tokens": 86_016,
-        "fit_epochs": 2.0,
-        "end_to_end_epochs": 1.0,
-    },
-    "high": {
-        "repair": "fit",
-        "calibration_tokens": 344_064,
-        "fit_epochs": 2.0,
-        "end_to_end_epochs": 1.0,
-    },
+    "fast": _effort("refit", 28_672, 1.0, 0.0),
+    "normal": _effort("fit", 57_344, 2.0, 1.0),
+    "high": _effort("fit", 172_032, 2.0, 1.0),
 }
 """What the effort decides where a key is None; measured in docs/construction.md."""
 
