@@ -1,9 +1,9 @@
 """Closed form against fit, split against pruned: docs/construction/fit.csv and its table.
 
-    python benchmarks/fit.py WORK DATA [DESIGN...]    # DATA: ../shared/data/pretrain
+    python benchmarks/fit.py WORK DATA [DESIGN[, EFFORT]...]    # DATA: ../shared/data/pretrain
     python benchmarks/fit.py WORK                     # the table of what WORK has
 
-Every design is a `moefy convert` and a `moefy eval` on held-out documents, 28,672 tokens of seven
+Every design ("8 of 16", "8 of 16, high"; without an effort: fast and normal) is a `moefy convert` and a `moefy eval` on held-out documents, 28,672 tokens of seven
 domains. What WORK has already is not run again, so the command may be stopped and goes on.
 """
 
@@ -37,9 +37,10 @@ SPLITS = {
 
 def main(work: Path, data: str | None, designs: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    for name in designs or SPLITS if data else ():
-        for effort in ("fast", "normal"):
-            measure(work, data, name, effort)
+    for asked in designs or SPLITS if data else ():
+        name, _, effort = asked.partition(", ")
+        for each in [effort] if effort else ["fast", "normal"]:
+            measure(work, data, name, each)
     rows = [
         [
             "design",

@@ -201,7 +201,7 @@ class ConvertRecipe(Recipe):
     ] = None
     end_to_end_learning_rate: Annotated[
         float, Field(gt=0, description="Of that training, times each tensor's root mean square")
-    ] = 0.01
+    ] = 0.003
     aim: Literal["ffn", "residual"] = "residual"
     target: Annotated[
         Target | None, option("Architecture to write", unset="the first that is exact")
