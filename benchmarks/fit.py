@@ -1,10 +1,11 @@
 """Closed form against fit, split against pruned: docs/construction/fit.csv and its table.
 
     python benchmarks/fit.py WORK DATA [DESIGN[, EFFORT]...]    # DATA: ../shared/data/pretrain
-    python benchmarks/fit.py WORK                     # the table of what WORK has
+    python benchmarks/fit.py WORK    # the table of what WORK has
 
-Every design ("8 of 16", "8 of 16, high"; without an effort: fast and normal) is a `moefy convert` and a `moefy eval` on held-out documents, 28,672 tokens of seven
-domains. What WORK has already is not run again, so the command may be stopped and goes on.
+Every design ("8 of 16", "8 of 16, high"; without an effort: fast and normal) is a `moefy convert`
+and a `moefy eval` on held-out documents, 28,672 tokens of seven domains. What WORK has already is
+not run again, so the command may be stopped and goes on.
 """
 
 from __future__ import annotations

@@ -60,13 +60,14 @@ def convert(
     """
     done = call(moefy.convert, source, out, data=data, recipe=recipe, overwrite=overwrite)
     made = done.recipe
+    quality = "" if done.kl is None else f"KL to the dense model: {done.kl:.3f} nats a token. "
     show(
         vars(done) | {"recipe": made.model_dump(mode="json")},
         as_json=as_json,
         text=f"{done.folder}: {done.num_layers} layers of {made.experts} slices "
         f"({done.expert_size} neurons each), of which {made.active} run per token, {made.shared} "
-        f"of them always; {done.written_bytes / 1e6:.0f} MB. What next: moefy eval {source} "
-        f"{done.folder}, or moefy train {done.folder} OUT",
+        f"of them always; {done.written_bytes / 1e6:.0f} MB. {quality}What next: "
+        f"moefy eval {source} {done.folder}, or moefy train {done.folder} OUT",
     )
 
 

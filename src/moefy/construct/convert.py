@@ -28,6 +28,7 @@ from moefy.checkpoint.reader import (
     DenseCheckpoint,
     fingerprint,
     open_tensors,
+    read_json,
     side_files,
     weight_files,
 )
@@ -84,6 +85,7 @@ class Conversion:
     num_layers: int
     expert_size: int  # neurons
     written_bytes: int  # of weights
+    kl: float | None  # nats to the dense model, on calibration text that was not fitted
 
 
 def convert(
@@ -165,12 +167,14 @@ def convert(
                     replace_file(run.work / GENERATION, json.dumps(generation, indent=2) + "\n")
         run.finish()
     files = (open_tensors(run.out / name) for name in weight_files(run.out))
+    trained = read_json(run.out / "moefy.json").get("end_to_end")
     return Conversion(
         folder=run.out,
         recipe=choice,
         num_layers=dense.num_layers,
         expert_size=choice.split.size(dense.config["intermediate_size"]),
         written_bytes=sum(file.num_bytes for file in files),
+        kl=trained["after"] if trained else None,
     )
 
 
