@@ -19,14 +19,14 @@ from moefy.calibrate.replay import WINDOWS_AT_ONCE, LayerReplay, ModelReplay
 from moefy.calibrate.sample import FfnSample, check_finite
 from moefy.hardware import device, products_in
 
-_IN_MEMORY_BYTES = 1 << 30
+_IN_MEMORY_BYTES = 1 << 29
 
 
 class HiddenStates:
     """The residual stream of all calibration tokens, in float32 on the CPU.
 
-    More than a GiB of it lies in a file without a name, which vanishes even after a kill. The file
-    is mapped anew for each access, so that memory does not grow with the number of tokens.
+    More than half a GiB of it lies in a file without a name, which vanishes even after a kill. The
+    file is mapped anew for each access, so that memory does not grow with the number of tokens.
     """
 
     def __init__(self, num_tokens: int, hidden_size: int, scratch: Path | None = None) -> None:
