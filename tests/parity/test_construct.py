@@ -192,7 +192,7 @@ def test_layers_see_what_the_converted_ones_before_them_give(
 def test_states_in_a_file_give_the_same_bytes(
     tiny_llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: Any
 ) -> None:
-    """Above half a GiB the residual stream lies in a file; memory then does not grow with the tokens."""
+    """Above half a GiB the residual stream lies in a file; memory does not grow with tokens."""
     settings = choices | TOKENS | {"experts": 8, "active": 4}
     moefy.convert(tiny_llama, tmp_path / "memory", data=corpus, **settings)
     monkeypatch.setattr("moefy.calibrate.walk._IN_MEMORY_BYTES", 1000)
