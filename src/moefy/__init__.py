@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the 
     from moefy.report.write import write_report as write_report
     from moefy.studies.plan import plan as plan
     from moefy.studies.run import study as study
-    from moefy.training.dry_run import dry_run as dry_run
     from moefy.training.run import train as train
     from moefy.training.tune import tune as tune
 
@@ -44,7 +43,6 @@ _HOME = {
     "bench": "evaluation.speed.measure_speed",
     "chat": "evaluation.chat.chat",
     "convert": "construct.convert.convert",
-    "dry_run": "training.dry_run.dry_run",
     "evaluate": "evaluation.compare.evaluate",
     "evaluate_suite": "evaluation.suite.evaluate_suite",
     "export_dense": "construct.merge.export_dense",

@@ -307,12 +307,12 @@ SLIMPAJAMA_NAMES = {
     "RedPajamaCommonCrawl": "cc",
     "RedPajamaC4": "c4",
     "RedPajamaGithub": "github",
-    "RedPajamaWikipedia": "wiki",
+    "RedPajamaWikipedia": "wikipedia",
     "RedPajamaBook": "book",
     "RedPajamaArXiv": "arxiv",
     "RedPajamaStackExchange": "stackexchange",
 }
-"""SlimPajama's domains, as its lines name them, and the paper's names for them."""
+"""SlimPajama's domains, as its lines name them, and moefy's names for them."""
 
 
 FOLDER_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
@@ -366,24 +366,6 @@ class PrepareRecipe(Recipe):
         if self.domain_names is None and self.domain_key == SLIMPAJAMA_KEY:
             return SLIMPAJAMA_NAMES
         return self.domain_names
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """Read `wikipedia=0.4,book=0.6` as domain weights.
-
-    Raises:
-        UsageError: an entry is not NAME=NUMBER.
-    """
-    try:
-        pairs = [entry.split("=") for entry in text.split(",")]
-        weights = {name.strip(): float(number) for name, number in pairs}
-    except ValueError:  # no number, or more or fewer than one "="
-        weights = {"": 0.0}
-    if not all(weights):
-        raise UsageError(
-            f"--mixture {text!r}: write NAME=NUMBER pairs, as in wikipedia=0.7,book=0.3"
-        )
-    return weights
 
 
 def _read(file: str | Path | None) -> dict[str, Any]:

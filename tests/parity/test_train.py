@@ -222,15 +222,14 @@ def test_overwrite_keeps_what_the_run_reads(
     moe: Path, make_llama: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
     other = make_llama("other", vocab_size=300)
-    out, reference = tmp_path / "out", tmp_path / "reference.yaml"
-    reference.write_text("ab: 1.5\n")
+    out = tmp_path / "out"
     moefy.train(moe, out, data=corpus, tokens=128, **SHORT)
     before = weights(out)
-    follows = {"mixture": "DynamicUniform", "reference_losses": str(reference)}
+    follows = {"mixture": "DynamicUniform", "reference_losses": {"ab": 1.5}}
     again: dict[str, Any] = {"data": corpus, "tokens": 128, "overwrite": True, **SHORT}
     with pytest.raises(ArchitectureError, match="300 tokens in its vocabulary"):
         moefy.train(moe, out, teacher=str(other), **again)
-    with pytest.raises(CorpusError, match="lack xyz"):
+    with pytest.raises(CorpusError, match=r"reference_losses are for ab, and .* has ab, xyz"):
         moefy.train(moe, out, **follows, **again)
     with pytest.raises(OutputError, match="its own source"):
         moefy.train(moe, out, teacher=str(out), **again)

@@ -16,7 +16,6 @@ from moefy.recipe import (
     PrepareRecipe,
     PrepareSettings,
     Recipe,
-    parse_weights,
 )
 from moefy.split import Split
 from moefy.studies.recipe import StudyRecipe, StudySettings
@@ -193,8 +192,6 @@ def test_a_split_that_does_not_divide_names_the_nearest() -> None:
         Split(9, 2).check(7)
 
 
-def test_weights_as_text() -> None:
-    assert parse_weights("a=0.5, b=2") == {"a": 0.5, "b": 2.0}
-    for text in ("a", "a=", "=1", "a=x", ""):
-        with pytest.raises(UsageError, match="NAME=NUMBER"):
-            parse_weights(text)
+@pytest.mark.parametrize("name", ["llama-moe-7b-train", "smollm2-one-gpu", "demo"])
+def test_every_training_recipe_is_valid(name: str) -> None:
+    TrainRecipe.build(Path(__file__).parents[2] / f"recipes/{name}.yaml")

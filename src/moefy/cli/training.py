@@ -11,7 +11,7 @@ import typer
 import moefy
 from moefy.cli.app import app
 from moefy.cli.options import Data, Json, Model, Overwrite, ResumedOut, recipe_options
-from moefy.cli.output import call, quiet_libraries, show, warn
+from moefy.cli.output import call, show, warn
 from moefy.recipe import PrepareRecipe
 from moefy.report import tables
 from moefy.training.recipe import TrainRecipe, TuneRecipe
@@ -61,14 +61,6 @@ def train(
     *,
     data: Data = "demo",
     recipe: TrainRecipe,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            "--dry-run",
-            metavar="N",
-            help="Check the recipe and count memory for N processes; train nothing.",
-        ),
-    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -76,12 +68,6 @@ def train(
 
     Example: `moefy train out/moe out/trained --teacher smollm2-135m --tokens 65536`
     """
-    if processes is not None:
-        quiet_libraries()
-        found = moefy.dry_run(model, processes=processes, recipe=recipe)
-        title = f"{model}, {processes} processes"
-        show(vars(found), (tables.dry_run_rows(found), title), as_json=as_json)
-        return
     options = {"recipe": recipe, "overwrite": overwrite, "draw": _draw}
     done = call(moefy.train, model, out, data=data, **options)
     if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports

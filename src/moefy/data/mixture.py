@@ -15,9 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from moefy.data.strategies import UpdateRule
-from moefy.errors import CorpusError, OutputError, TrainingError, UsageError
-from moefy.storage import changed_settings
+from moefy.data.strategies import updated_weights
+from moefy.errors import CorpusError, TrainingError
 
 # Keeps this generator apart from others that are keyed on the same seed.
 _PURPOSE = zlib.crc32(b"mixture")
@@ -45,17 +44,8 @@ class Batch:
     repeats: Mapping[str, int]
 
     def of_worker(self, worker_idx: int, num_workers: int) -> tuple[Sample, ...]:
-        """Return one process's part; the parts of all, in order, are the batch.
-
-        Raises:
-            UsageError: the batch cannot be divided equally.
-        """
-        size, rest = divmod(len(self.samples), num_workers)
-        if rest:
-            raise UsageError(
-                f"{len(self.samples)} sequences a step cannot be divided among {num_workers} "
-                "processes: make global_batch_size a multiple of their number"
-            )
+        """Return one process's part; the parts of all, in order, are the batch."""
+        size = len(self.samples) // num_workers
         return self.samples[worker_idx * size : (worker_idx + 1) * size]
 
 
@@ -157,9 +147,7 @@ class Mixture:
         # A run that was stopped right after an update must not renew them twice.
         return self.step % interval_steps == 0 and self._state.weights_since_step < self.step
 
-    def reweight(
-        self, losses: Mapping[str, float], reference: Mapping[str, float], rule: UpdateRule
-    ) -> WeightUpdate:
+    def reweight(self, losses: Mapping[str, float], reference: Mapping[str, float]) -> WeightUpdate:
         """Renew the weights for the next batches. Domains of weight 0 stay left out.
 
         One process does this and sends the new weights to the others (`set_weights`): they must
@@ -167,11 +155,7 @@ class Mixture:
 
         Args:
             losses: held-out loss of the present model by domain, nats per token.
-            reference: by domain (see `data.strategies`).
-            rule: one of `strategies.UPDATE_RULES`.
-
-        Returns:
-            What to write into the log.
+            reference: what they are compared with, by domain.
 
         Raises:
             TrainingError: a loss is not finite.
@@ -184,7 +168,7 @@ class Mixture:
                 "the mixture cannot follow it: lower --learning-rate, or look at these documents"
             )
         old = np.array([self._state.weights[name] for name in names])
-        new = rule(old, np.array(list(excess.values()), dtype=np.float64))
+        new = updated_weights(old, np.array(list(excess.values()), dtype=np.float64))
         self.set_weights(
             dict.fromkeys(self.names, 0.0) | dict(zip(names, new.tolist(), strict=True))
         )
@@ -217,16 +201,7 @@ class Mixture:
         return deepcopy(self._state)
 
     def restore(self, state: MixtureState) -> None:
-        """Go on where another mixture of the same seed and corpus stood.
-
-        Raises:
-            OutputError: the state is of another seed or corpus.
-        """
-        if changed := changed_settings(_what_it_is_of(state), _what_it_is_of(self._state)):
-            raise OutputError(
-                f"the checkpoint's data order is of another seed or corpus ({'; '.join(changed)}): "
-                "give the same ones to continue it, or start again"
-            )
+        """Go on where another mixture of the same seed and corpus stood."""
         self.set_weights(state.weights)
         self._state = deepcopy(state)
 
@@ -250,11 +225,6 @@ class Mixture:
             key = (self._state.seed, zlib.crc32(name.encode("utf-8", "surrogatepass")), epoch)
             found[here] = permuted(places[here], self._state.num_sequences[name], key)
         return found
-
-
-def _what_it_is_of(state: MixtureState) -> dict[str, int]:
-    sizes = {f"sequences of {name!r}": count for name, count in state.num_sequences.items()}
-    return {"seed": state.seed} | sizes
 
 
 _NUM_ROUNDS = 12  # with 8, orders of 5 to 16 places are measurably uneven

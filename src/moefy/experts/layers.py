@@ -98,7 +98,7 @@ def lean_experts(
     starts = torch.searchsorted(chosen, experts_at)
     rows, ends = torch.arange(len(order), device=order.device), starts[1:]
     tokens, weights = order // top_k_index.shape[1], top_k_weights.reshape(-1)[order]
-    is_real = not isinstance(hidden_states, FakeTensor)  # a dry run does not know who chose whom
+    is_real = not isinstance(hidden_states, FakeTensor)  # which has no numbers to count
     on_cpu = hidden_states.device.type == "cpu"
     if is_real and on_cpu and _computes_in(hidden_states) == torch.bfloat16:
         counts = starts.diff()

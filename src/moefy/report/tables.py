@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from moefy.evaluation.routing import RoutingResult
     from moefy.evaluation.speed import Speed, SpeedComparison
     from moefy.evaluation.suite import SuiteResult
-    from moefy.training.dry_run import DryRun
 
 Rows = list[list[str]]
 """The header first."""
@@ -106,21 +105,6 @@ def corpus_rows(record: dict[str, Any]) -> Rows:
         row.append(f"{characters / tokens:.2f}" if tokens else "–")
         rows.append([*row, f"{found['broken_lines']:,}"])
     return rows
-
-
-def dry_run_rows(found: DryRun) -> Rows:
-    """Return header and rows of a dry run, a figure a row."""
-    return [
-        ["of the run", ""],
-        ["optimizer steps", f"{found.steps:,}"],
-        ["tokens a step", f"{found.tokens_per_step:,}"],
-        ["passes a step and process", f"{found.passes_per_step:,}"],
-        ["parameters", f"{found.total_params:,}"],
-        ["active parameters", f"{found.active_params:,}"],
-        ["learned parameters", f"{found.learned_params:,}"],
-        ["weights, gradients, optimizer: GiB a process", f"{found.state_bytes / 2**30:.2f}"],
-        ["FLOPs, forward and backward", f"{found.total_flops:.3g}"],
-    ]
 
 
 def routing_rows(result: RoutingResult) -> Rows:

@@ -40,7 +40,7 @@ from moefy.training.optimizer import build_optimizer, learning_rate
 from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe
 from moefy.training.samples import Samples
-from moefy.training.state import FINISHED, RunLog, RunState
+from moefy.training.state import FINISHED, LOG, RunState, log_step
 from moefy.training.step import TRAINED_PASSES, peak_flops, train_step
 
 
@@ -109,12 +109,15 @@ class TrainingLoop:
         one_pass = cost(read_config(self.source), context=recipe.sequence_length)
         flops = TRAINED_PASSES * one_pass.flops_per_token
         peak = self.processes.size * peak_flops(recipe.precision)
-        log = None
-        if self.processes.is_first:
-            replace_file(self._folder.work / "recipe.yaml", shown.to_yaml())
-            log = RunLog(self._folder.work, first_step, recipe)
+        work, writes = self._folder.work, self.processes.is_first
+        if writes:
+            replace_file(work / "recipe.yaml", shown.to_yaml())
+            if (
+                not first_step
+            ):  # else the log is the checkpoint's, without steps that are done again
+                replace_file(work / LOG, "")
             if first_line and not first_step:
-                log.write(first_line)
+                log_step(work, first_line)
         for step in range(first_step, num_steps):
             samples = self._samples.next_step(self.student)
             rate = learning_rate(
@@ -135,8 +138,8 @@ class TrainingLoop:
             is_last, interval = step + 1 == num_steps, recipe.evaluate_every_steps
             if interval and ((step + 1) % interval == 0 or is_last):
                 line["heldout_loss"] = heldout()
-            if log:
-                log.write(line)
+            if writes:
+                log_step(work, line)
             note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s"
             note += f", MFU {line['mfu']:.0%}"
             for name, epoch in line.get("repeats", {}).items():
@@ -145,8 +148,6 @@ class TrainingLoop:
             # also behind the last step: writing the model may fail
             if every and (step + 1) % every == 0:
                 self._state.save(step + 1, self._samples.state())
-        if log:
-            log.close()
 
     def write(
         self,

@@ -55,7 +55,7 @@ def check_model(config: Mapping[str, Any], recipe: TrainRecipe | TuneRecipe, nam
 
 
 def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any:
-    """Load the model that is trained: float32 master weights; products may be bfloat16."""
+    """Load the model that is trained, with float32 weights, and freeze the recipe's parts."""
     register()
     options: dict[str, Any] = {}
     if ffn_shape(read_config(source)).experts:
@@ -63,12 +63,6 @@ def load_student(source: Path, recipe: TrainRecipe, processes: Processes) -> Any
     network = _load(source, torch.float32, recipe, processes.sizes, **options).train()
     if recipe.lora:
         network = add_adapters(network, recipe.lora, recipe.seed % 2**63, processes)
-    prepare_student(network, recipe)
-    return network
-
-
-def prepare_student(network: Any, recipe: TrainRecipe) -> None:
-    """Freeze the recipe's parts (UsageError if there are none), and say how layers are computed."""
     named, target = list(network.named_parameters()), TARGETS.get(network.config.model_type)
     # a converted model has attention sinks because its architecture does, so low that they do
     # nothing: they must stay there
@@ -89,6 +83,7 @@ def prepare_student(network: Any, recipe: TrainRecipe) -> None:
     if recipe.compile:
         for layer in network.model.layers:
             layer.compile()
+    return network
 
 
 def load_teacher(source: Path, recipe: TrainRecipe, processes: Processes) -> Any:

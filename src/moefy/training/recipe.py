@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from moefy.errors import UsageError
-from moefy.recipe import Fraction, NonNegative, Positive, Recipe, Seed, option, parse_weights
+from moefy.recipe import Fraction, NonNegative, Positive, Recipe, Seed, option
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Part = Literal["embeddings", "attention", "norms", "experts", "shared-experts", "routers"]
-Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["auto", "float32", "bfloat16"]
-MixtureUpdate = Literal["llama-moe", "sheared-llama"]
+Mixture = Literal[
+    "Uniform", "StaticLLaMA", "StaticSheared", "DynamicUniform", "DynamicLLaMA", "DynamicSheared"
+]
 ExpertsImplementation = Literal["lean", "grouped_mm", "batched_mm", "eager"]
 
 
@@ -110,11 +110,9 @@ class TrainSettings(LoopSettings, total=False):
     """The keys of `TrainRecipe`, as keywords of a function; a mapping stands for a part's keys."""
 
     tokens: int
-    mixture: str | dict[str, float]
-    normalise_weights: bool
-    mixture_update: MixtureUpdate
+    mixture: Mixture | dict[str, float]
     mixture_interval_steps: int | None
-    reference_losses: str
+    reference_losses: Literal["dense"] | dict[str, float]
     min_lr_ratio: float
     adam_betas: tuple[float, float]
     router_warmup_fraction: float
@@ -129,7 +127,6 @@ class TrainSettings(LoopSettings, total=False):
     checkpoints_kept: int
     evaluate_every_steps: int
     heldout_sequences: int
-    trackers: tuple[Tracker, ...]
 
 
 class LoopRecipe(Recipe):
@@ -147,7 +144,7 @@ class LoopRecipe(Recipe):
         # how the work is cut, kept and watched may change: a run may go on with other processes
         free = {
             "micro_batch_size", "parallel", "gradient_checkpointing", "compile",
-            "experts_implementation", "checkpoint_every_steps", "checkpoints_kept", "trackers",
+            "experts_implementation", "checkpoint_every_steps", "checkpoints_kept",
         }  # fmt: skip
         return self.model_dump(mode="json", exclude=free)
 
@@ -178,13 +175,12 @@ class TrainRecipe(LoopRecipe):
     micro_batch_size: Positive = 1
 
     mixture: Annotated[
-        str | dict[str, float],
-        option("Shares of the domains: a strategy's name or wikipedia=0.7,book=0.3"),
+        Mixture | dict[str, NonNegative],
+        option("Shares of the domains, as in wikipedia=0.7,book=0.3, or their name"),
     ] = "Uniform"
-    normalise_weights: bool = False
-    mixture_update: MixtureUpdate = "llama-moe"
     mixture_interval_steps: Positive | None = None
-    reference_losses: str = "dense"
+    # what a dynamic mixture compares the losses with, nats per token; dense: the teacher's losses
+    reference_losses: Literal["dense"] | dict[str, Annotated[float, Field(gt=0)]] = "dense"
 
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
     warmup_fraction: Fraction = 0.1
@@ -214,13 +210,22 @@ class TrainRecipe(LoopRecipe):
     checkpoints_kept: Positive = 2
     evaluate_every_steps: Annotated[int, Field(ge=0)] = 0
     heldout_sequences: Positive = 8
-    trackers: tuple[Tracker, ...] = ()
     seed: Seed = 0
 
     @field_validator("mixture", mode="before")
     @classmethod
     def _weights_of_text(cls, mixture: Any) -> Any:
-        return parse_weights(mixture) if isinstance(mixture, str) and "=" in mixture else mixture
+        names = get_args(Mixture)
+        if not isinstance(mixture, str) or mixture in names:
+            return mixture
+        try:
+            pairs = [entry.split("=") for entry in mixture.split(",")]
+            return {name.strip(): float(number) for name, number in pairs}
+        except ValueError:  # no number, or more or fewer than one "="
+            raise ValueError(
+                f"unknown mixture {mixture!r}: write one of {', '.join(names)}, or a weight for "
+                "each domain, as in wikipedia=0.7,book=0.3"
+            ) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -269,18 +274,7 @@ class TrainRecipe(LoopRecipe):
     @property
     def is_dynamic(self) -> bool:
         """Whether the weights of the mixture follow the losses."""
-        from moefy.data.strategies import find_strategy  # not for `moefy --help`: it needs numpy
-
-        return isinstance(self.mixture, str) and find_strategy(self.mixture).is_dynamic
-
-    def check_reference(self) -> None:
-        """Raise UsageError for a mixture that follows the losses of a model that is not named."""
-        if self.is_dynamic and self.reference_losses == "dense" and self.teacher is None:
-            raise UsageError(
-                f"{self.mixture} compares the losses with the dense model's: name it with "
-                "--teacher (with distillation.alpha 0 it is used for nothing else), or set "
-                "reference_losses to published or to a file"
-            )
+        return isinstance(self.mixture, str) and self.mixture.startswith("Dynamic")
 
 
 class TuneSettings(LoopSettings, total=False):

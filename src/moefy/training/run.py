@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.data.corpus import heldout_of, open_corpus
 from moefy.data.mixture import Mixture
-from moefy.data.strategies import initial_weights, published_reference, read_reference
+from moefy.data.strategies import for_domains, initial_weights
+from moefy.errors import UsageError
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
@@ -24,7 +24,7 @@ from moefy.training.models import check_context, check_model, load_teacher
 from moefy.training.processes import Processes, join_processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
 from moefy.training.samples import Windows, WindowSamples, losses_of
-from moefy.training.state import REFERENCE, begin, check_trackers, open_folder, read_log
+from moefy.training.state import REFERENCE, begin, open_folder, read_log
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,14 @@ def train(
     """
     choice = TrainRecipe.build(recipe, **settings)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
-    check_trackers(choice)
-    choice.check_reference()
+    if choice.is_dynamic and choice.reference_losses == "dense" and choice.teacher is None:
+        raise UsageError(
+            f"{choice.mixture} compares the losses with the dense model's: name it with --teacher "
+            "(with distillation.alpha 0 it is used for nothing else), or set reference_losses"
+        )
     processes = join_processes(choice)
     report = report if processes.is_first else silent
-    read = model, data, recipe, choice.teacher, choice.reference_losses
+    read = model, data, recipe, choice.teacher
     with open_folder(out, processes, overwrite=overwrite, sources=read) as folder:
         source, parent = resolve_first(model, processes, report), None
         check_model(read_config(source), choice, str(source))
@@ -124,7 +127,7 @@ def _open_corpus(
     )
     mixture = Mixture(
         corpus.num_sequences,
-        initial_weights(choice.mixture, corpus.num_sequences, normalise=choice.normalise_weights),
+        initial_weights(choice.mixture, corpus.num_sequences),
         seed=choice.seed,
         global_batch_size=choice.global_batch_size,
     )
@@ -145,15 +148,10 @@ def _reference(
     )
     if kept:
         return kept
-    if choice.reference_losses == "published":
-        config = read_config(loop.source)  # published losses are chosen by the size of the model
-        losses = published_reference(
-            list(heldout), num_parameters=cost(config).total_params, vocab_size=config["vocab_size"]
-        )
-    elif choice.reference_losses != "dense":
-        losses = read_reference(choice.reference_losses, list(heldout))
+    if choice.reference_losses != "dense":
+        losses = for_domains(choice.reference_losses, heldout, "reference_losses")
     else:
-        assert choice.teacher is not None  # see `TrainRecipe.check_reference`
+        assert choice.teacher is not None
         report(Progress("measure the dense model", 0, 1))
         # a teacher that runs in every step is loaded already
         dense = loop.teacher or load_teacher(resolve(choice.teacher), choice, processes)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moefy.data.corpus import Corpus
 from moefy.data.mixture import Mixture, MixtureState, Sample, WeightUpdate
-from moefy.data.strategies import UPDATE_INTERVAL_STEPS, UPDATE_RULES
+from moefy.data.strategies import UPDATE_INTERVAL_STEPS
 from moefy.data.template import IGNORED, Example
 from moefy.evaluation.heldout import heldout_losses
 from moefy.training.processes import Processes
@@ -96,11 +96,8 @@ class WindowSamples:
             recipe.mixture_interval_steps or UPDATE_INTERVAL_STEPS
         ):
             losses = losses_of(network, self._heldout, recipe, self._processes)
-            rule = UPDATE_RULES[recipe.mixture_update]
             # the first process's, to the last bit: all must draw the same samples
-            update = self._processes.of_first(
-                lambda: mixture.reweight(losses, self._reference, rule)
-            )
+            update = self._processes.of_first(lambda: mixture.reweight(losses, self._reference))
             mixture.set_weights(update.weights)
         batch = mixture.next_batch()
         mine = batch.of_worker(self._processes.data_idx, self._processes.num_data)

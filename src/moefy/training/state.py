@@ -15,12 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +29,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moefy.errors import MoefyError, OutputError, UsageError
+from moefy.errors import MoefyError, OutputError
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file, storage_errors, sync_files
 from moefy.training.processes import Processes
-from moefy.training.recipe import TrainRecipe
 
 FOLDER = "checkpoint"
 FINISHED = ".finished"
 LOG = "log.jsonl"
 REFERENCE = "reference.json"  # losses that a dynamic mixture compares its own with
-_TRACKED = "wandb-run"
-_JOURNALS = (LOG, REFERENCE, _TRACKED)  # of OUT, kept in every checkpoint too
+_JOURNALS = (LOG, REFERENCE)  # of OUT, kept in every checkpoint too
 _RECORD = "run.json"
 _CHECKSUMS = "checksums.json"
 _FILE_BYTES = 1 << 30
@@ -63,10 +59,7 @@ def open_folder(
         overwrite=overwrite,
         sources=[path for path in sources if isinstance(path, str | Path)],
         resumes=True,
-        own=(
-            *("recipe.yaml", "broken.txt", *_JOURNALS),
-            *("tensorboard/*", "wandb/*"),
-        ),
+        own=("recipe.yaml", "broken.txt", *_JOURNALS),
         # figures are drawn into the finished folder, and replaced with it
         scratch=(FOLDER, FINISHED, "*.png"),
     )
@@ -271,36 +264,10 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return steps
 
 
-class RunLog:
-    """Writes the log of a run that continues after `first_step`; used by the first process."""
-
-    def __init__(self, folder: Path, first_step: int, recipe: TrainRecipe) -> None:
-        self._file = folder / LOG
-        if not first_step:  # else the checkpoint's, without the steps that are done again
-            replace_file(self._file, "")
-        self._trackers = [_tracker(name, folder, first_step, recipe) for name in recipe.trackers]
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Add a step; raise StorageError if the disk is full."""
-        with storage_errors(self._file), self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for tracker in self._trackers:
-            tracker.log(dict(_numbers(line)), step=line["step"])
-
-    def close(self) -> None:
-        """Let the trackers finish."""
-        for tracker in self._trackers:
-            tracker.finish()
-
-
-def check_trackers(recipe: TrainRecipe) -> None:
-    """Raise UsageError for a tracker that is not installed."""
-    for name in recipe.trackers:
-        if find_spec(name) is None:
-            raise UsageError(
-                f"trackers: {name} is not installed: pip install {name}, or leave it out (every "
-                f"step is in {LOG} anyway)"
-            )
+def log_step(folder: Path, line: Mapping[str, Any]) -> None:
+    """Add a step to the log of a run; raise StorageError if the disk is full."""
+    with storage_errors(folder / LOG), (folder / LOG).open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -335,36 +302,3 @@ def _assign(tensor: Tensor, whole: Tensor) -> Tensor:
         whole = parts.redistribute(placements=tensor.placements)
     with torch.no_grad():
         return tensor.copy_(whole)
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield every number of a log line under a name as `domain_loss/wiki`; lists are left out."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{key}", float(value)
-
-
-def _tracker(name: str, folder: Path, first_step: int, recipe: TrainRecipe) -> Any:
-    from accelerate.state import PartialState
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
-
-    PartialState()  # which accelerate's trackers ask whether they are the first process's
-    if name == "tensorboard":
-        # steps that are done again replace those that were written before the run stopped
-        tracker = TensorBoardTracker(name, logging_dir=folder, purge_step=first_step + 1)
-    else:
-        mark = folder / _TRACKED
-        if not (first_step and mark.is_file()):
-            replace_file(mark, secrets.token_hex(8))
-        tracker = WandBTracker(
-            "moefy",
-            name=folder.name,
-            id=mark.read_text(),
-            resume="allow",  # a run that was stopped goes on in the same plot
-            dir=folder,
-            config=recipe.model_dump(mode="json"),
-        )
-    tracker.start()
-    return tracker
