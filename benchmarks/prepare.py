@@ -83,7 +83,8 @@ def encode_in_processes(backend: str, documents: list[str], count: int) -> Timin
 
 def prepare(data: str, out: Path, workers: int) -> tuple[Timing, int]:
     used = cpu_s()
-    done = moefy.prepare(data, out, tokenizer=MODEL, workers=workers, overwrite=True)
+    os.environ["TOKENIZERS_PARALLELISM"] = str(workers > 1).lower()
+    done = moefy.prepare(data, out, tokenizer=MODEL, overwrite=True)
     return (done.elapsed_s, cpu_s() - used), done.tokens
 
 

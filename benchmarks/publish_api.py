@@ -12,14 +12,12 @@ import re
 from pathlib import Path
 
 import moefy
-from moefy.recipe import ConvertRecipe, PrepareRecipe, Recipe
+from moefy.recipe import ConvertRecipe, Recipe
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 PAGE = Path(__file__).parents[1] / "docs/api.md"
-RECIPES: tuple[type[Recipe], ...] = (
-    *(ConvertRecipe, PrepareRecipe, TrainRecipe, TuneRecipe, StudyRecipe),
-)
+RECIPES: tuple[type[Recipe], ...] = (*(ConvertRecipe, TrainRecipe, TuneRecipe, StudyRecipe),)
 
 
 def page() -> str:

@@ -5,7 +5,6 @@ A recipe holds every choice that changes the result. Paths and progress are not 
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
@@ -300,72 +299,6 @@ LLAMA_MOE: dict[str, Any] = {
     "repair": "paper",
 }
 """The choices of LLaMA-MoE (arXiv 2406.16554)."""
-
-
-SLIMPAJAMA_KEY = "meta.redpajama_set_name"
-SLIMPAJAMA_NAMES = {
-    "RedPajamaCommonCrawl": "cc",
-    "RedPajamaC4": "c4",
-    "RedPajamaGithub": "github",
-    "RedPajamaWikipedia": "wikipedia",
-    "RedPajamaBook": "book",
-    "RedPajamaArXiv": "arxiv",
-    "RedPajamaStackExchange": "stackexchange",
-}
-"""SlimPajama's domains, as its lines name them, and moefy's names for them."""
-
-
-FOLDER_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
-"""Names of domains: each becomes a folder of a corpus, and none may lead out of it."""
-
-
-class PrepareSettings(TypedDict, total=False):
-    """The keys of `PrepareRecipe`, as keywords of a function."""
-
-    text_key: str
-    domain_key: str | None
-    domain_names: dict[str, str] | None
-    skip_broken: bool
-    shard_tokens: int
-
-
-class PrepareRecipe(Recipe):
-    """How text becomes token shards.
-
-    Keys are names in a line's object; dots lead into objects inside it. `domain_names` maps what
-    `domain_key` finds to domains and allows no other; None takes the names as they are, and
-    SlimPajama's own map with SlimPajama's key.
-    """
-
-    text_key: str = "text"
-    domain_key: Annotated[
-        str | None,
-        option(
-            "Key of a line that names its domain, such as SlimPajama's meta.redpajama_set_name",
-            unset="the file's name is the domain",
-        ),
-    ] = None
-    domain_names: dict[str, str] | None = None
-    skip_broken: Annotated[
-        bool, option("Skip broken lines and count them, instead of stopping")
-    ] = False
-    shard_tokens: Positive = 1 << 28
-
-    @model_validator(mode="after")
-    def _names_fit(self) -> Self:
-        if self.domain_names is not None and self.domain_key is None:
-            raise ValueError("domain_names without a domain_key: pass --domain-key too")
-        for name in (self.domain_names or {}).values():
-            if not FOLDER_NAME.fullmatch(name):
-                raise ValueError(f"domain_names gives {name!r}, which cannot name a folder")
-        return self
-
-    @property
-    def allowed_names(self) -> dict[str, str] | None:
-        """What a line may name as its domain, and what that becomes; None: any plain name."""
-        if self.domain_names is None and self.domain_key == SLIMPAJAMA_KEY:
-            return SLIMPAJAMA_NAMES
-        return self.domain_names
 
 
 def _read(file: str | Path | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def child(data: str, out: str, tokenizer: str, last: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    moefy.prepare(data, out, tokenizer=tokenizer, workers=2, shard_tokens=1500)
+    moefy.prepare(data, out, tokenizer=tokenizer)
     os._exit(0)
 
 
@@ -36,6 +36,7 @@ if __name__ == "__main__":
     moefy.prepare  # noqa: B018 - imports it
     moefy.data.prepare._COMMIT_EVERY_S = 0.0
     moefy.data.prepare._BATCH_BYTES = 2000
+    moefy.data.prepare._SHARD_TOKENS = 1500
     for line in sys.stdin:
         data, out, tokenizer, last = line.split("\t")
         if (pid := os.fork()) == 0:

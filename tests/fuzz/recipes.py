@@ -8,26 +8,20 @@ from pathlib import Path
 
 import yaml
 
-from moefy.recipe import ConvertRecipe, PrepareRecipe, Recipe
+from moefy.recipe import ConvertRecipe, Recipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 from tests.fuzz.changes import VALUES, byte_changes, value_changes
 
 COMMANDS = {
     "recipe of convert": "convert dense out --recipe r.yaml --experts 4 --active 2 "
     "--partition random --router random --repair none",
-    "recipe of prepare": "prepare text out --recipe r.yaml --tokenizer dense --workers 1",
     "recipe of train": "train moe out --data text --recipe r.yaml --tokens 64 "
     "--set sequence_length=32 --set global_batch_size=1",
     "recipe of tune": "tune moe out --data talks.jsonl --recipe r.yaml --set epochs=1 "
     "--set global_batch_size=40 --set sequence_length=128",
 }
-KNOWN = {
-    "recipe of prepare: shard_tokens is 1": "a file for each token is synchronised, as was asked",
-    "recipe of prepare: shard_tokens is True": "pydantic takes it for 1",
-}
 _RECIPES: dict[str, Recipe] = {
     "recipe of convert": ConvertRecipe(),
-    "recipe of prepare": PrepareRecipe(),
     "recipe of train": TrainRecipe(),
     "recipe of tune": TuneRecipe(),
 }

@@ -14,14 +14,13 @@ from typer.testing import CliRunner
 from moefy.cli import app, main
 from moefy.cli.options import recipe_options
 from moefy.errors import UsageError
-from moefy.recipe import ConvertRecipe, PrepareRecipe, Recipe
+from moefy.recipe import ConvertRecipe, Recipe
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES: dict[str, Recipe] = {
     "convert": ConvertRecipe(),
-    "prepare": PrepareRecipe(),
     "train": TrainRecipe(),
     "tune": TuneRecipe(),
     "study": StudyRecipe(),

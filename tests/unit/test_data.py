@@ -21,7 +21,7 @@ from moefy.data import files
 from moefy.data.demo_text import _plain
 from moefy.data.records import is_held_out, open_domains
 from moefy.data.tokenise import pack
-from moefy.errors import CorpusError, UsageError
+from moefy.errors import CorpusError
 
 
 def test_domains_are_the_files_names(corpus: Path) -> None:
@@ -284,8 +284,6 @@ def test_no_domain_leads_out_of_a_corpus(name: str, tmp_path: Path) -> None:
     made = {"tokenizer": tmp_path / "tokenizer", "workers": 1, "domain_key": "by"}
     with pytest.raises(CorpusError, match="cannot name a folder"):
         moefy.prepare(file, tmp_path / "out/x", **made)
-    with pytest.raises(UsageError, match=r"domain_names gives .*, which cannot name a folder"):
-        moefy.prepare(file, tmp_path / "out/x", **made, domain_names={name: name})
     if name == "..":
         with pytest.raises(CorpusError, match="cannot name a folder"):
             open_domains("hf:..")
@@ -318,7 +316,7 @@ def test_a_file_that_expands_without_end(
     tracemalloc.start()
     try:
         with pytest.raises(CorpusError, match="no line end in 4 MiB"):
-            open_domains(file)
+            next(open_domains(file)[0].documents())
         assert tracemalloc.get_traced_memory()[1] < 1 << 25
     finally:
         tracemalloc.stop()

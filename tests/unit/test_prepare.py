@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import json
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import zstandard
 from tests.conftest import byte_tokenizer
@@ -22,12 +20,11 @@ from tests.conftest import byte_tokenizer
 import moefy
 from moefy.cli import main
 from moefy.data import files
+from moefy.data.prepare import SLIMPAJAMA_KEY, SLIMPAJAMA_NAMES
 from moefy.data.records import open_domains
 from moefy.data.shards import TokenShards, is_prepared
 from moefy.data.tokenise import pack
-from moefy.errors import CorpusError, MoefyError, OutputError, StorageError, UsageError
-from moefy.progress import Progress
-from moefy.recipe import SLIMPAJAMA_KEY, SLIMPAJAMA_NAMES
+from moefy.errors import CorpusError, MoefyError, OutputError, StorageError
 from moefy.run_folder import MARKER
 
 
@@ -39,10 +36,10 @@ def tokenizer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, tokenizer: Path) -> Callable[..., TokenShards]:
-    """Prepare with one worker, and open the result."""
+    """Prepare, and open the result."""
 
     def prepare(data: object, out: str = "tokens", **choices: Any) -> TokenShards:
-        choices = {"workers": 1, "tokenizer": tokenizer} | choices
+        choices = {"tokenizer": tokenizer} | choices
         return TokenShards(moefy.prepare(str(data), tmp_path / out, **choices).folder)
 
     return prepare
@@ -75,16 +72,6 @@ def texts(shards: TokenShards, domain: str) -> set[str]:
     return found - {""}
 
 
-def workers() -> list[psutil.Process]:
-    """Return the processes that tokenise, without the standard library's tracker of semaphores."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "spawn_main" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file but the marker, whose identity has the name of the data."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
@@ -93,12 +80,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_sequences_are_the_windows_that_training_packs(
-    corpus: Path, run: Callable[..., TokenShards], split: Any
+    corpus: Path, run: Callable[..., TokenShards], split: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moefy.data.prepare._SHARD_TOKENS", 1000)
     file = corpus / "ab.jsonl"
     special = [{"text": f"ends <eos> early, {number}: wörld 漢字"} for number in range(60)]
     write(file, [*special, {"text": ""}, b"\n", file.read_bytes()])
-    shards = run(corpus, shard_tokens=1000)
+    shards = run(corpus)
     tokenizer = byte_tokenizer()
     assert shards.domains == ["ab", "xyz"]
     for domain in open_domains(corpus):
@@ -116,12 +104,12 @@ def test_sequences_are_the_windows_that_training_packs(
     assert tokenizer("<eos>")["input_ids"] == [tokenizer.eos_token_id]  # pack changed nothing
 
 
-def test_the_same_bytes_whatever_the_number_of_workers(
+def test_the_same_bytes_whatever_the_batches(
     corpus: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = run(corpus, "one", workers=1)
+    one = run(corpus, "one")
     monkeypatch.setattr("moefy.data.prepare._BATCH_BYTES", 3000)
-    many = run(corpus, "many", workers=3)
+    many = run(corpus, "many")
     assert contents(one.folder) == contents(many.folder)
     for shard in one.record["domains"]["ab"]["shards"]:
         content = (one.folder / shard["file"]).read_bytes()
@@ -159,8 +147,6 @@ def test_slimpajama_as_published(tmp_path: Path, run: Callable[..., TokenShards]
     ]
     write(data / "chunk1/example_train_0.jsonl.zst", stream[:100])
     write(data / "chunk2/example_train_1.jsonl.zst", stream[100:])
-    with pytest.raises(CorpusError, match=r"pass --domain-key meta\.redpajama_set_name"):
-        run(data)
     shards = run(data, domain_key=SLIMPAJAMA_KEY)
     assert shards.domains == ["arxiv", "book", "c4", "cc", "github", "stackexchange", "wikipedia"]
     assert texts(shards, "wikipedia") == {f"RedPajamaWikipedia {number}" for number in range(40)}
@@ -180,19 +166,16 @@ def test_any_other_key(tmp_path: Path, run: Callable[..., TokenShards]) -> None:
         tmp_path / "all.jsonl",
         [{"body": f"{name} {number}", "by": name} for number in range(30) for name in "ab"],
     )
-    keys = {"domain_key": "by", "text_key": "body"}
-    assert run(file, **keys).domains == ["a", "b"]
-    shards = run(file, "mapped", **keys, domain_names={"a": "one", "b": "one"})
-    assert len(texts(shards, "one")) == 60
+    shards = run(f"{file}#body", domain_key="by")
+    assert shards.domains == ["a", "b"]
+    assert len(texts(shards, "a")) == 30
     for name, message in (("../up", "cannot name a folder"), (3, ": 3 is"), (None, ": None is")):
         write(file, [{"body": "x", "by": name}])
         with pytest.raises(CorpusError, match=message):
-            run(file, f"bad{name}".replace("/", ""), **keys)
+            run(f"{file}#body", f"bad{name}".replace("/", ""), domain_key="by")
     write(file, [{"body": "x", "by": f"d{number}"} for number in range(300)])
     with pytest.raises(CorpusError, match="more than 200 domains"):
-        run(file, "many", **keys)
-    with pytest.raises(UsageError, match="pass --domain-key too"):
-        run(file, "none", domain_names={"a": "b"})
+        run(f"{file}#body", "many", domain_key="by")
 
 
 def test_a_hugging_face_dataset(tmp_path: Path, run: Callable[..., TokenShards]) -> None:
@@ -211,7 +194,7 @@ def test_a_hugging_face_dataset(tmp_path: Path, run: Callable[..., TokenShards])
     shards = run(f"hf:{folder}", "keyed", domain_key="meta.from")
     assert texts(shards, "a") == set(columns["text"][2:41:2])
     with pytest.raises(CorpusError, match=r"no column 'body', only id, meta, text"):
-        run(f"hf:{folder}", "other", text_key="body")
+        run(f"hf:{folder}#body", "other")
 
 
 BROKEN = {
@@ -324,12 +307,10 @@ def test_shards_that_are_not_whole(
     shards = run(corpus)
     assert is_prepared(shards.folder)
     assert not is_prepared(corpus)
-    with pytest.raises(IndexError, match="there are 0 of"):
+    with pytest.raises(IndexError, match=r"no sequence 0 of 1000000 tokens"):
         shards.sequence("ab", 0, 10**6)
     with pytest.raises(IndexError):
         shards.sequence("ab", -1, 8)
-    with pytest.raises(CorpusError, match=r"has no 'train' of 'news': there are train, heldout of"):
-        shards.num_sequences("news", 8)
     with pytest.raises(CorpusError, match="is no prepared corpus"):
         TokenShards(corpus)
     file = shards.folder / "ab/train-00000.bin"
@@ -367,8 +348,8 @@ def test_an_output_in_the_way(
     write(tmp_path / "data/a.jsonl", [*rows("a"), b"x\n"])
     with pytest.raises(CorpusError):
         run(tmp_path / "data", "stopped")
-    with pytest.raises(OutputError, match=r"other settings \(recipe: was .*'shard_tokens': 9"):
-        run(tmp_path / "data", "stopped", shard_tokens=9)
+    with pytest.raises(OutputError, match=r"other settings \(domain_key: was None, now 'x'"):
+        run(tmp_path / "data", "stopped", domain_key="x")
     journal = tmp_path / "stopped/journal.json"
     journal.write_bytes(journal.read_bytes().replace(b'"after": [', b'"after": [1'))
     with pytest.raises(OutputError, match="damaged"):
@@ -376,23 +357,11 @@ def test_an_output_in_the_way(
     run(tmp_path / "data", "stopped", overwrite=True, skip_broken=True)
 
 
-def test_a_killed_worker_and_a_full_disk_lose_nothing(
+def test_a_full_disk_loses_nothing(
     corpus: Path, tmp_path: Path, run: Callable[..., TokenShards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moefy.data.prepare._BATCH_BYTES", 1000)
     whole = contents(run(corpus, "whole").folder)
-    notes = []
-
-    def kill(progress: Progress) -> None:
-        notes.append(progress.note)
-        for child in workers():
-            child.kill()
-
-    with pytest.raises(MoefyError, match="a worker process was killed, mostly for lack of mem"):
-        run(corpus, report=kill)
-    assert 0 < len(notes) < 20
-    assert contents(run(corpus).folder) == whole
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
@@ -401,30 +370,6 @@ def test_a_killed_worker_and_a_full_disk_lose_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(run(corpus, "full").folder) == whole
-    assert not workers()
-
-
-def test_reading_stays_only_a_little_ahead(tokenizer: Path) -> None:
-
-    from moefy.data.tokenise import Lines, Tokeniser, in_processes
-    from moefy.recipe import PrepareRecipe
-
-    read = 0
-
-    def endless() -> Iterator[Lines]:
-        nonlocal read
-        while True:
-            read += 1
-            yield Lines("a, line", "a", "text", 1, b'{"text": "a"}\n', (0, read), read)
-
-    backend = byte_tokenizer().backend_tokenizer
-    tokeniser = Tokeniser(backend, 256, "<u2", PrepareRecipe())
-    results = in_processes(tokeniser, endless(), 2)
-    for number in range(1, 50):
-        assert next(results)[0].after == (0, number)
-    assert read < 70
-    results.close()
-    assert not workers()
 
 
 def test_the_command(
@@ -448,4 +393,4 @@ def test_the_command(
     assert "xyz" in table
     assert json.loads(rest)["domains"]["xyz"]["documents"] > 60
     assert "skipped: ab.jsonl, line 81" in printed.err
-    assert "0:00:00 left" in printed.err
+    assert re.search(r"prepare [\d,]+/[\d,]+", printed.err)

@@ -13,8 +13,6 @@ from moefy.errors import UsageError
 from moefy.recipe import (
     ConvertRecipe,
     ConvertSettings,
-    PrepareRecipe,
-    PrepareSettings,
     Recipe,
 )
 from moefy.split import Split
@@ -97,7 +95,6 @@ def test_a_key_of_what_a_name_chose(tmp_path: Path) -> None:
     ("recipe", "keywords"),
     [
         (ConvertRecipe, ConvertSettings),
-        (PrepareRecipe, PrepareSettings),
         (TrainRecipe, TrainSettings),
         (TuneRecipe, TuneSettings),
         (StudyRecipe, StudySettings),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -59,12 +60,12 @@ def bars() -> Iterator[ProgressFn]:
         yield log_lines()
         return
 
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     tasks: dict[str, Any] = {}
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     with Bars(*columns, console=console) as shown:
 
         def report(progress: Progress) -> None:
@@ -79,16 +80,21 @@ def bars() -> Iterator[ProgressFn]:
 def log_lines(every_s: float = 10.0) -> ProgressFn:
     """Return a reporter that prints a line when a stage ends, and every ten seconds between."""
     last_s = time.monotonic()
+    begun: dict[str, tuple[float, int]] = {}
 
     def report(progress: Progress) -> None:
         nonlocal last_s
+        now, todo = time.monotonic(), progress.total - progress.done
+        start_s, start = begun.setdefault(progress.stage, (now, progress.done))
         # the end of a stage is always told: a log then holds every stage, however short
-        finished = progress.done >= progress.total
-        if finished or time.monotonic() - last_s >= every_s:
+        if todo <= 0 or now - last_s >= every_s:
             note = f"  {progress.note}" if progress.note else ""
+            if todo > 0 and progress.done > start:
+                left_s = round((now - start_s) * todo / (progress.done - start))
+                note += f"  {timedelta(seconds=left_s)} left"
             count = f"{progress.done:,}/{progress.total:,}"
             print(f"{progress.stage} {count}{note}", file=sys.stderr, flush=True)
-            last_s = time.monotonic()
+            last_s = now
 
     return report
 

@@ -12,13 +12,11 @@ import moefy
 from moefy.cli.app import app
 from moefy.cli.options import Data, Json, Model, Overwrite, ResumedOut, recipe_options
 from moefy.cli.output import call, show, warn
-from moefy.recipe import PrepareRecipe
 from moefy.report import tables
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 
 @app.command()
-@recipe_options
 def prepare(
     data: Annotated[
         str,
@@ -29,10 +27,19 @@ def prepare(
     out: ResumedOut,
     *,
     tokenizer: Annotated[str, typer.Option(help="The model that will read the tokens.")],
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: one per core]")
+    domain_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Key of a record that names its domain, such as SlimPajama's "
+            "meta.redpajama_set_name. [default: files and folders are domains]"
+        ),
     ] = None,
-    recipe: PrepareRecipe,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Skip broken records and count them.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads. [default: one per core]")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -40,16 +47,16 @@ def prepare(
 
     Example: `moefy prepare demo out/tokens --tokenizer smollm2-135m`
     """
-    options = {"tokenizer": tokenizer, "workers": workers, "overwrite": overwrite}
-    done = call(moefy.prepare, data, out, recipe=recipe, **options)
-    speed = done.tokens_per_s_per_core
+    options = {"domain_key": domain_key, "skip_broken": skip_broken, "workers": workers}
+    done = call(moefy.prepare, data, out, tokenizer=tokenizer, overwrite=overwrite, **options)
+    speed = done.tokens / done.elapsed_s
     warn(*(f"skipped: {line}" for line in done.record["broken_examples"]))
     show(
-        {**done.record, "folder": str(done.folder), "tokens_per_s_per_core": speed},
+        {**done.record, "folder": str(done.folder), "tokens_per_s": speed},
         (tables.corpus_rows(done.record), f"{done.folder}, tokens of {tokenizer}"),
         as_json=as_json,
-        text=f"{done.tokens:,} tokens in {done.elapsed_s:.0f} s, {speed:,.0f} per second and "
-        f"worker ({done.workers}); {done.record['broken_lines']:,} broken lines skipped",
+        text=f"{done.tokens:,} tokens in {done.elapsed_s:.0f} s, {speed:,.0f} per second; "
+        f"{done.record['broken_lines']:,} broken lines skipped",
     )
 
 

@@ -57,7 +57,7 @@ def read_conversations(data: str | Path) -> tuple[list[Conversation], list[str]]
         CorpusError: there is no such corpus, a file is damaged, or no conversation is whole.
     """
     whole, broken = [], []
-    for source in find_sources(data, text_key=None):
+    for source in find_sources(data, whole_records=True):
         for where, line in source.records():
             try:
                 whole.append(Conversation(where, *_messages_of(json.loads(line))))

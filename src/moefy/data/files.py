@@ -118,7 +118,7 @@ def encode_table(rows: Iterable[dict[str, Any]], name: str, keys: list[str]) -> 
         if missing := [column for column in columns if column not in row]:
             raise CorpusError(
                 f"{name} has no column {missing[0]!r}, only {', '.join(sorted(map(str, row)))}: "
-                "name the text with --set text_key=COLUMN, the domain with --domain-key COLUMN"
+                "name the text by DATA#COLUMN, the domain by --domain-key COLUMN"
             )
         kept = {column: row[column] for column in columns} if columns else row
         if keys and kept.get(keys[0], "") is None:  # how a table says that there is no text

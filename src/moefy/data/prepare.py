@@ -11,33 +11,43 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.source import BUILTIN, is_hub_name, resolve
+from moefy.data import records
 from moefy.data.files import Meter
-from moefy.data.records import DEMO, HUB, find_sources, split_key
+from moefy.data.records import Source, find_sources, is_held_out
 from moefy.data.shards import JOURNAL, RECORD, TokenWriter, describe_tokenizer, read_record
-from moefy.data.tokenise import Lines, Tokenised, Tokeniser, backend_of, in_processes
+from moefy.data.tokenise import backend_of, encode_documents
 from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.recipe import PrepareRecipe, PrepareSettings
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file, storage_errors
 
 _BATCH_BYTES = 1 << 20
+_SHARD_TOKENS = 1 << 28
 _COMMIT_EVERY_S = 10.0
 _MAX_DOMAINS = 200
 _MAX_EXAMPLES = 20
+SLIMPAJAMA_KEY = "meta.redpajama_set_name"
+SLIMPAJAMA_NAMES = {
+    "RedPajamaCommonCrawl": "cc",
+    "RedPajamaC4": "c4",
+    "RedPajamaGithub": "github",
+    "RedPajamaWikipedia": "wikipedia",
+    "RedPajamaBook": "book",
+    "RedPajamaArXiv": "arxiv",
+    "RedPajamaStackExchange": "stackexchange",
+}
+"""SlimPajama's domains, as its lines name them, and moefy's names for them."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,7 @@ class Prepared:
     folder: Path  # the corpus; `TokenShards(folder)` reads it
     record: dict[str, Any]  # what its moefy.json says
     tokens: int  # written by this call; fewer than in the record after a restart
-    workers: int  # processes that tokenised
     elapsed_s: float
-
-    @property
-    def tokens_per_s_per_core(self) -> float:
-        """Speed of this call, its start included."""
-        return self.tokens / self.elapsed_s / self.workers
 
 
 def prepare(
@@ -61,17 +65,17 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | Path,
+    domain_key: str | None = None,
+    skip_broken: bool = False,
     workers: int | None = None,
-    recipe: PrepareRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
-    **settings: Unpack[PrepareSettings],
 ) -> Prepared:
     """Tokenise a corpus into memory-mapped shards by domain.
 
     Every document ends with the tokenizer's end-of-text token, none begins with anything; special
     tokens that stand in the text are read as text. One document in twenty goes to the held-out
-    shards (see `data.records.is_held_out`). The result does not depend on the number of workers.
+    shards (see `data.records.is_held_out`).
 
     A call that was stopped goes on when it is made again, with the same result. Memory is bounded
     by the largest document, not by the corpus.
@@ -81,67 +85,59 @@ def prepare(
             `hf:NAME[:CONFIG]`, or `demo` (see `data.records.find_sources`).
         out: the folder to write.
         tokenizer: a model, as `convert` takes it; of a hub's only the tokenizer is fetched.
-        workers: processes; None for one per core. They are new processes of Python, so a script
-            must call this below `if __name__ == "__main__":`.
-        recipe: a `PrepareRecipe` or a YAML file with its keys.
+        domain_key: key of a record that names its domain, such as SlimPajama's
+            `meta.redpajama_set_name`; dots lead into objects. None: files and folders are domains.
+        skip_broken: skip broken records and count them, instead of stopping at the first.
+        workers: threads of the tokenizer, which this process then keeps; None for one per core.
         overwrite: replace a corpus in `out` when the new one is complete; until then it lies beside
             it, where the same call goes on. An unfinished one is begun again.
         report: told about progress.
-        **settings: single `PrepareRecipe` keys; they override the recipe.
 
     Raises:
-        UsageError: recipe, text, tokenizer or output are not usable; what was done is kept.
-        MoefyError: a worker was killed; what was done is kept.
+        UsageError: text, tokenizer or output are not usable; what was done is kept.
         StorageError: the disk is full; what was done is kept.
     """
     started = time.perf_counter()
-    choice = PrepareRecipe.build(recipe, **settings)
-    place, _ = split_key(data)
-    is_stream = place == DEMO or place.startswith(HUB)
-    workers = workers or _usable_cores()
+    if workers:  # the tokenizers library reads these at its first batch
+        os.environ["TOKENIZERS_PARALLELISM"] = str(workers > 1).lower()
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+    place, _ = records.split_key(data)
+    is_stream = place == records.DEMO or place.startswith(records.HUB)
     run = RunFolder(
         out,
         "corpus",
         overwrite=overwrite,
         sources=(tokenizer,) if is_stream else (tokenizer, place),
         resumes=True,
-        own=(RECORD, "recipe.yaml", "*/train-*.bin", "*/heldout-*.bin"),
+        own=(RECORD, "*/train-*.bin", "*/heldout-*.bin"),
         scratch=(JOURNAL,),
     )
     with run:
-        work = _Preparation(data, choice, tokenizer, report)
+        work = _Preparation(data, domain_key, tokenizer, skip_broken, report)
         run.begin(work.identity)
         tokens = 0
         if not run.was_finished:
-            tokens = work.write(run.work, workers)
+            tokens = work.write(run.work)
             run.finish()
         record = read_record(run.out)
-    return Prepared(run.out, record, tokens, workers, time.perf_counter() - started)
+    return Prepared(run.out, record, tokens, time.perf_counter() - started)
 
 
 @dataclass
 class _Journal:
     """How far a corpus is: all that a restart needs, and all that its record will say."""
 
-    after: tuple[int, int] = (0, 0)  # source and batch to go on with
+    after: tuple[int, int] = (0, 0)  # source, and batches of it that are done
     inputs: list[dict[str, Any]] = field(default_factory=list)  # sources that are done
-    counts: dict[str, Counter[str]] = field(default_factory=dict)  # see `Tokenised`
-    broken: list[str] = field(default_factory=list)
+    # by domain; "" holds records whose domain cannot be known
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)  # the first messages on records left out
     sizes: dict[str, int] = field(default_factory=dict)  # see `TokenWriter`
 
     @property
     def tokens(self) -> int:
         """Token ids written so far."""
         return sum(count["tokens"] + count["heldout_tokens"] for count in self.counts.values())
-
-    def add(self, lines: Lines, done: Tokenised) -> None:
-        """Note what came of some lines."""
-        self.after = lines.after
-        for domain, counts in done.counts.items():
-            self.counts.setdefault(domain, Counter()).update(counts)
-        self.broken = [*self.broken, *done.broken][:_MAX_EXAMPLES]
-        if lines.finished:
-            self.inputs.append(lines.finished)
 
     def commit(self, writer: TokenWriter) -> None:
         """Bring the shards to the disk, and then this."""
@@ -165,7 +161,7 @@ class _Journal:
 
 
 class _Preparation:
-    """The sources of a corpus through the tokenisers into a folder.
+    """The sources of a corpus through the tokenizer into a folder.
 
     Everything is checked here, before anything is written.
 
@@ -174,20 +170,20 @@ class _Preparation:
     """
 
     def __init__(
-        self, data: str | Path, recipe: PrepareRecipe, tokenizer: str | Path, report: ProgressFn
+        self,
+        data: str | Path,
+        domain_key: str | None,
+        tokenizer: str | Path,
+        skip_broken: bool,
+        report: ProgressFn,
     ) -> None:
-        self._recipe, self._report = recipe, report
+        self._domain_key, self._skip_broken, self._report = domain_key, skip_broken, report
         loaded = _load_tokenizer(tokenizer, report)
         described = describe_tokenizer(loaded, str(tokenizer))
         dtype = "uint16" if described["vocab_size"] <= 1 << 16 else "uint32"
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        backend = backend_of(loaded, str(tokenizer))
-        self._tokeniser = Tokeniser(backend, described["eos"], self._dtype.str, recipe)
-        self._sources = find_sources(
-            data, text_key=recipe.text_key, domain_key=recipe.domain_key, report=report
-        )
-        sizes = [source.num_bytes for source in self._sources]
-        self._total_bytes = sum(sizes) if all(sizes) else 0  # nobody knows the size of a stream
+        self._backend, self._eos = backend_of(loaded, str(tokenizer)), described["eos"]
+        self._sources = find_sources(data, domain_key=domain_key, report=report)
         listing = json.dumps([(source.name, source.num_bytes) for source in self._sources])
         self.identity = {
             "moefy": version("moefy"),
@@ -195,97 +191,130 @@ class _Preparation:
             "files": hashlib.sha256(listing.encode()).hexdigest(),
             "tokenizer": described,
             "dtype": dtype,
-            # a run that stopped at a broken line goes on when these are skipped
-            "recipe": recipe.model_dump(mode="json", exclude={"skip_broken"}),
+            # not skip_broken: a run that stopped at a broken record goes on when it is skipped
+            "domain_key": domain_key,
         }
 
-    def write(self, folder: Path, workers: int) -> int:
+    def write(self, folder: Path) -> int:
         """Do what is left of the corpus; return the number of tokens written now.
 
         Raises:
             CorpusError: text is broken; what was done before it is kept.
-            MoefyError: a worker was killed; what was done is kept.
             StorageError: the disk is full; what was done at the last commit is kept.
         """
-        replace_file(folder / "recipe.yaml", self._recipe.to_yaml())
-        journal = _Journal.read(folder)
+        journal = self._journal = _Journal.read(folder)
         tokens, itemsize = journal.tokens, self._dtype.itemsize
         with storage_errors(folder):
-            writer = TokenWriter(
-                folder, shard_bytes=self._recipe.shard_tokens * itemsize, sizes=journal.sizes
+            writer = self._writer = TokenWriter(
+                folder, shard_bytes=_SHARD_TOKENS * itemsize, sizes=journal.sizes
             )
-            batches = self._batches(journal.after)
-            with closing(in_processes(self._tokeniser, batches, workers)) as results:
-                try:
-                    self._write(results, journal, writer)
-                except MoefyError:
-                    # between two batches; any other error may come within one, which is done again
-                    journal.commit(writer)
-                    raise
+            try:
+                self._write_sources()
+            except MoefyError:
+                # between two batches; any other error may come within one, which is done again
                 journal.commit(writer)
+                raise
+            journal.commit(writer)
             shards = writer.shards(itemsize)
         if not shards:
             raise CorpusError("no document is left: all texts are empty or broken")
-        record = self._record(journal, shards)
-        replace_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        record = json.dumps(self._record(shards), indent=2) + "\n"
+        replace_file(folder / RECORD, record)
         return journal.tokens - tokens
 
-    def _batches(self, after: tuple[int, int]) -> Iterator[Lines]:
-        """Read the sources from the one that was not done, and yield what is not done yet."""
-        read_bytes = sum(source.num_bytes for source in self._sources[: after[0]])
-        for source_idx, source in enumerate(self._sources[after[0] :], start=after[0]):
+    def _write_sources(self) -> None:
+        """Write the tokens of all batches that are not done."""
+        journal, first = self._journal, self._journal.after[0]
+        sizes = [source.num_bytes for source in self._sources]
+        total = sum(sizes) if all(sizes) else 0  # nobody knows the size of a stream
+        read, tokens = sum(sizes[:first]), journal.tokens
+        started = committed = time.perf_counter()
+        for source_idx, source in enumerate(self._sources[first:], start=first):
             meter, first_line, is_empty = Meter(), 1, True
-            place = f"{source.name}, {source.unit}", source.domain, source.text_key
             for batch_idx, batch in enumerate(_batched(source.read(meter)), start=1):
-                content, here = b"".join(batch), (source_idx, batch_idx)
-                is_empty = is_empty and not content.strip()
-                if here > after:
-                    yield Lines(*place, first_line, content, here, read_bytes + meter.num_bytes)
+                is_empty = is_empty and not any(line.strip() for line in batch)
+                now, here = time.perf_counter(), read + meter.num_bytes
+                if (source_idx, batch_idx) > journal.after:
+                    self._take(source, first_line, batch)
+                    journal.after = (source_idx, batch_idx)
+                    note = f"{(journal.tokens - tokens) / (now - started):,.0f} tokens/s"
+                    self._report(Progress("prepare", here, total or here + 1, note))
                 first_line += len(batch)
-            if is_empty and not self._recipe.skip_broken:
+                if now - committed >= _COMMIT_EVERY_S:
+                    journal.commit(self._writer)
+                    committed = now
+            if is_empty and not self._skip_broken:
                 raise CorpusError(
                     f"{source.name} is empty: pass --skip-broken to go on without it, or remove it "
                     "and start again with --overwrite"
                 )
-            read_bytes += meter.num_bytes
-            finished = {
-                "file": source.name,
-                "bytes": meter.num_bytes,
-                "sha256": meter.sha256.hexdigest(),
-                "empty": is_empty,
-            }
-            # no lines, but the record must wait until the lines before it are written
-            yield Lines(*place, first_line, b"", (source_idx + 1, 0), read_bytes, finished)
+            read += meter.num_bytes
+            digest = meter.sha256.hexdigest()
+            journal.inputs.append(
+                {"file": source.name, "bytes": meter.num_bytes, "sha256": digest, "empty": is_empty}
+            )
+            journal.after = (source_idx + 1, 0)
+        self._report(Progress("prepare", read, read))
 
-    def _write(
-        self, results: Iterator[tuple[Lines, Tokenised]], journal: _Journal, writer: TokenWriter
-    ) -> None:
-        started = committed = time.perf_counter()
-        tokens, start_bytes = journal.tokens, None
-        for lines, done in results:
-            for stream, ids in done.ids.items():
-                writer.append(stream, ids)
-            journal.add(lines, done)
-            if len(journal.counts) > _MAX_DOMAINS:
-                raise CorpusError(
-                    f"{lines.label} {lines.first_line}: more than {_MAX_DOMAINS} domains, such as "
-                    f"{next(iter(done.counts))!r}: is {self._recipe.domain_key!r} the right "
-                    "--domain-key?"
-                )
-            now = time.perf_counter()
-            note = f"{(journal.tokens - tokens) / (now - started):,.0f} tokens/s"
-            read = lines.read_bytes
-            start_bytes = read if start_bytes is None else start_bytes
-            if self._total_bytes and read > start_bytes:
-                left_s = (self._total_bytes - read) / (read - start_bytes) * (now - started)
-                note += f", {timedelta(seconds=round(left_s))} left"
-            self._report(Progress("prepare", read, self._total_bytes or read + 1, note))
-            if now - committed >= _COMMIT_EVERY_S:
-                journal.commit(writer)
-                committed = time.perf_counter()
+    def _take(self, source: Source, first_line: int, lines: list[bytes]) -> None:
+        """Tokenise a batch and write it; CorpusError says, before anything, what is broken."""
+        texts: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        broken = []
+        for number, line in enumerate(lines, start=first_line):
+            if not line.strip():
+                continue
+            where, domain = f"{source.name}, {source.unit} {number}", source.domain
+            try:
+                record, text = records.record_of(line, where, source.text_key)
+                if domain is None:
+                    domain = self._domain(record, where)
+            except CorpusError as error:
+                if not self._skip_broken:
+                    raise CorpusError(
+                        f"{error}; pass --skip-broken to go on without such lines, or mend it and "
+                        "start again with --overwrite"
+                    ) from error
+                counts[domain or ""]["broken_lines"] += 1
+                broken.append(str(error))
+                continue
+            if text:
+                texts[domain, "heldout" if is_held_out(text) else "train"].append(text)
+            else:
+                counts[domain]["empty"] += 1
+        journal = self._journal
+        if len({*journal.counts, *counts, *(domain for domain, _ in texts)}) > _MAX_DOMAINS:
+            raise CorpusError(
+                f"{source.name}, {source.unit} {first_line}: more than {_MAX_DOMAINS} domains, "
+                f"such as {next(iter(texts))[0]!r}: is {self._domain_key!r} the right --domain-key?"
+            )
+        for (domain, side), documents in texts.items():
+            ids = encode_documents(self._backend, self._eos, documents)
+            self._writer.append(f"{domain}/{side}", np.array(ids, dtype=self._dtype).tobytes())
+            prefix = "" if side == "train" else "heldout_"
+            counts[domain][f"{prefix}documents"] += len(documents)
+            counts[domain][f"{prefix}characters"] += sum(map(len, documents))
+            counts[domain][f"{prefix}tokens"] += len(ids)
+        for domain, count in counts.items():
+            journal.counts.setdefault(domain, Counter()).update(count)
+        journal.broken = [*journal.broken, *broken][:_MAX_EXAMPLES]
 
-    def _record(self, journal: _Journal, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    def _domain(self, record: dict[str, Any], where: str) -> str:
+        key = self._domain_key or ""
+        try:
+            found = records.field(record, key)
+        except (KeyError, TypeError):
+            raise CorpusError(f"{where}: there is no domain in {key!r}") from None
+        if key != SLIMPAJAMA_KEY:
+            return records.folder_name(found, f"{where}, {key!r}")
+        if not isinstance(found, str) or found not in SLIMPAJAMA_NAMES:
+            allowed = ", ".join(SLIMPAJAMA_NAMES)
+            raise CorpusError(f"{where}: {key!r} is {found!r}; allowed are {allowed}")
+        return SLIMPAJAMA_NAMES[found]
+
+    def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """Return what moefy.json says."""
+        journal = self._journal
         sizes = ("documents", "characters", "tokens")
         keys = (*sizes, *(f"heldout_{key}" for key in sizes), "empty", "broken_lines")
         return {
@@ -294,7 +323,7 @@ class _Preparation:
             "versions": {name: version(name) for name in ("tokenizers", "transformers", "numpy")},
             "tokenizer": self.identity["tokenizer"],
             "dtype": self.identity["dtype"],
-            "recipe": self._recipe.model_dump(mode="json"),
+            "domain_key": self.identity["domain_key"],
             "domains": {
                 domain: {key: count[key] for key in keys} | {"shards": shards.get(domain, [])}
                 for domain, count in sorted(journal.counts.items())
@@ -330,9 +359,3 @@ def _load_tokenizer(model: str | Path, report: ProgressFn) -> Any:
             f"{model} is no local folder, and the hub gave no tokenizer of that name: name a model "
             f"folder, use {BUILTIN}, or connect to the hub"
         ) from error
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

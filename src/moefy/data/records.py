@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -21,12 +22,13 @@ from moefy.data import demo_text
 from moefy.data.files import FORMS, READABLE, Meter, encode, encode_table, form_of, read_file
 from moefy.errors import CorpusError
 from moefy.progress import ProgressFn, silent
-from moefy.recipe import FOLDER_NAME, SLIMPAJAMA_KEY
 
 Side = Literal["train", "heldout", "all"]
 DEMO = "demo"
 HUB = "hf:"
 HELD_OUT_ONE_IN = 20
+# each domain becomes a folder of a prepared corpus, and none may lead out of it
+_FOLDER_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")
 _UNITS = {".jsonl": "line", ".json": "record", ".txt": "paragraph"}
 
 
@@ -90,7 +92,7 @@ def is_held_out(document: str) -> bool:
 def find_sources(
     data: str | Path,
     *,
-    text_key: str | None = "text",
+    whole_records: bool = False,
     domain_key: str | None = None,
     report: ProgressFn = silent,
 ) -> list[Source]:
@@ -100,9 +102,10 @@ def find_sources(
         data: a file; a folder that holds, for each domain, a file `<domain>.jsonl` or a folder
             `<domain>/` with any number of files; `hf:NAME[:CONFIG]`, the training split of a
             Hugging Face dataset; or `demo`. Hidden files are never read, and a folder is read in
-            the first form of FORMS that it holds. `#KEY` behind it is another `text_key`.
-        text_key: key of the text; dots lead into objects. None: whole records are wanted
-            (conversations), and files may lie in any layout.
+            the first form of FORMS that it holds. `#KEY` behind it is the key of the text, where
+            that is not `text`; dots lead into objects.
+        whole_records: not text is wanted but records, such as conversations: files may lie in any
+            layout.
         domain_key: key of the domain; files may then lie in any layout.
         report: told about downloads.
 
@@ -110,30 +113,27 @@ def find_sources(
         CorpusError: there is no such corpus, or nothing in it.
         AssetError: the demo text cannot be fetched.
     """
-    place, text_key = split_key(data, text_key)
-    keys, key = [each for each in (text_key, domain_key) if each], text_key or ""
+    place, key = (str(data), "") if whole_records else split_key(data)
+    keys, has_key = [each for each in (key, domain_key) if each], whole_records or domain_key
     if place == DEMO:
-        if domain_key or not text_key:
+        if has_key:
             raise CorpusError(f"{DEMO} is text with its own domains: leave --domain-key out")
         texts = sorted(demo_text.sources(report=report).items())
         return [_stream(f"{DEMO}:{name}", name, partial(_rows_of, read)) for name, read in texts]
     if place.startswith(HUB):
         name, _, config = place.removeprefix(HUB).partition(":")
         rows = partial(_dataset_rows, name, config or None, keys)
-        is_named = text_key and not domain_key
-        return [
-            _stream(place, folder_name(Path(name).name, place) if is_named else None, rows, key)
-        ]
+        domain = None if has_key else folder_name(Path(name).name, place)
+        return [_stream(place, domain, rows, key)]
     path = Path(place).expanduser()
     if not path.exists():
         raise CorpusError(
             f"{path} does not exist; the text is a file ({READABLE}), a folder of <domain>.jsonl "
             f"files or of <domain>/ folders with files, {HUB}DATASET, or {DEMO}"
         )
-    files = _files(path, FORMS if text_key else FORMS[:-1])  # no conversation is a .txt file
+    files = _files(path, FORMS if key else FORMS[:-1])  # no conversation is a .txt file
     found: list[tuple[str | None, Path]] = [(None, file) for file in files]
-    if text_key and not domain_key:
-        _refuse_one_stream(files[0])
+    if not has_key:
         found = _by_domain(path, files)
     folder = path.parent if path.is_file() else path
     return [
@@ -150,12 +150,12 @@ def find_sources(
     ]
 
 
-def split_key(data: str | Path, text_key: str | None = "text") -> tuple[str, str | None]:
+def split_key(data: str | Path) -> tuple[str, str]:
     """Return a corpus without the `#KEY` behind it, and the key of its text."""
     place, separator, key = str(data).rpartition("#")
-    if text_key and separator and place and key and not Path(str(data)).expanduser().exists():
+    if separator and place and key and not Path(str(data)).expanduser().exists():
         return place, key
-    return str(data), text_key
+    return str(data), "text"
 
 
 def folder_name(name: Any, where: str) -> str:
@@ -164,10 +164,9 @@ def folder_name(name: Any, where: str) -> str:
     Raises:
         CorpusError: it leads out of the corpus, or would be hidden in it.
     """
-    if not (isinstance(name, str) and FOLDER_NAME.fullmatch(name)):
+    if not (isinstance(name, str) and _FOLDER_NAME.fullmatch(name)):
         raise CorpusError(
-            f"{where}: {name!r} is the name of a domain and cannot name a folder: give names with "
-            "domain_names in a recipe"
+            f"{where}: {name!r} is the name of a domain and cannot name a folder: change it there"
         )
     return name
 
@@ -246,18 +245,6 @@ def _by_domain(path: Path, files: list[Path]) -> list[tuple[str | None, Path]]:
             )
         others.append(file)
     return [(name, file) for name in sorted(found) for file in found[name]]
-
-
-def _refuse_one_stream(file: Path) -> None:
-    """Refuse SlimPajama as published when it is about to be read as domains by file or folder."""
-    try:
-        field(json.loads(next(read_file(file, [], Meter()), b"")), SLIMPAJAMA_KEY)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return
-    raise CorpusError(
-        f"{file} is one stream of all domains, as SlimPajama is published: pass --domain-key "
-        f"{SLIMPAJAMA_KEY}"
-    )
 
 
 def _stream(

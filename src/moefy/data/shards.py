@@ -18,16 +18,18 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Integer
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt
 
 from moefy.data.records import folder_name
 from moefy.data.tokenise import backend_of
 from moefy.errors import CorpusError, OutputError
+from moefy.storage import read_json
 
 RECORD = "moefy.json"
 JOURNAL = "journal.json"
 StoredSide = Literal["train", "heldout"]
 _SIDES = ("train", "heldout")
+_REMEDY = "copy the folder again, or run moefy prepare again"
 
 
 class _Shard(BaseModel):
@@ -88,8 +90,8 @@ class TokenShards:
                 self._starts[domain, side] = list(accumulate(counts, initial=0))
 
     def num_tokens(self, domain: str, side: StoredSide = "train") -> int:
-        """Return the number of token ids, end tokens included; a CorpusError as in `sequence`."""
-        return self._stream(domain, side)[-1]
+        """Return the number of token ids, end tokens included."""
+        return self._starts[domain, side][-1]
 
     def num_sequences(self, domain: str, length: int, side: StoredSide = "train") -> int:
         """Return how many whole sequences of `length` tokens there are."""
@@ -98,16 +100,10 @@ class TokenShards:
     def sequence(
         self, domain: str, idx: int, length: int, side: StoredSide = "train"
     ) -> Int[np.ndarray, " length"]:
-        """Return tokens idx × length to (idx + 1) × length of a domain, as int64.
-
-        Raises:
-            CorpusError: no such domain or side.
-            IndexError: `idx` is not below `num_sequences`.
-        """
-        starts = self._stream(domain, side)
-        count = starts[-1] // length
-        if not 0 <= idx < count:
-            raise IndexError(f"sequence {idx} of {domain!r}: there are {count} of {length} tokens")
+        """Return tokens idx × length to (idx + 1) × length of a domain, as int64."""
+        if not 0 <= idx < self.num_sequences(domain, length, side):
+            raise IndexError(f"{domain!r} has no sequence {idx} of {length} tokens")
+        starts = self._starts[domain, side]
         window = np.empty(length, np.int64)
         first, filled = idx * length, 0
         # starts[i] is the first token of shard i, counted over the whole stream
@@ -141,29 +137,18 @@ class TokenShards:
                 f"the text again with --tokenizer {model}"
             )
 
-    def _stream(self, domain: str, side: str) -> list[int]:
-        if (domain, side) not in self._starts:
-            raise CorpusError(
-                f"{self.folder} has no {side!r} of {domain!r}: there are {', '.join(_SIDES)} of "
-                f"{', '.join(self.domains)}"
-            )
-        return self._starts[domain, side]
-
     def _checked(self, shard: dict[str, Any], name: str) -> Path:
         if shard["file"] != name:
             raise CorpusError(
                 f"{self.folder / RECORD} names the shard {shard['file']!r} where {name!r} belongs: "
-                "copy the folder again, or run moefy prepare again"
+                f"{_REMEDY}"
             )
         file = self.folder / name
         wanted = shard["tokens"] * self._dtype.itemsize
         found = file.stat().st_size if file.is_file() else None
         if found != wanted:
             state = "is missing" if found is None else f"has {found:,} bytes"
-            raise CorpusError(
-                f"{file} {state}, {wanted:,} bytes were written: copy the folder again, or run "
-                "moefy prepare again"
-            )
+            raise CorpusError(f"{file} {state}, {wanted:,} bytes were written: {_REMEDY}")
         return file
 
 
@@ -184,14 +169,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     if is_prepared(folder):
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-        try:
-            _Record.model_validate(record)
-        except ValidationError as error:
-            found = error.errors()[0]
-            raise CorpusError(
-                f"{folder / RECORD} is damaged ({'.'.join(map(str, found['loc']))}: "
-                f"{found['msg']}): copy the folder again, or run moefy prepare again"
-            ) from error
+        read_json(folder / RECORD, _Record, _REMEDY, error=CorpusError)
         return record
     # The journal is gone once a run has finished.
     if (folder / JOURNAL).exists():

@@ -186,7 +186,7 @@ def read_questions(file: str | Path) -> list[Question]:
         CorpusError: the file cannot be read, a line has another form, or a number comes twice.
     """
     questions: dict[int, Question] = {}  # answers are kept by number
-    sources = find_sources(file, text_key=None)
+    sources = find_sources(file, whole_records=True)
     for where, line in chain.from_iterable(source.records() for source in sources):
         try:
             question = Question.model_validate_json(line)
