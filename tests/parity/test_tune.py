@@ -37,7 +37,6 @@ from moefy.run_folder import RunFolder
 from moefy.training.models import add_adapters, merge_adapters
 from moefy.training.processes import ONE
 from moefy.training.recipe import Lora, TrainRecipe, TuneRecipe
-from moefy.training.samples import best_fit
 from moefy.training.state import read_log
 from moefy.training.tune import heldout_loss
 
@@ -126,24 +125,6 @@ def test_the_losses_are_those_of_plain_logits(moe: Path, talks: Path, tmp_path: 
     assert done.heldout_after == log[-1]["heldout_loss"]
 
 
-@pytest.mark.parametrize("target", ["mixtral", "granitemoe_swa"])
-def test_packing_changes_nothing_but_the_rows(target: str, talks: Path, tmp_path: Path) -> None:
-    moe = convert_to(target, tmp_path)
-    disturb(moe)
-    train, _ = sides(moe, talks)
-    logs = []
-    for packing in (False, True):
-        settings = SHORT | {"global_batch_size": len(train), "micro_batch_size": 1}
-        out = tmp_path / f"packing-{packing}"
-        moefy.tune(moe, out, data=talks, packing=packing, **settings)
-        logs.append(read_log(out)[1])
-    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
-    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
-    in_rows = moefy.tune(moe, tmp_path / "rows", data=talks, packing=True, **SHORT)
-    assert in_rows.conversations == len(train)
-    assert in_rows.steps < len(train) / SHORT["global_batch_size"] / 2
-
-
 def test_the_steps_are_those_of_transformers_trainer(
     moe: Path, talks: Path, tmp_path: Path
 ) -> None:
@@ -194,20 +175,6 @@ def test_the_steps_are_those_of_transformers_trainer(
     for mine, line in zip(ours, theirs, strict=True):
         for key in ("loss", "grad_norm", "learning_rate"):
             assert mine[key] == pytest.approx(line[key], rel=1e-5), (key, mine["step"])
-
-
-def test_rows_are_filled_best_fit_first(moe: Path, talks: Path) -> None:
-    train, _ = sides(moe, talks)
-    by_length = sorted(train, key=lambda example: -len(example.ids))
-    rows = best_fit(train, 256)
-    assert sorted(id(e) for row in rows for e in row) == sorted(map(id, train))
-    spaces = [256 - sum(len(e.ids) for e in row) for row in rows]
-    assert min(spaces) >= 0
-    # no row could have been saved by its own first conversation
-    assert all(
-        space < len(later[0].ids) for i, space in enumerate(spaces) for later in rows[i + 1 :]
-    )
-    assert rows[0][0] is by_length[0]
 
 
 def test_tuning_teaches_and_keeps_the_form(moe: Path, talks: Path, tmp_path: Path) -> None:

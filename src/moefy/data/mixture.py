@@ -30,25 +30,6 @@ class Sample(NamedTuple):
     epoch: int
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The samples of one step, of all processes together.
-
-    Attributes:
-        samples: in order.
-        repeats: the domains that start another epoch in this step, with its number (1 is the first
-            repetition). A domain stands here once an epoch, also after a restart.
-    """
-
-    samples: tuple[Sample, ...]
-    repeats: Mapping[str, int]
-
-    def of_worker(self, worker_idx: int, num_workers: int) -> tuple[Sample, ...]:
-        """Return one process's part; the parts of all, in order, are the batch."""
-        size = len(self.samples) // num_workers
-        return self.samples[worker_idx * size : (worker_idx + 1) * size]
-
-
 @dataclass
 class MixtureState:
     """Where a mixture stands; plain values, so that `json` keeps it exactly.
@@ -119,12 +100,11 @@ class Mixture:
         """The present weights by domain."""
         return dict(self._state.weights)
 
-    def next_batch(self) -> Batch:
-        """Draw the samples of the next step."""
+    def next_batch(self) -> tuple[Sample, ...]:
+        """Draw the samples of the next step, of all processes together."""
         state = self._state
         domain_idxs = self._domain_idxs(self.global_batch_size)  # (samples,)
         sequence_idxs, epochs = np.empty_like(domain_idxs), np.empty_like(domain_idxs)
-        repeats = {}
         for domain_idx in np.unique(domain_idxs).tolist():
             name = self.names[domain_idx]
             chosen = domain_idxs == domain_idx
@@ -134,13 +114,9 @@ class Mixture:
             epochs[chosen], places = draws // length, draws % length
             sequence_idxs[chosen] = self._sequence_idxs(name, epochs[chosen], places)
             state.cursors[name] += len(draws)
-            last_epoch = int(draws[-1]) // length
-            # The epoch of the sample before this batch has been announced already.
-            if last_epoch > max(0, (first - 1) // length):
-                repeats[name] = last_epoch
         state.step += 1
         samples = zip(domain_idxs.tolist(), sequence_idxs.tolist(), epochs.tolist(), strict=True)
-        return Batch(tuple(Sample(self.names[idx], *rest) for idx, *rest in samples), repeats)
+        return tuple(Sample(self.names[idx], *rest) for idx, *rest in samples)
 
     def update_due(self, interval_steps: int) -> bool:
         """Say whether weights that follow the losses must be renewed before the next batch."""

@@ -142,8 +142,8 @@ class TrainingLoop:
                 log_step(work, line)
             note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s"
             note += f", MFU {line['mfu']:.0%}"
-            for name, epoch in line.get("repeats", {}).items():
-                note += f"; {name} starts epoch {epoch + 1}"
+            for name, epoch in line.get("epochs", {}).items():
+                note += f"; {name} in epoch {epoch + 1}"
             report(Progress(self._stage, step + 1, num_steps, note))
             # also behind the last step: writing the model may fail
             if every and (step + 1) % every == 0:

@@ -119,17 +119,14 @@ def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> A
         )
     try:
         from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise UsageError("lora needs the peft package: pip install 'moefy[lora]'") from None
-    modules = lora.modules or ["q_proj", "k_proj", "v_proj", "o_proj"]
-    tensors = ["experts.gate_up_proj", "experts.down_proj"] if lora.experts else []
+    modules, tensors = ["q_proj", "k_proj", "v_proj", "o_proj"], list[str]()
     if lora.modules == "all":
         modules, tensors = _all_matrices(network)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
         target_modules=modules,
         target_parameters=tensors or None,
     )
@@ -140,13 +137,7 @@ def add_adapters(network: Any, lora: Lora, seed: int, processes: Processes) -> A
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             network = inject_adapter_in_model(config, network)
     except ValueError as error:
-        raise UsageError(f"lora.modules: {error}") from error
-    ends = (network.get_input_embeddings(), network.get_output_embeddings())
-    if any(isinstance(end, BaseTunerLayer) for end in ends):
-        raise UsageError(
-            "lora.modules: embeddings and output matrix cannot be adapted; name matrices inside "
-            "the layers, as q_proj"
-        )
+        raise UsageError(f"lora.modules {lora.modules}: {error}") from error
     return network
 
 

@@ -173,7 +173,6 @@ class Objective:
         """
         done, num_passes = self._done, self._samples.num_passes
         distillation = self.recipe.distillation
-        tokens, inputs = rows.tokens, rows.inputs()
         self._pass += 1
         self._trace.clear()
         parent = None
@@ -181,10 +180,10 @@ class Objective:
             self._match.clear()
         if self.teacher is not None:
             with torch.no_grad():
-                parent = LogitsInput.of(self.teacher, tokens, **inputs).predicting()
+                parent = LogitsInput.of(self.teacher, rows.tokens).predicting()
         labels = rows.labels[:, 1:]
         out = output_loss(
-            LogitsInput.of(self.student, tokens, **inputs).predicting(),
+            LogitsInput.of(self.student, rows.tokens).predicting(),
             labels,
             teacher=parent,
             teacher_share=distillation.alpha if parent is not None else 0.0,

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moefy.errors import UsageError
 from moefy.experts.routers import routers_of
 from moefy.training.recipe import TrainRecipe
 
@@ -22,8 +21,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only; routers have a rate of their own.
 
-    Each group has `rate_fraction` and `is_router` beside AdamW's keys. Frozen parameters stay out,
-    and the matrices of `noise`, a noisy gate, are trained like routers.
+    Each group has `rate_fraction` beside AdamW's keys. Frozen parameters stay out, and the matrices
+    of `noise`, a noisy gate, are trained like routers.
     """
     routers = {id(p) for router in routers_of(network) for p in router.parameters()}
     gate = list(noise.parameters()) if noise is not None else []
@@ -38,16 +37,10 @@ def build_optimizer(
         {
             "params": members,
             "weight_decay": recipe.weight_decay if is_matrix else 0.0,
-            "is_router": is_router,
             "rate_fraction": recipe.router_lr_scale if is_router else 1.0,
         }
         for (is_router, is_matrix, _), members in by_kind.items()
     ]
-    if recipe.router_warmup_fraction and not any(group["is_router"] for group in groups):
-        raise UsageError(
-            f"router_warmup_fraction {recipe.router_warmup_fraction}: no router learns here (a "
-            "dense model has none, lora and frozen routers leave them as they are): set it to 0"
-        )
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.adam_betas, fused=True)
 
 

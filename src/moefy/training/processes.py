@@ -98,11 +98,6 @@ def check_processes(recipe: TrainRecipe | TuneRecipe, size: int) -> tuple[int, i
             f"start {shard * fixed} with torchrun --nproc-per-node {shard * fixed} -m moefy train "
             "…, or change parallel"
         )
-    if parallel.cpu_offload and shard * parallel.replicate == 1:
-        raise UsageError(
-            "parallel.cpu_offload is FSDP's, which one copy of the weights in one process does not "
-            "have: start more processes with torchrun, or leave it out"
-        )
     expert = parallel.expert
     # experts are spread inside one copy of the weights, over whole groups of tensor parallelism
     if (shard * parallel.tensor) % expert or (expert > 1 and expert % parallel.tensor):
@@ -161,7 +156,6 @@ def join_processes(recipe: TrainRecipe | TuneRecipe) -> Processes:
             "dp_replicate_size": parallel.replicate,
             "tp_size": parallel.tensor,
             "ep_size": parallel.expert,
-            "fsdp_cpu_offload": parallel.cpu_offload,
             **({"tp_plan": _TENSOR_PLAN} if parallel.tensor > 1 else {}),
         },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -72,10 +72,7 @@ class Lora(Recipe):
 
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Share = 0.0
-    # ends of names; None takes attention's, `all` every matrix of the layers but the routers
-    modules: list[str] | Literal["all"] | None = None
-    experts: bool = False  # also the fused matrices of the routed experts
+    modules: Literal["attention", "all"] = "attention"  # all: of the layers, but the routers
 
 
 class Parallel(Recipe):
@@ -85,7 +82,6 @@ class Parallel(Recipe):
     replicate: Positive = 1  # such copies, which read different sequences
     tensor: Positive = 1  # compute every product of an expert together
     expert: Positive = 1  # hold different experts; divides shard × tensor
-    cpu_offload: bool = False
 
 
 class LoopSettings(TypedDict, total=False):
@@ -115,7 +111,6 @@ class TrainSettings(LoopSettings, total=False):
     reference_losses: Literal["dense"] | dict[str, float]
     min_lr_ratio: float
     adam_betas: tuple[float, float]
-    router_warmup_fraction: float
     frozen: tuple[Part, ...]
     lora: Lora | dict[str, Any] | None
     balance: Balance | str | dict[str, Any]
@@ -139,6 +134,29 @@ class LoopRecipe(Recipe):
         "router_rate_fraction": "router_lr_scale",
     }
 
+    sequence_length: Annotated[int, option("Tokens of the longest sequence", ge=2)] = 512
+    global_batch_size: Positive = 1
+    micro_batch_size: Positive = 1
+    learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
+    warmup_fraction: Fraction = 0.1
+    weight_decay: NonNegative = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    router_lr_scale: NonNegative = 0.01
+    precision: Precision = "auto"
+    parallel: Parallel = Parallel()
+    gradient_checkpointing: bool = False
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for a stopped run to go on."""
         # how the work is cut, kept and watched may change: a run may go on with other processes
@@ -154,8 +172,7 @@ class TrainRecipe(LoopRecipe):
 
     Routers learn at `router_lr_scale` of the rate: a converted router's weights are about a
     hundred times smaller than other matrices', and Adam's first steps at the common rate would
-    replace the fitted choice by noise. In the first `router_warmup_fraction` of the steps they
-    learn alone.
+    replace the fitted choice by noise.
 
     Schedule and optimizer are the paper's (AdamW 0.9/0.95, weight decay 0.1, clip 1, cosine to
     10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
@@ -170,9 +187,6 @@ class TrainRecipe(LoopRecipe):
     }
 
     tokens: Annotated[int, option("Number of training tokens", ge=1)] = 65_536
-    sequence_length: Annotated[int, option("Tokens per sequence", ge=2)] = 512
-    global_batch_size: Positive = 1
-    micro_batch_size: Positive = 1
 
     mixture: Annotated[
         Mixture | dict[str, NonNegative],
@@ -182,14 +196,8 @@ class TrainRecipe(LoopRecipe):
     # what a dynamic mixture compares the losses with, nats per token; dense: the teacher's losses
     reference_losses: Literal["dense"] | dict[str, Annotated[float, Field(gt=0)]] = "dense"
 
-    learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
-    warmup_fraction: Fraction = 0.1
     min_lr_ratio: Fraction = 0.1
     adam_betas: tuple[Share, Share] = (0.9, 0.95)
-    weight_decay: NonNegative = 0.1
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    router_lr_scale: NonNegative = 0.01
-    router_warmup_fraction: Fraction = 0.0
     frozen: tuple[Part, ...] = ()
     lora: Lora | None = None
 
@@ -200,17 +208,11 @@ class TrainRecipe(LoopRecipe):
     ] = None
     distillation: Distillation = Distillation()
 
-    precision: Precision = "auto"
-    parallel: Parallel = Parallel()
-    gradient_checkpointing: bool = False
     compile: bool = False
     experts_implementation: ExpertsImplementation = "lean"
-
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
     checkpoints_kept: Positive = 2
     evaluate_every_steps: Annotated[int, Field(ge=0)] = 0
     heldout_sequences: Positive = 8
-    seed: Seed = 0
 
     @field_validator("mixture", mode="before")
     @classmethod
@@ -244,11 +246,6 @@ class TrainRecipe(LoopRecipe):
                 f"--tokens {self.tokens} is less than one sequence of {self.sequence_length} "
                 "tokens: raise --tokens or lower --sequence-length"
             )
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of "
-                f"micro_batch_size {self.micro_batch_size}"
-            )
         if self.teacher is None and self.distillation != Distillation():
             raise ValueError("distillation needs a teacher: name the dense model with --teacher")
         if self.balance.kind == "selection-bias" and "routers" in self.frozen:
@@ -281,7 +278,6 @@ class TuneSettings(LoopSettings, total=False):
     """The keys of `TuneRecipe`, as keywords of a function."""
 
     epochs: int
-    packing: bool
     router: Literal["frozen", "balanced"]
     balance_coefficient: float
     lora_rank: int
@@ -297,24 +293,21 @@ class TuneRecipe(LoopRecipe):
     3% warm-up, 2,048 tokens, 128 conversations a step, frozen routers. Adam's rates, no weight
     decay and a clip of 1 are the usual ones of this step, not the paper's word.
 
-    A sequence is a conversation, or with `packing` as many as fit; none is seen by another.
-    `balanced` routers learn at `router_lr_scale` of the rate (see `TrainRecipe`), with the
-    Switch loss. `lora_rank` 0 trains the weights themselves; `lora_alpha` None is twice the rank.
+    `balanced` routers learn at `router_lr_scale` of the rate (see `TrainRecipe`), with the Switch
+    loss. `lora_rank` 0 trains the weights themselves; `lora_alpha` None is twice the rank.
     """
 
-    epochs: Annotated[int, option("Number of passes over the conversations", ge=1)] = 2
     sequence_length: Annotated[int, option("Tokens of the longest sequence", ge=2)] = 2048
     global_batch_size: Positive = 128
-    micro_batch_size: Positive = 1
-    packing: Annotated[bool, option("Put several conversations into a sequence")] = False
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 2e-5
-    warmup_fraction: Share = 0.03
+    warmup_fraction: Fraction = 0.03
     weight_decay: NonNegative = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 25
+
+    epochs: Annotated[int, option("Number of passes over the conversations", ge=1)] = 2
     router: Annotated[
         Literal["frozen", "balanced"], option("Whether routers stay or learn, kept balanced")
     ] = "frozen"
-    router_lr_scale: NonNegative = 0.01
     balance_coefficient: NonNegative = 1e-2
     lora_rank: Annotated[int, option("Rank of LoRA adapters; 0 trains all weights", ge=0)] = 0
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -323,19 +316,9 @@ class TuneRecipe(LoopRecipe):
         option("chatml or a Jinja file", unset="the model's own, else chatml"),
     ] = None
     heldout_conversations: Annotated[int, Field(ge=0)] = 100
-    gradient_checkpointing: bool = False
-    precision: Precision = "auto"
-    parallel: Parallel = Parallel()
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 25
-    seed: Seed = 0
 
     @model_validator(mode="after")
     def _choices_fit(self) -> TuneRecipe:
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of "
-                f"micro_batch_size {self.micro_batch_size}"
-            )
         if self.lora_rank and self.router == "balanced":
             raise ValueError(
                 "balanced routers learn, and with --lora-rank only the adapters do: leave one out"

@@ -6,8 +6,6 @@ process, so that a resumed run and a run of several processes see the same sampl
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -36,7 +34,6 @@ class Rows:
     tokens: Int[Tensor, "rows length"]  # padded on the right
     labels: Int[Tensor, "rows length"]  # the token itself where it is learned, else IGNORED
     domains: tuple[str, ...]  # of the rows
-    positions: Int[Tensor, "rows length"] | None = None  # where rows hold several conversations
     is_real: Bool[Tensor, "rows length"] | None = None  # False for padding; None without any
 
     def to(self, place: torch.device) -> Rows:
@@ -45,12 +42,6 @@ class Rows:
             name: value.to(place) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
-
-    def inputs(self) -> dict[str, Tensor]:
-        """Return what a model's forward pass takes beside the tokens."""
-        # transformers lets no token attend across a place where the positions begin again;
-        # padding on the right needs no attention mask: no token looks forward
-        return {} if self.positions is None else {"position_ids": self.positions}
 
 
 @dataclass(frozen=True)
@@ -99,18 +90,20 @@ class WindowSamples:
             # the first process's, to the last bit: all must draw the same samples
             update = self._processes.of_first(lambda: mixture.reweight(losses, self._reference))
             mixture.set_weights(update.weights)
-        batch = mixture.next_batch()
-        mine = batch.of_worker(self._processes.data_idx, self._processes.num_data)
-        at_once, count = recipe.micro_batch_size, len(batch.samples)
+        batch, own = mixture.next_batch(), self._processes
+        at_once, count = recipe.micro_batch_size, len(batch)
+        mine = batch[count // own.num_data * own.data_idx :][: count // own.num_data]
         notes: dict[str, Any] = {"mixture": asdict(update)} if update else {}
+        if epochs := {name: epoch for name, _, epoch in batch if epoch}:
+            notes["epochs"] = epochs  # of a domain that ran out, how often so far
         return StepSamples(
             passes=(self._rows(mine[i : i + at_once]) for i in range(0, len(mine), at_once)),
             num_passes=len(mine) // at_once,
             num_labels=count * (recipe.sequence_length - 1),
             num_tokens=count * recipe.sequence_length,
-            domains=sorted({sample.domain for sample in batch.samples}),
-            names=[f"{name}[{idx}]" for name, idx, _ in batch.samples],
-            notes=notes | ({"repeats": dict(batch.repeats)} if batch.repeats else {}),
+            domains=sorted({sample.domain for sample in batch}),
+            names=[f"{name}[{idx}]" for name, idx, _ in batch],
+            notes=notes,
         )
 
     def state(self) -> dict[str, Any]:
@@ -148,12 +141,10 @@ def losses_of(
 
 
 class ConversationSamples:
-    """Rows of conversations, every row once an epoch; the last step of an epoch may be smaller."""
+    """Conversations, each once an epoch; the last step of an epoch may be smaller."""
 
     def __init__(self, examples: list[Example], recipe: TuneRecipe, processes: Processes) -> None:
-        self._rows = [[example] for example in examples]
-        if recipe.packing:
-            self._rows = best_fit(examples, recipe.sequence_length)
+        self._rows = examples
         self._recipe, self._processes = recipe, processes
         self._steps_per_epoch = -(-len(self._rows) // recipe.global_batch_size)
         self.num_steps = recipe.epochs * self._steps_per_epoch
@@ -167,11 +158,11 @@ class ConversationSamples:
         order = torch.randperm(len(self._rows), generator=generator).tolist()
         size = self._recipe.global_batch_size
         chosen = order[place * size :][:size]
-        examples = [example for idx in chosen for example in self._rows[idx]]
+        examples = [self._rows[idx] for idx in chosen]
         num_tokens = sum(len(example.ids) for example in examples)
         self._step += 1
         self.tokens += num_tokens
-        passes = list(self._passes([self._rows[idx] for idx in chosen]))
+        passes = list(self._passes(examples))
         return StepSamples(
             passes=iter(passes),
             num_passes=len(passes),
@@ -190,7 +181,7 @@ class ConversationSamples:
         """Go on from a state."""
         self._step, self.tokens = state["step"], state["tokens"]
 
-    def _passes(self, rows: list[list[Example]]) -> Iterator[Rows]:
+    def _passes(self, rows: list[Example]) -> Iterator[Rows]:
         """Cut a step's rows into this process's passes, as many and as large as the others'."""
         own, at_once = self._processes, self._recipe.micro_batch_size
         share = -(-len(rows) // own.num_data)
@@ -199,7 +190,7 @@ class ConversationSamples:
                 rows[idx * share : (idx + 1) * share][first : first + at_once]
                 for idx in range(own.num_data)
             ]
-            length = max(sum(len(e.ids) for e in row) for part in parts for row in part)
+            length = max(len(row.ids) for part in parts for row in part)
             # a process without rows computes padding: the others wait for it in every layer
             yield padded_rows(parts[own.data_idx], height=max(map(len, parts)), length=length)
 
@@ -207,54 +198,20 @@ class ConversationSamples:
 Samples = WindowSamples | ConversationSamples
 
 
-def padded_rows(rows: list[list[Example]], *, height: int, length: int) -> Rows:
-    """Return at most `height` rows of conversations, filled up with padding to `length`."""
+def padded_rows(rows: list[Example], *, height: int, length: int) -> Rows:
+    """Return at most `height` conversations, filled up with padding to `length`."""
+    # padding on the right needs no attention mask: no token looks forward
     tokens = torch.zeros(height, length, dtype=torch.long)
     labels = torch.full_like(tokens, IGNORED)
     is_real = torch.zeros_like(tokens, dtype=torch.bool)
-    positions = torch.arange(length).repeat(height, 1)
-    for row, examples in enumerate(rows):
-        start = 0
-        for example in examples:
-            end = start + len(example.ids)
-            tokens[row, start:end] = torch.tensor(example.ids)
-            # the first token of a conversation is not to be predicted from the one before it
-            labels[row, start + 1 : end] = torch.tensor(example.labels[1:])
-            positions[row, start:] = torch.arange(length - start)
-            start = end
-        is_real[row, :start] = True
-    is_packed = any(len(examples) > 1 for examples in rows)
-    domains = (CONVERSATIONS,) * height
-    return Rows(tokens, labels, domains, positions if is_packed else None, is_real)
+    for row, example in enumerate(rows):
+        end = len(example.ids)
+        tokens[row, :end] = torch.tensor(example.ids)
+        labels[row, :end] = torch.tensor(example.labels)
+        is_real[row, :end] = True
+    return Rows(tokens, labels, (CONVERSATIONS,) * height, is_real)
 
 
 def num_labels(examples: Sequence[Example]) -> int:
     """Return the number of labels; the first token of a conversation has none."""
     return sum(label != IGNORED for example in examples for label in example.labels[1:])
-
-
-def best_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Group conversations into rows of at most `length` tokens: best fit decreasing.
-
-    The longest first, each into the fullest row that has room; of one length, in order.
-    """
-    rows: list[list[Example]] = []
-    by_space: defaultdict[int, deque[list[Example]]] = defaultdict(deque)
-    row: list[Example]
-    spaces: list[int] = []  # those of which there is a row, ascending
-    for example in sorted(examples, key=lambda example: -len(example.ids)):
-        place = bisect_left(spaces, len(example.ids))
-        if place == len(spaces):
-            space, row = length, []
-            rows.append(row)
-        else:
-            space = spaces[place]
-            row = by_space[space].popleft()
-            if not by_space[space]:
-                del spaces[place]
-        row.append(example)
-        space -= len(example.ids)
-        if not by_space[space]:
-            insort(spaces, space)
-        by_space[space].append(row)
-    return rows

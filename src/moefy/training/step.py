@@ -50,11 +50,6 @@ def train_step(
                 loss = objective.loss(rows)
             loss.backward()
     objective.reduce_noise_gradients()
-    if step < recipe.router_warmup_fraction * recipe.num_steps:
-        for group in optimizer.param_groups:
-            if not group["is_router"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = float(clip_gradients(learned, recipe.max_grad_norm))
     losses = _losses(done, samples, processes)

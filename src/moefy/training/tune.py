@@ -22,7 +22,7 @@ from moefy.data.template import (
     for_training,
     make_examples,
 )
-from moefy.errors import CorpusError, UsageError, reason
+from moefy.errors import CorpusError, UsageError
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import ProgressFn, silent
 from moefy.run_folder import RunFolder
@@ -179,7 +179,7 @@ def heldout_loss(
     if not examples:
         return None
     length = max(len(example.ids) for example in examples)
-    rows = padded_rows([[example] for example in examples], height=len(examples), length=length)
+    rows = padded_rows(examples, height=len(examples), length=length)
     windows, labels = {CONVERSATIONS: rows.tokens.numpy()}, {CONVERSATIONS: rows.labels.numpy()}
     return losses_of(network, windows, recipe, processes, labels)[CONVERSATIONS]
 
@@ -204,14 +204,7 @@ def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn
             f"{data} holds no conversation to train on: "
             + (broken[0] if broken else "all of them are held out, add more")
         )
-    try:
-        end = end_of_turn(tokenizer, template)
-    except ValueError as error:
-        raise UsageError(
-            f"the chat template {template.name} refuses a question with an answer "
-            f"({reason(error)}): pass another one with --chat-template"
-        ) from error
-    return _Talks(template, end, trained, heldout, broken)
+    return _Talks(template, end_of_turn(tokenizer, template), trained, heldout, broken)
 
 
 def _result(folder: RunFolder, talks: _Talks, samples: ConversationSamples) -> dict[str, Any]:
