@@ -110,7 +110,7 @@ def test_options_override_set_and_set_the_file(tmp_path: Path) -> None:
         (["--tokens", "many"], "tokens = 'many': input should be a valid integer"),
         (["--learning-rate", "0"], "greater than 0"),
         (["--shared", "-1"], "shared = '-1'"),
-        (["--mixture", "a=x"], "write NAME=NUMBER"),
+        (["--mixture", "a=x"], "unknown mixture 'a=x'"),
         (["--set", "clip_grad_norm=1"], "clip_grad_norm is now called max_grad_norm"),
     ],
 )
