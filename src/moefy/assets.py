@@ -94,11 +94,7 @@ EVALS = Asset(  # MIT; each benchmark's own licence
 def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:
     """Return the archive's path in the cache, fetching it when it is not there.
 
-    An interrupted download leaves only a `.part` file, which the next call starts again.
-
-    Raises:
-        AssetError: no network, no such file on the index, or a wrong hash.
-        StorageError: the disk is full.
+    AssetError says that there is no network, no such file on the index, or a wrong hash.
     """
     folder = cache_folder() / "archives"
     path = folder / asset.filename

@@ -43,11 +43,7 @@ def synchronise() -> None:
 
 
 def training_precision(asked: str) -> str:
-    """Return the dtype of matrix products in training.
-
-    Args:
-        asked: float32, bfloat16, or auto: bfloat16 where the processor computes in it.
-    """
+    """Return the dtype of products in training; auto is bfloat16 where the processor has it."""
     if asked != "auto":
         return asked
     if device().type == "cuda":
@@ -58,12 +54,7 @@ def training_precision(asked: str) -> str:
 
 
 def products_in(precision: str, place: torch.device) -> torch.autocast:
-    """Return a context in which matrix products have a precision; weights keep their dtype.
-
-    Args:
-        precision: float32 or bfloat16.
-        place: device of the products.
-    """
+    """Return a context in which matrix products have a precision; weights keep their dtype."""
     import torch
 
     return torch.autocast(place.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -20,10 +20,8 @@ from moefy.storage import load_yaml
 def option(text: str, *, unset: str = "", **bounds: Any) -> Any:
     """Make a key an option of its command: the metadata of an annotation.
 
-    Args:
-        text: what the key is, for `--help`; a `Literal`'s values and the default are added to it.
-        unset: what the default None stands for.
-        **bounds: of the value, as pydantic's `Field` takes them.
+    `--help` shows `text`, the default (`unset` for None) and a `Literal`'s values; `bounds` are
+    those of pydantic's `Field`.
     """
     return Field(description=text, json_schema_extra={"unset": unset}, **bounds)
 
@@ -44,14 +42,9 @@ class Recipe(BaseModel):
 
     @classmethod
     def build(cls, recipe: Self | str | Path | None = None, /, **settings: Any) -> Self:
-        """Make a recipe from another one or a YAML file, and from settings that override it.
+        """Make a recipe from another one or a YAML file, and from keys that override it.
 
-        Args:
-            recipe: a recipe of this class, a YAML file of its keys, or None for the defaults.
-            **settings: single keys; `a.b` is key b of a.
-
-        Raises:
-            UsageError: the file cannot be read, or a key or value is not allowed.
+        `a.b` is key b of a. UsageError names a file that cannot be read, or what is not allowed.
         """
         if isinstance(recipe, Recipe):
             if not isinstance(recipe, cls):
@@ -254,14 +247,7 @@ class ConvertRecipe(Recipe):
         return self.repair in ("scale", "refit", "fit", None)
 
     def for_model(self, intermediate_size: int) -> Self:
-        """Return the recipe with every choice made: the counts as `Split.of` does, and the effort.
-
-        Args:
-            intermediate_size: the dense model's d_ff.
-
-        Raises:
-            UsageError: see `Split.check`.
-        """
+        """Return the recipe with every choice made: the counts by `Split.of`, and the effort."""
         # sharing-inner has no shared experts, whatever the usual number is
         shared = 0 if self.partition == "sharing-inner" else self.shared
         split = Split.of(intermediate_size, self.experts, self.active, shared)

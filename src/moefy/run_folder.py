@@ -36,27 +36,16 @@ Action = Literal["begin", "go on", "replace", "finish"]
 
 
 class Marker(BaseModel):
-    """What `OUT/.moefy.json` says of a folder.
+    """What `OUT/.moefy.json` says of a folder."""
 
-    Attributes:
-        kind: what the folder holds.
-        state: whether it is finished.
-        identity: what must be the same for an unfinished run to go on.
-        files: names in the folder that moefy wrote, or of an unfinished run may write.
-    """
-
-    kind: str
+    kind: str  # what it holds
     state: State
-    identity: dict[str, Any]
-    files: list[str]
+    identity: dict[str, Any]  # what must be the same for an unfinished run to go on
+    files: list[str]  # that moefy wrote, or of an unfinished run may write
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """Return a folder's marker, None where there is none.
-
-    Raises:
-        OutputError: the marker is damaged.
-    """
+    """Return a folder's marker, None where there is none; an OutputError if it is damaged."""
     remedy = f"move {folder} away, or choose another folder"
     try:
         return read_json(folder / MARKER, Marker, remedy)
@@ -111,12 +100,7 @@ class RunFolder:
         self.work = self.out if resumes else self._next
 
     def __enter__(self) -> Self:
-        """Take the folder; `begin` must follow.
-
-        Raises:
-            OutputError: another process holds it, or it must not be written.
-            StorageError: the place cannot be written.
-        """
+        """Take the folder; OutputError says who holds it, or why it must not be written."""
         with storage_errors(self.out):
             check_place(self.out, self._sources)
         self._lock = Lock(self.out)
@@ -137,14 +121,10 @@ class RunFolder:
         self._lock.release()
 
     def begin(self, identity: Mapping[str, Any]) -> bool:
-        """Say whether `work` holds an unfinished run of this identity; else make it empty.
-
-        Args:
-            identity: what must be the same for a run to go on, as JSON keeps it.
+        """Say whether `work` holds a run of this identity (JSON values); else make it empty.
 
         Raises:
             OutputError: the folder holds a run of another identity.
-            StorageError: the place cannot be written.
         """
         identity = json.loads(json.dumps(identity))
         with storage_errors(self.out):
@@ -173,11 +153,7 @@ class RunFolder:
     def _decide(self, identity: Mapping[str, Any] | None) -> Action:
         """Say what is to be done about what OUT holds, or refuse.
 
-        Args:
-            identity: of this call; None is any, for a refusal before it is known.
-
-        Raises:
-            OutputError: OUT is in the way.
+        The identity None is any, for a refusal before it is known.
         """
         if not (self.out.is_dir() and any(self.out.iterdir())):
             return "begin"
@@ -204,11 +180,7 @@ class RunFolder:
         raise self._in_the_way(marker)
 
     def require_bytes(self, needed_bytes: int) -> None:
-        """Refuse work that the disk cannot hold.
-
-        Raises:
-            StorageError: fewer bytes are free.
-        """
+        """Raise StorageError where fewer bytes are free on the disk."""
         free_bytes = shutil.disk_usage(self.out.parent).free
         if needed_bytes > free_bytes:
             raise StorageError(
@@ -235,9 +207,7 @@ class RunFolder:
     def finish(self) -> None:
         """Make the folder final: list its files, remove the scratch, put it in OUT's place.
 
-        Raises:
-            OutputError: somebody else wrote into OUT in the meantime; both are kept.
-            StorageError: the place cannot be written.
+        OutputError says that somebody else wrote into OUT in the meantime; both are kept.
         """
         with storage_errors(self.out):
             marker = read_marker(self.work)

@@ -55,11 +55,7 @@ def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
 
 @contextmanager
 def cached_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill; on success it becomes `folder` of a cache, unless another was faster.
-
-    Raises:
-        StorageError: the disk is full, or the place cannot be written.
-    """
+    """Give a folder to fill; on success it becomes `folder` of a cache, if there is none yet."""
     with storage_errors(folder):
         partial = folder.with_name(f".{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -75,11 +71,7 @@ def cached_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers see the old content or the new one.
-
-    Raises:
-        StorageError: the disk is full, or the place cannot be written.
-    """
+    """Write a file so that readers see the old content or the new one."""
     partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     with storage_errors(path):
         try:
@@ -94,26 +86,13 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def read_json(file: Path, shape: Any, remedy: str, *, error: type[MoefyError] = OutputError) -> Any:
     """Read a JSON file that moefy has written, and that anybody may have changed since.
 
-    Args:
-        file: to read; FileNotFoundError where there is none.
-        shape: type of its content, as pydantic takes them.
-        remedy: what a person can do where it is damaged, for the error.
-        error: what is raised then.
+    `shape` is a type as pydantic takes them; where the file is damaged, `error` ends with `remedy`.
     """
     return parse_json(file.read_bytes(), shape, str(file), remedy, error)
 
 
 def read_records(file: Path, shape: Any, remedy: str = "") -> list[Any]:
-    """Read a file of one JSON value a line; none where there is no file.
-
-    Args:
-        file: in a folder that may not exist yet.
-        shape: type of a line, as pydantic takes them.
-        remedy: what a person can do about a damaged line, for the error.
-
-    Raises:
-        OutputError: a line is damaged.
-    """
+    """Read a file of one JSON value a line, as `read_json` does; none where there is no file."""
     lines = file.read_bytes().splitlines() if file.exists() else []
     remedy = remedy or "remove the line, or choose another folder"
     return [
@@ -134,11 +113,7 @@ def parse_json(content: bytes, shape: Any, where: str, remedy: str, error: type[
 
 
 def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, the file whole.
-
-    Raises:
-        StorageError: the disk is full, or the place cannot be written.
-    """
+    """Write one JSON object a line, the file whole."""
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, "".join(json.dumps(record) + "\n" for record in records))
@@ -197,7 +172,6 @@ class Lock:
 
     Raises:
         OutputError: another process holds it, or the file is none of moefy's.
-        StorageError: the place cannot be written.
     """
 
     def __init__(self, out: Path) -> None:
@@ -272,11 +246,9 @@ class Lock:
 
 
 def check_place(out: Path, sources: Iterable[Path] = ()) -> None:
-    """Refuse a path that cannot become a folder of ours.
+    """Raise OutputError for a path that cannot become a folder of ours.
 
-    Raises:
-        OutputError: it is a file, a link, a mount point or has no name, lies below a file, or is
-            (or contains) one of the sources.
+    It is a file, a link, a mount point or has no name, lies below a file, or holds a source.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a plain folder: choose another output folder")
@@ -304,7 +276,6 @@ def whole_file(
     Raises:
         OutputError: `out` exists and `overwrite` is not set, is a folder or a source, or another
             process writes it.
-        StorageError: the disk is full, or the place cannot be written.
     """
     partial = out.with_name(f".{out.name}.next")
     with storage_errors(out):

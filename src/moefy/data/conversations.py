@@ -74,10 +74,7 @@ def read_conversations(data: str | Path) -> tuple[list[Conversation], list[str]]
 
 
 def _messages_of(record: Any) -> tuple[list[Message], frozenset[int]]:
-    """Return a record's messages and the places of those that are not learned.
-
-    The ValueError of a broken conversation says why.
-    """
+    """Return a record's messages and the places of answers that are not learned, or ValueError."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if found := [key for key in _NOT_READ if record.get(key)]:

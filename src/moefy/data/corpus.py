@@ -47,12 +47,8 @@ def open_corpus(
 ) -> Corpus:
     """Open a prepared corpus, or tokenise text as far as a run needs it.
 
-    Args:
-        data: a folder that `moefy prepare` wrote, or text (see `records.find_sources`).
-        model: the folder whose tokenizer the ids are for.
-        sequence_length: tokens per sequence.
-        max_sequences: that the run reads; text is tokenised no further.
-        report: told about downloads and tokenising.
+    `data` is a folder that `moefy prepare` wrote, or text (see `records.find_sources`), of which no
+    more than `max_sequences` are tokenised for the tokenizer of `model`.
 
     Raises:
         CorpusError: the text cannot be read, or the corpus is of another tokenizer.
@@ -105,11 +101,7 @@ def _prepared(shards: TokenShards, length: int) -> Corpus:
 
 
 def heldout_of(corpus: Corpus, domains: list[str], max_sequences: int) -> dict[str, Windows]:
-    """Return each domain's held-out sequences.
-
-    Raises:
-        CorpusError: a domain has none.
-    """
+    """Return each domain's held-out sequences; a CorpusError names those that have none."""
     found = {name: corpus.heldout(name, max_sequences) for name in domains}
     empty = [name for name, windows in found.items() if not len(windows)]
     if empty:

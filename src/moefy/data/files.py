@@ -107,11 +107,7 @@ def encode(row: Any) -> bytes:
 
 
 def encode_table(rows: Iterable[dict[str, Any]], name: str, keys: list[str]) -> Iterator[bytes]:
-    """Iterate over the rows of a table as JSON lines of the columns that are wanted.
-
-    Raises:
-        CorpusError: the table has no such column.
-    """
+    """Iterate over the rows of a table as JSON lines of the columns that are wanted."""
     # A dataset may hold images or long annotations beside the text: they are not encoded.
     columns = sorted({key.partition(".")[0] for key in keys})
     for row in rows:

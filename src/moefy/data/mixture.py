@@ -129,12 +129,8 @@ class Mixture:
         One process does this and sends the new weights to the others (`set_weights`): they must
         be the same to the last bit, which neither losses nor exponentials are on every processor.
 
-        Args:
-            losses: held-out loss of the present model by domain, nats per token.
-            reference: what they are compared with, by domain.
-
-        Raises:
-            TrainingError: a loss is not finite.
+        `losses` are the present model's on held-out text, nats per token by domain, `reference` is
+        what they are compared with. TrainingError says that a loss is not finite.
         """
         names = [name for name in self.names if self._state.weights[name] > 0]
         excess = {name: losses[name] - reference[name] for name in names}
@@ -156,11 +152,7 @@ class Mixture:
         )
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Draw the next batches by these weights.
-
-        Raises:
-            CorpusError: a domain with weight has no sequence.
-        """
+        """Draw the next batches by these weights; CorpusError names a domain without text."""
         for name, weight in weights.items():
             if weight > 0 and not self._state.num_sequences[name]:
                 raise CorpusError(

@@ -61,8 +61,7 @@ class Domain:
     def documents(self, side: Side = "all") -> Iterator[str]:
         """Iterate over the texts of one side of the held-out split that are not empty.
 
-        Raises:
-            CorpusError: a file is damaged, or a record is broken.
+        CorpusError names a file that is damaged, or a record that is broken.
         """
         for source in self.sources:
             with closing(source.records()) as records:  # a broken record must not leave files open
@@ -159,11 +158,7 @@ def split_key(data: str | Path) -> tuple[str, str]:
 
 
 def folder_name(name: Any, where: str) -> str:
-    """Return the name of a domain, which becomes a folder of the corpus.
-
-    Raises:
-        CorpusError: it leads out of the corpus, or would be hidden in it.
-    """
+    """Return the name of a domain; a CorpusError if it would lead out of a folder, or be hidden."""
     if not (isinstance(name, str) and _FOLDER_NAME.fullmatch(name)):
         raise CorpusError(
             f"{where}: {name!r} is the name of a domain and cannot name a folder: change it there"
@@ -174,9 +169,7 @@ def folder_name(name: Any, where: str) -> str:
 def record_of(line: bytes, where: str, text_key: str = "text") -> tuple[dict[str, Any], str]:
     """Return a line's object and the text in it.
 
-    Raises:
-        CorpusError: the line is no JSON object with valid Unicode text at the key; the message
-            begins with `where`.
+    CorpusError says, after `where`, that it is no JSON object with valid Unicode text at the key.
     """
     try:
         record = json.loads(line)
@@ -200,11 +193,7 @@ def record_of(line: bytes, where: str, text_key: str = "text") -> tuple[dict[str
 
 
 def field(record: Any, key: str) -> Any:
-    """Return the value of a key; dots lead into objects.
-
-    Raises:
-        KeyError, TypeError: there is none.
-    """
+    """Return the value of a key, dots lead into objects; KeyError or TypeError if there is none."""
     for part in key.split("."):
         record = record[part]
     return record

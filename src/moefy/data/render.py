@@ -26,12 +26,7 @@ _process: subprocess.Popen[bytes] | None = None
 
 
 def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """Return what a template makes of messages.
-
-    Args:
-        template: Jinja text.
-        messages: as chat templates take them.
-        **variables: what else the template may use, as JSON.
+    """Return what a template, Jinja text, makes of messages and of other variables, as JSON.
 
     Raises:
         ValueError: the template refuses these messages; the error says why.

@@ -120,12 +120,7 @@ class TokenShards:
         return window
 
     def require_tokenizer(self, model: str | Path) -> None:
-        """Check that a model reads these ids: its tokenizer must be the one that wrote them.
-
-        Raises:
-            CorpusError: it is another tokenizer.
-            CheckpointError: the folder has none.
-        """
+        """Raise CorpusError if a model has another tokenizer than the one that wrote these ids."""
         from moefy.checkpoint.load import load_tokenizer
 
         wanted = self.record["tokenizer"]
@@ -162,11 +157,7 @@ def is_prepared(folder: str | Path) -> bool:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what the moefy.json of a prepared corpus says.
-
-    Raises:
-        CorpusError: the folder is no whole prepared corpus.
-    """
+    """Return what moefy.json says; a CorpusError if the folder is no whole prepared corpus."""
     if is_prepared(folder):
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
         read_json(folder / RECORD, _Record, _REMEDY, error=CorpusError)
@@ -181,14 +172,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
-    """Return a tokenizer's record: two with the same one give the same ids.
+    """Return the record of a tokenizer that the user calls `name`: the same one, the same ids.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        name: what the user calls it.
-
-    Raises:
-        CorpusError: it is a slow tokenizer, or has no end-of-text token.
+    CorpusError says that it is a slow tokenizer, or has no end-of-text token.
     """
     backend = backend_of(tokenizer, name)
     if tokenizer.eos_token_id is None:
@@ -238,11 +224,7 @@ class TokenWriter:
                 os.truncate(file, committed)
 
     def append(self, stream: str, ids: bytes) -> None:
-        """Add whole ids to a stream.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Add whole ids to a stream."""
         rest = memoryview(ids)
         while rest:
             size = self.sizes.get(stream, 0)
@@ -265,11 +247,7 @@ class TokenWriter:
         return dict(self.sizes)
 
     def shards(self, itemsize: int) -> dict[str, list[dict[str, Any]]]:
-        """Return, by domain, the file, split, tokens and SHA-256 of every shard, once all is done.
-
-        Raises:
-            OutputError: a shard has not the size that was written.
-        """
+        """Return, by domain, what the record says of every shard, once all is done."""
         found: dict[str, list[dict[str, Any]]] = {}
         for stream, size in sorted(self.sizes.items()):
             domain, _, side = stream.rpartition("/")

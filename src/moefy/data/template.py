@@ -219,11 +219,7 @@ def assistant_spans(
 
 
 def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
-    """Return the special token that ends the assistant's turn; None if words or nothing do.
-
-    Raises:
-        ValueError: the template refuses a conversation that begins with the user.
-    """
+    """Return the special token that ends the assistant's turn; None if words or nothing do."""
     # What stands behind an answer: the first special token there ends the turn.
     answer = _PROBE[1]["content"]
     _, _, tail = template.render(tokenizer, _PROBE[:2]).rpartition(answer)
@@ -277,17 +273,10 @@ def make_examples(
     max_length: int,
     report: ProgressFn = silent,
 ) -> tuple[list[Example], list[str]]:
-    """Tokenise conversations; what cannot be used is named.
+    """Return the examples of conversations, and a line about each that gives none.
 
-    Args:
-        conversations: whole ones.
-        tokenizer: a fast one, which knows the characters of its tokens.
-        template: renders them.
-        max_length: tokens of the longest example; what is beyond is cut off.
-        report: told about progress.
-
-    Returns:
-        The examples, and a line about each conversation that gives none.
+    The tokenizer is a fast one, which knows the characters of its tokens; an example is cut off at
+    `max_length` tokens.
     """
     examples, unusable = [], []
     for done, conversation in enumerate(conversations, start=1):

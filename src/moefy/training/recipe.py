@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -149,7 +149,7 @@ class LoopRecipe(Recipe):
     seed: Seed = 0
 
     @model_validator(mode="after")
-    def _batches_fit(self) -> Self:
+    def _batches_fit(self) -> LoopRecipe:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of "
