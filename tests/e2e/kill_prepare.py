@@ -36,7 +36,6 @@ if __name__ == "__main__":
     moefy.prepare  # noqa: B018 - imports it
     moefy.data.prepare._COMMIT_EVERY_S = 0.0
     moefy.data.prepare._BATCH_BYTES = 2000
-    moefy.data.prepare._SHARD_TOKENS = 1500
     for line in sys.stdin:
         data, out, tokenizer, last = line.split("\t")
         if (pid := os.fork()) == 0:

@@ -139,7 +139,7 @@ def _records(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     ids = np.arange(400, dtype="<u2") % 256
     shards = [
         {
-            "file": f"ab/{split}-00000.bin",
+            "file": f"ab/{split}.bin",
             "split": split,
             "tokens": len(ids),
             "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
@@ -166,7 +166,7 @@ def _records(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     for number in range(60):
         yield f"value {number}", partial(write, partial(_changed_value, number=number))
         yield f"bytes {number}", partial(write, partial(_changed_bytes, number=number))
-    for name in ("../out/train-00000.bin", "/etc/passwd", "ab/train-00001.bin", "ab/../x"):
+    for name in ("../out/train.bin", "/etc/passwd", "ab/train-00001.bin", "ab/../x"):
         yield f"shard {name}", partial(write, partial(_renamed, name=name))
 
 
@@ -180,5 +180,5 @@ def _changed_bytes(record: Any, number: int) -> bytes:
 
 
 def _renamed(record: Any, name: str) -> bytes:
-    text = json.dumps(record).replace("ab/train-00000.bin", name)
+    text = json.dumps(record).replace("ab/train.bin", name)
     return text.encode()

@@ -25,15 +25,14 @@ from moefy.checkpoint.source import BUILTIN, is_hub_name, resolve
 from moefy.data import records
 from moefy.data.files import Meter
 from moefy.data.records import Source, find_sources, is_held_out
-from moefy.data.shards import JOURNAL, RECORD, TokenWriter, describe_tokenizer, read_record
+from moefy.data.shards import JOURNAL, RECORD, describe_tokenizer, read_record
 from moefy.data.tokenise import backend_of, encode_documents
 from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
-from moefy.storage import replace_file, storage_errors
+from moefy.storage import replace_file, storage_errors, sync
 
 _BATCH_BYTES = 1 << 20
-_SHARD_TOKENS = 1 << 28
 _COMMIT_EVERY_S = 10.0
 _MAX_DOMAINS = 200
 _MAX_EXAMPLES = 20
@@ -109,7 +108,7 @@ def prepare(
         overwrite=overwrite,
         sources=(tokenizer,) if is_stream else (tokenizer, place),
         resumes=True,
-        own=(RECORD, "*/train-*.bin", "*/heldout-*.bin"),
+        own=(RECORD, "*/train.bin", "*/heldout.bin"),
         scratch=(JOURNAL,),
     )
     with run:
@@ -132,32 +131,39 @@ class _Journal:
     # by domain; "" holds records whose domain cannot be known
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)  # the first messages on records left out
-    sizes: dict[str, int] = field(default_factory=dict)  # see `TokenWriter`
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes written, by "domain/side"
 
     @property
     def tokens(self) -> int:
         """Token ids written so far."""
         return sum(count["tokens"] + count["heldout_tokens"] for count in self.counts.values())
 
-    def commit(self, writer: TokenWriter) -> None:
+    def commit(self, folder: Path) -> None:
         """Bring the shards to the disk, and then this."""
-        self.sizes = writer.commit()
+        for stream in self.sizes:
+            sync(folder / f"{stream}.bin")
         content = json.dumps(vars(self))
         digest = hashlib.sha256(content.encode()).hexdigest()
-        replace_file(writer.folder / JOURNAL, f"{content}\n{digest}\n")
+        replace_file(folder / JOURNAL, f"{content}\n{digest}\n")
 
     @classmethod
     def read(cls, folder: Path) -> _Journal:
-        """Return a folder's journal, or an empty one."""
-        file = folder / JOURNAL
-        if not file.exists():
-            return cls()
-        content, _, digest = file.read_bytes().partition(b"\n")
-        if digest.strip() != hashlib.sha256(content).hexdigest().encode():
-            raise OutputError(f"{file} is damaged: pass --overwrite to start again")
-        stored = json.loads(content)
-        stored["counts"] = {name: Counter(count) for name, count in stored["counts"].items()}
-        return cls(**stored | {"after": tuple(stored["after"])})
+        """Return a folder's journal, or an empty one; cut off what was written after it."""
+        file, journal = folder / JOURNAL, cls()
+        if file.exists():
+            content, _, digest = file.read_bytes().partition(b"\n")
+            if digest.strip() != hashlib.sha256(content).hexdigest().encode():
+                raise OutputError(f"{file} is damaged: pass --overwrite to start again")
+            stored = json.loads(content)
+            stored["counts"] = {name: Counter(count) for name, count in stored["counts"].items()}
+            journal = cls(**stored | {"after": tuple(stored["after"])})
+        for shard in folder.glob("*/*.bin"):
+            stream = shard.relative_to(folder).with_suffix("").as_posix()
+            if stream not in journal.sizes:
+                shard.unlink()
+            elif journal.sizes[stream] < shard.stat().st_size:
+                os.truncate(shard, journal.sizes[stream])
+        return journal
 
 
 class _Preparation:
@@ -202,24 +208,21 @@ class _Preparation:
             CorpusError: text is broken; what was done before it is kept.
             StorageError: the disk is full; what was done at the last commit is kept.
         """
-        journal = self._journal = _Journal.read(folder)
-        tokens, itemsize = journal.tokens, self._dtype.itemsize
+        self._folder = folder
         with storage_errors(folder):
-            writer = self._writer = TokenWriter(
-                folder, shard_bytes=_SHARD_TOKENS * itemsize, sizes=journal.sizes
-            )
+            journal = self._journal = _Journal.read(folder)
+            tokens = journal.tokens
             try:
                 self._write_sources()
             except MoefyError:
                 # between two batches; any other error may come within one, which is done again
-                journal.commit(writer)
+                journal.commit(folder)
                 raise
-            journal.commit(writer)
-            shards = writer.shards(itemsize)
+            journal.commit(folder)
+            shards = self._shards()
         if not shards:
             raise CorpusError("no document is left: all texts are empty or broken")
-        record = json.dumps(self._record(shards), indent=2) + "\n"
-        replace_file(folder / RECORD, record)
+        replace_file(folder / RECORD, json.dumps(self._record(shards), indent=2) + "\n")
         return journal.tokens - tokens
 
     def _write_sources(self) -> None:
@@ -241,7 +244,7 @@ class _Preparation:
                     self._report(Progress("prepare", here, total or here + 1, note))
                 first_line += len(batch)
                 if now - committed >= _COMMIT_EVERY_S:
-                    journal.commit(self._writer)
+                    journal.commit(self._folder)
                     committed = now
             if is_empty and not self._skip_broken:
                 raise CorpusError(
@@ -290,7 +293,13 @@ class _Preparation:
             )
         for (domain, side), documents in texts.items():
             ids = encode_documents(self._backend, self._eos, documents)
-            self._writer.append(f"{domain}/{side}", np.array(ids, dtype=self._dtype).tobytes())
+            file, content = self._folder / f"{domain}/{side}.bin", np.array(ids, dtype=self._dtype)
+            file.parent.mkdir(exist_ok=True)
+            # opened for each batch: a corpus of many domains would hold hundreds of files open
+            with file.open("ab") as shard:
+                shard.write(content.tobytes())
+            stream = f"{domain}/{side}"
+            journal.sizes[stream] = journal.sizes.get(stream, 0) + content.nbytes
             prefix = "" if side == "train" else "heldout_"
             counts[domain][f"{prefix}documents"] += len(documents)
             counts[domain][f"{prefix}characters"] += sum(map(len, documents))
@@ -311,6 +320,29 @@ class _Preparation:
             allowed = ", ".join(SLIMPAJAMA_NAMES)
             raise CorpusError(f"{where}: {key!r} is {found!r}; allowed are {allowed}")
         return SLIMPAJAMA_NAMES[found]
+
+    def _shards(self) -> dict[str, list[dict[str, Any]]]:
+        """Return, by domain, file, split, tokens and SHA-256 of every shard, once all is done."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for stream, size in sorted(self._journal.sizes.items()):
+            domain, _, side = stream.rpartition("/")
+            file = self._folder / f"{stream}.bin"
+            if file.stat().st_size != size:
+                raise OutputError(
+                    f"{file} has not the {size:,} bytes that were written: somebody else changed "
+                    "it; start again with --overwrite"
+                )
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            found.setdefault(domain, []).append(
+                {
+                    "file": f"{stream}.bin",
+                    "split": side,
+                    "tokens": size // self._dtype.itemsize,
+                    "sha256": digest,
+                }
+            )
+        return found
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """Return what moefy.json says."""
