@@ -89,7 +89,7 @@ def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: 
     }
     weights = initial_weights("Uniform", windows)
     one_each = dict.fromkeys(windows, 1)
-    ((name, _, _),) = Mixture(one_each, weights, seed=5, global_batch_size=1).next_batch().samples
+    ((name, _, _),) = Mixture(one_each, weights, seed=5, global_batch_size=1).next_batch()
     ids = torch.from_numpy(windows[name])
     model = AutoModelForCausalLM.from_pretrained(moe).double()
     expected = model(ids, labels=ids).loss.item()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from moefy.checkpoint.load import load_tokenizer
 from moefy.data.records import Side, open_domains
@@ -22,18 +22,11 @@ Windows = Int[np.ndarray, "sequences length"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences of one length.
+    """Sequences of one length, by domain."""
 
-    Attributes:
-        num_sequences: by domain, to train on.
-        fingerprint: hash of what may be read; a run that was stopped goes on with the same.
-        sequence: returns the int64 ids of a domain's sequence.
-        heldout: returns a domain's first sequences, so many at most, that are never trained on.
-    """
-
-    num_sequences: dict[str, int]
-    fingerprint: str
-    sequence: Callable[[str, int], Int[np.ndarray, " length"]]
+    train: dict[str, Integer[np.ndarray, "_sequences length"]]
+    fingerprint: str  # of what may be read; a run that was stopped goes on with the same
+    # returns a domain's first sequences, so many at most, that are never trained on
     heldout: Callable[[str, int], Windows]
 
 
@@ -57,7 +50,14 @@ def open_corpus(
     if is_prepared(data):
         shards = TokenShards(data)
         shards.require_tokenizer(model)
-        return _prepared(shards, sequence_length)
+        return Corpus(
+            {name: shards.windows(name, sequence_length) for name in shards.domains},
+            # the record names every shard and its hash
+            hashlib.sha256((shards.folder / RECORD).read_bytes()).hexdigest(),
+            lambda name, count: shards.windows(name, sequence_length, "heldout")[:count].astype(
+                np.int64
+            ),
+        )
     tokenizer = load_tokenizer(model)
     domains = {domain.name: domain for domain in open_domains(data, report=report)}
 
@@ -67,7 +67,7 @@ def open_corpus(
 
     # Training text is tokenised now, because the mixture needs the numbers of sequences; held-out
     # text only when a run asks for it.
-    windows: dict[str, Windows] = {}
+    windows = {}
     digest = hashlib.sha256()
     for done, name in enumerate(domains):
         report(Progress("tokenise", done, len(domains), name))
@@ -75,29 +75,7 @@ def open_corpus(
         digest.update(f"{name} {len(windows[name])} ".encode())
         digest.update(windows[name].tobytes())
     report(Progress("tokenise", len(domains), len(domains)))
-    return Corpus(
-        {name: len(found) for name, found in windows.items()},
-        digest.hexdigest(),
-        lambda name, idx: windows[name][idx],
-        lambda name, count: packed(name, "heldout", count),
-    )
-
-
-def _prepared(shards: TokenShards, length: int) -> Corpus:
-    """Return a corpus whose sequences are read from disk when they are asked for."""
-
-    def heldout(name: str, max_sequences: int) -> Windows:
-        count = min(max_sequences, shards.num_sequences(name, length, "heldout"))
-        found = [shards.sequence(name, idx, length, "heldout") for idx in range(count)]
-        return np.array(found, dtype=np.int64).reshape(-1, length)
-
-    return Corpus(
-        {name: shards.num_sequences(name, length) for name in shards.domains},
-        # the record names every shard and its hash
-        hashlib.sha256((shards.folder / RECORD).read_bytes()).hexdigest(),
-        lambda name, idx: shards.sequence(name, idx, length),
-        heldout,
-    )
+    return Corpus(windows, digest.hexdigest(), lambda name, count: packed(name, "heldout", count))
 
 
 def heldout_of(corpus: Corpus, domains: list[str], max_sequences: int) -> dict[str, Windows]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Integer
 from pydantic import BaseModel, NonNegativeInt
 
 from moefy.data.records import folder_name
@@ -82,21 +82,12 @@ class TokenShards:
             for shard in found["shards"]:
                 self._ids[domain, shard["split"]] = self._mapped(domain, shard, dtype)
 
-    def num_tokens(self, domain: str, side: StoredSide = "train") -> int:
-        """Return the number of token ids, end tokens included."""
-        return len(self._ids[domain, side])
-
-    def num_sequences(self, domain: str, length: int, side: StoredSide = "train") -> int:
-        """Return how many whole sequences of `length` tokens there are."""
-        return self.num_tokens(domain, side) // length
-
-    def sequence(
-        self, domain: str, idx: int, length: int, side: StoredSide = "train"
-    ) -> Int[np.ndarray, " length"]:
-        """Return tokens idx × length to (idx + 1) × length of a domain, as int64."""
-        if not 0 <= idx < self.num_sequences(domain, length, side):
-            raise IndexError(f"{domain!r} has no sequence {idx} of {length} tokens")
-        return self._ids[domain, side][idx * length : (idx + 1) * length].astype(np.int64)
+    def windows(
+        self, domain: str, length: int, side: StoredSide = "train"
+    ) -> Integer[np.ndarray, "sequences length"]:
+        """Return a domain's whole sequences of `length` tokens; each is read when it is taken."""
+        ids = self._ids[domain, side]
+        return ids[: len(ids) // length * length].reshape(-1, length)
 
     def require_tokenizer(self, model: str | Path) -> None:
         """Raise CorpusError if a model has another tokenizer than the one that wrote these ids."""

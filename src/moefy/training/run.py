@@ -126,8 +126,8 @@ def _open_corpus(
         report=report,
     )
     mixture = Mixture(
-        corpus.num_sequences,
-        initial_weights(choice.mixture, corpus.num_sequences),
+        {name: len(windows) for name, windows in corpus.train.items()},
+        initial_weights(choice.mixture, corpus.train),
         seed=choice.seed,
         global_batch_size=choice.global_batch_size,
     )

@@ -115,8 +115,8 @@ class WindowSamples:
         self.mixture.restore(MixtureState(**state))
 
     def _rows(self, samples: Sequence[Sample]) -> Rows:
-        windows = np.stack([self._corpus.sequence(name, idx) for name, idx, _ in samples])
-        tokens = torch.from_numpy(windows)
+        windows = np.stack([self._corpus.train[name][idx] for name, idx, _ in samples])
+        tokens = torch.from_numpy(windows.astype(np.int64))
         return Rows(tokens, tokens, tuple(name for name, _, _ in samples))
 
 
