@@ -143,7 +143,8 @@ def measure(work: Path, source: Path, quick: bool) -> dict[str, Any]:
     moe = "partition-alternating"
     moefy("prepare text corpus --tokenizer src --workers 1")
     for shard in sorted((work / "corpus").rglob("*.bin")):
-        found[f"prepare {shard.relative_to(work)}"] = digest(shard)
+        # train.bin; an earlier version named it train-00000.bin
+        found[f"prepare {shard.parent.name}/{shard.stem.partition('-')[0]}"] = digest(shard)
     runs = {
         "plain": f"train {moe} trained {TRAIN}",
         "corpus": f"train {moe} trained-corpus {TRAIN.replace('text', 'corpus')}",
