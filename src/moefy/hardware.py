@@ -60,15 +60,6 @@ def products_in(precision: str, place: torch.device) -> torch.autocast:
     return torch.autocast(place.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def available_bytes() -> int:
-    """Return the free memory of the device, 0 where that is not known."""
-    import torch
-
-    if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return _bytes_of(Path("/proc/meminfo"), "MemAvailable") or 0
-
-
 def peak_rss_bytes() -> int:
     """Return the most memory that this process has held."""
     if found := _bytes_of(Path("/proc/self/status"), "VmHWM"):

@@ -36,10 +36,7 @@ class Split:
 
         `experts` is the largest multiple of 4 up to 64 that leaves experts of a multiple of 8
         neurons (grouped matrix products in 16-bit weights need that), `active` half of `experts`,
-        `shared` half of `active`.
-
-        Raises:
-            UsageError: see `check`.
+        `shared` half of `active`. What `check` refuses is a UsageError.
         """
         experts = _usual_experts(intermediate_size) if experts is None else experts
         active = max(1, experts // 2) if active is None else active

@@ -49,9 +49,8 @@ class Conversation:
 def read_conversations(data: str | Path) -> tuple[list[Conversation], list[str]]:
     """Return a corpus' conversations, and a line about each one that is broken.
 
-    Args:
-        data: a file, a folder of files, or `hf:NAME[:CONFIG]` (see `records.find_sources`). Each
-            record is an object of one of the forms in docs/tuning.md.
+    Each record of `data` (see `records.find_sources`) is an object of one of the forms in
+    docs/tuning.md.
 
     Raises:
         CorpusError: there is no such corpus, a file is damaged, or no conversation is whole.

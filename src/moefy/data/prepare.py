@@ -202,12 +202,7 @@ class _Preparation:
         }
 
     def write(self, folder: Path) -> int:
-        """Do what is left of the corpus; return the number of tokens written now.
-
-        Raises:
-            CorpusError: text is broken; what was done before it is kept.
-            StorageError: the disk is full; what was done at the last commit is kept.
-        """
+        """Do what is left of the corpus; return the number of tokens written now."""
         self._folder = folder
         with storage_errors(folder):
             journal = self._journal = _Journal.read(folder)

@@ -96,10 +96,11 @@ class TokenShards:
         wanted = self.record["tokenizer"]
         found = describe_tokenizer(load_tokenizer(Path(model)), wanted["name"])
         if found != wanted:
+            sizes = (f"{record['vocab_size']:,} tokens" for record in (wanted, found))
             raise CorpusError(
-                f"{self.folder} was prepared with the tokenizer of {wanted['name']} "
-                f"({_brief(wanted)}); that of {model} is another one ({_brief(found)}): prepare "
-                f"the text again with --tokenizer {model}"
+                f"{self.folder} was prepared with the tokenizer of {wanted['name']}, and that of "
+                f"{model} is another one ({' and '.join(sizes)}): prepare the text again with "
+                f"--tokenizer {model}"
             )
 
     def _mapped(
@@ -163,8 +164,3 @@ def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
         "vocab_size": 1 + max(tokenizer.get_vocab().values()),
         "eos": tokenizer.eos_token_id,
     }
-
-
-def _brief(tokenizer: dict[str, Any]) -> str:
-    size, eos = tokenizer["vocab_size"], tokenizer["eos"]
-    return f"{size:,} tokens, end {eos}, SHA-256 {tokenizer['sha256'][:12]}…"

@@ -28,11 +28,7 @@ _FLOOR = 1e-4
 
 
 def for_domains(values: Mapping[str, float], domains: Iterable[str], what: str) -> dict[str, float]:
-    """Return values in the order of a corpus's domains.
-
-    Raises:
-        CorpusError: a domain has no value, or a value no domain; `what` says whose they are.
-    """
+    """Return values in a corpus's order; CorpusError says that they are for other domains."""
     domains = list(domains)
     if set(domains) != set(values):
         raise CorpusError(
@@ -43,14 +39,9 @@ def for_domains(values: Mapping[str, float], domains: Iterable[str], what: str) 
 
 
 def initial_weights(mixture: str | Mapping[str, float], domains: Iterable[str]) -> dict[str, float]:
-    """Return the weights that a run starts with, by domain, summing to 1.
+    """Return the weights that a run starts with, by domain, for a recipe's `mixture`.
 
-    Args:
-        mixture: a name that the recipe of `train` allows, or weights by domain.
-        domains: the corpus's names.
-
-    Raises:
-        CorpusError: weights and corpus name different domains, or the weights do not sum to 1.
+    CorpusError says that they are for other domains than the corpus's, or do not sum to 1.
     """
     domains = list(domains)
     if isinstance(mixture, str):

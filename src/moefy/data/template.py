@@ -35,9 +35,7 @@ class ChatTemplate:
     by_answer: bool = False  # every answer is trained in a text of its own
 
     def render(self, tokenizer: Any, messages: list[Message], *, answer: bool = False) -> str:
-        """Return the text of messages.
-
-        `answer` ends it with what opens the assistant's turn.
+        """Return the text of messages; `answer` ends it with what opens the assistant's turn.
 
         Raises:
             ValueError: the template refuses these messages.
@@ -124,13 +122,8 @@ def tokenised(tokenizer: Any, text: str, frame: str) -> tuple[list[int], Spans]:
 
     Special tokens that stand in a message are text: only the template writes control tokens.
 
-    Args:
-        tokenizer: a fast one.
-        text: what the template wrote.
-        frame: the same of messages `without_control`.
-
-    Raises:
-        ValueError: it cannot be told what in the text is the template's.
+    `frame` is the `text` that the template writes of messages `without_control`. ValueError says
+    that it cannot be told what in the text is the template's.
     """
     # Tokenised whole, as the model will see it.
     whole = _pieces(tokenizer, frame, [(0, len(frame), None)])

@@ -43,14 +43,8 @@ def pack(
 ) -> Int[np.ndarray, "windows sequence"]:
     """Tokenise documents, join them with the end-of-text token, and cut windows, as in the paper.
 
-    Args:
-        documents: texts; only as many are read as the windows need.
-        tokenizer: a fast transformers tokenizer.
-        sequence_length: tokens per window.
-        max_windows: stop after so many.
-
-    Returns:
-        Token ids as int64; fewer windows than asked for when the documents run out, possibly none.
+    Only as many documents are read as the windows need; there are fewer windows, possibly none,
+    when they run out.
     """
     backend = backend_of(tokenizer, tokenizer.name_or_path)
     ids: list[int] = []
