@@ -3,9 +3,11 @@
     python benchmarks/training_speed.py WORK [--model smollm2-135m] [--data demo] [--steps 6]
 
 Dense, dense of the active size, converted to 8 of 16 and to 32 of 64 slices, and the former while
-it is distilled: the same sequences, each by `moefy train`, in rounds. Tokens/s and MFU are those of
-the log, medians of the steps after each round's first. Weights do not matter: the splits are
-random.
+it is distilled: the same sequences, each by `moefy train`, in rounds. Tokens/s are of the log,
+medians of the steps after each round's first. Weights do not matter: the splits are random.
+
+MFU = 3 · FLOPs of a forward pass · tokens/s / peak FLOP/s (PaLM, arXiv 2204.02311, appendix B). It
+counts the experts that run, not those that wait, and not the teacher.
 """
 
 from __future__ import annotations
@@ -20,14 +22,22 @@ import torch
 from publish import publish_table
 
 import moefy
+from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.checkpoint.source import resolve
 from moefy.evaluation.speed import dense_of_active_size
 from moefy.evaluation.timing import random_model
+from moefy.hardware import device, multiply_rate
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+TRAINED_PASSES = 3  # forward once, backward twice: gradients of inputs and of weights
+_PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest name that fits
+    **{"B200": 2250.0, "H200": 989.5, "H100": 989.5, "H100 PCIe": 756.5, "H100 NVL": 835.5},
+    **{"A100": 312.0, "A10": 125.0, "A40": 149.7, "L40S": 362.0, "L4": 121.0, "V100": 125.0},
+    **{"RTX 4090": 165.2, "RTX 3090": 71.2},
+}
 
 
 def main() -> None:
@@ -111,7 +121,28 @@ def _steps(
         overwrite=True,
         **choices,
     )
-    return [(line["tokens_per_s"], line["mfu"]) for line in read_log(out)[1:]]
+    one_pass = cost(read_config(resolve(folder)), context=options.sequence_length)
+    mfu = TRAINED_PASSES * one_pass.flops_per_token / peak_flops(precision)
+    speeds = [line["tokens_per_s"] for line in read_log(out)[1:]]
+    return [(speed, mfu * speed) for speed in speeds]
+
+
+def peak_flops(precision: str) -> float:
+    """Return the published FLOP/s of a known GPU in bfloat16, else those of a large product."""
+    if device().type == "cuda" and precision == "bfloat16":
+        chosen = known_gpu(torch.cuda.get_device_name())
+        if chosen:
+            return _PUBLISHED_TFLOPS[chosen] * 1e12
+    return multiply_rate(getattr(torch, precision))
+
+
+def known_gpu(name: str) -> str | None:
+    """Return which GPU of the data sheets a device's name means; None for others and for slices."""
+    words = name.replace("-", " ").split()
+    if "MIG" in words:
+        return None
+    known = [key for key in _PUBLISHED_TFLOPS if all(part in words for part in key.split())]
+    return max(known, key=len, default=None)
 
 
 if __name__ == "__main__":

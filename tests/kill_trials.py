@@ -19,7 +19,7 @@ from moefy.checkpoint.source import builtin
 from tests.conftest import make_place, write_tiny_llama
 from tests.kills import Server
 
-_TIMED = ("tokens_per_s", "mfu", "_s", "_ms", "rss_bytes", "date", "speed")
+_TIMED = ("tokens_per_s", "_s", "_ms", "rss_bytes", "date", "speed")
 _TRAIN = "--set sequence_length=64 --set global_batch_size=2 --set checkpoint_every_steps=1"
 _TUNE = "--set sequence_length=128 --set global_batch_size=12 --set checkpoint_every_steps=1"
 COMMANDS = {

@@ -71,7 +71,7 @@ def stopped(stage: str, place: Path) -> Path:
 
 
 def ends(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    timed = {"tokens_per_s", "mfu"}
+    timed = {"tokens_per_s"}
     log = [{k: v for k, v in line.items() if k not in timed} for line in read_log(folder)]
     return (folder / "model.safetensors").read_bytes(), log
 

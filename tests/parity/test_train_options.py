@@ -89,7 +89,7 @@ def stop_at(step: int) -> Callable[[Any], None]:
 
 
 def without_time(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = {"tokens_per_s", "mfu"}
+    timed = {"tokens_per_s"}
     return [{key: value for key, value in line.items() if key not in timed} for line in log]
 
 

@@ -330,7 +330,7 @@ LONG: dict[str, Any] = SHORT | {"checkpoint_every_steps": 5, "epochs": 10}
 
 def ends(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """Return the weights and the log of a run, without times."""
-    timed = {"tokens_per_s", "mfu"}
+    timed = {"tokens_per_s"}
     log = [{k: v for k, v in line.items() if k not in timed} for line in read_log(folder)]
     return (folder / "model.safetensors").read_bytes(), log
 

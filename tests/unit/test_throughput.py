@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from moefy.training.step import known_gpu
+from training_speed import known_gpu
 
 
 @pytest.mark.parametrize(

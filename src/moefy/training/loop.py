@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 
 from moefy.checkpoint.card import model_card
-from moefy.checkpoint.cost import cost
 from moefy.checkpoint.load import mended_generation
 from moefy.checkpoint.reader import (
     GENERATION,
@@ -41,7 +40,7 @@ from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe
 from moefy.training.samples import Samples
 from moefy.training.state import FINISHED, LOG, RunState, log_step
-from moefy.training.step import TRAINED_PASSES, peak_flops, train_step
+from moefy.training.step import train_step
 
 
 class TrainingLoop:
@@ -106,9 +105,6 @@ class TrainingLoop:
         if names := self._source_files.left_out:
             note = f"without {', '.join(names)}: they mean nothing beside its other keys"
             report(Progress(f"read {GENERATION}", 1, 1, note))
-        one_pass = cost(read_config(self.source), context=recipe.sequence_length)
-        flops = TRAINED_PASSES * one_pass.flops_per_token
-        peak = self.processes.size * peak_flops(recipe.precision)
         work, writes = self._folder.work, self.processes.is_first
         if writes:
             replace_file(work / "recipe.yaml", shown.to_yaml())
@@ -134,14 +130,12 @@ class TrainingLoop:
             self.elapsed_s += seconds
             line = {"step": step + 1, "tokens": self._samples.tokens, **losses, **samples.notes}
             line["tokens_per_s"] = samples.num_tokens / seconds
-            line["mfu"] = flops * line["tokens_per_s"] / peak
             is_last, interval = step + 1 == num_steps, recipe.evaluate_every_steps
             if interval and ((step + 1) % interval == 0 or is_last):
                 line["heldout_loss"] = heldout()
             if writes:
                 log_step(work, line)
             note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s"
-            note += f", MFU {line['mfu']:.0%}"
             for name, epoch in line.get("epochs", {}).items():
                 note += f"; {name} in epoch {epoch + 1}"
             report(Progress(self._stage, step + 1, num_steps, note))
