@@ -304,6 +304,7 @@ def test_adapters_are_merged_into_a_plain_model(moe: Path, corpus: Path, tmp_pat
     ("choices", "message"),
     [
         ({"lora": {"modules": ["lm_head"]}}, "lora.modules = .*'attention' or 'all'"),
+        ({"micro_batch_size": 3}, "must be a multiple of 3: 1 process with micro_batch_size 3"),
         ({"frozen": ("shared-experts",)}, "frozen shared-experts: a mixtral model has none"),
     ],
 )

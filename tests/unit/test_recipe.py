@@ -56,7 +56,6 @@ def test_bad_choices_are_named(choices: dict[str, object], message: str) -> None
     ("choices", "message"),
     [
         ({"tokens": 100}, "less than one sequence"),
-        ({"global_batch_size": 3, "micro_batch_size": 2}, "multiple"),
         ({"adam_betas": (0.9, 1)}, "adam_betas.1 = 1.*less than 1"),
         ({"tokens": 10**30}, "tokens is 10{30}: numbers of up to"),
         ({"learning_rate": float("inf")}, "learning_rate = inf.*finite"),

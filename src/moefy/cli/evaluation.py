@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,13 +159,10 @@ def chat(
     if speaker.template.source is not None:
         warn(f"{model} has no chat template: {speaker.template.name}")
 
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
-
     moefy.chat(
         speaker,
         _typed_lines(),
-        write,
+        partial(print, end="", flush=True),
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -13,9 +13,6 @@ from jaxtyping import Float64
 
 from moefy.errors import CorpusError
 
-UPDATE_INTERVAL_STEPS = 170
-"""Steps between two updates in LLaMA-MoE's dynamic runs: 2.5B tokens of 14.7M a step."""
-
 # LLaMA: the mixture it was trained on. Sheared: where Sheared-LLaMA's dynamic loading (arXiv
 # 2310.06694) ended. Both by SlimPajama's seven domains, as in LLaMA-MoE (arXiv 2406.16554).
 SLIMPAJAMA = ("cc", "c4", "github", "wikipedia", "book", "arxiv", "stackexchange")

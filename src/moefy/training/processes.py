@@ -109,8 +109,8 @@ def check_processes(recipe: TrainRecipe | TuneRecipe, size: int) -> tuple[int, i
     if recipe.global_batch_size % (num_data * recipe.micro_batch_size):
         raise UsageError(
             f"global_batch_size {recipe.global_batch_size} must be a multiple of "
-            f"{num_data * recipe.micro_batch_size}: {num_data} processes with micro_batch_size "
-            f"{recipe.micro_batch_size}"
+            f"{num_data * recipe.micro_batch_size}: {num_data} process{'es' * (num_data > 1)} with "
+            f"micro_batch_size {recipe.micro_batch_size}"
         )
     return shard, num_data
 

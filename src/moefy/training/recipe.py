@@ -107,7 +107,7 @@ class TrainSettings(LoopSettings, total=False):
 
     tokens: int
     mixture: Mixture | dict[str, float]
-    mixture_interval_steps: int | None
+    mixture_interval_steps: int
     reference_losses: Literal["dense"] | dict[str, float]
     min_lr_ratio: float
     adam_betas: tuple[float, float]
@@ -148,15 +148,6 @@ class LoopRecipe(Recipe):
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
     seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _batches_fit(self) -> LoopRecipe:
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of "
-                f"micro_batch_size {self.micro_batch_size}"
-            )
-        return self
-
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for a stopped run to go on."""
         # how the work is cut, kept and watched may change: a run may go on with other processes
@@ -192,7 +183,7 @@ class TrainRecipe(LoopRecipe):
         Mixture | dict[str, NonNegative],
         option("Shares of the domains, as in wikipedia=0.7,book=0.3, or their name"),
     ] = "Uniform"
-    mixture_interval_steps: Positive | None = None
+    mixture_interval_steps: Positive = 170  # LLaMA-MoE's: 2.5B tokens of 14.7M a step
     # what a dynamic mixture compares the losses with, nats per token; dense: the teacher's losses
     reference_losses: Literal["dense"] | dict[str, Annotated[float, Field(gt=0)]] = "dense"
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moefy.data.corpus import Corpus
 from moefy.data.mixture import Mixture, MixtureState, Sample, WeightUpdate
-from moefy.data.strategies import UPDATE_INTERVAL_STEPS
 from moefy.data.template import IGNORED, Example
 from moefy.evaluation.heldout import heldout_losses
 from moefy.training.processes import Processes
@@ -83,9 +82,7 @@ class WindowSamples:
         update = None
         if mixture.step == 0:
             update = WeightUpdate(0, mixture.weights, {}, {})
-        elif self._heldout and mixture.update_due(
-            recipe.mixture_interval_steps or UPDATE_INTERVAL_STEPS
-        ):
+        elif self._heldout and mixture.update_due(recipe.mixture_interval_steps):
             losses = losses_of(network, self._heldout, recipe, self._processes)
             # the first process's, to the last bit: all must draw the same samples
             update = self._processes.of_first(lambda: mixture.reweight(losses, self._reference))

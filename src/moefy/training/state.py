@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +41,6 @@ _JOURNALS = (LOG, REFERENCE)  # of OUT, kept in every checkpoint too
 _RECORD = "run.json"
 _CHECKSUMS = "checksums.json"
 _FILE_BYTES = 1 << 30
-_OPTIMIZER = re.compile(r"optimizer\.(\w+)\.(.+)")
 
 
 @contextmanager
@@ -193,7 +191,8 @@ class RunState:
                 _assign(tensor, stored.pop(name).get_tensor(name))
             self._optimizer.state.clear()
             for name, file in stored.items():
-                key, parameter = self._moment(name)
+                _, key, owner = name.split(".", 2)
+                parameter = self._parameters[owner]
                 value = file.get_tensor(name)
                 if key == "step":  # fused AdamW counts on the GPU
                     value = value.to(parameter.device if parameter.is_cuda else "cpu")
@@ -206,12 +205,6 @@ class RunState:
                 f"{found} is no checkpoint of this run ({str(error).partition(chr(10))[0]}): "
                 "delete it to go on from the one before it, or pass --overwrite to start again"
             ) from error
-
-    def _moment(self, name: str) -> tuple[str, Tensor]:
-        match = _OPTIMIZER.fullmatch(name)
-        if match is None:
-            raise ValueError(f"it also holds {name}")
-        return match[1], self._parameters[match[2]]
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: t.detach() for name, t in {**self._parameters, **self._buffers}.items()}

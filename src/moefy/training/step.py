@@ -48,9 +48,8 @@ def train_step(
     grad_norm = float(clip_gradients(learned, recipe.max_grad_norm))
     losses = _losses(done, samples, processes)
     if not (losses["loss"] < float("inf") and grad_norm < float("inf")):
-        drawn = ", ".join(samples.names[:_NAMED])
-        if len(samples.names) > _NAMED:
-            drawn += f" and {len(samples.names) - _NAMED} more"
+        more = " and more" * (len(samples.names) > _NAMED)
+        drawn = ", ".join(samples.names[:_NAMED]) + more
         raise TrainingError(
             f"step {step + 1}: loss {losses['loss']}, gradient norm {grad_norm}, on {drawn} of at "
             f"most {recipe.sequence_length} tokens: lower --learning-rate, or look at these texts; "

@@ -95,15 +95,8 @@ def tune(
     `data.template.assistant_spans`. One conversation in twenty is held out; the loss on those is
     measured before and after. Processes and stopped runs are as in `train`.
 
-    Args:
-        model: a converted (or dense) model folder, or any source `convert` takes.
-        out: the run's folder; the model appears in it when the run is complete.
-        data: conversations; see `data.conversations.read_conversations`. Broken ones are left out.
-        recipe: a `TuneRecipe` or a YAML file with its keys.
-        overwrite: replace a model in `out` when the new one is complete, or an unfinished run.
-        report: told about progress.
-        draw: as in `train`.
-        **settings: single `TuneRecipe` keys; they override the recipe.
+    `data` are conversations (see `data.conversations.read_conversations`), of which broken ones are
+    left out; `settings` are single keys of the recipe. All other arguments are those of `train`.
 
     Raises:
         UsageError: recipe, model, conversations or output are not usable, or LoRA without peft.
