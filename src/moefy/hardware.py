@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,19 +62,11 @@ def products_in(precision: str, place: torch.device) -> torch.autocast:
 
 def peak_rss_bytes() -> int:
     """Return the most memory that this process has held."""
-    if found := _bytes_of(Path("/proc/self/status"), "VmHWM"):
-        return found
+    with suppress(OSError, IndexError):  # on Linux getrusage counts what was before `exec`, too
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _bytes_of(file: Path, key: str) -> int | None:
-    """Return one line of a /proc file in bytes, None where the file or the line is missing."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
 
 
 def ask_for_huge_pages() -> None:

@@ -91,10 +91,10 @@ def read_json(file: Path, shape: Any, remedy: str, *, error: type[MoefyError] = 
     return parse_json(file.read_bytes(), shape, str(file), remedy, error)
 
 
-def read_records(file: Path, shape: Any, remedy: str = "") -> list[Any]:
+def read_records(file: Path, shape: Any) -> list[Any]:
     """Read a file of one JSON value a line, as `read_json` does; none where there is no file."""
     lines = file.read_bytes().splitlines() if file.exists() else []
-    remedy = remedy or "remove the line, or choose another folder"
+    remedy = "remove the line, or choose another folder"
     return [
         parse_json(line, shape, f"{file}, line {number}", remedy, OutputError)
         for number, line in enumerate(lines, start=1)
@@ -230,7 +230,8 @@ class Lock:
     def note(self, **notes: Any) -> None:
         """Say in the lock's file who holds it, and what a call after a kill should know."""
         self.notes |= notes
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), **self.notes}
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, **self.notes}
         content = json.dumps(holder).encode()
         os.pwrite(self._handle, content, 0)
         os.truncate(self._handle, len(content))
@@ -303,10 +304,6 @@ def whole_file(
     finally:
         partial.unlink(missing_ok=True)
         lock.release()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 _OPENING = (

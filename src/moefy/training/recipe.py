@@ -135,8 +135,8 @@ class LoopRecipe(Recipe):
     }
 
     sequence_length: Annotated[int, option("Tokens of the longest sequence", ge=2)] = 512
-    global_batch_size: Positive = 1
-    micro_batch_size: Positive = 1
+    global_batch_size: Positive = 1  # of all processes together
+    micro_batch_size: Positive = 1  # what one process computes at once
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
     warmup_fraction: Fraction = 0.1
     weight_decay: NonNegative = 0.1
@@ -168,9 +168,6 @@ class TrainRecipe(LoopRecipe):
     Schedule and optimizer are the paper's (AdamW 0.9/0.95, weight decay 0.1, clip 1, cosine to
     10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
     a small model and thousands of tokens. recipes/ has the paper's.
-
-    `global_batch_size` counts all processes, `micro_batch_size` what one of them computes at
-    once.
     """
 
     renamed: ClassVar[dict[str, str]] = LoopRecipe.renamed | {
@@ -247,11 +244,6 @@ class TrainRecipe(LoopRecipe):
     def num_steps(self) -> int:
         """Optimizer steps: the tokens asked for, rounded up to whole steps."""
         return -(-self.tokens // (self.sequence_length * self.global_batch_size))
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of all processes."""
-        return self.sequence_length * self.global_batch_size
 
     @property
     def distils(self) -> bool:

@@ -74,7 +74,7 @@ class WindowSamples:
     @property
     def tokens(self) -> int:
         """Tokens of the steps so far, of all processes."""
-        return self.mixture.step * self._recipe.tokens_per_step
+        return self.mixture.step * self._recipe.global_batch_size * self._recipe.sequence_length
 
     def next_step(self, network: Any) -> StepSamples:
         """Renew the weights where that is due, and draw a step."""
