@@ -20,7 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "study"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_same_command_goes_on_after_a_kill_at_any_event(
     name: str, place: Path, server: Server
 ) -> None:

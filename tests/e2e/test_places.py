@@ -134,7 +134,20 @@ def disk(run: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted: {mounted.stderr}")
     yield run
-    subprocess.run(["umount", str(run)], check=True)
+    subprocess.run(["umount", "--lazy", str(run)], check=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("free_bytes", [0, 12_000, 60_000])
+def test_a_small_disk(name: str, free_bytes: int, disk: Path, server: Server) -> None:
+    fill(disk, free_bytes)
+    end = server.run(disk, WRITING[name])
+    if end.code == 0:  # it needs less
+        return
+    assert "disk" in refusal(end, disk)
+    assert not hidden(disk)
+    (disk / "filler").unlink()
+    assert server.run(disk, WRITING[name]).code == 0, (disk.parent / "log").read_text()
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
