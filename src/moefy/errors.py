@@ -17,6 +17,14 @@ A message says what was found, what is allowed and how to fix it.
 
 from __future__ import annotations
 
+import re
+
+_SECRET = re.compile(
+    r"(?<=:/)(/?)[^/\s@]+@"  # of https://name:password@host, or of the same as a path
+    r"|([?&][\w.-]*(?:key|token|secret|passw|sig|auth)[\w.-]*=)[^&\s\"']+",
+    re.IGNORECASE,
+)
+
 
 class MoefyError(Exception):
     """Base of all errors that moefy raises on purpose."""
@@ -70,3 +78,8 @@ def reason(error: object, longest: int = 200) -> str:
     """Return a library's error, or another's words, as a part of one line of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose addresses have no passwords, keys and tokens, as it may be shown."""
+    return _SECRET.sub(r"\1\2", text)

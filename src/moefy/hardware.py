@@ -62,11 +62,22 @@ def products_in(precision: str, place: torch.device) -> torch.autocast:
 
 def peak_rss_bytes() -> int:
     """Return the most memory that this process has held."""
-    with suppress(OSError, IndexError):  # on Linux getrusage counts what was before `exec`, too
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    if found := _status_bytes("VmHWM:"):  # getrusage counts what was before `exec`, too
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Return the memory that this process holds, 0 where that is not known."""
+    return _status_bytes("VmRSS:")
+
+
+def _status_bytes(key: str) -> int:
+    with suppress(OSError, IndexError):  # only Linux has the file
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition(key)[2].split()[0])
+    return 0
 
 
 def ask_for_huge_pages() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
-from moefy.errors import OutputError, StorageError
+from moefy.errors import OutputError, StorageError, UsageError, without_secrets
 from moefy.storage import (
     Lock,
     changed_settings,
@@ -125,8 +125,15 @@ class RunFolder:
 
         Raises:
             OutputError: the folder holds a run of another identity.
+            UsageError: the name of an input holds a secret.
         """
-        identity = json.loads(json.dumps(identity))
+        told = json.dumps([identity, *map(str, self._sources)])
+        if without_secrets(told) != told:
+            raise UsageError(
+                f"an input's name holds a password, key or token, which {self.out} would keep: "
+                "download it under another name, or rename it"
+            )
+        identity = json.loads(told)[0]
         with storage_errors(self.out):
             action = self._decide(identity)
             self.work = self.out if self._resumes and action != "replace" else self._next

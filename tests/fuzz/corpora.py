@@ -64,7 +64,7 @@ def mutations(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     for label, record in _talks():
         content = "".join(json.dumps(record(i)) + "\n" for i in range(30)).encode()
         yield f"conversations: {label}", partial(_write, folder / "talks.jsonl", content)
-    for label, template in _templates():
+    for label, template in templates():
         yield f"chat template: {label}", partial(_write, folder / "mine.jinja", template)
     for label, change in _records(folder):
         yield f"prepared corpus: {label}", change
@@ -128,7 +128,7 @@ def _talks() -> Iterator[tuple[str, Callable[[int], Any]]]:
     yield "special tokens", lambda i: {"prompt": f"<eos>{i}<|user|>", "completion": "<eos><eos>"}
 
 
-def _templates() -> Iterator[tuple[str, bytes]]:
+def templates() -> Iterator[tuple[str, bytes]]:
     for number, bomb in enumerate(_BOMBS):
         yield f"bomb {number}", bomb.encode()
         yield f"bomb {number} behind a template", (_TEMPLATE + bomb).encode()

@@ -43,6 +43,8 @@ class Outcome:
     label: str
     end: str
     said: str
+    elapsed_s: float
+    peak_bytes: int
 
 
 def modules() -> list[str]:
@@ -89,7 +91,8 @@ def run(
         if wrong and any(label.startswith(known) for known in getattr(module, "KNOWN", ())):
             ended = "known"
         last = said.strip().rpartition("\n")[2][:1000]
-        yield Outcome(kind, label, ended, f"{wrong}: {last}" if wrong else last)
+        said = f"{wrong}: {last}" if wrong else last
+        yield Outcome(kind, label, ended, said, end.elapsed_s, end.peak_bytes)
 
 
 def _renew(folder: Path, place: Path) -> None:
@@ -124,12 +127,24 @@ def complaint(end: End, said: str, left: set[str]) -> str:
     return f"{min(left)} is left behind" if left else ""
 
 
+LARGEST = ("slowest (s)", "most memory (GiB)")
+"""Columns of `counts` whose last row is the largest and not the sum."""
+
+
 def counts(outcomes: list[Outcome]) -> list[list[str]]:
-    """Return a table: kind of input, changed inputs, how many of them ended how."""
-    tally = Counter((each.kind, each.end) for each in outcomes)
+    """Return a table: kind of input, how many of them ended how, what the costliest one took."""
     ends = ("success", "refused", "known", "wrong")
-    rows = [
-        [kind, *(str(tally[kind, end]) for end in ends)]
-        for kind in dict.fromkeys(each.kind for each in outcomes)
-    ]
-    return [["kind", *ends], *rows]
+    rows = []
+    for kind in dict.fromkeys(each.kind for each in outcomes):
+        mine = [each for each in outcomes if each.kind == kind]
+        tally = Counter(each.end for each in mine)
+        slowest = max(each.elapsed_s for each in mine)
+        most = max(each.peak_bytes for each in mine) / 2**30
+        cells = [
+            str(len(mine)),
+            *(str(tally[end]) for end in ends),
+            f"{slowest:.1f}",
+            f"{most:.1f}",
+        ]
+        rows.append([kind, *cells])
+    return [["kind", "inputs", *ends, *LARGEST], *rows]

@@ -132,12 +132,16 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             part != 1 and not family.partial_rotary
         ),
         f"has layer_types of {', '.join(sorted(types))}, which {family.model_type} does not "
-        f"compute with sliding_window = {window}": types,
+        f"compute with sliding_window = {window} and use_sliding_window = "
+        f"{read.get('use_sliding_window')}": types,
         f"has sliding_window = {window}, which transformers follows in the cache of a "
         f"{family.model_type} model and not in its attention": (
             family.window == "no"
             and window is not None
             and not (isinstance(window, int) and window >= longest)
+        ),
+        "has residual_multiplier = 0, by which the experts' weights are divided": (
+            read.get("residual_multiplier") == 0
         ),
         f"has {heads} num_attention_heads, no multiple of its num_key_value_heads": (
             heads % read["num_key_value_heads"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moefy.checkpoint.bounded import try_added_tokens
 from moefy.checkpoint.reader import GENERATION, read_config, read_json, tensor_files
 from moefy.checkpoint.targets import check_known
 from moefy.errors import CheckpointError, reason
@@ -93,12 +94,13 @@ def load_tokenizer(folder: Path) -> Any:
     is_model = (folder / "config.json").is_file()
     rows = read_config(folder).get("vocab_size") if is_model else None
     try:
+        try_added_tokens(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # a special token, which many a tokenizer has without a row, comes from no text
         added = tokenizer.added_tokens_decoder.items()
         special = {token_id for token_id, token in added if token.special}
         highest = max({*tokenizer.get_vocab().values()} - special, default=0)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, CheckpointError):
         raise
     except BaseException as error:  # no common type; a panic of the Rust library is no Exception
         raise CheckpointError(

@@ -23,7 +23,7 @@ from moefy.checkpoint.families import (
     sliding_window,
 )
 from moefy.checkpoint.meaning import SIZES
-from moefy.errors import ArchitectureError
+from moefy.errors import ArchitectureError, reason
 from moefy.split import Split
 
 _COPIED = (
@@ -220,7 +220,8 @@ def native_target(
         )
     listed = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in wants.items())
     raise ArchitectureError(
-        f"no native target computes this split of a {dense['model_type']} model ({listed})"
+        f"no native target computes this split of a {dense['model_type']} model "
+        f"({reason(listed, 400)})"
     )
 
 

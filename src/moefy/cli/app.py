@@ -6,11 +6,12 @@ import os
 import re
 import sys
 import time
+import traceback
 from typing import Annotated
 
 import typer
 
-from moefy.errors import MoefyError, UsageError
+from moefy.errors import MoefyError, UsageError, without_secrets
 from moefy.hardware import ask_for_huge_pages
 
 app = typer.Typer(
@@ -22,8 +23,9 @@ app = typer.Typer(
     help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
 )
 _LONGEST = 480  # characters of a message
-_PASSWORD = re.compile(r"(?<=:/)(/?)[^/\s@]+@")  # of https://name:password@host, or as a path
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in a variable's name
+_SECRET = re.compile(
+    r"KEY|TOKEN|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE
+)  # in a variable's name
 _SHORTEST_SECRET = 8  # characters; a shorter value may be a word of the message
 _debug = False  # set by the callback, which runs before the command
 
@@ -55,7 +57,8 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except Exception as error:
         if _debug:
-            raise
+            print(_masked(traceback.format_exc()), file=sys.stderr)
+            sys.exit(_explained(error)[1])
         if type(error).__name__ == "NoArgsIsHelpError":  # a class of Typer's own click
             print(error)
             sys.exit(2)
@@ -87,15 +90,21 @@ def _explained(error: Exception) -> tuple[str, int]:
 def _shown(text: str) -> str:
     """Return a message in one line that a terminal only shows.
 
-    Its middle is cut out if it is long, as what a file holds may be quoted in it. Passwords of
-    addresses and what the environment keeps secret are left out.
+    Its middle is cut out if it is long, as what a file holds may be quoted in it.
     """
-    text = _PASSWORD.sub(r"\1", " ".join(text.split()))
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, f"[${name}]")
+    text = _masked(" ".join(text.split()))
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 120]} … {text[-100:]}"
+
+
+def _masked(text: str) -> str:
+    """Return a text without secrets of addresses, and without what the environment keeps secret."""
+    text = without_secrets(text)
+    for name, value in os.environ.items():
+        # a value out of a file may end with a line end
+        if _SECRET.search(name) and len(value := value.strip()) >= _SHORTEST_SECRET:
+            text = text.replace(value, f"[${name}]")
+    return text
 
 
 def _refuse_moved(arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Integer
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from moefy.data.records import folder_name
 from moefy.data.tokenise import backend_of
@@ -53,7 +53,7 @@ class _Record(BaseModel):
 
     dtype: Literal["uint16", "uint32"]
     tokenizer: _Tokenizer
-    domains: dict[str, _Domain]
+    domains: dict[str, _Domain] = Field(min_length=1)
 
 
 class TokenShards:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moefy.checkpoint.bounded import bounded
 from moefy.data.conversations import Conversation, Message
 from moefy.data.render import render
 from moefy.errors import UsageError
@@ -168,7 +169,8 @@ def _pieces(
             ids.append(token)
             places.append((start, end))
         elif start < end:
-            encoded = tokenizer(text[start:end], **options)
+            call = partial(tokenizer, text[start:end], **options)
+            encoded = bounded(call, end - start)
             ids += encoded["input_ids"]
             places += [(start + first, start + last) for first, last in encoded["offset_mapping"]]
     return ids, places
@@ -216,7 +218,8 @@ def end_of_turn(tokenizer: Any, template: ChatTemplate) -> int | None:
     # What stands behind an answer: the first special token there ends the turn.
     answer = _PROBE[1]["content"]
     _, _, tail = template.render(tokenizer, _PROBE[:2]).rpartition(answer)
-    tokens: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    call = partial(tokenizer, tail, add_special_tokens=False)
+    tokens: list[int] = bounded(call, len(tail))["input_ids"]
     return next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
 
 
@@ -233,7 +236,7 @@ def _chatml(tokenizer: Any) -> ChatTemplate:
             )
         name = f"{CHATML} with {end} for {_END}, which is not in the vocabulary"
     # The template writes the beginning itself, because rendered text is tokenised without it.
-    first = tokenizer("a")["input_ids"][0]
+    first = bounded(lambda: tokenizer("a"), 1)["input_ids"][0]
     begins = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
     return ChatTemplate(
         name,

