@@ -196,7 +196,7 @@ def agrees(folder: Path, label: str) -> str | None:
             side = expected["heldout" if is_held_out(text) else "train"]
             side += [*encoded["input_ids"], tokenizer.eos_token_id]
         for side_name, ids in expected.items():
-            files = sorted((folder / "out" / name).glob(f"{side_name}-*.bin"))
+            files = sorted((folder / "out" / name).glob(f"{side_name}.bin"))
             found = [i for file in files for i in np.fromfile(file, record["dtype"]).tolist()]
             if found != ids:
                 return f"{name}/{side_name} has other ids than transformers gives"
