@@ -2,7 +2,7 @@
 
     python benchmarks/long_run.py --write
 
-`--write` puts it into docs/reliability/memory.csv and docs/reliability.md.
+`--write` puts it into docs/reliability/long-run.csv and docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     print(row)
     if "--write" in sys.argv:
         header = ["command", "steps", "MiB after step 200", "MiB after step 1,900", "growth"]
-        figures = Path(__file__).parents[1] / "docs/reliability/memory.csv"
+        figures = Path(__file__).parents[1] / "docs/reliability/long-run.csv"
         write_figures(figures, [header, row], summed=False)
 
 

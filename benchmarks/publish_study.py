@@ -22,7 +22,6 @@ from moefy.studies.plan import GRID
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.report import (
     HEAD,
-    NOT_RUN,
     PAGE,
     UNDECIDED,
     Arms,
@@ -35,6 +34,7 @@ from moefy.studies.runs import RUNS, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = (GRID, "*.png", HEAD, "recipe.yaml", RUNS, MARKER)  # with the marker a copy goes on
+NOT_RUN = "Not run:"  # in about.md.j2
 Studies = dict[Path, StudyRecipe]
 """Their folders, the fewest tokens first."""
 

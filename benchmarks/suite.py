@@ -25,10 +25,9 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from publish import replace_table
 
-from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.compare import Comparison, evaluate
 from moefy.evaluation.harness import stock_tasks
-from moefy.evaluation.suite import SuiteResult, evaluate_suite
+from moefy.evaluation.suite import PAPER_BENCHMARKS, Benchmark, SuiteResult, evaluate_suite
 from moefy.evaluation.suite_data import archive_files
 from moefy.progress import Progress
 from moefy.report.charts import Chart
@@ -36,7 +35,6 @@ from moefy.report.tables import (
     Rows,
     comparison_rows,
     markdown,
-    nll_rows,
     percent,
     suite_notes,
     suite_rows,
@@ -125,7 +123,6 @@ def publish(
     tables = {
         "suite": suite_rows(result),
         "published": published_rows(result),
-        "nll": nll_rows(result),
         "heldout": [row[:-2] for row in comparison_rows(comparison)],  # no speed: not alone here
     }
     for name, rows in tables.items():
@@ -146,8 +143,6 @@ def publish(
         f"![Scores](results/{chart.name}.png)\n\n"
         "Beside the published models, which are twenty times as large:\n\n"
         f"{markdown(tables['published'])}\n"
-        "−log p of the right answer, nats ± standard error:\n\n"
-        f"{markdown(tables['nll'])}\n"
         f"Perplexity of {comparison.tokens:,} held-out tokens of {data}, by domain:\n\n"
         f"{markdown(tables['heldout'])}\n{notes}\n"
         f"The commands:\n\n```bash\n{chr(10).join(lines)}\n```\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 from publish import publish_table
 from suite import ROOT, items_of
 
-from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
+from moefy.evaluation.suite import PAPER_BENCHMARKS
 from moefy.report.tables import Rows
 
 _SUBJECTS = 57  # of MMLU, which asks as many of each

@@ -17,7 +17,7 @@ from pathlib import Path
 from publish import publish_table
 
 from moefy.evaluation.suite import SuiteResult, evaluate_suite
-from moefy.report.tables import Rows, percent, with_error
+from moefy.report.tables import Rows, percent
 
 PAGE = Path(__file__).parents[1] / "docs" / "tuning.md"
 RESULT = PAGE.with_suffix("") / "benchmarks-tuned.csv"
@@ -51,17 +51,12 @@ def main() -> None:
 
 
 def benchmark_rows(result: SuiteResult) -> Rows:
-    """Return header and rows: a model a row, percent right and nats of the right answer."""
+    """Return header and rows: a model a row, percent right."""
     names = [benchmark.name for benchmark in result.benchmarks]
-    rows = [["model", *(f"{name}{what}" for name in names for what in (", %", ", −log p"))]]
+    rows = [["model", *(f"{name}, %" for name in names)]]
     for model in result.models:
-        cells = [model.name]
-        for name in names:
-            score = model.scores[name]
-            assert score.gold_nll is not None  # all three have right answers
-            cells.append(percent(score.value, score.stderr))
-            cells.append(with_error(score.gold_nll, score.gold_nll_stderr))
-        rows.append(cells)
+        scores = [model.scores[name] for name in names]
+        rows.append([model.name, *(percent(score.value, score.stderr) for score in scores)])
     return rows
 
 

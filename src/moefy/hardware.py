@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,33 +109,17 @@ def freed_memory_kept() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def read_rate() -> float:
-    """Return the bytes per second that are read from memory.
-
-    The faster of a sum and a matrix-vector product over 256 MiB, the best of five each.
-    """
-    import torch
-
-    table = torch.ones(8192, 8192, device=device())
-    vector = torch.ones(8192, device=table.device)
-    return 4 * table.numel() / min(_best_s(table.sum), _best_s(lambda: table @ vector))
-
-
 def multiply_rate(dtype: torch.dtype) -> float:
     """Return the FLOP/s of a product of large square matrices, the best of five."""
     import torch
 
     width = 8192 if device().type == "cuda" else 1024
     left, right = (torch.ones(width, width, dtype=dtype, device=device()) for _ in range(2))
-    return 2 * width**3 / _best_s(lambda: left @ right)
-
-
-def _best_s(operation: Callable[[], object]) -> float:
     elapsed = []
     for _ in range(5):
         synchronise()
         started = time.perf_counter()
-        operation()
+        left @ right
         synchronise()
         elapsed.append(time.perf_counter() - started)
-    return min(elapsed)
+    return 2 * width**3 / min(elapsed)

@@ -358,12 +358,18 @@ def test_mt_bench() -> None:
 
 def test_questions_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
-    file.write_text('{"question_id": 5, "category": "x", "turns": ["a", "b"]}\n\n')
+    file.write_text('{"question_id": 5, "category": "x", "turns": ["a", "b"]}\n')
     (question,) = read_questions(file)
     assert (question.question_id, question.turns, question.reference) == (5, ("a", "b"), None)
     file.write_text(file.read_text() * 2)
-    with pytest.raises(CorpusError, match=r"line 3 has the question_id 5 of an earlier line"):
+    with pytest.raises(CorpusError, match=r"two of the same question_id"):
         read_questions(file)
-    file.write_text('\n\n{"question_id": 1, "category": "x", "turns": ["a"]}\n')
-    with pytest.raises(CorpusError, match=r"q\.jsonl, line 3 is no question"):
+    file.write_text('{"question_id": 1, "category": "x", "turns": ["a"]}\n')
+    with pytest.raises(
+        OutputError, match=r"q\.jsonl, line 1 is damaged \(turns.*: write question_id"
+    ):
         read_questions(file)
+    with pytest.raises(CorpusError, match="holds no questions"):
+        read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(OutputError, match="Is a directory"):
+        read_questions(tmp_path)

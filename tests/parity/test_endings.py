@@ -83,7 +83,7 @@ def test_what_would_end_a_run_is_said_before_it(
     record = place / "moe" / "moefy.json"
     content = record.read_text()
     change(record, recipe={"active": 2})
-    refused(r"moefy\.json is damaged \('shared'\): fetch it again, or delete it")
+    refused(r"moefy\.json is damaged \(recipe\.experts: Field required\): copy it again")
     record.write_text("[" * 100_000)
     refused("moefy.json is not valid JSON")
     record.write_text(content)

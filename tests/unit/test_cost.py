@@ -15,7 +15,7 @@ import moefy
 from moefy.checkpoint.cost import SHAPES, cost
 from moefy.checkpoint.families import dense_config
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.targets import MIXTRAL, target_config
+from moefy.checkpoint.targets import TARGETS, target_config
 from moefy.errors import ArchitectureError, UsageError
 from moefy.recipe import LLAMA_MOE
 from moefy.split import Split
@@ -36,7 +36,7 @@ def test_total_parameters_are_those_of_the_real_architecture(name: str, experts:
     config = SHAPES[name]
     if experts:
         config = target_config(
-            MIXTRAL, dense_config(config, name), Split(experts, 2), dtype="float32"
+            TARGETS["mixtral"], dense_config(config, name), Split(experts, 2), dtype="float32"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))

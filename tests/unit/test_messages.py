@@ -32,7 +32,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ("convert", "Missing argument 'source'"),
         ("convert a b --nonsense", "No such option: --nonsense"),
         ("conver a b", "No such command 'conver'"),
-        ("bench a --threads many", "Invalid value for '--threads'"),
+        ("bench a --rounds many", "Invalid value for '--rounds'"),
     ],
 )
 def test_a_wrong_word_is_named_in_one_line(

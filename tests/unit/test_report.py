@@ -14,9 +14,9 @@ import pytest
 
 from moefy.checkpoint.card import model_card, with_results
 from moefy.checkpoint.cost import Cost
-from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
 from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.paired import Interval
+from moefy.evaluation.suite import PAPER_BENCHMARKS
 from moefy.report.charts import loss_chart, running_mean
 from moefy.report.write import (
     Report,

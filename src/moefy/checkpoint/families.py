@@ -1,14 +1,17 @@
 """Dense families: what a source's tensors are called and what its config means, as data.
 
-A family is a table. A tensor that no rule maps stops the conversion, so nothing is dropped in
-silence.
+A family is a row of `families.yaml`. A tensor that no rule maps stops the conversion, so nothing is
+dropped in silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Literal
+
+import yaml
 
 from moefy.checkpoint.meaning import meaning_of, own_keys
 from moefy.errors import ArchitectureError, reason
@@ -33,7 +36,7 @@ class DenseFamily:
     rope_switches: str | None = None  # config key that says which layers have the rotary embedding
     partial_rotary: bool = False  # whether a part of each head may go without rotary embedding
     # tensors that are stored as one, their rows from the top down
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -51,40 +54,9 @@ class DenseFamily:
 QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 O_BIAS = "self_attn.o_proj.bias"
 
-LLAMA = DenseFamily("llama", attention_bias="attention_bias")
-MISTRAL = DenseFamily("mistral", window="in all layers")
-QWEN2 = DenseFamily("qwen2", attention_bias="qkv", window="by layer")
-QWEN3 = DenseFamily("qwen3", attention_bias="attention_bias", qk_norm=True, window="by layer")
-SMOLLM3 = DenseFamily(
-    "smollm3",
-    name="SmolLM3",
-    attention_bias="attention_bias",
-    window="by layer",
-    rope_switches="no_rope_layers",  # 1 where there is one
-)
-GRANITE = DenseFamily("granite", attention_bias="attention_bias", multipliers=True)
-PHI3 = DenseFamily(
-    "phi3",
-    window="in all layers",
-    partial_rotary=True,
-    fused={
-        "self_attn.qkv_proj.weight": tuple(f"{name}.weight" for name in QKV),
-        "mlp.gate_up_proj.weight": (DenseFamily.gate, DenseFamily.up),
-    },
-)
-
-FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, PHI3)}
-
-NOT_CARRIED = {
-    "olmo2": "norms behind attention and FFN, which only FlexOlmo has among the MoE targets; that "
-    "has no shared experts, and llama.cpp does not run it",
-    "olmo3": "norms behind attention and FFN together with sliding windows",
-    "gemma": "GELU experts, for which llama.cpp and vLLM would compute SiLU in every target",
-    "gemma2": "four norms per layer and soft-capped logits",
-    "gemma3_text": "four norms per layer",
-    "phi": "LayerNorm and a two-matrix FFN",
-    "gpt2": "LayerNorm and a two-matrix FFN",
-}
+_DATA = yaml.safe_load((files("moefy.checkpoint") / "families.yaml").read_text())
+FAMILIES = {name: DenseFamily(name, **row) for name, row in _DATA["families"].items()}
+NOT_CARRIED: dict[str, str] = _DATA["not_carried"]
 """Well-known dense architectures that are refused, with the reason."""
 
 MULTIPLIERS = dict.fromkeys(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFValueType
+from gguf import MODEL_ARCH, GGUFReader, GGUFValueType, get_tensor_name_map
 from torch import Tensor
 
 from moefy.checkpoint.families import FAMILIES, sliding_window
@@ -27,8 +27,13 @@ from moefy.storage import whole_file
 
 _READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
-"""Those that were read back exactly. In GGUF, Mistral's is llama."""
+_ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,  # Mistral's too
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "phi3": MODEL_ARCH.PHI3,
+}
+"""Those that were read back exactly."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's rotary embedding, as one factor per frequency."""
@@ -92,45 +97,66 @@ def check_gguf(path: Path) -> bool:
     """
     fields, shapes = read_header(path)
     architecture = fields.get("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
+    if architecture not in _ARCHITECTURES:
         raise ArchitectureError(
             f"{path} has the architecture {architecture!r}; moefy reads "
-            f"{', '.join(GGUF_ARCHITECTURES)} from GGUF files"
+            f"{', '.join(_ARCHITECTURES)} from GGUF files"
         )
     own = {
         key.removeprefix(f"{architecture}."): value
         for key, value in fields.items()
         if key.startswith(f"{architecture}.")
     }
-    keys = {
-        "layers": "block_count",
-        "hidden": "embedding_length",
-        "inner": "feed_forward_length",
-        "heads": "attention.head_count",
-        "kv_heads": "attention.head_count_kv",
+    # before names are made for every layer: a damaged count may be huge
+    layers = own.get("block_count")
+    if not isinstance(layers, int) or not 0 < layers <= len(shapes):
+        raise CheckpointError(f"{path} says {layers} layers and holds fewer tensors")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with torch.device("meta"):  # names and shapes alone, whatever the header asks for
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a damaged header fails wherever the damage leads to
+        raise CheckpointError(
+            f"{path} cannot be read by transformers ({reason(error)}): it is damaged"
+        ) from error
+    head_dim = own.get("attention.key_length") or config.hidden_size // config.num_attention_heads
+    _check_settings(path, own, architecture, config, head_dim)
+    names = get_tensor_name_map(_ARCHITECTURES[architecture], layers)
+    wanted = {
+        str(names.get_name(name, (".weight", ".bias"))): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
     }
-    sizes: dict[str, Any] = {name: own.get(key) for name, key in keys.items()}
-    sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{path} has {keys[name]} = {value!r}")
-    sizes["head_dim"] = own.get("attention.key_length") or sizes["hidden"] // sizes["heads"]
-    _check_settings(path, own, architecture, sizes)
-    sizes["vocab"] = own.get("vocab_size", fields.get("tokenizer.ggml.tokens"))
-    _check_tensors(path, shapes, architecture, sizes)
+    if config.tie_word_embeddings:
+        del wanted["output.weight"]
+    if missing := sorted(wanted.keys() - shapes.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]} the first")
+    if architecture == "llama":
+        wanted[ROPE_FACTORS] = (head_dim // 2,)
+    for name, shape in shapes.items():
+        if name not in wanted:
+            raise ArchitectureError(
+                f"{path} holds {name}, which no rule maps for {architecture}: nothing was "
+                "converted, because dropping it would change the model"
+            )
+        if shape != wanted[name]:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(shape)}, the header says {list(wanted[name])}"
+            )
     return ROPE_FACTORS in shapes
 
 
 def _check_settings(
-    path: Path, own: dict[str, Any], architecture: str, sizes: dict[str, int]
+    path: Path, own: dict[str, Any], architecture: str, config: Any, head_dim: int
 ) -> None:
     """Refuse the keys that transformers does not read where they change the model."""
-    head_dim = sizes["head_dim"]
     rotated = own.get("rope.dimension_count", head_dim)
     window, longest = own.get("attention.sliding_window"), own.get("context_length")
     scaling = own.get("rope.scaling.type", "none")
     # of these architectures transformers reads the size of heads for llama alone
-    only_head = 128 if architecture == "qwen3" else sizes["hidden"] // sizes["heads"]
+    usual = config.hidden_size // config.num_attention_heads
+    only_head = 128 if architecture == "qwen3" else usual
     refused = {
         f"the rotary scaling {scaling!r}": scaling != "none",
         "a linear rotary scaling": own.get("rope.scale_linear", 1.0) != 1.0,
@@ -144,55 +170,6 @@ def _check_settings(
                 f"{path} has {what}, which transformers does not read from a GGUF file: convert "
                 "the Hugging Face folder of this model"
             )
-
-
-def _check_tensors(
-    path: Path, shapes: dict[str, Shape], architecture: str, sizes: dict[str, Any]
-) -> None:
-    """Compare names and shapes with the keys, so that no key can ask for more than the file has."""
-    hidden, inner, head_dim = sizes["hidden"], sizes["inner"], sizes["head_dim"]
-    queries, keys = sizes["heads"] * head_dim, sizes["kv_heads"] * head_dim
-    layer: dict[str, Shape] = {
-        "attn_norm.weight": (hidden,),
-        "attn_output.weight": (hidden, queries),
-        "ffn_norm.weight": (hidden,),
-        "ffn_down.weight": (hidden, inner),
-    }
-    if architecture == "phi3":
-        matrices = {"attn_qkv": queries + 2 * keys, "ffn_up": 2 * inner}
-    else:
-        matrices = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
-        if architecture == "qwen2":
-            layer |= {f"{name}.bias": (rows,) for name, rows in matrices.items()}
-        elif architecture == "qwen3":
-            layer |= {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
-        matrices |= {"ffn_gate": inner, "ffn_up": inner}
-    layer |= {f"{name}.weight": (rows, hidden) for name, rows in matrices.items()}
-    # before names are made for every layer: a damaged count may be huge
-    if sizes["layers"] > len(shapes):
-        raise CheckpointError(f"{path} says {sizes['layers']} layers and holds fewer tensors")
-    matrix = sizes["vocab"], hidden
-    expected = {"token_embd.weight": matrix, "output_norm.weight": (hidden,)} | {
-        f"blk.{layer_idx}.{name}": shape
-        for layer_idx in range(sizes["layers"])
-        for name, shape in layer.items()
-    }
-    optional: dict[str, Shape] = {"output.weight": matrix}
-    if architecture == "llama":
-        optional[ROPE_FACTORS] = (head_dim // 2,)
-    for name, shape in shapes.items():
-        wanted = expected.get(name, optional.get(name))
-        if wanted is None:
-            raise ArchitectureError(
-                f"{path} holds {name}, which no rule maps for {architecture}: nothing was "
-                "converted, because dropping it would change the model"
-            )
-        if shape != wanted:
-            raise CheckpointError(
-                f"{path}: {name} has shape {list(shape)}, the header says {list(wanted)}"
-            )
-    if missing := sorted(expected.keys() - shapes.keys()):
-        raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]} the first")
 
 
 def llama3_rope(path: Path, config: Any) -> dict[str, Any]:
@@ -275,12 +252,16 @@ def export_gguf(
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         if done.returncode or not partial.is_file():
-            words = [line for line in done.stderr.splitlines() if line.strip()]
             raise CheckpointError(
-                f"llama.cpp's converter refused {folder}: {words[-1] if words else 'no reason'}"
+                f"llama.cpp's converter refused {folder}: {last_line(done.stderr)}"
             )
     report(Progress("export gguf", 1, 1))
     return out
+
+
+def last_line(text: str) -> str:
+    """Return what a process said last."""
+    return ([line for line in text.splitlines() if line.strip()] or ["no reason"])[-1]
 
 
 def _check_expressible(config: dict[str, Any], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Native MoE targets: what a converted model is written as, as data.
+"""Native MoE targets: what a converted model is written as, each a row of `targets.yaml`.
 
 A target is an architecture that transformers, vLLM and llama.cpp already run; no code of moefy
 travels with the model.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from moefy.checkpoint.families import (
     FAMILIES,
@@ -39,7 +42,6 @@ _COPIED = (
     "use_cache",
 )
 _BIASES: tuple[Bias, ...] = ("none", "qkv", "qkvo")
-_LOSS = {"router_aux_loss_coef": 0.01, "output_router_logits": False}
 RouterScore = Literal["softmax", "sigmoid"]
 
 
@@ -75,8 +77,7 @@ class NativeTarget:
     attention_bias: Bias = "none"  # the most that it can express, see `families.attention_bias`
     qk_norm: str | bool | None = None  # config key, or True where q and k are always normed by head
     # Whether every runtime lets the output matrix be the embeddings; if not, it is written as a
-    # tensor of its own (vLLM 0.32 loads a tied glm4_moe without a word and then answers from a
-    # matrix that was never filled).
+    # tensor of its own.
     tied: bool = True
     window: Window = "no"  # "by layer" goes with a rotary embedding by layer
     sinks: str | None = None  # [num_heads], logits in every query's softmax besides the keys' own
@@ -84,110 +85,11 @@ class NativeTarget:
     partial_rotary: bool = False  # heads that are rotated in part
 
 
-MIXTRAL = NativeTarget(
-    model_type="mixtral",
-    architecture="MixtralForCausalLM",
-    router="block_sparse_moe.gate.weight",
-    gate="block_sparse_moe.experts.{expert}.w1.weight",
-    up="block_sparse_moe.experts.{expert}.w3.weight",
-    down="block_sparse_moe.experts.{expert}.w2.weight",
-    window="in all layers",
-    settings={"router_jitter_noise": 0.0, **_LOSS},
-)
-
-_GRANITE: dict[str, Any] = {
-    "router": "block_sparse_moe.router.layer.weight",
-    "gate": "block_sparse_moe.input_linear.weight",
-    "up": "block_sparse_moe.input_linear.weight",
-    "down": "block_sparse_moe.output_linear.weight",
-    "attention_bias": "qkvo",
-    "multipliers": True,
-    "settings": _LOSS,
-}
-
-GRANITEMOE = NativeTarget("granitemoe", "GraniteMoeForCausalLM", **_GRANITE)
-
-_GRANITE_SHARED: dict[str, Any] = _GRANITE | {
-    "shared_gate": "shared_mlp.input_linear.weight",
-    "shared_up": "shared_mlp.input_linear.weight",
-    "shared_down": "shared_mlp.output_linear.weight",
-}
-
-GRANITEMOESHARED = NativeTarget(
-    "granitemoeshared", "GraniteMoeSharedForCausalLM", **_GRANITE_SHARED
-)
-
-GRANITEMOE_SWA = NativeTarget(
-    "granitemoe_swa",
-    "GraniteMoeSWAForCausalLM",
-    **_GRANITE_SHARED
-    | {
-        "router": "block_sparse_moe.router.weight",
-        "gate": "block_sparse_moe.experts.gate_up_proj",
-        "up": "block_sparse_moe.experts.gate_up_proj",
-        "down": "block_sparse_moe.experts.down_proj",
-    },
-    shared_optional=True,
-    window="by layer",
-    sinks="self_attn.sinks",
-)
-
-_EXPERTS_OF_MLP: dict[str, Any] = {
-    "router": "mlp.gate.weight",
-    "gate": "mlp.experts.{expert}.gate_proj.weight",
-    "up": "mlp.experts.{expert}.up_proj.weight",
-    "down": "mlp.experts.{expert}.down_proj.weight",
-    "expert_size_key": "moe_intermediate_size",
-}
-
-QWEN3_MOE = NativeTarget(
-    "qwen3_moe",
-    "Qwen3MoeForCausalLM",
-    **_EXPERTS_OF_MLP,
-    num_experts_key="num_experts",
-    attention_bias="qkvo",
-    qk_norm=True,
-    settings={
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": 28,  # means nothing without a window; mistral.rs wants to see it
-        **_LOSS,
-    },
-)
-
-GLM4_MOE = NativeTarget(
-    "glm4_moe",
-    "Glm4MoeForCausalLM",
-    **_EXPERTS_OF_MLP,
-    shared_gate="mlp.shared_experts.gate_proj.weight",
-    shared_up="mlp.shared_experts.up_proj.weight",
-    shared_down="mlp.shared_experts.down_proj.weight",
-    num_experts_key="n_routed_experts",
-    shared_key="n_shared_experts",
-    shared_in_slices=True,
-    score="sigmoid",
-    selection_bias="mlp.gate.e_score_correction_bias",
-    attention_bias="qkv",
-    qk_norm="use_qk_norm",
-    partial_rotary=True,
-    tied=False,
-    settings={
-        "first_k_dense_replace": 0,
-        "n_group": 1,
-        "topk_group": 1,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 2.0,
-        "num_nextn_predict_layers": 0,
-        "num_mtp_layers": 0,
-    },
-)
-
+_ROWS = yaml.safe_load((files("moefy.checkpoint") / "targets.yaml").read_text())
 TARGETS = {
-    target.model_type: target
-    for target in (MIXTRAL, GRANITEMOESHARED, GRANITEMOE, QWEN3_MOE, GLM4_MOE, GRANITEMOE_SWA)
+    name: NativeTarget(model_type=name, **row)
+    for name, row in _ROWS.items()
+    if not name.startswith(".")
 }
 """In the order of preference."""
 

@@ -53,7 +53,6 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
     rounds: Annotated[int, typer.Option(help="Times that all is measured.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all]")] = None,
     dtype: options.Dtype = "float32",
     runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
     as_json: options.Json = False,
@@ -63,7 +62,7 @@ def bench(
     Example: `moefy bench smollm2-135m out/moe`
     """
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
-    how = {"threads": threads, "dtype": dtype, "runtime": runtime}
+    how = {"dtype": dtype, "runtime": runtime}
     done = call(moefy.bench, models, batches=options.counts("--batch", batch), **how, **sizes)
     show(done, (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json)
 
@@ -95,7 +94,7 @@ def suite(
     dtype: options.Dtype = "float32",
     as_json: options.Json = False,
 ) -> None:
-    """Measure benchmarks: the eleven of the LLaMA-MoE paper, or the tasks that are named.
+    """Measure the eleven benchmarks of the LLaMA-MoE paper, or those that are named.
 
     Example: `moefy suite smollm2-135m out/moe --limit 100`
     """
@@ -104,7 +103,6 @@ def suite(
     show(
         done,
         (tables.suite_rows(done), "Score in percent ± standard error [95 % interval]"),
-        (tables.nll_rows(done), "−log p of the right answer, nats ± standard error"),
         as_json=as_json,
         text="\n".join(tables.suite_notes(done)),
     )

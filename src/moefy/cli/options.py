@@ -32,7 +32,7 @@ SplitName = Annotated[
 Dtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
 Tasks = Annotated[
     list[str] | None,
-    typer.Option(help="Tasks of lm_eval, as in sciq,piqa; llama-moe: the paper's eleven."),
+    typer.Option(help="Benchmarks, as in sciq,piqa; llama-moe: the paper's eleven."),
 ]
 Limit = Annotated[int | None, typer.Option(help="Items of each benchmark. [default: all]")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -75,7 +74,7 @@ def train(
 
     Example: `moefy train out/moe out/trained --teacher smollm2-135m --tokens 65536`
     """
-    options = {"recipe": recipe, "overwrite": overwrite, "draw": _draw}
+    options = {"recipe": recipe, "overwrite": overwrite}
     done = call(moefy.train, model, out, data=data, **options)
     if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports
         return
@@ -105,7 +104,7 @@ def tune(
 
     Example: `moefy tune out/trained out/tuned --data conversations.jsonl.gz`
     """
-    options = {"recipe": recipe, "overwrite": overwrite, "draw": _draw}
+    options = {"recipe": recipe, "overwrite": overwrite}
     done = call(moefy.tune, model, out, data=data, **options)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -126,9 +125,3 @@ def tune(
         f"{done.steps} steps ({done.elapsed_s:.0f} s), chat template: {done.chat_template}. "
         f"What next: moefy chat {done.folder}",
     )
-
-
-def _draw(folder: Path) -> None:
-    from moefy.report.charts import draw_training  # matplotlib takes a second
-
-    draw_training(folder)

@@ -25,7 +25,7 @@ from moefy.errors import UsageError
 from moefy.evaluation.heldout import Windows, evaluation_windows, perplexity
 from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
 from moefy.evaluation.paired import Interval, paired_difference
-from moefy.evaluation.timing import decode, prefill
+from moefy.evaluation.speed import decode, prefill
 from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 

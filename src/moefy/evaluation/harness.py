@@ -6,7 +6,6 @@ and that a question is computed once for all of its answers.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import time
@@ -26,47 +25,31 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from torch import Tensor
 from tqdm import tqdm
 
 from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
-from moefy.errors import EvaluationError, UsageError
-from moefy.evaluation.benchmarks import Benchmark
+from moefy.errors import EvaluationError
+from moefy.evaluation.suite import Benchmark
 from moefy.evaluation.suite_data import archive_files, data_version
 from moefy.experts.layers import register
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
-from moefy.storage import cache_folder, digest, read_json, write_records
+from moefy.storage import cache_folder, digest, read_json, storage_errors, write_records
 
-VERSION: str = lm_eval.__version__
 _FEWSHOT_SEED = 1234  # the harness's own default
 _LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary factors that change with the whole length
-_FORMAT = 3  # raise it when what is kept of a task changes, or how it is computed
-
-# The index of all tasks takes seconds to build.
-all_tasks = functools.cache(TaskManager)
+_FORMAT = 4  # raise it when what is kept of a task changes, or how it is computed
 
 
 @dataclass(frozen=True)
 class ItemScores:
     """What one task gave, item by item in the data's order."""
 
-    metric: str
     values: list[float]  # of the metric; their mean is the score
-    nll: list[float] | None  # −log p of the right answer, nats; None where no answer is scored
     truncated: int  # answers whose question was cut from the left to fit into the model's context
     elapsed_s: float
-
-
-@dataclass(frozen=True)
-class TaskPlan:
-    """A benchmark and the harness's tasks that it is made of."""
-
-    benchmark: Benchmark
-    tasks: dict[str, str | dict[str, Any]]  # by name, what `load_tasks` takes
-    version: str = "hub"  # of the tasks' data
 
 
 def stock_tasks(benchmark: Benchmark) -> dict[str, Path]:
@@ -97,60 +80,26 @@ def task_config(benchmark: Benchmark, task: str, files: Mapping[str, Path]) -> d
     }
 
 
-def load_tasks(task: str | dict[str, Any]) -> dict[str, Any]:
-    """Return the tasks of a name in `all_tasks`, or the one of a `task_config`, with their data.
-
-    Raises:
-        EvaluationError: the data cannot be had.
-    """
+def load_task(config: dict[str, Any]) -> Any:
+    """Return the task of a `task_config`, with its data."""
     _quiet()
-    manager = all_tasks() if isinstance(task, str) else TaskManager(include_defaults=False)
-    try:
-        tasks: dict[str, Any] = manager.load([task])["tasks"]
-    except Exception as error:  # datasets, the hub's client and the network have no common type
-        name = task if isinstance(task, str) else task["task"]
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EvaluationError(
-            f"the data of {name} cannot be loaded ({reason}): it lies on the hub, which must "
-            "answer or have been read before (the paper's eleven need no hub)"
-        ) from error
-    for each in tasks.values():
-        # As the harness's own command line does.
-        if each.config.num_fewshot is None:
-            each.set_config(key="num_fewshot", value=0)
-        each.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    return tasks
+    with storage_errors(cache_folder()):
+        loaded = TaskManager(include_defaults=False).load([config])["tasks"]
+    task = loaded[config["task"]]
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # as the harness's own command line does
+    return task
 
 
-def plan_tasks(chosen: Sequence[Benchmark | str], *, report: ProgressFn) -> list[TaskPlan]:
-    """Return what to run for the paper's benchmarks and for names of the harness's tasks.
+def task_configs(benchmark: Benchmark, *, report: ProgressFn) -> dict[str, dict[str, Any]]:
+    """Return the configurations of a benchmark's tasks by name, their data unpacked.
 
     Raises:
-        UsageError: the harness has no such task.
         AssetError: an archive cannot be fetched.
-        EvaluationError: the hub's data cannot be had.
     """
-    plans = []
-    for entry in chosen:
-        if isinstance(entry, Benchmark):
-            tasks: dict[str, str | dict[str, Any]] = {
-                task: task_config(entry, task, archive_files(entry, task, report=report))
-                for task in stock_tasks(entry)
-            }
-            plans.append(TaskPlan(entry, tasks, data_version(entry)))
-            continue
-        known = all_tasks().all_tasks
-        if entry not in known:
-            near = difflib.get_close_matches(entry, known, n=3)
-            hint = f"; near it are {', '.join(near)}" if near else ""
-            raise UsageError(f"lm-evaluation-harness {VERSION} has no task {entry!r}{hint}")
-        loaded = load_tasks(entry)
-        # The harness does not say which of a task's metrics counts; its first is the usual one.
-        first = next(iter(loaded.values()))
-        metric = next(iter(first.aggregation()))
-        benchmark = Benchmark(entry, entry, first.config.num_fewshot, metric)
-        plans.append(TaskPlan(benchmark, {task: task for task in loaded}))
-    return plans
+    return {
+        task: task_config(benchmark, task, archive_files(benchmark, task, report=report))
+        for task in stock_tasks(benchmark)
+    }
 
 
 def open_model(folder: Path, dtype: str) -> HarnessModel:
@@ -166,53 +115,38 @@ def open_model(folder: Path, dtype: str) -> HarnessModel:
 
 @torch.inference_mode()
 def score_answers(
-    network: Any,
-    question: Sequence[int],
-    answers: Sequence[Sequence[int]],
-    *,
-    dtype: torch.dtype | None = None,
+    network: Any, question: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> list[tuple[float, bool]]:
     """Return log p of every answer after the question, nats, and whether it is the greedy one.
 
     The question goes through the model once, and the answers follow on its keys and values. The
     harness computes it again for every answer: with 25 examples before each question (ARC-c,
     SmolLM2-135M, one thread) that takes twelve times as long. The numbers are the same up to float
-    rounding. Question and answers have a token at least; `dtype` is the softmax's, None for the
-    model's.
+    rounding. Question and answers have a token at least.
     """
     # The model reads the question's last token and all but the last of the answer's. Answers of one
     # token, as A to D, read the same and are one row.
     inputs = [(question[-1], *answer[:-1]) for answer in answers]
     rows = list(dict.fromkeys(inputs))
-    rotary = str(getattr(network.config, "rope_parameters", None))
-    if len(rows) == 1 or any(kind in rotary for kind in _LENGTH_DEPENDENT):
-        whole = [(*question[:-1], *row) for row in rows]
-        found = [_logits(network, [w], len(r))[0] for w, r in zip(whole, rows, strict=True)]
-    else:
-        cache = None
-        if len(question) > 1:
-            prefix = torch.tensor([question[:-1]], device=network.device)
-            cache = network(prefix, use_cache=True, logits_to_keep=1).past_key_values
-            cache.batch_repeat_interleave(len(rows))
-        longest = max(map(len, rows))
-        # Zeros at the end need no mask: no token sees those behind it.
-        padded = [(*row, *[0] * (longest - len(row))) for row in rows]
-        found = list(_logits(network, padded, longest, cache))
+    cache = None
+    if len(question) > 1:
+        prefix = torch.tensor([question[:-1]], device=network.device)
+        cache = network(prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(rows))
+    longest = max(map(len, rows))
+    # Zeros at the end need no mask: no token sees those behind it.
+    padded = [(*row, *[0] * (longest - len(row))) for row in rows]
+    ids, cached = torch.tensor(padded, device=network.device), cache is not None
+    # [rows, longest, vocabulary]
+    found = network(ids, past_key_values=cache, use_cache=cached, logits_to_keep=longest).logits
     logits = dict(zip(rows, found, strict=True))
     scores = []
     for row, answer in zip(inputs, answers, strict=True):
-        log_probs = F.log_softmax(logits[row][: len(row)], dim=-1, dtype=dtype)
+        log_probs = F.log_softmax(logits[row][: len(row)], dim=-1)
         tokens = torch.tensor(answer, device=log_probs.device)
         greedy = bool((log_probs.argmax(-1) == tokens).all())
         scores.append((float(log_probs.gather(-1, tokens[:, None]).sum()), greedy))
     return scores
-
-
-def _logits(network: Any, rows: Sequence[Sequence[int]], keep: int, cache: Any = None) -> Tensor:
-    """Return the logits of the last `keep` tokens, [rows, keep, vocabulary]."""
-    ids = torch.tensor(rows, device=network.device)
-    cached = cache is not None
-    return network(ids, past_key_values=cache, use_cache=cached, logits_to_keep=keep).logits
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]
@@ -237,11 +171,14 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             room = max(1, self.max_length + 1 - len(answer))
             self.truncated += len(question) > room
             groups.setdefault(tuple(question[-room:]), []).append(place)
+        rotary = str(getattr(self.model.config, "rope_parameters", None))
+        if any(kind in rotary for kind in _LENGTH_DEPENDENT):
+            return super()._loglikelihood_tokens(requests, disable_tqdm)
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         # The longest question comes first: what does not fit into memory fails at once.
         for done, question in enumerate(sorted(groups, key=len, reverse=True), start=1):
             answers = [requests[place][2] for place in groups[question]]
-            found = score_answers(self.model, question, answers, dtype=self.softmax_dtype)
+            found = score_answers(self.model, question, answers)
             for place, score in zip(groups[question], found, strict=True):
                 scores[place] = score
             self.share(done / len(groups))
@@ -252,8 +189,7 @@ def run_task(model: HarnessModel, task: Any, *, metric: str, limit: int | None) 
     """Ask a model the first `limit` items of a task, or all.
 
     Raises:
-        EvaluationError: it does not fit into the accelerator's memory, or its metric is no mean
-            over items.
+        EvaluationError: it does not fit into the accelerator's memory.
     """
     name = task.config.task
     model.truncated = 0
@@ -267,34 +203,13 @@ def run_task(model: HarnessModel, task: Any, *, metric: str, limit: int | None) 
     # A task may filter an answer in several ways and then has a sample for each; the first counts.
     kept = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     kept.sort(key=lambda sample: sample["doc_id"])
-    values = [sample.get(metric) for sample in kept]
-    if not all(isinstance(value, int | float) for value in values):
-        raise EvaluationError(f"{name} has no score per item: its metric {metric} is no mean")
-    nll = [_gold_nll(task, sample) for sample in kept]
-    return ItemScores(
-        metric,
-        [float(value) for value in values],
-        None if None in nll else nll,  # type: ignore[arg-type]
-        model.truncated,
-        time.monotonic() - started_s,
-    )
+    values = [float(sample[metric]) for sample in kept]
+    return ItemScores(values, model.truncated, time.monotonic() - started_s)
 
 
-def _gold_nll(task: Any, sample: dict[str, Any]) -> float | None:
-    """Return −log p of an item's right answer, or None if the harness does not ask for it."""
-    if task.OUTPUT_TYPE == "loglikelihood":
-        return -float(sample["resps"][0][0][0])
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return None
-    # WinoGrande's choices are questions with one answer: there the right one is in the "text".
-    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-    if isinstance(gold, str):
-        gold = task.doc_to_choice(sample["doc"]).index(gold)
-    return -float(sample["resps"][gold][0][0]) if isinstance(gold, int) else None
-
-
-def run_plan(
-    plan: TaskPlan,
+def run_benchmark(
+    benchmark: Benchmark,
+    tasks: Mapping[str, dict[str, Any]],
     model: Callable[[], HarnessModel],
     kept: Path,
     stage: str,
@@ -304,24 +219,25 @@ def run_plan(
     report: ProgressFn,
 ) -> list[ItemScores]:
     """Return the result of each task, out of the cache's folder of this model if it is there."""
-    metric, parts = plan.benchmark.metric, list[ItemScores]()
+    parts = list[ItemScores]()
     # All that decides a result, besides the model.
-    used = {"shots": plan.benchmark.shots, "metric": metric, "data": plan.version}
-    settings = {"limit": limit, "dtype": dtype, "device": device().type}
-    versions = [VERSION, torch.__version__, transformers.__version__, _FORMAT]
+    used = [benchmark.shots, benchmark.metric, data_version(benchmark)]
+    settings = [limit, dtype, device().type]
+    versions = [lm_eval.__version__, torch.__version__, transformers.__version__, _FORMAT]
     key = digest([used, settings, versions])
     # MMLU's limit is spread over its 57 subjects, at least one item of each.
-    count = None if limit is None else -(-limit // len(plan.tasks))
+    count = None if limit is None else -(-limit // len(tasks))
 
     def share(part: float) -> None:
-        report(Progress(stage, int(100 * (len(parts) + part)), 100 * len(plan.tasks)))
+        report(Progress(stage, int(100 * (len(parts) + part)), 100 * len(tasks)))
 
-    for task, config in plan.tasks.items():
+    for task, config in tasks.items():
         file = kept / f"{task}-{key}.json"
         if not file.is_file():
-            (loaded,) = load_tasks(config).values()  # not a group, so a single task
+            loaded = load_task(config)
             model().share = share
-            write_records(file, [asdict(run_task(model(), loaded, metric=metric, limit=count))])
+            found = run_task(model(), loaded, metric=benchmark.metric, limit=count)
+            write_records(file, [asdict(found)])
         # A result is always read from the file: the second run gives what the first gave.
         remedy = "delete it, and the benchmark is measured again"
         parts.append(read_json(file, ItemScores, remedy, error=EvaluationError))

@@ -14,18 +14,16 @@ import time
 import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from moefy import assets
 from moefy.checkpoint.reader import fingerprint
 from moefy.checkpoint.source import resolve
 from moefy.data.conversations import Message
-from moefy.data.records import find_sources
 from moefy.errors import CorpusError, JudgeError, UsageError, without_secrets
 from moefy.evaluation.chat import Speaker
 from moefy.progress import Progress, ProgressFn, silent
@@ -184,28 +182,20 @@ def read_questions(file: str | Path) -> list[Question]:
     """Return the questions of a file of `Question`s, one JSON object a line.
 
     Raises:
-        CorpusError: the file cannot be read, a line has another form, or a number comes twice.
+        CorpusError: there is no such file or no question in it, a line has another form, or a
+            number comes twice.
     """
-    questions: dict[int, Question] = {}  # answers are kept by number
-    sources = find_sources(file, whole_records=True)
-    for where, line in chain.from_iterable(source.records() for source in sources):
-        try:
-            question = Question.model_validate_json(line)
-        except ValidationError as error:
-            found = error.errors()[0]
-            raise CorpusError(
-                f"{where} is no question ({'.'.join(map(str, found['loc']))}: {found['msg']}): "
-                "write question_id, category, turns (two texts) and possibly reference (two texts)"
-            ) from error
-        if question.question_id in questions:
-            raise CorpusError(
-                f"{where} has the question_id {question.question_id} of an earlier line: give each "
-                "its own"
-            )
-        questions[question.question_id] = question
-    if not questions:
-        raise CorpusError(f"{file} holds no questions")
-    return list(questions.values())
+    remedy = "write question_id, category, turns (two texts) and possibly reference (two texts)"
+    path = Path(file).expanduser()
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found = [
+        parse_json(line, Question, f"{file}, line {number}", remedy, CorpusError)
+        for number, line in enumerate(lines, start=1)
+    ]
+    # answers are kept by number
+    if not found or len({question.question_id for question in found}) < len(found):
+        raise CorpusError(f"{file} holds no questions, or two of the same question_id")
+    return found
 
 
 def answer_both(speaker: Speaker, question: Question, max_new_tokens: int) -> list[str]:

@@ -29,7 +29,7 @@ class Paired:
     differences: dict[str, Interval]  # by benchmark, model minus reference
     average: Interval  # the same of the mean over benchmarks
     # The model's mean over the reference's, and the same of what lies above chance; None where the
-    # reference may lie at 0 or at chance, or chance is not known.
+    # reference may lie at 0 or at chance.
     retention: Interval | None
     retention_above_chance: Interval | None
 
@@ -42,12 +42,12 @@ def standard_error(values: Sequence[float]) -> float | None:
 def compare_paired(
     reference: dict[str, list[float]],
     model: dict[str, list[float]],
-    chance: dict[str, float | None],
+    chance: dict[str, float],
 ) -> Paired:
     """Compare two models by their scores of the same items, by benchmark.
 
     The items of every benchmark are drawn again with replacement, both models' scores of an item
-    together, 10,000 times. `chance` is what guessing scores, None where that is not known.
+    together, 10,000 times. `chance` is what guessing scores.
     """
     generator = np.random.default_rng(0)  # the same items give the same interval
     means = {
@@ -56,13 +56,12 @@ def compare_paired(
     }
     # Every benchmark counts the same, whatever its number of items: [2 models, draws].
     first, second = np.mean(list(means.values()), axis=0)
-    shares = [chance[name] for name in reference]
-    base = None if None in shares else sum(shares) / len(shares)  # type: ignore[arg-type]
+    base = statistics.fmean(chance[name] for name in reference)
     return Paired(
         {name: _interval(drawn[1] - drawn[0]) for name, drawn in means.items()},
         _interval(second - first),
         _ratio(second, first),
-        None if base is None else _ratio(second - base, first - base),
+        _ratio(second - base, first - base),
     )
 
 

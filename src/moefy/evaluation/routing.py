@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from moefy.checkpoint.cost import ffn_shape
 from moefy.data.records import Side
@@ -18,8 +18,6 @@ from moefy.evaluation.heldout import Windows, evaluation_windows
 from moefy.experts.routers import RouterTrace
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
-
-_CUTS = 64  # of every domain's windows into halves
 
 Counts = Float[np.ndarray, "layers experts"]
 
@@ -40,9 +38,6 @@ class RoutingStats:
     dead: list[list[int]]  # by layer, experts that were never chosen
     max_over_mean: list[float]  # by layer, the largest load over the mean one
     domain_distance: list[float]  # by layer, bits: `divergence` of the domains' loads
-    # by layer, that of domains that do not differ (`expected_divergence`); None where a domain has
-    # a single window
-    domain_noise: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -67,14 +62,7 @@ def measure_routing(
 ) -> RoutingResult:
     """Watch the routers of MoE models on held-out text, one model in memory, in float32.
 
-    Args:
-        models: model folders, or anything `convert` takes as a source; dense ones are left out.
-        data: a folder of `<domain>.jsonl(.gz)` files, or `demo`.
-        split: `heldout` (the documents `train` leaves out), `train`, or `all`.
-        windows: per domain; fewer where a domain has less text.
-        sequence_length: tokens per window.
-        names: to show instead of `models`.
-        report: told about progress.
+    The arguments are those of `evaluate`; dense models are left out.
 
     Raises:
         UsageError: no model has experts, a model or the text is not usable, or the models'
@@ -99,20 +87,19 @@ def measure_routing(
 def _watch(model: ComparedModel, text: Windows, report: ProgressFn) -> RoutingStats:
     network = model.load(report)
     shape, trace = ffn_shape(model.config), RouterTrace(network)
-    counts: dict[str, list[Counts]] = {domain: [] for domain in text}
+    counts: dict[str, Counts] = dict.fromkeys(text, np.zeros(()))
     rows = [(domain, row) for domain, several in text.items() for row in several]
     with trace:
         for done, (domain, row) in enumerate(rows, start=1):
             network(torch.from_numpy(row)[None].to(device()), use_cache=False, logits_to_keep=1)
             # [layers, tokens, experts]: how many tokens chose each expert
-            counts[domain].append(trace.runs().double().sum(1).cpu().numpy())
+            found = trace.runs().double().sum(1).cpu().numpy()
+            counts[domain] = counts[domain] + found
             trace.clear()
             report(Progress(model.name, done, len(rows)))
-    windows = [np.stack(each) for each in counts.values()]  # by domain [windows, layers, experts]
-    loads = [load_shares(domain.sum(0)) for domain in windows]
-    choices = np.sum([domain.sum(0) for domain in windows], axis=0)
+    loads = [load_shares(each) for each in counts.values()]
+    choices = np.sum([*counts.values()], axis=0)
     load = load_shares(choices)
-    noise = expected_divergence(windows)
     return RoutingStats(
         name=model.name,
         experts=shape.experts,
@@ -123,7 +110,6 @@ def _watch(model: ComparedModel, text: Windows, report: ProgressFn) -> RoutingSt
         dead=[np.flatnonzero(layer == 0).tolist() for layer in choices],
         max_over_mean=(load.max(-1) * shape.experts).tolist(),
         domain_distance=divergence(np.stack(loads)).tolist(),
-        domain_noise=None if noise is None else noise.tolist(),
     )
 
 
@@ -161,46 +147,6 @@ def divergence(
     mixed: Float[np.ndarray, " layers"] = _entropy_bits(loads.mean(0))
     # rounding may leave a negative number where all domains are alike
     return np.maximum(mixed - _entropy_bits(loads).mean(0), 0)
-
-
-def expected_divergence(
-    windows: Sequence[Float[np.ndarray, "_windows layers experts"]], *, seed: int = 0
-) -> Float[np.ndarray, " layers"] | None:
-    """Return the divergence to expect of domains that do not differ, from windows of the same size.
-
-    Each domain's n windows are cut at random into halves of a and b windows, 64 times. To first
-    order the divergence of two halves is v/8·(1/a + 1/b), and that of D domains v/2·(D − 1)/(D·n),
-    with the same v, so each of the former is multiplied by 4·(D − 1)/(D·n·(1/a + 1/b)); the mean
-    over cuts and domains is returned. It is too small where documents are longer than a window,
-    because their windows are then alike.
-
-    Args:
-        windows: of every domain, how often each expert was chosen in each window.
-        seed: of the cuts.
-
-    Returns:
-        By layer, bits; None where a domain has one window, which has no halves.
-    """
-    if min(map(len, windows)) < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    found = [
-        np.mean([_scaled_halves(domain, generator) for _ in range(_CUTS)], axis=0)
-        for domain in windows
-    ]
-    share: Float[np.ndarray, " layers"] = np.mean(found, axis=0)
-    # the rest of the factor, 4/(n·(1/a + 1/b)), depends on the cut: `_scaled_halves` has it
-    return share * (len(windows) - 1) / len(windows)
-
-
-def _scaled_halves(
-    windows: Float[np.ndarray, "_windows layers experts"], generator: np.random.Generator
-) -> Float[np.ndarray, " layers"]:
-    number = len(windows)
-    first: Bool[np.ndarray, " _windows"] = generator.permutation(number) < number // 2
-    halves = [load_shares(windows[chosen].sum(0)) for chosen in (first, ~first)]
-    inverse_sizes = 1 / first.sum() + 1 / (~first).sum()
-    return divergence(np.stack(halves)) * 4 / (number * inverse_sizes)
 
 
 def _entropy_bits(load: Float[np.ndarray, "*any experts"]) -> Float[np.ndarray, "*any"]:

@@ -1,38 +1,54 @@
-"""Tokens per second of models side by side, and what bounds each."""
+"""Tokens per second of models side by side, in transformers or in llama.cpp."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from moefy.checkpoint.cost import cost, ffn_shape, has_qk_norm
-from moefy.checkpoint.families import FAMILIES
-from moefy.checkpoint.meaning import meaning_of
+from moefy.checkpoint.cost import ffn_shape, has_qk_norm
+from moefy.checkpoint.gguf import export_gguf, last_line
+from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
-from moefy.errors import UsageError
-from moefy.evaluation.timing import (
-    GGUF_DTYPES,
-    PHASES,
-    Contender,
-    Phase,
-    Seconds,
-    llama_cpp_round,
-    no_seconds,
-    one_round,
-)
-from moefy.hardware import device, multiply_rate, read_rate
+from moefy.errors import CheckpointError, UsageError
+from moefy.experts.layers import VIEWS, register
+from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 
-RUNTIMES = ("transformers", "llama.cpp")
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_RUNTIMES = ("transformers", "llama.cpp")
+_GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+
+# llama.cpp writes to stderr from C, and the memory of a model comes back when the process ends
+_RUN = """
+import json, sys, xllamacpp
+ask = json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = ask["file"], ask["context"], 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = ask["threads"]
+if ask["float32"]:
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+answer = xllamacpp.Server(params).handle_completions(
+    {"prompt": ask["ids"], "n_predict": ask["count"], "temperature": 0, "ignore_eos": True,
+     "cache_prompt": False}
+)
+print(json.dumps(answer["timings"]))
+"""
 
 
 @dataclass(frozen=True)
@@ -46,10 +62,6 @@ class Speed:
     of_active_size: float | None  # that over the dense model's of the same active size
     implementation: str | None  # of the experts, the fastest; None where there is no choice
     tried: dict[str, float]  # tokens_per_s by implementation
-    # share of the measured time that reading the weights alone would take ("memory"), and
-    # multiplying alone ("arithmetic"); the larger of them
-    limits: dict[str, float]
-    bound_by: str
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,34 @@ class SpeedComparison:
     device: str  # "cpu", or the accelerator's name
     threads: int  # of the CPU
     dtype: str  # of weights and computation
-    bytes_per_s: float  # read from memory, measured
-    flops_per_s: float  # of a large matrix product, measured
     prompt_tokens: int  # of each sequence
     new_tokens: int  # of each sequence
     speeds: list[Speed]  # by phase, then batch, then model
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model whose speed is measured."""
+
+    name: str
+    config: Mapping[str, Any]  # of config.json
+    folder: Path | None = None  # None for random weights
+
+    @property
+    def size(self) -> int:
+        """Neurons that run for one token."""
+        return ffn_shape(self.config).running
+
+    def load(self, dtype: str) -> Any:
+        """Return the model on the device."""
+        kind = getattr(torch, dtype)
+        if self.folder is None:
+            return random_model(self.config, kind)
+        return load_model(self.folder, dtype=kind).to(device())
+
+
+Seconds = defaultdict[tuple[Phase, int, int], dict[str, list[float]]]
+"""By phase, batch and contender: of one pass, by implementation of the experts ("": none)."""
 
 
 def measure_speed(
@@ -75,17 +110,16 @@ def measure_speed(
     new_tokens: int = 64,
     rounds: int = 3,
     dtype: str = "float32",
-    threads: int | None = None,
     runtime: str = "transformers",
     names: Sequence[str] | None = None,
     report: ProgressFn = silent,
 ) -> SpeedComparison:
-    """Measure prefill and greedy decoding of models in turn, and say what bounds each.
+    """Measure prefill and greedy decoding of models in turn.
 
     For every active size among the converted models, a dense model of that size is made and
     measured too (random weights: speed does not depend on them). The prompt is random tokens. In
-    transformers every expert implementation that works here is tried, `experts.expert_views`
-    among them, and the fastest counts, for each phase and batch size. Medians over the rounds, the
+    transformers its expert implementations `eager` and `grouped_mm` and our `expert_views` are
+    tried, and the fastest counts, for each phase and batch size. Medians over the rounds, the
     models taking turns in each.
 
     Args:
@@ -95,7 +129,6 @@ def measure_speed(
         new_tokens: decoded after it.
         rounds: times that everything is measured.
         dtype: "float32" or "bfloat16", of weights and computation.
-        threads: of the CPU; None for torch's own choice.
         runtime: "transformers", on the accelerator if there is one, or "llama.cpp", on the CPU.
         names: shown instead of `models`.
         report: told about progress.
@@ -105,13 +138,16 @@ def measure_speed(
         CheckpointError: llama.cpp cannot run a file; its last words are in the message.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    if batches is None:
-        batches = (1,) if runtime == "llama.cpp" else (1, 8)
-    counts = (min(batches, default=0), prompt_tokens, new_tokens, rounds, threads or 1)
-    _check(given, counts, dtype, runtime, one_sequence=set(batches) == {1})
+    batches = batches or ((1,) if runtime == "llama.cpp" else (1, 8))
+    if not given or min(*batches, prompt_tokens, new_tokens, rounds) < 1:
+        raise UsageError(
+            "name at least one model, and give at least 1 for --batch, --prompt-tokens, "
+            "--new-tokens and --rounds"
+        )
+    _check(dtype, runtime, batches)
     folders = [resolve(model, report=report) for model in given]
     contenders = contenders_of(folders, list(names) if names else [str(model) for model in given])
-    sizes, seconds = (prompt_tokens, new_tokens), no_seconds()
+    sizes = (prompt_tokens, new_tokens)
     for contender in contenders:
         room = contender.config.get("max_position_embeddings") or sum(sizes)
         if sum(sizes) > room:
@@ -119,68 +155,42 @@ def measure_speed(
                 f"{contender.name} has room for {room} tokens, not for {prompt_tokens} of prompt "
                 f"and {new_tokens} new ones: lower --prompt-tokens or --new-tokens"
             )
-    with _threads(threads), tempfile.TemporaryDirectory(prefix="moefy-speed-") as work:
-        rates = {"memory": read_rate(), "arithmetic": multiply_rate(getattr(torch, dtype))}
-        turns = rounds * len(contenders)
+    seconds: Seconds = defaultdict(lambda: defaultdict(list))
+    turns = rounds * len(contenders)
+    with tempfile.TemporaryDirectory(prefix="moefy-speed-") as work:
         for done in range(turns):  # in turns, so that a busy machine slows all of them down
             idx = done % len(contenders)
             report(Progress("measure speed", done, turns, contenders[idx].name))
             if runtime == "llama.cpp":
                 folder = Path(work) / str(idx)
-                found = llama_cpp_round(contenders[idx], sizes, dtype, folders[0], folder, report)
+                found = _llama_cpp_round(contenders[idx], sizes, dtype, folders[0], folder, report)
                 for phase, elapsed_s in zip(PHASES, found, strict=True):
-                    seconds[idx, phase, 1][""].append(elapsed_s)
+                    seconds[phase, 1, idx][""].append(elapsed_s)
             else:
-                one_round(contenders[idx], batches, sizes, dtype, seconds, idx)
+                _round(contenders[idx], batches, sizes, dtype, seconds, idx)
         report(Progress("measure speed", turns, turns))
-        return SpeedComparison(
-            runtime=runtime,
-            device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
-            threads=torch.get_num_threads(),
-            dtype=dtype,
-            bytes_per_s=rates["memory"],
-            flops_per_s=rates["arithmetic"],
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            speeds=_speeds(contenders, sizes, dtype, seconds, rates),
-        )
+    return SpeedComparison(
+        runtime=runtime,
+        device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        speeds=_speeds(contenders, prompt_tokens, seconds),
+    )
 
 
-def _check(
-    given: list[str | Path],
-    counts: Sequence[int],
-    dtype: str,
-    runtime: str,
-    *,
-    one_sequence: bool,
-) -> None:
-    if not given:
-        raise UsageError("name at least one model")
-    if min(counts) < 1:
-        raise UsageError(
-            f"--batch, --prompt-tokens, --new-tokens, --rounds, --threads: {min(counts)} was "
-            "given, and at least 1 is needed"
-        )
-    known = {"--dtype": (dtype, [*GGUF_DTYPES]), "--runtime": (runtime, [*RUNTIMES])}
+def _check(dtype: str, runtime: str, batches: Sequence[int]) -> None:
+    known = {"--dtype": (dtype, _GGUF_DTYPES), "--runtime": (runtime, _RUNTIMES)}
     for option, (value, allowed) in known.items():
         if value not in allowed:
             raise UsageError(f"{option} {value!r}: allowed are {' and '.join(allowed)}")
+    if runtime == "llama.cpp" and set(batches) != {1}:
+        raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
     if runtime == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
         raise UsageError(
             "--runtime llama.cpp needs the package xllamacpp: pip install 'moefy[gguf]' xllamacpp"
         )
-    if runtime == "llama.cpp" and not one_sequence:
-        raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def contenders_of(folders: list[Path], names: list[str]) -> list[Contender]:
@@ -189,23 +199,20 @@ def contenders_of(folders: list[Path], names: list[str]) -> list[Contender]:
     Raises:
         ArchitectureError: a model that `cost` cannot count.
     """
-    configs = [read_config(folder) for folder in folders]
-    sizes = {ffn_shape(config).running for config in configs if ffn_shape(config).experts}
+    given = [
+        Contender(name, read_config(folder), folder)
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    # the last that is written is the first of its size
+    first = {each.size: each for each in reversed(given) if ffn_shape(each.config).experts}
     found: list[Contender] = []
-    for name, folder, config in zip(names, folders, configs, strict=True):
-        shape = ffn_shape(config)
-        if shape.experts and shape.running not in _same_sizes(found):
-            size = f", {shape.running} neurons" if len(sizes) > 1 else ""
-            made = dense_of_active_size(config)
+    for each in given:
+        if first.get(each.size) is each:
+            size = f", {each.size} neurons" if len(first) > 1 else ""
+            made = dense_of_active_size(each.config)
             found.append(Contender(f"dense (same active size{size})", made))
-        found.append(Contender(name, config, folder))
+        found.append(each)
     return found
-
-
-def _same_sizes(contenders: Sequence[Contender]) -> dict[int, int]:
-    """Return, by active neurons, the index of the dense model that was made for comparison."""
-    made = [i for i, contender in enumerate(contenders) if contender.folder is None]
-    return {ffn_shape(contenders[i].config).running: i for i in made}
 
 
 def dense_of_active_size(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,76 +229,135 @@ def dense_of_active_size(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**made, "intermediate_size": ffn_shape(config).running}
 
 
-def _speeds(
-    contenders: list[Contender],
-    sizes: tuple[int, int],
-    dtype: str,
-    seconds: Seconds,
-    rates: Mapping[str, float],
-) -> list[Speed]:
-    same_sizes = _same_sizes(contenders)
-    medians = {
-        key: {name: statistics.median(values) for name, values in measured.items()}
-        for key, measured in seconds.items()
+def _speeds(contenders: list[Contender], prompt_tokens: int, seconds: Seconds) -> list[Speed]:
+    # by active neurons, the dense model that was made for comparison
+    made = {each.size: idx for idx, each in enumerate(contenders) if each.folder is None}
+    rates = {
+        (phase, batch, idx): {
+            name: batch * (prompt_tokens if phase == "prefill" else 1) / statistics.median(values)
+            for name, values in measured.items()
+        }
+        for (phase, batch, idx), measured in seconds.items()
     }
     rows = []
-    for key in sorted(medians, key=lambda key: (PHASES.index(key[1]), key[2], key[0])):
-        i, phase, batch = key
-        config, best = contenders[i].config, min(medians[key], key=medians[key].__getitem__)
-        elapsed_s = medians[key][best]
-        new, cached = sizes[0], 0
-        if phase == "decode":  # the mean over the decoded tokens
-            new, cached = 1, sizes[0] + sizes[1] // 2
-        weights, flops = least_work(config, batch, new, cached)
-        limits = {
-            "memory": weights * getattr(torch, dtype).itemsize / rates["memory"] / elapsed_s,
-            "arithmetic": flops / rates["arithmetic"] / elapsed_s,
-        }
-        same = same_sizes.get(ffn_shape(config).running)
-        if same is None and len(same_sizes) == 1:  # the whole dense model, beside a single size
-            (same,) = same_sizes.values()
-        other = None if same is None else min(medians[same, phase, batch].values())
-        tried = {name: batch * new / value for name, value in medians[key].items() if name}
+    for phase, batch, idx in sorted(rates, key=lambda key: (PHASES.index(key[0]), *key[1:])):
+        found = rates[phase, batch, idx]
+        best = max(found, key=found.__getitem__)
+        same = made.get(contenders[idx].size)
+        if same is None and len(made) == 1:  # the whole dense model, beside a single size
+            (same,) = made.values()
         rows.append(
             Speed(
-                model=contenders[i].name,
+                model=contenders[idx].name,
                 phase=phase,
                 batch=batch,
-                tokens_per_s=batch * new / elapsed_s,
-                of_active_size=None if other is None else other / elapsed_s,
+                tokens_per_s=found[best],
+                of_active_size=None
+                if same is None
+                else found[best] / rates[phase, batch, same][""],
                 implementation=best or None,
-                tried=tried,
-                limits=limits,
-                bound_by=max(limits, key=lambda limit: limits[limit]),
+                tried={name: rate for name, rate in found.items() if name},
             )
         )
     return rows
 
 
-def least_work(
-    config: Mapping[str, Any], batch: int, new_tokens: int, cached_tokens: int
-) -> tuple[int, int]:
-    """Return how many weights one forward pass must read, and its FLOPs.
+def _round(
+    contender: Contender,
+    batches: Sequence[int],
+    sizes: tuple[int, int],  # tokens of the prompt, and new ones
+    dtype: str,
+    seconds: Seconds,
+    idx: int,
+) -> None:
+    """Time both phases once, with every implementation of the experts."""
+    network, config = contender.load(dtype), contender.config
+    for batch in batches:
+        ids = _random_prompt(config["vocab_size"], batch, sizes[0])
+        names = ["eager", "grouped_mm"] if ffn_shape(config).experts else [""]
+        # with several tokens it is grouped_mm
+        names += [register(VIEWS)] if names[0] and batch == 1 else []
+        for name in names:
+            if name:  # a dense model has none
+                network.set_experts_implementation(name)
+            # the first run of an implementation is slow
+            decode(network, *prefill(network, ids[:, :8])[:2], 1)
+            cache, token, elapsed_s = prefill(network, ids)
+            if name != VIEWS:
+                seconds["prefill", batch, idx][name].append(elapsed_s)
+            elapsed_s = decode(network, cache, token, sizes[1]) / sizes[1]
+            seconds["decode", batch, idx][name].append(elapsed_s)
 
-    Args:
-        config: config.json of a model that `cost` counts.
-        batch: sequences.
-        new_tokens: of each sequence, computed in this pass.
-        cached_tokens: of each sequence, from earlier passes.
+
+def _random_prompt(vocab_size: int, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
+    """Return token ids, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (batch, tokens), generator=generator).to(device())
+
+
+def random_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return a model with transformers' initial weights, in evaluation mode, on the device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoConfig.for_model(**config)
+    return AutoModelForCausalLM.from_config(made, dtype=dtype).eval().to(device())
+
+
+@torch.inference_mode()
+def prefill(network: Any, ids: Int[Tensor, "batch tokens"]) -> tuple[Any, Tensor, float]:
+    """Return the cache, the next tokens [batch, 1] and the seconds."""
+    synchronise()
+    started = time.perf_counter()
+    out = network(ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    synchronise()
+    return out.past_key_values, token, time.perf_counter() - started
+
+
+@torch.inference_mode()
+def decode(network: Any, cache: Any, token: Int[Tensor, "batch 1"], count: int) -> float:
+    """Decode greedily and return the seconds."""
+    synchronise()
+    started = time.perf_counter()
+    for _ in range(count):
+        token = network(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    synchronise()
+    return time.perf_counter() - started
+
+
+def _llama_cpp_round(
+    contender: Contender,
+    sizes: tuple[int, int],
+    dtype: str,
+    tokenizer: Path,
+    work: Path,
+    report: ProgressFn,
+) -> tuple[float, float]:
+    """Return the seconds of the prompt's pass and of one decoded token in llama.cpp, on the CPU.
+
+    The first round exports the model to a GGUF file in `work`.
     """
-    # a query meets all cached keys and, on average, half of the new ones: `cost` halves the context
-    counted, ffn = cost(config, context=2 * cached_tokens + new_tokens), ffn_shape(config)
-    if config["model_type"] in FAMILIES:
-        config = meaning_of(config, "config.json")
-    table = config["vocab_size"] * config["hidden_size"]
-    weights = counted.active_params
-    if not config.get("tie_word_embeddings", False):
-        weights -= table  # of the input table only rows are read
-    if ffn.experts:
-        # each expert that some token chooses is read once; here with even routing
-        chosen = ffn.experts * (1 - (1 - ffn.active / ffn.experts) ** (batch * new_tokens))
-        per_expert = 3 * config["hidden_size"] * ffn.size
-        weights += round(config["num_hidden_layers"] * per_expert * (chosen - ffn.active))
-    # only the last position's logits are computed
-    flops = new_tokens * counted.flops_per_token - 2 * table * (new_tokens - 1)
-    return weights, batch * flops
+    file = work / f"{work.name}.gguf"
+    if not file.is_file():
+        folder = contender.folder or work
+        if contender.folder is None:
+            contender.load(dtype).cpu().save_pretrained(folder)
+            load_tokenizer(tokenizer).save_pretrained(folder)
+        work.mkdir(exist_ok=True)
+        export_gguf(folder, file, dtype=_GGUF_DTYPES[dtype], report=report)
+    ask = {
+        "file": str(file),
+        "ids": _random_prompt(contender.config["vocab_size"], 1, sizes[0])[0].tolist(),
+        "count": sizes[1],
+        # llama.cpp pads the context to whole blocks of 256
+        "context": (sum(sizes) + 256) // 256 * 256,
+        "threads": torch.get_num_threads(),
+        # the cache as in transformers; llama.cpp's own choice is float16
+        "float32": dtype == "float32",
+    }
+    command, text = [sys.executable, "-c", _RUN], json.dumps(ask)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CheckpointError(f"llama.cpp cannot run {file.name}: {last_line(done.stderr)}")
+    timings = json.loads(done.stdout.splitlines()[-1])
+    return timings["prompt_ms"] / 1e3, timings["predicted_per_token_ms"] / 1e3

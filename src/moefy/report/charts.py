@@ -18,8 +18,6 @@ from matplotlib.text import Text
 
 from moefy.evaluation.paired import Interval
 from moefy.report.tables import Rows, write_csv
-from moefy.storage import storage_errors
-from moefy.training.state import read_log
 
 if TYPE_CHECKING:
     from moefy.evaluation.compare import Comparison, Result
@@ -105,16 +103,6 @@ def quality_charts(comparison: Comparison) -> list[Chart]:
         if len(rows) > 1:
             charts.append(Chart(name, figure, rows, caption))
     return charts
-
-
-def draw_training(folder: Path) -> None:
-    """Draw the loss of the training that lies in a folder of `train`, as loss.png there.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
-    with storage_errors(folder):
-        loss_chart({folder.name: read_log(folder)}).figure.savefig(folder / "loss.png", dpi=150)
 
 
 def loss_chart(logs: Mapping[str, Log]) -> Chart:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable
-from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,7 +60,6 @@ def speed_rows(comparison: SpeedComparison) -> Rows:
         ("tok/s", lambda s: number(s.tokens_per_s)),
         ("vs. dense (same active size)", lambda s: shown(s.of_active_size, ".0%")),
         ("experts by", lambda s: s.implementation or "–"),
-        ("bound by", lambda s: f"{s.bound_by} {s.limits[s.bound_by]:.0%}"),
     ]
     return table(comparison.speeds, columns)
 
@@ -73,8 +71,7 @@ def speed_title(comparison: SpeedComparison) -> str:
         place = f"{done.threads} CPU threads"
     return (
         f"{done.runtime}, {done.dtype}, {done.prompt_tokens} tokens of prompt and "
-        f"{done.new_tokens} decoded; {place}: {done.bytes_per_s / 1e9:.1f} GB/s, "
-        f"{done.flops_per_s / 1e9:.0f} GFLOP/s"
+        f"{done.new_tokens} decoded; {place}"
     )
 
 
@@ -109,17 +106,16 @@ def corpus_rows(record: dict[str, Any]) -> Rows:
 
 def routing_rows(result: RoutingResult) -> Rows:
     """Return header and rows of the load, a layer of a model a row, below them the model's mean."""
-    rows = [["model", "layer", "entropy", "dead", "max/mean", "domains (bits)", "by chance (bits)"]]
-    forms = (".3f", ".3g", ".2f", ".4f", ".4f")
+    rows = [["model", "layer", "entropy", "dead", "max/mean", "domains (bits)"]]
+    forms = (".3f", ".3g", ".2f", ".4f")
     for model in result.models:
         dead = [len(experts) for experts in model.dead]
         columns: list[Any] = [model.entropy, dead, model.max_over_mean, model.domain_distance]
-        columns.append(model.domain_noise or [nan] * len(dead))
         layers = list(zip(*columns, strict=True))
         lines = [*enumerate(layers), ("mean", [fmean(each) for each in columns])]
         for label, stats in lines:
             cells = [f"{value:{form}}" for value, form in zip(stats, forms, strict=True)]
-            rows.append([model.name, str(label), *(cell.replace("nan", "–") for cell in cells)])
+            rows.append([model.name, str(label), *cells])
     return rows
 
 
@@ -152,16 +148,6 @@ def suite_rows(result: SuiteResult) -> Rows:
         for column in columns:
             for row, cell in zip(rows, column, strict=True):
                 row.append(cell)
-    return rows
-
-
-def nll_rows(result: SuiteResult) -> Rows:
-    """Return header and rows of −log p of the right answers, where one is scored."""
-    rows = [["benchmark", *(model.name for model in result.models)]]
-    for benchmark in result.benchmarks:
-        scores = [model.scores[benchmark.name] for model in result.models]
-        cells = [with_error(score.gold_nll, score.gold_nll_stderr) for score in scores]
-        rows.append([benchmark.name, *cells])
     return rows
 
 

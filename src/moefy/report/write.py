@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moefy.checkpoint.card import (
     command_of,
     model_card,
     read_record,
     recipe_of,
+    rendered,
     steps_of,
     with_results,
 )
@@ -45,7 +45,6 @@ from moefy.report.tables import (
     number,
     percent,
     shown,
-    suite_rows,
     with_interval,
 )
 from moefy.run_folder import RunFolder
@@ -203,27 +202,11 @@ def _note_in_card(folder: Path, name: str, done: Report) -> bool:
     record = read_record(folder)
     if record is None:
         return False
-    versions = ", ".join(" ".join(each) for each in done.facts["versions"].items())
-    lines = [
-        "## Results",
-        "",
-        f"This model is *{name}*. Measured with `moefy report`, {done.facts['date']} ({versions}), "
-        f"on {done.text}:",
-        "",
-        markdown(comparison_rows(done.comparison)),
-    ]
-    if suite := done.suite:
-        items = "all items" if suite.limit is None else f"at most {suite.limit:,} items of each"
-        lines += [
-            f"Benchmarks in percent ± standard error, {items}; differences from the dense model "
-            "and retention with 95% intervals:",
-            "",
-            markdown(suite_rows(suite)),
-        ]
+    results = rendered("moefy.report", "results.md.j2", name=name, report=done, tables=tables)
     card = folder / "README.md"
     text = card.read_text() if card.is_file() else model_card(record, read_config(folder))
     # The weights stay as they are, so that no benchmark is measured again.
-    replace_file(card, with_results(text, "\n".join(lines)))
+    replace_file(card, with_results(text, results))
     return True
 
 
@@ -315,17 +298,10 @@ def write_page(folder: Path, report: Report, *, title: str, lead: str) -> None:
         else []
         for name, record in report.records.items()
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        # Whatever comes from a file is text.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
-        {"title": title, "lead": lead, "report": report}
-        | {"charts": charts, "steps": steps, "verdict_rows": verdict_rows, "tables": tables}
+    page = rendered(
+        *("moefy.report", "report.html.j2"),
+        **{"title": title, "lead": lead, "report": report, "charts": charts, "steps": steps},
+        **{"verdict_rows": verdict_rows, "tables": tables},
     )
     replace_file(folder / "report.html", page)
     replace_file(folder / "results.md", markdown(comparison_rows(report.comparison)))

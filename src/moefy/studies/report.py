@@ -13,6 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from moefy.checkpoint.card import rendered
 from moefy.report.tables import Rows, markdown, millions
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, ablations_named
@@ -23,7 +24,6 @@ from moefy.studies.runs import RUNS, Run, read_runs
 PAGE = "study.md"
 HEAD = "about.md"
 """The beginning of the page: what was studied, and what could not be."""
-NOT_RUN = "Not run:"
 Arms = dict[str, list[Run]]
 UNDECIDED = "not decided"
 # Student's t, 97.5th percentile, for 1 to 9 degrees of freedom; the last is used beyond.
@@ -140,20 +140,8 @@ def write_report(
     for name, arms in found.items():
         with storage_errors(out):
             ablation_figure(arms).savefig(out / f"{name}.png", dpi=150)
-    head = (
-        f"# Study\n\nAblations on {model}, text: {data}, as `moefy study` ran them ({machines}). "
-        f"Losses are nats per token on {recipe.windows} held-out windows of "
-        f"{recipe.sequence_length} tokens per domain, the same for every model, and are means over "
-        "the domains.\n\n"
-        "A seed decides partition, router, fresh weights and the order "
-        "of samples, not the held-out text. ± is half of the 95% interval of the mean over the "
-        "seeds (Student's t). Differences are paired by seed; a result is not decided where the "
-        "interval includes 0 or is of one seed. Every setting is in `recipe.yaml`, every run in "
-        f"`{RUNS}`.\n"
-    )
-    if skipped:
-        lines = "".join(f"- {what}: {why}\n" for what, why in skipped.items())
-        head += f"\n{NOT_RUN}\n\n{lines}"
+    about = {"model": model, "data": data, "machines": machines, "recipe": recipe}
+    head = rendered("moefy.studies", "about.md.j2", **about, skipped=skipped)
     replace_file(out / HEAD, head)
     replace_file(out / PAGE, page(out))
     return {name: summary_rows(arms) for name, arms in found.items()}

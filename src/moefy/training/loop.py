@@ -18,17 +18,16 @@ from typing import Any, Literal
 
 import torch
 
-from moefy.checkpoint.card import model_card
+from moefy.checkpoint.card import model_card, read_record
 from moefy.checkpoint.load import mended_generation
 from moefy.checkpoint.reader import (
     GENERATION,
     read_config,
-    read_json,
     side_files,
     weight_files,
 )
 from moefy.checkpoint.source import origin, resolve
-from moefy.errors import CheckpointError, reason
+from moefy.errors import CheckpointError
 from moefy.progress import Progress, ProgressFn
 from moefy.recipe import Recipe
 from moefy.run_folder import RunFolder
@@ -193,7 +192,7 @@ class _Source:
     @classmethod
     def read(cls, source: Path, stage: str, identity: dict[str, Any]) -> _Source:
         """Read it, and raise CheckpointError for what could not be written behind the last step."""
-        config, record = read_config(source), source / "moefy.json"
+        config, came_from = read_config(source), read_record(source)
         beside = {file.name: file.read_bytes() for file in side_files(source)}
         settings, left_out = mended_generation(source)
         if left_out:
@@ -203,14 +202,8 @@ class _Source:
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise CheckpointError(f"{source} has the dtype {dtype}: write float32 or bfloat16")
-        came_from = read_json(record) if record.is_file() else None
         described = None if came_from else origin(source, source)
-        try:
-            card = model_card(_record(stage, identity, came_from), config, described)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{record} is damaged ({reason(error)}): fetch it again, or delete it"
-            ) from error
+        card = model_card(_record(stage, identity, came_from), config, described)
         beside["README.md"] = card.encode()
         size = sum((source / name).stat().st_size for name in weight_files(source))
         return cls(beside, left_out, came_from, getattr(torch, dtype), size)

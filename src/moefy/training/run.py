@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,6 @@ def train(
     recipe: TrainRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
-    draw: Callable[[Path], object] | None = None,
     **settings: Unpack[TrainSettings],
 ) -> Training:
     """Continue pre-training on a mixture of domains and write the trained model.
@@ -64,8 +62,6 @@ def train(
         recipe: a `TrainRecipe` or a YAML file with its keys.
         overwrite: replace a model in `out` when the new one is complete, or an unfinished run.
         report: told about progress, in the first process.
-        draw: called with `out` when the model is there, by the first process. `out` is held until
-            then, so that the same call also continues one that was killed while it drew.
         **settings: single `TrainRecipe` keys; they override the recipe.
 
     Raises:
@@ -108,8 +104,6 @@ def train(
             loop.run(first_step, choice, measure, report)
             loop.write()
         log = processes.of_first(lambda: read_log(folder.work))
-        if draw:
-            processes.of_first(lambda: draw(folder.out) and None)
     losses = log[0]["loss"], log[-1]["loss"]
     return Training(folder.out, choice, first_step, *losses, loop.elapsed_s)
 

@@ -58,8 +58,7 @@ def open_folder(
         sources=[path for path in sources if isinstance(path, str | Path)],
         resumes=True,
         own=("recipe.yaml", "broken.txt", *_JOURNALS),
-        # figures are drawn into the finished folder, and replaced with it
-        scratch=(FOLDER, FINISHED, "*.png"),
+        scratch=(FOLDER, FINISHED),
     )
     with ExitStack() as stack:
         processes.of_first(lambda: stack.enter_context(folder) and None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,6 @@ def tune(
     recipe: TuneRecipe | str | Path | None = None,
     overwrite: bool = False,
     report: ProgressFn = silent,
-    draw: Callable[[Path], object] | None = None,
     **settings: Unpack[TuneSettings],
 ) -> Tuning:
     """Fine-tune a model on conversations and write it in the form it had.
@@ -133,8 +132,6 @@ def tune(
                 amend=lambda finished: _finish(finished, config, talks),
             )
         result = processes.of_first(lambda: _result(folder, talks, samples))
-        if draw:
-            processes.of_first(lambda: draw(folder.out) and None)
     result |= {"broken": talks.broken, "resumed_from_step": first_step}
     return Tuning(folder.out, choice, elapsed_s=loop.elapsed_s, **result)
 
