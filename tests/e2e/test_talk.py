@@ -366,10 +366,10 @@ def test_questions_of_ones_own(tmp_path: Path) -> None:
         read_questions(file)
     file.write_text('{"question_id": 1, "category": "x", "turns": ["a"]}\n')
     with pytest.raises(
-        OutputError, match=r"q\.jsonl, line 1 is damaged \(turns.*: write question_id"
+        CorpusError, match=r"q\.jsonl, line 1 is damaged \(turns.*: write question_id"
     ):
         read_questions(file)
     with pytest.raises(CorpusError, match="holds no questions"):
         read_questions(tmp_path / "none.jsonl")
-    with pytest.raises(OutputError, match="Is a directory"):
+    with pytest.raises(CorpusError, match="holds no questions"):
         read_questions(tmp_path)
