@@ -138,18 +138,8 @@ def convert(
         if left_out:
             note = f"without {', '.join(left_out)}: they mean nothing beside its other keys"
             report(Progress(f"write {GENERATION}", 1, 1, note))
-        windows = None
         # text and recipe are refused before the folder is touched
-        if choice.calibrated and choice.calibration_tokens:
-            windows = calibration_windows(
-                data,
-                dense.folder,
-                tokens=choice.calibration_tokens,
-                sequence_length=choice.calibration_length,
-                needed_tokens=dense.config["intermediate_size"],
-                seed=choice.seed,
-                report=report,
-            )
+        windows = _windows(data, dense, choice, report) if choice.calibrated else None
         record = _record(source, dense, choice, data, windows)
         identity = {"source": str(source), "data": str(data), "recipe": record["recipe"]}
         if resumes:
@@ -205,6 +195,21 @@ def _for_model(
             f"and not {recipe.target}: leave --target out, or lower --shared"
         )
     return recipe, None
+
+
+def _windows(
+    data: str | Path, dense: DenseCheckpoint, recipe: ConvertRecipe, report: ProgressFn
+) -> Int[np.ndarray, "windows sequence"]:
+    assert recipe.calibration_tokens is not None
+    return calibration_windows(
+        data,
+        dense.folder,
+        tokens=recipe.calibration_tokens,
+        sequence_length=recipe.calibration_length,
+        needed_tokens=dense.config["intermediate_size"],
+        seed=recipe.seed,
+        report=report,
+    )
 
 
 def _convert(
