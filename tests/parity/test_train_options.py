@@ -391,6 +391,23 @@ def test_a_longer_sequence_than_the_context_is_refused(
         )
 
 
+def test_tensorboard_gets_every_number(moe: Path, corpus: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    moefy.train(moe, out, data=corpus, trackers=("tensorboard",), **steps(3))
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("loss")]
+    assert written == pytest.approx([line["loss"] for line in read_log(out)])
+    assert "domain_loss/ab" in events.Tags()["scalars"]
+    # the events are the run's own
+    moefy.train(moe, out, data=corpus, overwrite=True, **steps(3))
+    assert not (out / "tensorboard").exists()
+    with pytest.raises(UsageError, match="wandb is not installed: pip install wandb"):
+        moefy.train(moe, tmp_path / "none", data=corpus, trackers=("wandb",), **steps(3))
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "target"),
     [

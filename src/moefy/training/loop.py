@@ -40,6 +40,7 @@ from moefy.training.recipe import TrainRecipe
 from moefy.training.samples import Samples
 from moefy.training.state import FINISHED, LOG, RunState, log_step
 from moefy.training.step import train_step
+from moefy.training.trackers import numbers, open_trackers
 
 
 class TrainingLoop:
@@ -105,13 +106,12 @@ class TrainingLoop:
             note = f"without {', '.join(names)}: they mean nothing beside its other keys"
             report(Progress(f"read {GENERATION}", 1, 1, note))
         work, writes = self._folder.work, self.processes.is_first
+        trackers = open_trackers(work, first_step, recipe) if writes else []
         if writes:
             replace_file(work / "recipe.yaml", shown.to_yaml())
-            if (
-                not first_step
-            ):  # else the log is the checkpoint's, without steps that are done again
-                replace_file(work / LOG, "")
-            if first_line and not first_step:
+        if writes and not first_step:  # else the log is the checkpoint's, without later steps
+            replace_file(work / LOG, "")
+            if first_line:
                 log_step(work, first_line)
         for step in range(first_step, num_steps):
             samples = self._samples.next_step(self.student)
@@ -134,6 +134,8 @@ class TrainingLoop:
                 line["heldout_loss"] = heldout()
             if writes:
                 log_step(work, line)
+            for tracker in trackers:
+                tracker.log(dict(numbers(line)), step=step + 1)
             note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s"
             for name, epoch in line.get("epochs", {}).items():
                 note += f"; {name} in epoch {epoch + 1}"
@@ -141,6 +143,8 @@ class TrainingLoop:
             # also behind the last step: writing the model may fail
             if every and (step + 1) % every == 0:
                 self._state.save(step + 1, self._samples.state())
+        for tracker in trackers:
+            tracker.finish()
 
     def write(
         self,

@@ -11,6 +11,7 @@ from moefy.recipe import Fraction, NonNegative, Positive, Recipe, Seed, option
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Part = Literal["embeddings", "attention", "norms", "experts", "shared-experts", "routers"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Tracker = Literal["tensorboard", "wandb"]
 Mixture = Literal[
     "Uniform", "StaticLLaMA", "StaticSheared", "DynamicUniform", "DynamicLLaMA", "DynamicSheared"
 ]
@@ -122,6 +123,7 @@ class TrainSettings(LoopSettings, total=False):
     checkpoints_kept: int
     evaluate_every_steps: int
     heldout_sequences: int
+    trackers: tuple[Tracker, ...]
 
 
 class LoopRecipe(Recipe):
@@ -153,7 +155,7 @@ class LoopRecipe(Recipe):
         # how the work is cut, kept and watched may change: a run may go on with other processes
         free = {
             "micro_batch_size", "parallel", "gradient_checkpointing", "compile",
-            "experts_implementation", "checkpoint_every_steps", "checkpoints_kept",
+            "experts_implementation", "checkpoint_every_steps", "checkpoints_kept", "trackers",
         }  # fmt: skip
         return self.model_dump(mode="json", exclude=free)
 
@@ -201,6 +203,7 @@ class TrainRecipe(LoopRecipe):
     checkpoints_kept: Positive = 2
     evaluate_every_steps: Annotated[int, Field(ge=0)] = 0
     heldout_sequences: Positive = 8
+    trackers: tuple[Tracker, ...] = ()  # of every step, besides log.jsonl
 
     @field_validator("mixture", mode="before")
     @classmethod

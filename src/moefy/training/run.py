@@ -24,6 +24,7 @@ from moefy.training.processes import Processes, join_processes
 from moefy.training.recipe import TrainRecipe, TrainSettings
 from moefy.training.samples import Windows, WindowSamples, losses_of
 from moefy.training.state import REFERENCE, begin, open_folder, read_log
+from moefy.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def train(
     """
     choice = TrainRecipe.build(recipe, **settings)
     choice = choice.model_copy(update={"precision": training_precision(choice.precision)})
+    check_trackers(choice)
     if choice.is_dynamic and choice.reference_losses == "dense" and choice.teacher is None:
         raise UsageError(
             f"{choice.mixture} compares the losses with the dense model's: name it with --teacher "

@@ -32,6 +32,7 @@ from moefy.errors import MoefyError, OutputError
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file, storage_errors, sync_files
 from moefy.training.processes import Processes
+from moefy.training.trackers import FILES as TRACKED
 
 FOLDER = "checkpoint"
 FINISHED = ".finished"
@@ -57,7 +58,7 @@ def open_folder(
         overwrite=overwrite,
         sources=[path for path in sources if isinstance(path, str | Path)],
         resumes=True,
-        own=("recipe.yaml", "broken.txt", *_JOURNALS),
+        own=("recipe.yaml", "broken.txt", *_JOURNALS, *TRACKED),
         scratch=(FOLDER, FINISHED),
     )
     with ExitStack() as stack:
