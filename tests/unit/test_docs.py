@@ -34,6 +34,7 @@ TABLES = {
     "suite-time": "results/suite-time",
     "tuning": "tuning/tuning",
     "fit": "construction/fit",
+    "config_keys": "reliability/config_keys",
     "fuzz": "reliability/fuzz",
     "kills": "reliability/kills",
     "long-run": "reliability/long-run",
