@@ -17,13 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.fuzz.__main__ import write_figures
-from tests.kill_trials import COMMANDS, Killer, Trials, make_inputs
+from tests.kill_trials import KILLED, Killer, Trials, make_inputs
 from tests.kills import Server
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*COMMANDS, []], default=[])
+    parser.add_argument("names", nargs="*", choices=[*KILLED, []], default=[])
     parser.add_argument("--events", action="store_true")
     parser.add_argument("--random", type=int, default=0, metavar="KILLS")
     parser.add_argument("--seed", type=int, default=0)
@@ -33,7 +33,7 @@ def main() -> None:
     table = [["command", "kills", "ends", "as if undisturbed"]]
     with tempfile.TemporaryDirectory() as folder:
         place = make_inputs(Path(folder))
-        for name in chosen.names or COMMANDS:
+        for name in chosen.names or KILLED:
             if chosen.events:
                 killer = Killer(server, place, name)
                 trials = killer.at_events()

@@ -37,6 +37,10 @@ COMMANDS = {
     "judge": "judge ../../moe out --questions ../../questions.jsonl --max-new-tokens 2",
 }
 """`train` and `tune` do three steps, with a checkpoint behind each; `study` has five arms."""
+KILLED = COMMANDS | {
+    "convert, going on": "convert ../../dense out --experts 4 --active 2 --effort high "
+    "--data ../../text --set calibration_tokens=256 --set calibration_length=32"
+}
 
 
 def make_inputs(folder: Path) -> Path:
@@ -70,11 +74,11 @@ class Trials:
 
 
 class Killer:
-    """Kills one of `COMMANDS` and runs it again, in folders of its own."""
+    """Kills one of `KILLED` and runs it again, in folders of its own."""
 
     def __init__(self, server: Server, place: Path, name: str) -> None:
         self._server, self._place = server, place
-        self._command = COMMANDS[name]
+        self._command = KILLED[name]
         self.trials = Trials(name)
         whole = self._fresh()
         undisturbed = server.run(whole, self._command)

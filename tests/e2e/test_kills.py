@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import write_tiny_llama
-from tests.kill_trials import COMMANDS, Killer, contents, make_inputs
+from tests.kill_trials import COMMANDS, KILLED, Killer, contents, make_inputs
 from tests.kills import Server
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", KILLED)
 def test_the_same_command_goes_on_after_a_kill_at_any_event(
     name: str, place: Path, server: Server
 ) -> None:

@@ -119,7 +119,7 @@ def convert(
 
     Raises:
         UsageError: the recipe, the source or the output is not usable; nothing was written.
-        StorageError: the disk is full; nothing was left behind.
+        StorageError: the disk is full.
     """
     asked = ConvertRecipe.build(recipe, **settings)
     resumes = asked.effort == "high"  # the others take minutes, and leave nothing behind
