@@ -115,6 +115,7 @@ class End:
         code: its exit code; of one that a signal ended, minus the signal's number.
         events: the file events below its folder; 0 where a signal ended it.
         elapsed_s: wall time.
+        cpu_s: processor time, that of its own children included.
         peak_bytes: the most memory that it held, what it shares with the server included.
         note: what `agrees` of a module of tests/fuzz said of a success.
     """
@@ -122,6 +123,7 @@ class End:
     code: int
     events: int
     elapsed_s: float
+    cpu_s: float
     peak_bytes: int
     note: str | None
 
@@ -249,7 +251,9 @@ def _serve() -> None:
         events, note = json.loads(os.read(out, 10_000) or b"[0, null]")
         os.close(out)
         code, peak_bytes = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
-        print(json.dumps(vars(End(code, events, elapsed_s, peak_bytes, note))), flush=True)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        end = End(code, events, elapsed_s, cpu_s, peak_bytes, note)
+        print(json.dumps(vars(end)), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ import argparse
 import csv
 import tempfile
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 from moefy.report.tables import markdown
 from tests.conftest import make_place
-from tests.fuzz.runner import LARGEST, Outcome, counts, modules, run
+from tests.fuzz.runner import Outcome, costs, counts, modules, run
 from tests.kills import Server
 
 FIGURES = Path(__file__).parents[2] / "docs/reliability/fuzz.csv"
@@ -45,37 +44,30 @@ def main() -> None:
                 if asked.verbose or outcome.end == "wrong":
                     print(f"{outcome.end}: {outcome.label}\n    {outcome.said}", flush=True)
                 if asked.write and len(outcomes) % _WRITE_EVERY == 0:  # it may be killed
-                    write_figures(FIGURES, counts(outcomes), LARGEST)
+                    write_figures(FIGURES, counts(outcomes))
             print(f"{name}: {len(outcomes)} inputs, {time.monotonic() - started:.0f} s", flush=True)
             if asked.write and outcomes:
-                write_figures(FIGURES, counts(outcomes), LARGEST)
+                write_figures(FIGURES, counts(outcomes))
         server.close()
-    for row in counts(outcomes):
-        print(",".join(row))
+    print(*map(",".join, counts(outcomes)), *costs(outcomes), sep="\n")
 
 
-def write_figures(
-    figures: Path, table: list[list[str]], largest: Collection[str] = (), *, summed: bool = True
-) -> None:
+def write_figures(figures: Path, table: list[list[str]], *, summed: bool = True) -> None:
     """Put rows into a CSV file, each in the place of an earlier one of its name, and into the page.
 
-    The last row, where there shall be one, is the sum, or the largest of the columns in `largest`.
+    The last row is the sum where there shall be one.
     """
     figures.parent.mkdir(exist_ok=True)
     rows: dict[str, list[str]] = {}
     if figures.is_file():
         with figures.open() as file:
-            rows = {row[0]: row for row in csv.reader(file) if len(row) == len(table[0])}
+            rows = {row[0]: row for row in csv.reader(file)}
     rows |= {row[0]: row for row in table}
     rows.pop("all", None)
     header, *others = rows.values()
     whole = [header, *others]
     if summed:
-        columns = list(zip(*others, strict=True))[1:]
-        sums = [
-            max(cells, key=float) if name in largest else str(sum(map(int, cells)))
-            for name, cells in zip(header[1:], columns, strict=True)
-        ]
+        sums = [str(sum(int(row[i]) for row in others)) for i in range(1, len(header))]
         whole.append(["all", *sums])
     with figures.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(whole)
