@@ -20,6 +20,7 @@ import moefy
 from moefy.data import files
 from moefy.data.demo_text import _plain
 from moefy.data.records import is_held_out, open_domains
+from moefy.data.shards import TokenShards
 from moefy.data.tokenise import pack
 from moefy.errors import CorpusError
 
@@ -320,3 +321,11 @@ def test_a_file_that_expands_without_end(
         assert tracemalloc.get_traced_memory()[1] < 1 << 25
     finally:
         tracemalloc.stop()
+
+
+def test_a_corpus_without_domains_is_damaged(tmp_path: Path) -> None:
+    tokenizer = {"name": "x", "sha256": "x", "vocab_size": 9, "eos": 8}
+    record = {"stage": "prepare", "dtype": "uint16", "tokenizer": tokenizer, "domains": {}}
+    (tmp_path / "moefy.json").write_text(json.dumps(record))
+    with pytest.raises(CorpusError, match=r"moefy.json is damaged \(domains: "):
+        TokenShards(tmp_path)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import moefy
+from moefy.checkpoint.families import dense_config
 from moefy.checkpoint.load import load_model, mended_generation
-from moefy.errors import CheckpointError, UsageError
+from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 
@@ -70,3 +71,18 @@ def test_a_model_type_that_is_no_text_is_refused(make_llama: Callable[..., Path]
     (dense / "config.json").write_text(json.dumps(config | {"model_type": {"a": []}}))
     with pytest.raises(UsageError, match="has the architecture"):
         load_model(dense, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "granite", "residual_multiplier": 0}, "has residual_multiplier = 0"),
+        (
+            {"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            "sliding_window = None and use_sliding_window = False$",
+        ),
+    ],
+)
+def test_a_key_that_cannot_be_carried_over_is_named(config: Any, said: str) -> None:
+    with pytest.raises(ArchitectureError, match=said):
+        dense_config(config, "x")
