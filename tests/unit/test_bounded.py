@@ -109,3 +109,15 @@ def test_calls_from_threads_and_forks_do_not_meet() -> None:
     if child == 0:
         os._exit(bounded(lambda: 7, 1))  # a worker of the parent would never answer
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_template_runs_under_a_lower_limit_of_the_machine() -> None:
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"
+        "from moefy.data.render import render\n"
+        "print(render('{{ messages[0].content }}', [{'role': 'user', 'content': 'hi'}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "hi\n", done.stderr

@@ -77,16 +77,10 @@ def _serve() -> None:
 
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints may get between the replies
-    try:
-        import resource
-    except ImportError:  # Windows has no limits
-        limit = None
-    else:
-        limit = resource.setrlimit
-        limit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    _limit("RLIMIT_AS", _MEMORY_BYTES)
     while line := requests.readline():
-        if limit:  # the system ends this process then, and the parent reads the end of its pipe
-            limit(resource.RLIMIT_CPU, (int(time.process_time()) + _CPU_S, resource.RLIM_INFINITY))
+        # the system ends this process then, and the parent reads the end of its pipe
+        _limit("RLIMIT_CPU", int(time.process_time()) + _CPU_S)
         answer = {}
         try:
             text = render_jinja_template(**json.loads(line))[0][0]
@@ -99,6 +93,17 @@ def _serve() -> None:
             answer["refused"] = " ".join(f"{kind}{error}".split())[:200]
         replies.write(json.dumps(answer).encode() + b"\n")
         replies.flush()
+
+
+def _limit(name: str, most: int) -> None:
+    """Set a limit of this process; one that it was started with may be lower."""
+    try:
+        import resource
+    except ImportError:  # Windows has no limits
+        return
+    kind = getattr(resource, name)
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 if __name__ == "__main__":
