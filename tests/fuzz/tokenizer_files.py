@@ -37,7 +37,7 @@ _ADDED = [
 _CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": "<eos>",
-    "pad_token": {"content": "<eos>", **_CONTROL},
+    "pad_token": {"__type": "AddedToken", "content": "<eos>", **_CONTROL},
     "added_tokens_decoder": {"256": {"content": "<eos>", "special": True, **_CONTROL}},
     "additional_special_tokens": [],
     "clean_up_tokenization_spaces": False,
@@ -70,7 +70,7 @@ def mutations(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         damaged = byte_changes(whole(record), number // 4)
         for what, content in (*DOCUMENTS.items(), *changed, *damaged):
             yield f"{kind}: {what}", partial(_write, dense, tok / kind, content)
-    slow = json.dumps(vocab).encode(), b"#version: 0.2\na b\n"
+    slow = json.dumps({**vocab, "<eos>": 256, "ab": 257}).encode(), b"#version: 0.2\na b\n"
     for name, content in zip(("vocab.json", "merges.txt"), slow, strict=True):
         for what, new in (("as it is", content), *byte_changes(content, 20)):
             yield f"vocab.json and merges.txt: {name}, {what}", partial(_slow, tok, slow, name, new)
