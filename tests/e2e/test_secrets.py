@@ -68,7 +68,7 @@ def test_a_secret_lands_in_no_file_and_no_line(
         "prepare text/ab.jsonl tokens --tokenizer dense --workers 1",
         "convert dense split --experts 4 --active 2 --data text/ab.jsonl"
         " --set calibration_tokens=256 --set calibration_length=16",
-        f"{train} --set trackers=[tensorboard]",
+        train,
         "tune dense tuned --data talks.jsonl --set sequence_length=64 --set epochs=1",
         judge.format("judged", f"{endpoint}/right/v1"),
         "export dense moe back",
