@@ -60,7 +60,9 @@ def convert(
     """
     done = call(moefy.convert, source, out, data=data, recipe=recipe, overwrite=overwrite)
     made = done.recipe
-    quality = "" if done.kl is None else f"KL to the dense model: {done.kl:.3f} nats a token. "
+    quality = ""
+    if done.kl is not None:
+        quality = f"KL to the dense model on calibration text: {done.kl:.3f} nats a token. "
     show(
         vars(done) | {"recipe": made.model_dump(mode="json")},
         as_json=as_json,

@@ -85,7 +85,8 @@ class Conversion:
     num_layers: int
     expert_size: int  # neurons
     written_bytes: int  # of weights
-    kl: float | None  # nats to the dense model, on calibration text that was not fitted
+    # nats a token to the dense model, on windows that were not fitted; their documents may have been
+    kl: float | None
 
 
 def convert(
