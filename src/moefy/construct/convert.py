@@ -85,7 +85,7 @@ class Conversion:
     num_layers: int
     expert_size: int  # neurons
     written_bytes: int  # of weights
-    # nats a token to the dense model, on windows that were not fitted; their documents may have been
+    # nats to the dense model, on calibration windows that were not fitted (their documents may be)
     kl: float | None
 
 
