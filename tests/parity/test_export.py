@@ -15,7 +15,7 @@ from tests.parity.test_construct import TOKENS
 from transformers import AutoModelForCausalLM
 
 import moefy
-from moefy.errors import ArchitectureError, CheckpointError, OutputError
+from moefy.errors import ArchitectureError, CheckpointError, OutputError, UsageError
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -114,6 +114,15 @@ def test_what_does_not_add_up_is_refused(
         moefy.export_dense(tmp_path / "trained", out)
     with pytest.raises(ArchitectureError, match="a 'llama' model and no split one"):
         moefy.export_dense(dense, out)
+    record = tmp_path / "plain" / "moefy.json"
+    stored = record.read_text()
+    for damage in ('"hidden_size"', '"num_attention_heads"', '"attention_bias": false'):
+        changed = '"attention_bias": true' if "false" in damage else f'"x{damage[1:]}'
+        assert damage in stored
+        record.write_text(stored.replace(damage, changed))
+        with pytest.raises(UsageError, match=r"moe|plain"):
+            moefy.export_dense(tmp_path / "plain", out)
+    record.write_text(stored)
     (tmp_path / "plain" / "partition.npy").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"partition\.npy cannot be read"):
         moefy.export_dense(tmp_path / "plain", out)

@@ -181,9 +181,9 @@ def test_other_settings_are_refused(toys: tuple[Path, ...], tmp_path: Path) -> N
 def test_what_cannot_be_studied(toys: tuple[Path, ...], tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
-    shutil.copyfile(toys[1] / "wiki.jsonl", text / "wiki.jsonl")
+    shutil.copyfile(toys[1] / "wikipedia.jsonl", text / "wikipedia.jsonl")
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match=r"nothing can be studied .*seven domains .*wiki"):
+    with pytest.raises(UsageError, match=r"nothing can be studied .*seven domains .*wikipedia"):
         tiny_study(toys, out, "sampling", data=text)
     with pytest.raises(UsageError, match="cannot be split into 48 equal experts"):
         tiny_study(toys, out, "rescaling", experts=48)

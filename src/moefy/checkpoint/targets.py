@@ -26,7 +26,7 @@ from moefy.checkpoint.families import (
     sliding_window,
 )
 from moefy.checkpoint.meaning import SIZES
-from moefy.errors import ArchitectureError, reason
+from moefy.errors import ArchitectureError
 from moefy.split import Split
 
 _COPIED = (
@@ -120,10 +120,10 @@ def native_target(
             f"{', '.join(wants[asked])}"
             + (f"; pass --target {' or '.join(fitting)}" if fitting else "")
         )
-    listed = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in wants.items())
+    listed = "; ".join(f"{name}: {missing[0]}" for name, missing in wants.items())
     raise ArchitectureError(
-        f"no native target computes this split of a {dense['model_type']} model "
-        f"({reason(listed, 400)})"
+        f"no native target computes this split of a {dense['model_type']} model ({listed}); "
+        "--target NAME says all that one of them lacks"
     )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.checkpoint.card import RECORD, read_record
-from moefy.checkpoint.families import FAMILIES, layer_shapes
+from moefy.checkpoint.families import FAMILIES, dense_config, layer_shapes
 from moefy.checkpoint.reader import (
     TensorFile,
     open_tensors,
@@ -60,9 +60,10 @@ def export_dense(
             f"{folder} is a {config.get('model_type')!r} model and no split one: nothing to undo"
         )
     # what cannot be undone is refused before anything is written
-    recipe, dense_config = _record(folder)
-    slots = _slots(folder, dense_config)
-    family, tied = FAMILIES[dense_config["model_type"]], dense_config["tie_word_embeddings"]
+    recipe, config = _record(folder)
+    slots = _slots(folder, config)
+    shapes = layer_shapes(config)
+    family, tied = FAMILIES[config["model_type"]], config["tie_word_embeddings"]
     with RunFolder(out, "model", overwrite=overwrite, sources=[folder]) as run:
         files = [open_tensors(folder / name) for name in weight_files(folder)]
         stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
@@ -81,15 +82,23 @@ def export_dense(
                     prefix = family.layer.format(layer=layer_idx)
 
                     def read(name: str, prefix: str = prefix) -> Tensor:
+                        if prefix + name not in stored:
+                            raise CheckpointError(f"{folder} holds no {prefix + name}")
                         return stored[prefix + name].read(prefix + name)
 
-                    layer = {name: read(name) for name in layer_shapes(dense_config)}
+                    layer = {name: read(name) for name in shapes}
+                    wrong = [name for name in shapes if tuple(layer[name].shape) != shapes[name]]
+                    if wrong:
+                        raise CheckpointError(
+                            f"{folder / RECORD} is damaged: {prefix + wrong[0]} has another shape "
+                            "than its source.config says"
+                        )
                     matrices = _merged(read, target, recipe, order)
                     layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
                     for name, tensor in stored_form(family, layer).items():
                         writer.add(prefix + name, tensor)
                     report(Progress("export dense", layer_idx + 1, len(slots)))
-                writer.finish({**dense_config, "architectures": [family.architecture]})
+                writer.finish({**config, "architectures": [family.architecture]})
         run.finish()
     return run.out
 
@@ -116,11 +125,11 @@ def _record(folder: Path) -> tuple[ConvertRecipe, dict[str, Any]]:
             "routing: its experts no longer add up to the dense FFN; use the dense source "
             f"({record['source']['name']})"
         )
-    return recipe, record["source"]["config"]
+    return recipe, dense_config(record["source"]["config"], f"{folder / RECORD}, source.config")
 
 
-def _slots(folder: Path, dense_config: dict[str, Any]) -> np.ndarray:
-    neurons, layers = dense_config["intermediate_size"], dense_config["num_hidden_layers"]
+def _slots(folder: Path, config: dict[str, Any]) -> np.ndarray:
+    neurons, layers = config["intermediate_size"], config["num_hidden_layers"]
     try:
         slots = np.load(folder / PARTITION, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
