@@ -12,8 +12,6 @@ from tests.kill_trials import COMMANDS, KILLED, Killer, contents, make_inputs
 from tests.kills import Server
 from transformers import AutoModelForCausalLM
 
-_MOST = 25
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,7 +22,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_command_goes_on_after_a_kill_at_any_event(
     name: str, place: Path, server: Server
 ) -> None:
-    trials = Killer(server, place, name).at_events(_MOST)  # all: benchmarks/kills.py
+    # all of a study's 167 take too long for one test: benchmarks/kills.py tries them
+    trials = Killer(server, place, name).at_events(25 if name == "study" else None)
     print(trials)
     assert trials.kills > 4
     assert not trials.wrong
