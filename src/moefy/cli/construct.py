@@ -21,15 +21,20 @@ Counts = Annotated[dict[str, Any], ConvertRecipe(), "experts", "active"]
 @app.command()
 @recipe_options
 def inspect(
-    source: Annotated[str, typer.Argument(help="Model folder, config.json, or llama-2-7b.")],
+    source: Annotated[
+        str, typer.Argument(help="Model folder, config.json, smollm2-135m or llama-2-7b.")
+    ],
     *,
     split: Counts,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens, for attention.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Context length in tokens. [default: 4096, or the model's limit]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count parameters and FLOPs of a model and a split, without weights.
 
-    Without --experts and --active, the LLaMA-MoE paper's splits are shown.
+    Give --experts and --active together. Without both, the LLaMA-MoE paper's splits are shown.
 
     Example: `moefy inspect llama-2-7b --experts 16 --active 4`
     """

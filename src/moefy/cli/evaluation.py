@@ -52,7 +52,7 @@ def bench(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Times that all is measured.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Number of repetitions.")] = 3,
     dtype: options.Dtype = "float32",
     runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
     as_json: options.Json = False,

@@ -32,7 +32,7 @@ def study(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Run ablations, the paper's and one of construction methods: tables and figures.
+    """Run the paper's ablations and compare construction methods; write tables and figures.
 
     Example: `moefy study out/study --only rescaling,construction --tokens 65536`
     """
@@ -61,7 +61,7 @@ def plan(
         float | None, typer.Option(min=0, help="Speed relative to the dense model, as in 1.5.")
     ] = None,
     phase: Annotated[
-        Literal["decode", "prefill"], typer.Option(help="The phase whose speed --speedup means.")
+        Literal["decode", "prefill"], typer.Option(help="Phase that --speedup refers to.")
     ] = "decode",
     as_json: Json = False,
 ) -> None:
