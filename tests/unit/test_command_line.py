@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+from tests.conftest import write_tiny_llama
 from typer.testing import CliRunner
 
+from moefy.checkpoint.source import resolve
 from moefy.cli import app, main
 from moefy.cli.options import recipe_options
-from moefy.errors import UsageError
+from moefy.cli.output import show
+from moefy.errors import CheckpointError, UsageError
 from moefy.recipe import ConvertRecipe, Recipe
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
@@ -172,3 +175,37 @@ def test_the_documentations_commands_exist() -> None:
         assert name in COMMANDS, (file, line)
         for option in options:
             assert f"{option} " in texts[name], (file, line)
+
+
+def test_a_table_that_is_too_wide_has_a_row_for_each_column(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [["model", *(f"measure {n}" for n in range(12))]]
+    rows += [[name, *(f"{n}.25" for n in range(12))] for name in ("dense", "out/moe")]
+    for width, lines in (("80", 13), ("240", 3)):
+        monkeypatch.setenv("COLUMNS", width)
+        monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+        show(None, (rows, "title"))
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert "…" not in shown
+        assert max(map(len, shown.splitlines())) <= int(width)
+        assert (
+            sum("measure" in line or "out/moe" in line for line in shown.splitlines()) >= lines - 1
+        )
+        assert all(f"{n}.25" in shown for n in range(12))
+
+
+@pytest.mark.parametrize("path", ["../no/model", "./no", "/no/model", "~/no", "../no"])
+def test_a_path_is_no_name_of_the_hub(path: str) -> None:
+    with pytest.raises(CheckpointError, match="does not exist; a source is a model folder"):
+        resolve(path)
+
+
+def test_a_pruned_model_is_called_dense(tmp_path: Path) -> None:
+    dense = write_tiny_llama(tmp_path / "dense")
+    counts = ["--experts", "6", "--active", "2", "--shared", "2", "--partition", "random"]
+    choices = ["--router", "random", "--repair", "none"]
+    done = CliRunner().invoke(
+        app, ["convert", str(dense), str(tmp_path / "out"), *counts, *choices]
+    )
+    assert "a dense model of 2 layers with 16 neurons each" in done.output.replace("\n", " ")

