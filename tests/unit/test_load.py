@@ -12,7 +12,7 @@ import torch
 
 import moefy
 from moefy.checkpoint.families import dense_config
-from moefy.checkpoint.load import load_model, mended_generation
+from moefy.checkpoint.load import load_model, load_tokenizer, mended_generation
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
@@ -86,3 +86,10 @@ def test_a_model_type_that_is_no_text_is_refused(make_llama: Callable[..., Path]
 def test_a_key_that_cannot_be_carried_over_is_named(config: Any, said: str) -> None:
     with pytest.raises(ArchitectureError, match=said):
         dense_config(config, "x")
+
+
+def test_a_longest_text_that_is_no_number_is_refused(make_llama: Callable[..., Path]) -> None:
+    file = make_llama() / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": []}))
+    with pytest.raises(CheckpointError, match="model_max_length is no number"):
+        load_tokenizer(file.parent)

@@ -96,6 +96,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         try_added_tokens(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError("model_max_length is no number")
         # a special token, which many a tokenizer has without a row, comes from no text
         added = tokenizer.added_tokens_decoder.items()
         special = {token_id for token_id, token in added if token.special}
