@@ -21,6 +21,7 @@ import torch
 from publish import publish_table, rows_of
 from streaming import make_model
 
+from moefy.calibrate.replay import ModelReplay
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.construct.convert import calibration_walk, split_layers
 from moefy.recipe import ConvertRecipe
@@ -65,7 +66,8 @@ def measure(folder: Path) -> dict[str, str]:
     windows = recipe.calibration_tokens // SEQUENCE
     ids = np.random.default_rng(0).integers(0, dense.config["vocab_size"], (windows, SEQUENCE))
     started = time.perf_counter()
-    for split in split_layers(dense, recipe, calibration_walk(dense, recipe, ids)):
+    walk = calibration_walk(ModelReplay(dense), recipe, ids)
+    for split in split_layers(dense, recipe, walk):
         del split
     seconds = time.perf_counter() - started
     status = Path("/proc/self/status").read_text()

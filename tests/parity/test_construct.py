@@ -65,7 +65,7 @@ def research_logits(
     hidden = replay.embed(ids)
     walk = None
     if recipe.calibrated and windows is not None:
-        walk = calibration_walk(checkpoint, recipe, windows)
+        walk = calibration_walk(replay, recipe, windows)
     tied = torch.zeros(ids.numel(), dtype=torch.bool)
     splits = split_layers(checkpoint, recipe, walk, TARGETS[target].score)
     for layer_idx, split in enumerate(splits):
@@ -176,7 +176,7 @@ def test_layers_see_what_the_converted_ones_before_them_give(
     dense = DenseCheckpoint(tiny_llama)
     replay, recipe = ModelReplay(dense), ConvertRecipe.build(**settings).for_model(48)
     walk = CalibrationWalk(replay, windows, follow_dense=True)
-    own = calibration_walk(dense, recipe, windows)
+    own = calibration_walk(replay, recipe, windows)
     for layer_idx, split in enumerate(split_layers(dense, recipe, own)):
         tokens = walk.enter(replay.layer(layer_idx))
         sample = tokens.sample(slice(None))

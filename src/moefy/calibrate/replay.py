@@ -105,7 +105,7 @@ class ModelReplay:
     def __init__(self, dense: DenseCheckpoint) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self._dense = dense
+        self.dense = dense
         config = AutoConfig.for_model(**dense.config)
         config._attn_implementation = "sdpa"
         try:
@@ -132,31 +132,31 @@ class ModelReplay:
             UsageError: the windows are longer than the model's sliding window, which the replay
                 does not have.
         """
-        window = sliding_window(self._dense.config)
+        window = sliding_window(self.dense.config)
         if window and ids.shape[1] > window:
             raise UsageError(
                 f"windows of {ids.shape[1]} tokens are longer than the model's sliding window of "
                 f"{window}: calibrate on shorter ones, --set calibration_length={window}"
             )
-        embedded = F.embedding(ids, self._dense["model.embed_tokens.weight"].float())
-        return embedded.to(device()) * self._dense.config.get("embedding_multiplier", 1.0)
+        embedded = F.embedding(ids, self.dense["model.embed_tokens.weight"].float())
+        return embedded.to(device()) * self.dense.config.get("embedding_multiplier", 1.0)
 
     def layer(self, layer_idx: int) -> LayerReplay:
         """Load one layer; it is freed with the returned object."""
         module = type(self._model.model.layers[layer_idx])
         with torch.device("meta"):
             fresh = module(self._model.config, layer_idx).eval()
-        return LayerReplay(fresh, self._rotary, self._dense, layer_idx)
+        return LayerReplay(fresh, self._rotary, self.dense, layer_idx)
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """Load the final norm and the output matrix; return what makes logits of final states."""
-        name = "model.embed_tokens.weight" if self._dense.tied else "lm_head.weight"
+        name = "model.embed_tokens.weight" if self.dense.tied else "lm_head.weight"
         norm = type(self._model.model.norm)(self._model.config.hidden_size)
         norm.variance_epsilon = self._model.model.norm.variance_epsilon
-        norm.load_state_dict({"weight": _placed(self._dense["model.norm.weight"])}, assign=True)
+        norm.load_state_dict({"weight": _placed(self.dense["model.norm.weight"])}, assign=True)
         norm.requires_grad_(False)
-        scale = 1 / self._dense.config.get("logits_scaling", 1.0)
-        matrix = _placed(self._dense[name])
+        scale = 1 / self.dense.config.get("logits_scaling", 1.0)
+        matrix = _placed(self.dense[name])
 
         def logits(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
             return (scale * norm(hidden)) @ matrix.T

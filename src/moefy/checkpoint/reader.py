@@ -176,7 +176,8 @@ class SafetensorsFile(TensorFile):
             for name, entry in entries.items()
         }
         first_byte = 8 + header_bytes
-        self._starts = {name: first_byte + e["data_offsets"][0] for name, e in entries.items()}
+        # where a tensor's bytes begin
+        self.starts = {name: first_byte + e["data_offsets"][0] for name, e in entries.items()}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or some of its rows."""
@@ -189,7 +190,7 @@ class SafetensorsFile(TensorFile):
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
             return torch.empty(shape, dtype=dtype)
-        start = self._starts[name] + first * row_bytes
+        start = self.starts[name] + first * row_bytes
         skipped = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
         with self._path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < start + size:

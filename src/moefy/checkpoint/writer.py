@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.reader import INDEX, SINGLE, weight_files
+from moefy.checkpoint.reader import INDEX, SINGLE, SafetensorsFile, weight_files
 from moefy.errors import CheckpointError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -148,18 +148,16 @@ def replace_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: a value is not finite in the stored dtype.
     """
-    for file in weight_files(folder):
-        with (folder / file).open("rb+") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-            for name in tensors.keys() & header.keys():
-                entry = header[name]
-                dtype = next(dtype for dtype, code in _DTYPES.items() if code == entry["dtype"])
-                stored = tensors[name].to(dtype).contiguous()
-                assert list(stored.shape) == entry["shape"]
+    for path in (folder / name for name in weight_files(folder)):
+        file = SafetensorsFile(path)
+        with path.open("rb+") as stream:
+            for name in tensors.keys() & file.headers.keys():
+                dtype, shape = file.headers[name]
+                stored = tensors[name].to(getattr(torch, dtype)).contiguous()
+                assert tuple(stored.shape) == shape
                 if not stored.isfinite().all():
                     raise CheckpointError(f"{name} would hold NaN or infinite values")
-                stream.seek(8 + size + entry["data_offsets"][0])
+                stream.seek(file.starts[name])
                 stream.write(stored.flatten().view(torch.uint8).numpy().data)
 
 

@@ -21,14 +21,13 @@ from moefy.calibrate.importance import window_importance
 from moefy.calibrate.replay import ModelReplay, weights_alone
 from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
-from moefy.checkpoint.card import model_card
+from moefy.checkpoint.card import model_card, read_record
 from moefy.checkpoint.load import mended_generation
 from moefy.checkpoint.reader import (
     GENERATION,
     DenseCheckpoint,
     fingerprint,
     open_tensors,
-    read_json,
     side_files,
     weight_files,
 )
@@ -134,7 +133,7 @@ def convert(
     ) as run:
         dense = DenseCheckpoint(resolve(source, report=report))
         choice, target = _for_model(asked, dense)
-        ModelReplay(dense)  # for its errors: it can be built
+        replay = ModelReplay(dense)  # also for its errors
         generation, left_out = mended_generation(dense.folder)
         if left_out:
             note = f"without {', '.join(left_out)}: they mean nothing beside its other keys"
@@ -153,12 +152,12 @@ def convert(
                     if file.name not in (MARKER, LAYERS):
                         file.unlink()
                 kept = run.work / LAYERS if resumes else None
-                _convert(run.work, dense, choice, target, windows, record, report, kept)
+                _convert(run.work, replay, choice, target, windows, record, report, kept)
                 if left_out:
                     replace_file(run.work / GENERATION, json.dumps(generation, indent=2) + "\n")
         run.finish()
     files = (open_tensors(run.out / name) for name in weight_files(run.out))
-    trained = read_json(run.out / "moefy.json").get("end_to_end")
+    trained = (read_record(run.out) or {}).get("end_to_end")
     return Conversion(
         folder=run.out,
         recipe=choice,
@@ -215,7 +214,7 @@ def _windows(
 
 def _convert(
     folder: Path,
-    dense: DenseCheckpoint,
+    replay: ModelReplay,
     recipe: ConvertRecipe,
     target: NativeTarget | None,
     windows: Int[np.ndarray, "windows sequence"] | None,
@@ -224,7 +223,8 @@ def _convert(
     kept: Path | None,
 ) -> None:
     """Make the converted model in a folder; `kept` as for `split_layers`."""
-    walk = None if windows is None else calibration_walk(dense, recipe, windows, folder)
+    dense = replay.dense
+    walk = None if windows is None else calibration_walk(replay, recipe, windows, folder)
     with closing(walk) if walk else nullcontext():
         score = target.score if target else "softmax"
         layers = split_layers(dense, recipe, walk, score, report, kept)
@@ -288,7 +288,7 @@ def _write(
 
 
 def calibration_walk(
-    dense: DenseCheckpoint,
+    replay: ModelReplay,
     recipe: ConvertRecipe,
     windows: Int[np.ndarray, "windows sequence"],
     scratch: Path | None = None,
@@ -296,7 +296,7 @@ def calibration_walk(
     """Return the tokens' way through the layers for a recipe; `scratch` as for the walk."""
     precision = training_precision("auto") if recipe.repair == "fit" else "float32"
     return CalibrationWalk(
-        ModelReplay(dense),
+        replay,
         windows,
         follow_dense=recipe.follows_dense,
         precision=precision,

@@ -16,7 +16,7 @@ from moefy.checkpoint.load import load_model
 from moefy.checkpoint.targets import NativeTarget
 from moefy.checkpoint.writer import replace_tensors
 from moefy.construct.ffn import FitError
-from moefy.construct.repair.fit import adam
+from moefy.construct.repair.fit import adam, shuffled
 from moefy.experts.layers import register
 from moefy.experts.routers import routers_of
 from moefy.hardware import device, freed_memory_kept, products_in, training_precision
@@ -88,19 +88,16 @@ def train_end_to_end(
 
     with freed_memory_kept():
         before = held_out()
-        order = np.empty(0, dtype=np.int64)
-        for step in range(num_steps):
-            if not len(order):
-                order = generator.permutation(num_fitted)
-            window, order = int(order[0]), order[1:]
+        drawn = shuffled(num_fitted, 1, num_steps, generator)
+        for done, (window,) in enumerate(drawn, start=1):
             with torch.enable_grad():
                 optimizer.zero_grad()
-                loss = divergence(window)
+                loss = divergence(int(window))
                 loss.backward()
             optimizer.step()
             schedule.step()
             note = f"KL to the dense model {float(loss.detach()):.3f}"
-            report(Progress("train norms and routers", step + 1, num_steps, note))
+            report(Progress("train norms and routers", done, num_steps, note))
         after = held_out()
     if not after < before:  # also where it is not a number
         return FitError(before, before)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from moefy.calibrate.walk import LayerTokens
@@ -72,11 +74,7 @@ def fit_ffn(
         return error / max(norm, 1e-30)
 
     before = held_out_error()
-    order = np.empty(0, dtype=np.int64)
-    for _ in range(num_steps):
-        while len(order) < batch:
-            order = np.concatenate([order, generator.permutation(num_fitted)])
-        which, order = order[:batch], order[batch:]
+    for which in shuffled(num_fitted, batch, num_steps, generator):
         leaves = [m.detach().requires_grad_() for m in masters]
         with torch.enable_grad():
             error, norm = squares(which, leaves)
@@ -108,6 +106,18 @@ def adam(
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
     factor = partial(_rate, num_steps=num_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def shuffled(
+    count: int, size: int, num_batches: int, generator: np.random.Generator
+) -> Iterator[Int[np.ndarray, " size"]]:
+    """Iterate over batches of indices below `count`, shuffled anew when all were given."""
+    order = np.empty(0, dtype=np.int64)
+    for _ in range(num_batches):
+        while len(order) < size:
+            order = np.concatenate([order, generator.permutation(count)])
+        batch, order = order[:size], order[size:]
+        yield batch
 
 
 def _rate(step: int, num_steps: int) -> float:
