@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from tests.conftest import make_place
+from tests.conftest import make_place, serving
 from tests.kills import Server
 
 SECRET = "xq7Zt0pSecret/42"  # the slash, because JSON may write it in two ways
@@ -43,13 +42,8 @@ class Parrot(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Parrot) as address:
+        yield address
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from tests.conftest import serving
 
 from moefy import assets
 from moefy.assets import Asset, fetch
@@ -49,16 +49,11 @@ class Index(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Index]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     monkeypatch.setenv("MOEFY_CACHE", str(tmp_path))
     monkeypatch.setattr(Index, "behaviour", "good")
-    yield Index
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Index) as address:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple")
+        yield Index
 
 
 def test_fetches_once(index: type[Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
