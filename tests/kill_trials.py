@@ -39,7 +39,9 @@ COMMANDS = {
 """`train` and `tune` do three steps, with a checkpoint behind each; `study` has five arms."""
 KILLED = COMMANDS | {
     "convert, going on": "convert ../../dense out --experts 4 --active 2 --effort high "
-    "--data ../../text --set calibration_tokens=256 --set calibration_length=32"
+    "--data ../../text --set calibration_tokens=256 --set calibration_length=32",
+    "convert, searching": "convert ../../dense out --experts 4 --max-loss 9 --data ../../text "
+    "--partition random --router random --repair none --set calibration_length=32",
 }
 
 
@@ -147,7 +149,7 @@ def contents(run: Path) -> dict[str, Any]:
 def _content(file: Path) -> Any:
     if file.is_dir():
         return None
-    if file.name in ("log.jsonl", "moefy.json", "results.json", ".moefy.json"):
+    if file.name in ("log.jsonl", "curve.jsonl", "moefy.json", "results.json", ".moefy.json"):
         text = file.read_text()
         return (
             [_untimed(json.loads(line)) for line in text.splitlines()]

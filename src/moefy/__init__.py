@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the 
     from moefy.report.write import write_report as write_report
     from moefy.studies.plan import plan as plan
     from moefy.studies.run import study as study
+    from moefy.studies.search import search as search
     from moefy.training.run import train as train
     from moefy.training.tune import tune as tune
 
@@ -54,6 +55,7 @@ _HOME = {
     "plan": "studies.plan.plan",
     "prepare": "data.prepare.prepare",
     "routing": "evaluation.routing.measure_routing",
+    "search": "studies.search.search",
     "study": "studies.run.study",
     "suite": "evaluation.suite.evaluate_suite",
     "train": "training.run.train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,10 @@ def convert(
         str,
         typer.Option(help="Calibration text: file or folder, hf:DATASET, 'demo' or 'self'."),
     ] = "demo",
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Largest acceptable loss, nats per token above dense: finds --active."),
+    ] = None,
     recipe: ConvertRecipe,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -63,7 +68,11 @@ def convert(
 
     Example: `moefy convert smollm2-135m out/moe`
     """
-    done = call(moefy.convert, source, out, data=data, recipe=recipe, overwrite=overwrite)
+    how: dict[str, Any] = {"data": data, "recipe": recipe, "overwrite": overwrite}
+    found = (
+        call(moefy.search, source, out, max_loss=max_loss, **how) if max_loss is not None else None
+    )
+    done = found.conversion if found else call(moefy.convert, source, out, **how)
     made = done.recipe
     quality = ""
     if done.kl is not None:
@@ -75,8 +84,17 @@ def convert(
     if made.active == made.shared:
         size = (made.shared or 0) * done.expert_size
         layers = f"a dense model of {done.num_layers} layers with {size} neurons each"
+    record = vars(done) | {"recipe": made.model_dump(mode="json")}
+    tried = []
+    if found:
+        from moefy.studies.search import curve_rows  # imports torch
+
+        record["curve"] = [asdict(probe) for probe in found.curve]
+        title = f"Loss on {found.tokens:,} held-out tokens, and speed relative to dense"
+        tried = [(curve_rows(found), title)]
     show(
-        vars(done) | {"recipe": made.model_dump(mode="json")},
+        record,
+        *tried,
         as_json=as_json,
         text=f"{done.folder}: {layers}; {done.written_bytes / 1e6:.0f} MB. {quality}What next: "
         f"moefy eval {source} {done.folder}, or moefy train {done.folder} OUT",

@@ -79,22 +79,26 @@ def bars() -> Iterator[ProgressFn]:
 
 def log_lines(every_s: float = 10.0) -> ProgressFn:
     """Return a reporter that prints a line when a stage ends, and every ten seconds between."""
-    last_s = time.monotonic()
-    begun: dict[str, tuple[float, int]] = {}
+    # by stage, one within another: when and where it began, when it was told, and where it is
+    stages: dict[str, tuple[float, int, float, int]] = {}
 
     def report(progress: Progress) -> None:
-        nonlocal last_s
         now, todo = time.monotonic(), progress.total - progress.done
-        start_s, start = begun.setdefault(progress.stage, (now, progress.done))
+        fresh = (now, progress.done, now, progress.done)
+        found = stages.get(progress.stage, fresh)
+        start_s, start, told_s, _ = (
+            fresh if progress.done < found[3] else found
+        )  # it may come again
         # the end of a stage is always told: a log then holds every stage, however short
-        if todo <= 0 or now - last_s >= every_s:
+        if todo <= 0 or now - told_s >= every_s:
             note = f"  {progress.note}" if progress.note else ""
             if todo > 0 and progress.done > start:
                 left_s = round((now - start_s) * todo / (progress.done - start))
                 note += f"  {timedelta(seconds=left_s)} left"
             count = f"{progress.done:,}/{progress.total:,}"
             print(f"{progress.stage} {count}{note}", file=sys.stderr, flush=True)
-            last_s = now
+            told_s = now
+        stages[progress.stage] = start_s, start, told_s, progress.done
 
     return report
 

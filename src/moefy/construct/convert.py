@@ -156,14 +156,20 @@ def convert(
                 if left_out:
                     replace_file(run.work / GENERATION, json.dumps(generation, indent=2) + "\n")
         run.finish()
-    files = (open_tensors(run.out / name) for name in weight_files(run.out))
-    trained = (read_record(run.out) or {}).get("end_to_end")
+    return read_conversion(run.out)
+
+
+def read_conversion(folder: Path) -> Conversion:
+    """Return what `convert` did when it wrote a folder."""
+    record = read_record(folder) or {}
+    recipe, config = ConvertRecipe.build(**record["recipe"]), record["source"]["config"]
+    trained = record.get("end_to_end")
     return Conversion(
-        folder=run.out,
-        recipe=choice,
-        num_layers=dense.num_layers,
-        expert_size=choice.split.size(dense.config["intermediate_size"]),
-        written_bytes=sum(file.num_bytes for file in files),
+        folder=folder,
+        recipe=recipe,
+        num_layers=config["num_hidden_layers"],
+        expert_size=recipe.split.size(config["intermediate_size"]),
+        written_bytes=sum(open_tensors(folder / name).num_bytes for name in weight_files(folder)),
         kl=trained["after"] if trained else None,
     )
 

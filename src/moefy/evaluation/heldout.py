@@ -96,6 +96,7 @@ def evaluation_windows(
     sequence_length: int,
     split: Side = "heldout",
     *,
+    remedy: str = "add text, lower --sequence-length, or pass --split all",
     report: ProgressFn = silent,
 ) -> dict[str, Int[np.ndarray, "windows sequence"]]:
     """Return token ids by domain.
@@ -106,6 +107,7 @@ def evaluation_windows(
         windows: per domain; fewer where a domain has less text.
         sequence_length: tokens per window.
         split: whose documents to read.
+        remedy: what the error about too little text advises.
         report: told about progress.
 
     Raises:
@@ -125,8 +127,7 @@ def evaluation_windows(
         if not len(packed):
             raise CorpusError(
                 f"the {split} documents of the domain {domain.name!r} are shorter than one window "
-                f"of {sequence_length} tokens: add text, lower --sequence-length, or pass "
-                "--split all"
+                f"of {sequence_length} tokens: {remedy}"
             )
         text[domain.name] = packed
     report(Progress("tokenise", len(domains), len(domains)))
