@@ -14,10 +14,11 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,35 @@ def freed_memory_kept() -> Iterator[None]:
         for setting, value in _USUAL.items():
             libc.mallopt(setting, value)
         libc.malloc_trim(0)
+
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def worker_threads(
+    most: int,
+) -> Iterator[tuple[int, Callable[[Callable[[Part], Result], Iterable[Part]], list[Result]]]]:
+    """Share torch's threads among Python threads, at most `most` of them.
+
+    Products that are too small for several threads run beside each other then. Yields how many
+    there are, and a `map` that runs a function in them.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    count = 1 if device().type == "cuda" else max(1, min(most, threads))
+    if count == 1:
+        yield 1, lambda work, parts: list(map(work, parts))
+        return
+    each = threads // count
+    torch.set_num_threads(each)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            yield count, lambda work, parts: list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def multiply_rate(dtype: torch.dtype) -> float:

@@ -111,7 +111,7 @@ def _effort(repair: Repair, tokens: int, epochs: float, end_to_end: float) -> di
 
 EFFORTS: dict[Effort, dict[str, Any]] = {
     "fast": _effort("refit", 28_672, 1.0, 0.0),
-    "normal": _effort("fit", 57_344, 2.0, 1.0),
+    "normal": _effort("fit", 40_960, 2.0, 1.0),
     "high": _effort("fit", 172_032, 2.0, 1.0),
 }
 """What the effort decides where a key is None; measured in docs/construction.md."""

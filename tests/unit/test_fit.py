@@ -15,6 +15,7 @@ from moefy.checkpoint.targets import RouterScore
 from moefy.construct import ffn
 from moefy.construct.ffn import Partition, Routing, SplitFfn, routed_ffn, stream
 from moefy.construct.pipeline import split_ffn
+from moefy.construct.repair import fit
 from moefy.construct.repair.fit import fit_ffn
 from moefy.recipe import ConvertRecipe
 
@@ -38,7 +39,7 @@ def test_routed_ffn_and_its_gradients_equal_a_loop_over_tokens(
     inputs = normal(40, HIDDEN, seed=4, dtype=torch.float64)
     found, expected = ([m.clone().requires_grad_() for m in leaves] for _ in range(2))
     routing = Routing(found[3], active, score)
-    outputs = routed_ffn(inputs, *found[:3], routing, shared)
+    outputs = routed_ffn(inputs, *found[:3], routing.weights(inputs), shared)
 
     gate, up, down, router = expected
     rows = []
@@ -135,6 +136,27 @@ def test_the_same_seed_gives_the_same_fit(sample: FfnSample) -> None:
     assert torch.equal(one.down, two.down)
     assert torch.equal(one.routing.router, two.routing.router)
     assert not torch.equal(one.down, other.down)
+
+
+@pytest.mark.parametrize("shared", [0, 2, 4])
+def test_threads_share_a_fit_and_do_not_change_it(
+    sample: FfnSample, monkeypatch: pytest.MonkeyPatch, shared: int
+) -> None:
+    monkeypatch.setattr(fit, "training_precision", lambda _: "float32")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(fitted_split(sample, recipe(shared=shared, fit_epochs=0.5)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, three = found
+    for mine, theirs in zip(one.weights, three.weights, strict=True):
+        assert (mine - theirs).abs().max() < 1e-5 * mine.abs().max()
+    assert (one.routing.router - three.routing.router).abs().max() < 1e-5
+    assert one.fitted
+    assert three.fitted
 
 
 def test_rows_of_a_fitted_split_follow_its_slots() -> None:

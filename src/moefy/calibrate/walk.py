@@ -150,9 +150,11 @@ class CalibrationWalk:
     def leave(
         self,
         tokens: LayerTokens,
-        ffn: Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens hidden"]],
+        ffn: Callable[[Float[Tensor, "tokens hidden"], str], Float[Tensor, "tokens hidden"]],
     ) -> None:
-        """Take the tokens through the converted FFN."""
+        """Take the tokens through the converted FFN, which is given the precision too."""
         for block in self._blocks():
             residual = self._hidden[block]
-            self._hidden[block] = residual + ffn(tokens.layer.sample(residual[None]).inputs)
+            self._hidden[block] = residual + ffn(
+                tokens.layer.sample(residual[None]).inputs, self._precision
+            )

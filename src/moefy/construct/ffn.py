@@ -151,10 +151,16 @@ class SplitFfn:
         slots = torch.from_numpy(self.rows.slots)
         return self.gate[slots], self.up[slots], self.down.T.contiguous()
 
-    def __call__(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        """Return the converted FFN's outputs."""
-        weights, num_shared = self.weights, len(self.partition.shared)
-        parts = (routed_ffn(z, *weights, self.routing, num_shared) for z in inputs.split(_CHUNK))
+    def __call__(
+        self, inputs: Float[Tensor, "tokens hidden"], precision: str = "float32"
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Return the converted FFN's outputs, the neurons' products formed in a precision."""
+        dtype, num_shared = getattr(torch, precision), len(self.partition.shared)
+        gate, up, down = (matrix.to(dtype) for matrix in self.weights)
+        parts = (
+            routed_ffn(z, gate, up, down, self.routing.weights(z), num_shared)
+            for z in inputs.split(_CHUNK)
+        )
         return torch.cat(list(parts))
 
 
@@ -163,46 +169,43 @@ def routed_ffn(
     gate: Float[Tensor, "slots hidden"],
     up: Float[Tensor, "slots hidden"],
     down: Float[Tensor, "slots hidden"],
-    routing: Routing,
+    weights: Float[Tensor, "tokens experts"],
     num_shared: int,
 ) -> Float[Tensor, "tokens hidden"]:
     """Return the outputs of a split FFN; only the chosen experts are computed.
 
-    Products are formed in the dtype of `gate`, `up` and `down`; routing and sums in the inputs'.
+    Products are formed in the dtype of `gate`, `up` and `down`; sums in the inputs'.
 
     Args:
         inputs: z, the FFN's inputs.
         gate: rows of the shared neurons, then expert by expert.
         up: the same.
         down: the same; `down_proj` transposed.
-        routing: who runs, and with what weight.
+        weights: of the experts, 0 where one rests.
         num_shared: number of shared neurons.
     """
-    z, experts = inputs.to(gate.dtype), len(routing.router)
+    z, experts = inputs.to(gate.dtype), weights.shape[1]
     outputs = torch.zeros_like(inputs)
     if num_shared:
         shared = slice(num_shared)
         outputs = outputs + swiglu(z, gate[shared], up[shared]) @ down[shared]
-    if routing.active == 0:
+    expert, token = weights.T.nonzero(as_tuple=True)
+    if not len(token):
         return outputs
     routed = [m[num_shared:] for m in (gate, up, down)]
-    if len(routed[0]) < _SMALL * experts and 8 * routing.active >= experts:
+    if len(routed[0]) < _SMALL * experts and 8 * len(token) >= weights.numel():
         # products with a few rows are slower than one large product of which a part is masked
-        weights = routing.weights(inputs).to(z.dtype)
         hidden = swiglu(z, routed[0], routed[1]).unflatten(1, (experts, -1))
-        return outputs + (hidden * weights[:, :, None]).flatten(1) @ routed[2]
-    weights, chosen = routing.top(inputs)
-    order = chosen.flatten().argsort(stable=True)  # pairs of token and expert, by expert
-    tokens = order // routing.active
-    counts = chosen.flatten().bincount(minlength=experts).tolist()
+        return outputs + (hidden * weights[:, :, None].to(z.dtype)).flatten(1) @ routed[2]
+    counts = expert.bincount(minlength=experts).tolist()
     by_expert = zip(
-        z[tokens].split(counts),
-        weights.flatten()[order, None].to(z.dtype).split(counts),
+        z[token].split(counts),
+        weights[token, expert, None].to(z.dtype).split(counts),
         *(m.unflatten(0, (experts, -1)).unbind(0) for m in routed),
         strict=True,
     )
     parts = [(swiglu(x, g, u) * weight) @ d for x, weight, g, u, d in by_expert]
-    return outputs.index_add(0, tokens, torch.cat(parts).to(outputs.dtype))
+    return outputs.index_add(0, token, torch.cat(parts).to(outputs.dtype))
 
 
 def masked_chunks(
