@@ -70,7 +70,8 @@ def train_end_to_end(
     num_fitted = max(1, len(windows) - max(1, len(windows) // _HELD_OUT))
     assert recipe.end_to_end_epochs is not None
     num_steps = max(1, round(recipe.end_to_end_epochs * num_fitted))
-    optimizer, schedule = adam([*leaves.values()], recipe.end_to_end_learning_rate, num_steps)
+    groups = [[leaf] for leaf in leaves.values()]
+    optimizer, schedule = adam(groups, recipe.end_to_end_learning_rate, num_steps)
 
     def divergence(window: int) -> Float[Tensor, ""]:
         with products_in(precision, device()):
