@@ -1,4 +1,4 @@
-"""Closed form against fit, split against pruned: docs/construction/fit.csv and its table.
+"""Closed form against fit, split against pruned: docs/construction/fit.csv, its table and figure.
 
     python benchmarks/fit.py WORK DATA [DESIGN[, EFFORT]...]    # DATA: ../shared/data/pretrain
     python benchmarks/fit.py WORK    # the table of what WORK has
@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import frontier
 from publish import publish_table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -60,6 +61,7 @@ def main(work: Path, data: str | None, designs: list[str]) -> None:
             share = int(split[3]) / int(split[1])
             rows.append([name, f"{share:.0%}", *found.values()])
     publish_table(rows, DOCS / "construction/fit.csv", DOCS / "construction.md")
+    frontier.draw()
 
 
 def measure(work: Path, data: str, name: str, effort: str) -> None:

@@ -21,14 +21,19 @@ def publish_table(rows: Rows, file: Path, page: Path) -> None:
 
 
 def replace_table(page: Path, mark: str, rows: Rows) -> None:
-    """Put a table between `<!-- mark -->` and `<!-- /mark -->` on a Markdown page.
+    """Put a table on a page, as `replace_block` does."""
+    replace_block(page, mark, markdown(rows))
+
+
+def replace_block(page: Path, mark: str, content: str) -> None:
+    """Put lines between `<!-- mark -->` and `<!-- /mark -->` on a Markdown page.
 
     Raises:
         ValueError: The page does not have such marks exactly once.
     """
-    block = f"<!-- {mark} -->\n{markdown(rows)}<!-- /{mark} -->"
+    block = f"<!-- {mark} -->\n{content}<!-- /{mark} -->"
     pattern = f"<!-- {mark} -->\n.*?<!-- /{mark} -->"
     text, count = re.subn(pattern, lambda _: block, page.read_text(), flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"{page} has {count} places for the table {mark!r}")
+        raise ValueError(f"{page} has {count} places for {mark!r}")
     page.write_text(text)

@@ -4,8 +4,7 @@
     python benchmarks/publish_study.py OUT...    # of each number of tokens one; others stay
     python benchmarks/publish_study.py           # the pages of those that are there
 
-The page is made from the files in docs/study/ alone; `moefy plan` reads the grid, which
-`python benchmarks/grid.py OUT MODEL` has put into OUT.
+The page is made from the files in docs/study/ alone; `moefy plan` reads the grid.
 """
 
 from __future__ import annotations

@@ -70,9 +70,10 @@ def test_in_llama_cpp(tmp_path: Path) -> None:
     write_tiny_model(dense, "llama", vocab_size=49_152, hidden_size=64, intermediate_size=128)
     AutoTokenizer.from_pretrained(builtin()).save_pretrained(dense)
     moefy.convert(dense, moe, experts=4, active=2, **PLAIN)
-    found = eval_speed(moe, "--runtime", "llama.cpp")
-    check(found, [1], moe)
-    assert {row["model"] for row in found["speeds"]} == {DENSE, str(moe)}
+    for dtype in ("float32", "q8_0"):
+        found = eval_speed(moe, "--runtime", "llama.cpp", "--dtype", dtype)
+        check(found, [1], moe)
+        assert {row["model"] for row in found["speeds"]} == {DENSE, str(moe)}
 
 
 def test_the_table(
@@ -99,7 +100,7 @@ def test_the_table(
         ("--batch", "1,x", "write whole numbers"),
         ("--batch", "0", "at least 1"),
         ("--rounds", "0", "at least 1 for --batch"),
-        ("--dtype", "int8", "allowed are float32 and bfloat16"),
+        ("--dtype", "q8_0", "allowed are float32 and bfloat16 in transformers"),
         ("--runtime", "onnx", "allowed are transformers and llama.cpp"),
         ("--prompt-tokens", "600", "has room for 512 tokens, not for 600 of prompt and 64 new"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,14 +46,17 @@ def test_every_ablation(tmp_path: Path) -> None:
         assert ablation.name in map(str.strip, printed.splitlines())
         assert (out / f"{ablation.name}.png").stat().st_size > 10_000
     assert not (out / "work").exists()
+    grid = (out / "grid.csv").read_text()
+    assert len(grid.splitlines()) == len(arms_in(out)["size"])  # a header, and no dense model
+    assert "At equal decode speed " in page
 
     again = json.loads(moefy("study", out, *toys, "--json"))
     assert again["measured"] == 0
     assert again["skipped"] == {}
+    assert (out / "grid.csv").read_text() == grid  # no speed is measured again
 
     publish = runpy.run_path(str(ROOT / "benchmarks/publish_study.py"))["publish"]
     (docs := tmp_path / "docs").mkdir()
-    shutil.copyfile(ROOT / "docs/study/262144-tokens/grid.csv", out / "grid.csv")
     publish([out], docs, docs)
     assert (docs / "grid.csv").read_bytes() == (out / "grid.csv").read_bytes()
     folder = docs / f"study/{recipe.tokens}-tokens"

@@ -53,7 +53,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
     rounds: Annotated[int, typer.Option(help="Number of repetitions.")] = 3,
-    dtype: options.Dtype = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Precision: float32, bfloat16, or q8_0 in llama.cpp.")
+    ] = "float32",
     runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
     as_json: options.Json = False,
 ) -> None:

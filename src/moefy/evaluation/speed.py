@@ -31,8 +31,11 @@ from moefy.progress import Progress, ProgressFn, silent
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-_RUNTIMES = ("transformers", "llama.cpp")
-_GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+_DTYPES = {
+    "transformers": ("float32", "bfloat16"),
+    "llama.cpp": ("float32", "bfloat16", "q8_0"),
+}
+_GGUF_NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
 # llama.cpp writes to stderr from C, and the memory of a model comes back when the process ends
 _RUN = """
@@ -128,7 +131,8 @@ def measure_speed(
         prompt_tokens: of each sequence.
         new_tokens: decoded after it.
         rounds: times that everything is measured.
-        dtype: "float32" or "bfloat16", of weights and computation.
+        dtype: "float32" or "bfloat16", of weights and computation; in llama.cpp also "q8_0", of
+            weights.
         runtime: "transformers", on the accelerator if there is one, or "llama.cpp", on the CPU.
         names: shown instead of `models`.
         report: told about progress.
@@ -162,12 +166,15 @@ def measure_speed(
             idx = done % len(contenders)
             report(Progress("measure speed", done, turns, contenders[idx].name))
             if runtime == "llama.cpp":
-                folder = Path(work) / str(idx)
-                found = _llama_cpp_round(contenders[idx], sizes, dtype, folders[0], folder, report)
+                file = Path(work) / f"{idx}.gguf"
+                if not file.is_file():
+                    export_contender(contenders[idx], file, dtype, folders[0], report)
+                vocab_size = contenders[idx].config["vocab_size"]
+                found = llama_cpp_seconds(file, vocab_size, sizes, float32=dtype == "float32")
                 for phase, elapsed_s in zip(PHASES, found, strict=True):
                     seconds[phase, 1, idx][""].append(elapsed_s)
             else:
-                _round(contenders[idx], batches, sizes, dtype, seconds, idx)
+                time_round(contenders[idx], batches, sizes, dtype, seconds, idx)
         report(Progress("measure speed", turns, turns))
     return SpeedComparison(
         runtime=runtime,
@@ -181,10 +188,11 @@ def measure_speed(
 
 
 def _check(dtype: str, runtime: str, batches: Sequence[int]) -> None:
-    known = {"--dtype": (dtype, _GGUF_DTYPES), "--runtime": (runtime, _RUNTIMES)}
-    for option, (value, allowed) in known.items():
-        if value not in allowed:
-            raise UsageError(f"{option} {value!r}: allowed are {' and '.join(allowed)}")
+    if runtime not in _DTYPES:
+        raise UsageError(f"--runtime {runtime!r}: allowed are {' and '.join(_DTYPES)}")
+    if dtype not in _DTYPES[runtime]:
+        allowed = " and ".join(_DTYPES[runtime])
+        raise UsageError(f"--dtype {dtype!r}: allowed are {allowed} in {runtime}")
     if runtime == "llama.cpp" and set(batches) != {1}:
         raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
     if runtime == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
@@ -262,7 +270,7 @@ def _speeds(contenders: list[Contender], prompt_tokens: int, seconds: Seconds) -
     return rows
 
 
-def _round(
+def time_round(
     contender: Contender,
     batches: Sequence[int],
     sizes: tuple[int, int],  # tokens of the prompt, and new ones
@@ -325,35 +333,41 @@ def decode(network: Any, cache: Any, token: Int[Tensor, "batch 1"], count: int) 
     return time.perf_counter() - started
 
 
-def _llama_cpp_round(
-    contender: Contender,
-    sizes: tuple[int, int],
-    dtype: str,
-    tokenizer: Path,
-    work: Path,
-    report: ProgressFn,
+def export_contender(
+    contender: Contender, file: Path, dtype: str, tokenizer: Path, report: ProgressFn = silent
+) -> None:
+    """Write a contender as a GGUF file, with the tokenizer of a folder where it has none."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as made:
+        folder = contender.folder or Path(made)
+        if contender.folder is None:
+            stored = dtype if dtype == "float32" else "bfloat16"
+            contender.load(stored).cpu().save_pretrained(folder)
+            load_tokenizer(tokenizer).save_pretrained(folder)
+        export_gguf(folder, file, dtype=_GGUF_NAMES.get(dtype, dtype), report=report)
+
+
+def llama_cpp_seconds(
+    file: Path, vocab_size: int, sizes: tuple[int, int], *, float32: bool
 ) -> tuple[float, float]:
     """Return the seconds of the prompt's pass and of one decoded token in llama.cpp, on the CPU.
 
-    The first round exports the model to a GGUF file in `work`.
+    Args:
+        file: GGUF file.
+        vocab_size: of the model; the prompt is random tokens.
+        sizes: tokens of the prompt, and new ones.
+        float32: keep the cache in float32, as transformers does; llama.cpp's own choice is float16.
+
+    Raises:
+        CheckpointError: llama.cpp cannot run the file; its last words are in the message.
     """
-    file = work / f"{work.name}.gguf"
-    if not file.is_file():
-        folder = contender.folder or work
-        if contender.folder is None:
-            contender.load(dtype).cpu().save_pretrained(folder)
-            load_tokenizer(tokenizer).save_pretrained(folder)
-        work.mkdir(exist_ok=True)
-        export_gguf(folder, file, dtype=_GGUF_DTYPES[dtype], report=report)
     ask = {
         "file": str(file),
-        "ids": _random_prompt(contender.config["vocab_size"], 1, sizes[0])[0].tolist(),
+        "ids": _random_prompt(vocab_size, 1, sizes[0])[0].tolist(),
         "count": sizes[1],
         # llama.cpp pads the context to whole blocks of 256
         "context": (sum(sizes) + 256) // 256 * 256,
         "threads": torch.get_num_threads(),
-        # the cache as in transformers; llama.cpp's own choice is float16
-        "float32": dtype == "float32",
+        "float32": float32,
     }
     command, text = [sys.executable, "-c", _RUN], json.dumps(ask)
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)

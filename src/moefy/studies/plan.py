@@ -14,6 +14,7 @@ from moefy.checkpoint.cost import Cost, config_of, cost, split_config
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
+from moefy.report.frontier import SIZE, Design
 from moefy.report.tables import Columns, Rows, millions, table, with_error
 
 GRID = "grid.csv"
@@ -167,6 +168,23 @@ def _command(model: str, point: GridPoint) -> str:
     if point.shared == point.active:  # static pruning, with its own choices (ablations.yaml)
         command += " --partition coactivation --set refit_ridge=0.01"
     return command
+
+
+def designs_of(points: list[GridPoint]) -> list[Design]:
+    """Return the grid as what a figure of loss over speed shows."""
+    return [
+        Design(
+            point.name,
+            pruned=point.shared == point.active,
+            nats=point.nats_above_dense,
+            gains={
+                "decode speed": point.decode_of_dense,
+                "prefill speed": point.prefill_of_dense,
+                SIZE: 1 / point.active_of_dense,
+            },
+        )
+        for point in points
+    ]
 
 
 def grid_rows(points: list[GridPoint]) -> Rows:

@@ -14,10 +14,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from moefy.checkpoint.card import rendered
+from moefy.report.frontier import at_equal, frontier_figure
 from moefy.report.tables import Rows, markdown, millions
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, ablations_named
-from moefy.studies.plan import GRID, grid_rows, read_grid
+from moefy.studies.plan import GRID, designs_of, grid_rows, read_grid
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.runs import RUNS, Run, read_runs
 
@@ -122,6 +123,13 @@ def ablation_figure(arms: Arms) -> Figure:
     return figure
 
 
+def grid_figure(folder: Path) -> Figure:
+    """Draw the losses of a study's splits over their measured speeds and sizes."""
+    points = read_grid(folder / GRID)
+    title = f"{points[0].model}, before training; speed in transformers on {points[0].machine}"
+    return frontier_figure(designs_of(points), title)
+
+
 def write_report(
     out: Path,
     recipe: StudyRecipe,
@@ -139,7 +147,9 @@ def write_report(
     machines = ", ".join(sorted({run.machine for run in runs}))
     for name, arms in found.items():
         with storage_errors(out):
-            ablation_figure(arms).savefig(out / f"{name}.png", dpi=150)
+            has_grid = name == "size" and (out / GRID).is_file()
+            figure = grid_figure(out) if has_grid else ablation_figure(arms)
+            figure.savefig(out / f"{name}.png", dpi=150)
     about = {"model": model, "data": data, "machines": machines, "recipe": recipe}
     head = rendered("moefy.studies", "about.md.j2", **about, skipped=skipped)
     replace_file(out / HEAD, head)
@@ -171,6 +181,8 @@ def _section(folder: Path, name: str, arms: Arms) -> str:
     parts = [f"## {ablation.title}", ablation.setup, markdown(summary_rows(arms)).rstrip()]
     if name == "size" and (folder / GRID).is_file():
         parts.append(markdown(grid_rows(read_grid(folder / GRID))).rstrip())
+        designs = designs_of(read_grid(folder / GRID))
+        parts.append(" ".join(at_equal(designs, measure) for measure in designs[0].gains))
         parts.append(f"The grid is in [{GRID}]({GRID}).")
     parts.append(f"![{ablation.title}]({name}.png)")
     if ablation.paper:

@@ -29,8 +29,9 @@ from moefy.report.tables import Rows
 from moefy.run_folder import RunFolder
 from moefy.storage import cached_folder, replace_file
 from moefy.studies.ablations import Ablation, ablations_named
+from moefy.studies.grid import write_grid
 from moefy.studies.recipe import StudyRecipe, StudySettings
-from moefy.studies.report import write_report
+from moefy.studies.report import arms_in, write_report
 from moefy.studies.runs import OWN, RUNS, Job, Place, Run, job_of, read_runs, write_runs
 from moefy.training.run import train
 from moefy.training.state import read_log
@@ -119,6 +120,10 @@ def study(
         runner = Runner(work / "work", dense, data, choice, report)
         measured = _run_all(work / RUNS, jobs, runs, runner, report)
         names = {"model": Path(model).name, "data": Path(data).name}
+        sized = [job for job in jobs if job.ablation == "size"]
+        if splits := {job.arm.name: asdict(job.convert.split) for job in sized if job.convert}:
+            about = {**names, "machine": machine_name()}
+            write_grid(work, splits, arms_in(work)["size"], dense, about, report)
         tables = write_report(work, choice, skipped, **names)
         folder.finish()
     return Study(out, choice, list(runs.values()), measured, skipped, tables)
