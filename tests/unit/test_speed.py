@@ -68,3 +68,15 @@ def test_each_model_is_compared_with_its_size(tiny_llama: Path, tmp_path: Path) 
         for row, index in zip(rows, compared, strict=True):
             expected = None if index is None else row.tokens_per_s / rows[index].tokens_per_s
             assert row.of_active_size == pytest.approx(expected)
+
+
+def test_experts_that_torch_cannot_group(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Two neurons are 8 bytes, and a grouped product wants multiples of 16."""
+    dense, moe = make_llama(intermediate_size=32), tmp_path / "moe"
+    moefy.convert(dense, moe, experts=16, active=4, **PLAIN)
+    sizes: dict[str, int] = {"prompt_tokens": 8, "new_tokens": 1, "rounds": 1}
+    rows = moefy.measure_speed(moe, batches=[1], **sizes).speeds
+    assert {row.implementation for row in rows if row.model == str(moe)} <= {
+        "eager",
+        "expert_views",
+    }
