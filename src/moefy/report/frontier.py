@@ -46,7 +46,8 @@ def pruned_loss(designs: Sequence[Design], measure: str, gain: float) -> float |
     curve = sorted((each.gain(measure), each.nats) for each in [DENSE, *designs] if each.pruned)
     if gain > curve[-1][0]:
         return None
-    return float(np.interp(gain, *zip(*curve, strict=True)))
+    gains, losses = zip(*curve, strict=True)
+    return float(np.interp(gain, gains, losses))
 
 
 def at_equal(designs: Sequence[Design], measure: str) -> str:

@@ -25,10 +25,10 @@ Speeds = Mapping[Phase, float]
 
 def write_grid(
     out: Path,
-    splits: Mapping[str, Mapping[str, int]],  # by arm: experts, active, shared
+    splits: Mapping[str, Mapping[str, Any]],  # by arm: experts, active, shared
     arms: Arms,
     dense: Path,
-    about: Mapping[str, str],  # model, data, machine
+    about: Mapping[str, Any],  # model, data, machine
     report: ProgressFn = silent,
 ) -> None:
     """Write the grid of a study's ablation of size; speeds that this machine measured are kept."""
@@ -66,7 +66,7 @@ def write_grid(
 
 
 def speeds_of(
-    dense: Mapping[str, Any], splits: Mapping[str, Mapping[str, int]], report: ProgressFn = silent
+    dense: Mapping[str, Any], splits: Mapping[str, Mapping[str, Any]], report: ProgressFn = silent
 ) -> dict[str, Speeds]:
     """Time splits with random weights in transformers, beside the dense model, one sequence."""
     contenders = [Contender("dense", dense)]
