@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def main(folder: Path) -> None:
     curve = sorted(read_records(folder / CURVE, Probe), key=lambda probe: probe.active)
-    rows = curve_rows(Search(read_conversion(folder), curve, tokens=0))
+    rows = curve_rows(Search(read_conversion(folder), curve))
     publish_table(rows, DOCS / "construction/max-loss.csv", DOCS / "construction.md")
 
 

@@ -25,6 +25,8 @@ _TUNE = "--set sequence_length=128 --set global_batch_size=12 --set checkpoint_e
 COMMANDS = {
     "convert": "convert ../../dense out --experts 4 --active 2 --partition random --router random "
     "--repair none",
+    "convert, searching": "convert ../../dense out --experts 4 --max-loss 9 --data ../../text "
+    "--partition random --router random --repair none --set calibration_length=32",
     "prepare": "prepare ../../text out --tokenizer ../../dense --workers 1",
     "train": f"train ../../moe out --data ../../text --tokens 384 {_TRAIN}",
     "tune": f"tune ../../moe out --data ../../talks.jsonl --set epochs=1 {_TUNE}",
@@ -40,8 +42,6 @@ COMMANDS = {
 KILLED = COMMANDS | {
     "convert, going on": "convert ../../dense out --experts 4 --active 2 --effort high "
     "--data ../../text --set calibration_tokens=256 --set calibration_length=32",
-    "convert, searching": "convert ../../dense out --experts 4 --max-loss 9 --data ../../text "
-    "--partition random --router random --repair none --set calibration_length=32",
 }
 
 

@@ -21,6 +21,7 @@ from moefy.storage import Lock
 WRITING = COMMANDS | {"demo": "demo --out out"}
 INPUTS = {
     "convert": "dense",
+    "convert, searching": "text",
     "prepare": "text",
     "train": "text",
     "tune": "talks.jsonl",

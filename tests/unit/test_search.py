@@ -108,11 +108,11 @@ def test_a_loss_that_nothing_keeps(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"active": 4}, UsageError, "--active is 4: leave one of them out"),
+        ({"active": 4}, UsageError, "--max-loss finds --active, and that is 4 already"),
         ({"max_loss": float("nan")}, UsageError, "--max-loss is nan: give nats"),
         ({"max_loss": -0.1}, UsageError, "--max-loss is -0.1: give nats"),
         ({"data": "self"}, UsageError, "--data self has none"),
-        ({"shared": 7}, UsageError, "more active slices than --shared (7)"),
+        ({"shared": 7}, UsageError, "between 7 shared and all 8"),
         ({"experts": 7}, UsageError, "cannot be split into 7 equal experts"),
         ({"target": "mixtral"}, ArchitectureError, "mixtral"),
         ({"calibration_length": 50_000}, CorpusError, "--set calibration_length=N"),
@@ -218,5 +218,4 @@ def test_a_stage_within_another_does_not_silence_it(
         "search 2/3  0:00:24 left",
     ]
     # each time that a stage comes, its time is counted anew
-    assert "convert 2/3  0:00:06 left" not in lines
-    assert lines.count("convert 3/3") == 3
+    assert [line for line in lines if line.startswith("convert")] == ["convert 3/3"] * 3

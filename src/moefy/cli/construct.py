@@ -69,10 +69,17 @@ def convert(
     Example: `moefy convert smollm2-135m out/moe`
     """
     how: dict[str, Any] = {"data": data, "recipe": recipe, "overwrite": overwrite}
-    found = (
-        call(moefy.search, source, out, max_loss=max_loss, **how) if max_loss is not None else None
-    )
-    done = found.conversion if found else call(moefy.convert, source, out, **how)
+    curve: dict[str, Any] = {}
+    tried = []
+    if max_loss is None:
+        done = call(moefy.convert, source, out, **how)
+    else:
+        from moefy.studies.search import curve_rows  # imports torch
+
+        found = call(moefy.search, source, out, max_loss=max_loss, **how)
+        done, curve["curve"] = found.conversion, [asdict(probe) for probe in found.curve]
+        title = "Loss on held-out text, and measured speed relative to the dense model"
+        tried = [(curve_rows(found), title)]
     made = done.recipe
     quality = ""
     if done.kl is not None:
@@ -84,16 +91,8 @@ def convert(
     if made.active == made.shared:
         size = (made.shared or 0) * done.expert_size
         layers = f"a dense model of {done.num_layers} layers with {size} neurons each"
-    record = vars(done) | {"recipe": made.model_dump(mode="json")}
-    tried = []
-    if found:
-        from moefy.studies.search import curve_rows  # imports torch
-
-        record["curve"] = [asdict(probe) for probe in found.curve]
-        title = f"Loss on {found.tokens:,} held-out tokens, and speed relative to dense"
-        tried = [(curve_rows(found), title)]
     show(
-        record,
+        vars(done) | {"recipe": made.model_dump(mode="json")} | curve,
         *tried,
         as_json=as_json,
         text=f"{done.folder}: {layers}; {done.written_bytes / 1e6:.0f} MB. {quality}What next: "

@@ -7,13 +7,13 @@ import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
 from moefy.calibrate.text import SELF
 from moefy.checkpoint.load import load_model
-from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, read_config
+from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
 from moefy.checkpoint.source import resolve
 from moefy.construct.convert import Conversion, convert, read_conversion
 from moefy.errors import UsageError
@@ -31,7 +31,7 @@ from moefy.storage import digest, read_records, write_records
 CURVE = "curve.jsonl"
 _PROBES = "probes"
 _WINDOWS = 8  # per domain, as many as `evaluate` reads
-_PROMPT, _NEW, _ROUNDS = 256, 16, 2  # of the measurement of speed
+_SPEED: dict[str, Any] = {"batches": [1], "prompt_tokens": 256, "new_tokens": 16, "rounds": 2}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Search:
 
     conversion: Conversion  # the model in OUT
     curve: list[Probe]  # by active slices
-    tokens: int  # held-out ones that every loss was measured on
 
 
 def search(
@@ -92,18 +91,11 @@ def search(
         StorageError: the disk is full.
     """
     asked = ConvertRecipe.build(recipe, **settings)
-    _check(asked, max_loss, data)
-    run = RunFolder(
-        *(out, "model"),
-        overwrite=overwrite,
-        sources=[source],
-        resumes=True,
-        own=["*"],
-        scratch=[_PROBES],
-    )
-    with run:
+    owned: dict[str, Any] = {"resumes": True, "own": ["*"], "scratch": [_PROBES]}
+    with RunFolder(out, "model", overwrite=overwrite, sources=[source], **owned) as run:
         dense = resolve(source, report=report)
-        experts, shared = _counts(asked, DenseCheckpoint(dense).config["intermediate_size"])
+        inner = DenseCheckpoint(dense).config["intermediate_size"]
+        low, experts = _bounds(asked, max_loss, data, inner)
         remedy = "add text, or shorten the windows with --set calibration_length=N"
         length = asked.calibration_length
         text = evaluation_windows(data, dense, _WINDOWS, length, remedy=remedy, report=report)
@@ -118,7 +110,7 @@ def search(
         if not run.was_finished:
             prober = _Prober(source, dense, data, asked, experts, text, run.work, report)
             try:
-                best = prober.smallest(shared + 1, max_loss)
+                best = prober.smallest(low, max_loss)
             finally:  # a refusal leaves nothing; what was measured stays for the next call
                 if [file.name for file in run.work.iterdir()] == [MARKER]:
                     shutil.rmtree(run.work)
@@ -127,8 +119,7 @@ def search(
                 run.publish(best)
         run.finish()
     curve = sorted(read_records(run.out / CURVE, Probe), key=lambda probe: probe.active)
-    tokens = sum(rows[:, 1:].size for rows in text.values())
-    return Search(read_conversion(run.out), curve, tokens)
+    return Search(read_conversion(run.out), curve)
 
 
 def curve_rows(found: Search) -> Rows:
@@ -145,31 +136,26 @@ def curve_rows(found: Search) -> Rows:
     return table(found.curve, columns)
 
 
-def _check(asked: ConvertRecipe, max_loss: float, data: str | Path) -> None:
+def _bounds(
+    asked: ConvertRecipe, max_loss: float, data: str | Path, intermediate_size: int
+) -> tuple[int, int]:
+    """Return the fewest active slices to try, and all slices; a UsageError if that is no search."""
+    experts, shared = (
+        Split.of(intermediate_size, asked.experts, shared=0).experts,
+        asked.shared or 0,
+    )
+    wrong = None
     if asked.active is not None:
-        raise UsageError(
-            f"--max-loss finds the number of active slices, and --active is {asked.active}: leave "
-            "one of them out"
-        )
-    if not 0 <= max_loss < math.inf:
-        raise UsageError(f"--max-loss is {max_loss}: give nats per token, 0 or more, as in 0.1")
-    if str(data) == SELF:
-        raise UsageError(
-            f"--max-loss measures on held-out documents, and --data {SELF} has none: give text, or "
-            "leave it out for the demo text"
-        )
-
-
-def _counts(asked: ConvertRecipe, intermediate_size: int) -> tuple[int, int]:
-    """Return all slices and the shared ones; a UsageError where nothing lies between them."""
-    experts = Split.of(intermediate_size, asked.experts, shared=0).experts
-    shared = asked.shared or 0
-    if shared >= experts - 1:
-        raise UsageError(
-            f"--max-loss tries more active slices than --shared ({shared}) and fewer than "
-            f"--experts ({experts}), and there are none: pass other counts"
-        )
-    return experts, shared
+        wrong = f"finds --active, and that is {asked.active} already: leave one of them out"
+    elif not 0 <= max_loss < math.inf:
+        wrong = f"is {max_loss}: give nats per token, 0 or more, as in 0.1"
+    elif str(data) == SELF:
+        wrong = f"needs held-out documents, and --data {SELF} has none: give text, or leave it out"
+    elif shared >= experts - 1:
+        wrong = f"finds no --active between {shared} shared and all {experts}: change the counts"
+    if wrong:
+        raise UsageError(f"--max-loss {wrong}")
+    return shared + 1, experts
 
 
 @dataclass(frozen=True)
@@ -233,16 +219,8 @@ class _Prober:
             recipe = ConvertRecipe.build(self.asked, active=active)
             convert(self.source, folder, data=self.data, recipe=recipe, report=self.report)
         above = paired_difference(self.dense_losses, self._losses(folder))
-        room = read_config(folder).get("max_position_embeddings") or _PROMPT + _NEW
-        measured = measure_speed(
-            [self.dense, folder],
-            batches=[1],
-            prompt_tokens=max(1, min(_PROMPT, room - _NEW)),
-            new_tokens=_NEW,
-            rounds=_ROUNDS,
-            names=["dense", folder.name],
-            report=self.report,
-        )
+        models, names = [self.dense, folder], ["dense", folder.name]
+        measured = measure_speed(models, names=names, report=self.report, **_SPEED)
         rates = {(each.phase, each.model): each.tokens_per_s for each in measured.speeds}
         prefill, decode = (
             rates[phase, folder.name] / rates[phase, "dense"] for phase in ("prefill", "decode")
