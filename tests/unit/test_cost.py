@@ -16,7 +16,7 @@ from moefy.checkpoint.cost import SHAPES, cost
 from moefy.checkpoint.families import dense_config
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import TARGETS, target_config
-from moefy.errors import ArchitectureError, UsageError
+from moefy.errors import ArchitectureError
 from moefy.recipe import LLAMA_MOE
 from moefy.split import Split
 
@@ -81,6 +81,6 @@ def test_unknown_architecture_is_refused() -> None:
         cost({"model_type": "gpt2"})
 
 
-def test_half_a_split_is_refused() -> None:
-    with pytest.raises(UsageError, match="go together"):
-        moefy.inspect("llama-2-7b", experts=8)
+def test_a_split_with_one_count_has_the_usual_other_one() -> None:
+    assert list(moefy.inspect("llama-2-7b", experts=16).costs) == ["dense", "8/16"]
+    assert list(moefy.inspect("smollm2-135m", active=8).costs) == ["dense", "8/64"]

@@ -157,32 +157,32 @@ def inspect(
 
     Args:
         source: a model folder, a config.json, or a name in `SHAPES`.
-        experts: E of a split, with `active`.
-        active: k of a split, with `experts`.
+        experts: E of a split; with `active` alone, as many as `convert` makes.
+        active: k of a split; with `experts` alone, half of it.
         context: sequence length for attention's FLOPs; default 4096 or the model's own if smaller.
 
     Raises:
         UsageError: no such model, or an impossible split.
     """
     config = config_of(source)
-    if (experts is None) != (active is None):
-        raise UsageError("--experts and --active go together: give both or neither")
+    asked = experts is not None or active is not None
     length = context or min(4096, config.get("max_position_embeddings") or 4096)
     counted = cost(config, context=length)
     if config["model_type"] not in FAMILIES:
-        if experts is not None:
+        if asked:
             raise UsageError(
                 f"{source} is already split; --experts and --active need a dense model"
             )
         label = f"{counted.active_experts}/{counted.experts}"
         return Inspection(str(source), config, {label: counted})
 
-    paper = ((2, 16), (4, 16), (2, 8))  # active and total experts of its three models
-    splits = paper if experts is None or active is None else ((active, experts),)
+    splits = [Split(16, 2), Split(16, 4), Split(8, 2)]  # of the paper's three models
+    if asked:
+        splits = [Split.of(config["intermediate_size"], experts, active, 0)]
     costs = {"dense": counted}
-    for k, num_experts in splits:
-        split = split_config(config, experts=num_experts, active=k, name=str(source))
-        costs[f"{k}/{num_experts}"] = cost(split, context=length)
+    for each in splits:
+        made = split_config(config, experts=each.experts, active=each.active, name=str(source))
+        costs[f"{each.active}/{each.experts}"] = cost(made, context=length)
     return Inspection(str(source), config, costs)
 
 

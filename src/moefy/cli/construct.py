@@ -35,7 +35,7 @@ def inspect(
 ) -> None:
     """Count parameters and FLOPs of a model and a split, without weights.
 
-    Give --experts and --active together. Without both, the LLaMA-MoE paper's splits are shown.
+    Without --experts and --active, the LLaMA-MoE paper's splits are shown.
 
     Example: `moefy inspect llama-2-7b --experts 16 --active 4`
     """
