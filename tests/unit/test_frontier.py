@@ -39,6 +39,11 @@ def test_pruning_between_its_measured_points(speed: float, nats: float | None) -
     assert found is None if nats is None else found == pytest.approx(nats)
 
 
+def test_a_pruned_model_that_gains_nothing_by_its_loss_is_no_rival() -> None:
+    slow = Design("pruned 2 of 16", pruned=True, nats=2.0, gains={"decode speed": 1.3})
+    assert pruned_loss([*DESIGNS, slow], "decode speed", 1.2) == pytest.approx(0.3)
+
+
 def test_where_it_wins_and_by_how_much() -> None:
     assert at_equal(DESIGNS, "decode speed") == (
         "At equal decode speed splits are better by 0.10 (12 of 16), 0.10 (8 of 16), "

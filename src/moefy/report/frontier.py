@@ -40,13 +40,17 @@ SIZE = "active parameters"
 def pruned_loss(designs: Sequence[Design], measure: str, gain: float) -> float | None:
     """Return the loss above dense at which pruning reaches a gain, between its measured points.
 
-    The dense model is the pruned model that keeps everything. None where it is beyond the
-    smallest pruned model.
+    The dense model is the pruned model that keeps everything. A pruned model that gains no more
+    than one of less loss is left out. None where the gain is beyond every pruned model.
     """
-    curve = sorted((each.gain(measure), each.nats) for each in [DENSE, *designs] if each.pruned)
-    if gain > curve[-1][0]:
+    pruned = [each for each in [DENSE, *designs] if each.pruned]
+    gains, losses = [0.0], [0.0]
+    for each in sorted(pruned, key=lambda each: each.nats):
+        if each.gain(measure) > gains[-1]:
+            gains.append(each.gain(measure))
+            losses.append(each.nats)
+    if gain > gains[-1]:
         return None
-    gains, losses = zip(*curve, strict=True)
     return float(np.interp(gain, gains, losses))
 
 
