@@ -34,6 +34,8 @@ TABLES = {
     "suite-time": "results/suite-time",
     "tuning": "tuning/tuning",
     "fit": "construction/fit",
+    "frontier": "construction/frontier",
+    "frontier-speed": "construction/frontier-speed",
     "config_keys": "reliability/config_keys",
     "fuzz": "reliability/fuzz",
     "kills": "reliability/kills",
@@ -43,7 +45,7 @@ TABLES = {
 }
 """Marks of tables in docs/ that are a CSV file as it is."""
 COMPUTED = {
-    *("agreement", "refusals", "benchmarks", "heldout", "prototype"),
+    *("agreement", "refusals", "benchmarks", "heldout", "prototype", "frontier-says"),
     *(f"distillation-{name}" for name in ("stories260k", "smollm2-135m", "smollm2-135m-h200")),
 }
 """Marks of those that are worked out; each has a test here or beside what computes it."""
@@ -91,6 +93,16 @@ def test_the_runtimes_tables() -> None:
     tables = runpy.run_path(str(ROOT / "benchmarks/runtimes.py"))["agreement_tables"](measured)
     for mark, table in zip(("agreement", "refusals"), tables, strict=True):
         assert marked()[mark] == markdown(table)
+
+
+def test_the_frontier_is_that_of_the_losses_and_speeds() -> None:
+    parts = runpy.run_path(str(ROOT / "benchmarks/frontier.py"))
+    folder = ROOT / "docs/construction"
+    speeds, losses = (parts["read_csv"](folder / f"{n}.csv") for n in ("frontier-speed", "fit"))
+    efforts = parts["joined"](speeds, losses)
+    assert parts["rows_for"](efforts) == parts["read_csv"](folder / "frontier.csv")
+    assert marked()["frontier-says"] == parts["sentences"](efforts)
+    assert all((folder / file).is_file() for file, _ in parts["drawn"](efforts))
 
 
 @pytest.mark.parametrize("name", ["stories260k", "smollm2-135m", "smollm2-135m-h200"])

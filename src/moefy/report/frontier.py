@@ -41,17 +41,14 @@ def pruned_loss(designs: Sequence[Design], measure: str, gain: float) -> float |
     """Return the loss above dense at which pruning reaches a gain, between its measured points.
 
     The dense model is the pruned model that keeps everything. A pruned model that gains no more
-    than one of less loss is left out. None where the gain is beyond every pruned model.
+    than one of a lower loss is passed over. None where the gain is beyond them all.
     """
-    pruned = [each for each in [DENSE, *designs] if each.pruned]
-    gains, losses = [0.0], [0.0]
-    for each in sorted(pruned, key=lambda each: each.nats):
-        if each.gain(measure) > gains[-1]:
+    gains, losses = [1.0], [0.0]
+    for each in sorted(designs, key=lambda each: each.nats):
+        if each.pruned and each.gain(measure) > gains[-1]:
             gains.append(each.gain(measure))
             losses.append(each.nats)
-    if gain > gains[-1]:
-        return None
-    return float(np.interp(gain, gains, losses))
+    return float(np.interp(gain, gains, losses)) if gain <= gains[-1] else None
 
 
 def at_equal(designs: Sequence[Design], measure: str) -> str:
