@@ -211,8 +211,9 @@ def publish(speeds: list[Record], place: Path, page: Path | None = None) -> None
     if not efforts:
         return
     for file, effort in drawn(efforts):
-        title = f"Loss of SmolLM2-135M (effort: {effort}) over speed at the shape of {speeds[0]['shape']}"
-        figure = frontier_figure(efforts[effort], f"{title}\n{speeds[0]['measured in']}")
+        title = f"Loss of SmolLM2-135M (effort: {effort}) over speed at the shape of "
+        title += f"{speeds[0]['shape']}\n{speeds[0]['measured in']}"
+        figure = frontier_figure(efforts[effort], title)
         figure.savefig(place / file, dpi=150)
     rows = rows_of(rows_for(efforts))
     write_csv(place / "frontier.csv", rows)
