@@ -120,9 +120,11 @@ def measure(work: Path, shape: str, rounds: int) -> list[Record]:
     found = [json.loads(line) for line in lines]
     for number in range(len(found), rounds):
         timed = {}
-        for name, file in files.items():
+        # another one begins each round: what is measured at the same place is disturbed alike
+        names, first = list(files), 5 * number % len(files)
+        for name in names[first:] + names[:first]:
             vocab = configs[name]["vocab_size"]
-            prefill, decode = llama_cpp_seconds(file, vocab, SIZES, float32=False)
+            prefill, decode = llama_cpp_seconds(files[name], vocab, SIZES, float32=False)
             timed[name] = {"prefill": SIZES[0] / prefill, "decode": 1 / decode}
             print(f"round {number + 1}, {name}: {timed[name]}", flush=True)
         found.append(timed)
