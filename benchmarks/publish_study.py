@@ -27,6 +27,7 @@ from moefy.studies.report import (
     agreement,
     arms_in,
     difference,
+    grid_says,
     page,
 )
 from moefy.studies.runs import RUNS, read_runs
@@ -116,6 +117,8 @@ def _section(
     for study, folder in folders.items():
         figure = (folder / f"{ablation.name}.png").relative_to(docs)
         parts.append(f"![{ablation.title}, {study}]({figure})")
+        if ablation.name == "size" and (folder / GRID).is_file():
+            parts.append(grid_says(folder))
     if ablation.paper:
         parts.append(f"The paper: {ablation.paper}")
     return "\n\n".join(parts) + "\n"

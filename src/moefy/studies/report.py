@@ -130,6 +130,12 @@ def grid_figure(folder: Path) -> Figure:
     return frontier_figure(designs_of(points), title)
 
 
+def grid_says(folder: Path) -> str:
+    """Say where the splits of a study's grid beat pruning, and where pruning is better."""
+    designs = designs_of(read_grid(folder / GRID))
+    return " ".join(at_equal(designs, measure) for measure in designs[0].gains)
+
+
 def write_report(
     out: Path,
     recipe: StudyRecipe,
@@ -181,8 +187,7 @@ def _section(folder: Path, name: str, arms: Arms) -> str:
     parts = [f"## {ablation.title}", ablation.setup, markdown(summary_rows(arms)).rstrip()]
     if name == "size" and (folder / GRID).is_file():
         parts.append(markdown(grid_rows(read_grid(folder / GRID))).rstrip())
-        designs = designs_of(read_grid(folder / GRID))
-        parts.append(" ".join(at_equal(designs, measure) for measure in designs[0].gains))
+        parts.append(grid_says(folder))
         parts.append(f"The grid is in [{GRID}]({GRID}).")
     parts.append(f"![{ablation.title}]({name}.png)")
     if ablation.paper:
