@@ -36,6 +36,7 @@ TABLES = {
     "fit": "construction/fit",
     "frontier": "construction/frontier",
     "frontier-speed": "construction/frontier-speed",
+    "max-loss": "construction/max-loss",
     "config_keys": "reliability/config_keys",
     "fuzz": "reliability/fuzz",
     "kills": "reliability/kills",
