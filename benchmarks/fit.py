@@ -25,6 +25,7 @@ MOEFY = [sys.executable, "-m", "moefy"]
 MODEL = "smollm2-135m"
 SPLITS = {
     "8 of 16": ["--experts", "16", "--active", "8", "--shared", "0"],
+    "8 of 16, 4 shared": ["--experts", "16", "--active", "8", "--shared", "4"],
     "pruned to 8 of 16": ["--experts", "16", "--active", "8", "--shared", "8"],
     "32 of 64": ["--experts", "64", "--active", "32", "--shared", "16"],
     "12 of 16": ["--experts", "16", "--active", "12", "--shared", "0"],
@@ -40,7 +41,7 @@ SPLITS = {
 def main(work: Path, data: str | None, designs: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     for asked in designs or SPLITS if data else ():
-        name, _, effort = asked.partition(", ")
+        name, _, effort = (asked, "", "") if asked in SPLITS else asked.rpartition(", ")
         for each in [effort] if effort else ["fast", "normal"]:
             measure(work, data, name, each)
     rows = [

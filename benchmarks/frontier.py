@@ -44,7 +44,7 @@ SPLITS = [
     *((48, 64, 24), (32, 64, 16), (16, 64, 8)),
     *((4, 8, 0), (2, 8, 0)),
 ]
-EFFORTS = ["fast", "fit alone", "normal", "high"]  # the worst first
+EFFORTS = ["fast", "fit alone", "earlier normal", "normal", "high"]  # the worst first
 Record = dict[str, str]
 
 
