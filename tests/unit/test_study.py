@@ -14,8 +14,10 @@ from tests.toys import SMOKE, make_toys
 import moefy
 from moefy.errors import OutputError, UsageError
 from moefy.progress import Progress
+from moefy.run_folder import RunFolder
 from moefy.studies.ablations import METHODS
 from moefy.studies.report import page
+from moefy.studies.run import _is_complete
 
 TINY: dict[str, Any] = SMOKE | {"seeds": 1, "windows": 1, "tokens": 128}
 
@@ -32,6 +34,16 @@ def tiny_study(toys: tuple[Path, ...], out: Path, *only: str, **more: Any) -> An
 
 def lines_of(out: Path) -> list[str]:
     return (out / "runs.jsonl").read_text().splitlines()
+
+
+def test_a_conversion_that_a_kill_left_is_not_taken_for_a_model(tmp_path: Path) -> None:
+    for is_complete in (False, True):
+        with RunFolder(tmp_path / "moe", "model", resumes=True) as folder:
+            folder.begin({})
+            (folder.work / "config.json").write_text("{}")
+            if is_complete:
+                folder.finish()
+        assert _is_complete(tmp_path / "moe") == is_complete
 
 
 def test_a_study_that_is_stopped_goes_on(toys: tuple[Path, ...], tmp_path: Path) -> None:

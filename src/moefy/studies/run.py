@@ -26,7 +26,7 @@ from moefy.evaluation.heldout import evaluation_windows, heldout_losses
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.report.tables import Rows
-from moefy.run_folder import RunFolder
+from moefy.run_folder import RunFolder, read_marker
 from moefy.storage import cached_folder, replace_file
 from moefy.studies.ablations import Ablation, ablations_named
 from moefy.studies.grid import write_grid
@@ -305,4 +305,7 @@ def _write_fresh(config: dict[str, Any], files: Iterable[Path], out: Path, seed:
 
 
 def _is_complete(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    # a conversion that goes on after a kill has its config.json before it is finished
+    marker = read_marker(folder)
+    unfinished = marker is not None and marker.state == "unfinished"
+    return (folder / "config.json").is_file() and not unfinished
