@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+import re
 import shutil
 import signal
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from tests.conftest import make_place, write_tiny_llama
 from tests.kills import Server
 
 _TIMED = ("tokens_per_s", "_s", "_ms", "rss_bytes", "date", "speed")
+_SPEEDS = ("prefill_of_dense", "decode_of_dense")
 _TRAIN = "--set sequence_length=64 --set global_batch_size=2 --set checkpoint_every_steps=1"
 _TUNE = "--set sequence_length=128 --set global_batch_size=12 --set checkpoint_every_steps=1"
 COMMANDS = {
@@ -156,6 +159,12 @@ def _content(file: Path) -> Any:
             if (file.suffix == ".jsonl")
             else _untimed(json.loads(text))
         )
+    if file.name == "grid.csv":
+        rows = csv.DictReader(file.open())
+        return [{k: v for k, v in row.items() if k not in _SPEEDS} for row in rows]
+    if file.name == "study.md":
+        lines = re.sub("× [0-9.]+", "×", file.read_text()).splitlines()
+        return [line for line in lines if not line.startswith("At equal")]
     # these show speeds
     if file.suffix in (".html", ".png") or file.name in ("results.md", "quality-decode.csv"):
         return "shown"
