@@ -160,7 +160,7 @@ def _content(file: Path) -> Any:
             else _untimed(json.loads(text))
         )
     if file.name == "grid.csv":
-        rows = csv.DictReader(file.open())
+        rows = csv.DictReader(file.read_text().splitlines())
         return [{k: v for k, v in row.items() if k not in _SPEEDS} for row in rows]
     if file.name == "study.md":
         lines = re.sub("× [0-9.]+", "×", file.read_text()).splitlines()
