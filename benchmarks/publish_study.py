@@ -17,7 +17,7 @@ from pathlib import Path
 from moefy.report.tables import Rows, markdown
 from moefy.run_folder import MARKER
 from moefy.studies.ablations import ABLATIONS, Ablation
-from moefy.studies.plan import GRID
+from moefy.studies.plan import GRID, read_grid
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.report import (
     HEAD,
@@ -118,7 +118,7 @@ def _section(
         figure = (folder / f"{ablation.name}.png").relative_to(docs)
         parts.append(f"![{ablation.title}, {study}]({figure})")
         if ablation.name == "size" and (folder / GRID).is_file():
-            parts.append(grid_says(folder))
+            parts.append(grid_says(read_grid(folder / GRID)))
     if ablation.paper:
         parts.append(f"The paper: {ablation.paper}")
     return "\n\n".join(parts) + "\n"

@@ -93,7 +93,7 @@ class RunFolder:
         self._kind, self._overwrite = kind, overwrite
         self._resumes, self._reopens = resumes, reopens
         self._sources = [Path(source).expanduser() for source in sources]
-        self._own, self._scratch = tuple(own), tuple(scratch)
+        self._own, self._scratch = tuple(own) or ("*",), tuple(scratch)
         self._next, self._old, self._trash = (
             self.out.parent / f".{self.out.name}.{suffix}" for suffix in ("next", "old", "trash")
         )
@@ -298,7 +298,7 @@ class RunFolder:
         """Refuse a link under a name that the command writes: it may lead anywhere."""
         for file in self.out.rglob("*"):
             name = file.relative_to(self.out)
-            if file.is_symlink() and _is_one_of(name, [*(self._own or ("*",)), *self._scratch]):
+            if file.is_symlink() and _is_one_of(name, [*self._own, *self._scratch]):
                 raise OutputError(
                     f"{file} is a link, and {self._kind} files would be written where it leads: "
                     "remove it, or choose another folder"
@@ -342,14 +342,13 @@ class RunFolder:
         folder.mkdir(parents=True)
 
     def _mark(self, folder: Path, state: State, identity: Mapping[str, Any]) -> None:
-        own = self._own or ("*",)
-        files = [*own, *self._scratch]
+        files = [*self._own, *self._scratch]
         if state == "finished":
             names = (file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir())
             files = [
                 name.as_posix()
                 for name in sorted(names)
-                if _is_one_of(name, own) and name.parts[0] not in {MARKER, *self._scratch}
+                if _is_one_of(name, self._own) and name.parts[0] not in {MARKER, *self._scratch}
             ] + [*self._scratch]
         marker = Marker(kind=self._kind, state=state, identity=dict(identity), files=files)
         replace_file(folder / MARKER, marker.model_dump_json(indent=1) + "\n")

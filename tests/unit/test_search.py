@@ -147,7 +147,7 @@ def counting(conversions: list[int], stop_at: Callable[[Progress], bool]) -> Pro
     "moment",
     [
         Progress("convert", 1, 2),
-        Progress("measure speed", 2, 9),
+        Progress("measure speed", 2, 6),
         Progress("search", 3, 3),
     ],
     ids=lambda moment: f"{moment.stage} {moment.done}",

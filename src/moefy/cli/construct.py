@@ -58,7 +58,10 @@ def convert(
     ] = "demo",
     max_loss: Annotated[
         float | None,
-        typer.Option(help="Largest acceptable loss, nats per token above dense: finds --active."),
+        typer.Option(
+            help="Find the smallest --active that costs at most so many nats per token "
+            "of held-out text."
+        ),
     ] = None,
     recipe: ConvertRecipe,
     overwrite: Overwrite = False,
@@ -84,12 +87,11 @@ def convert(
     quality = ""
     if done.kl is not None:
         quality = f"KL to the dense model on calibration text: {done.kl:.3f} nats a token. "
-    layers = (
-        f"{done.num_layers} layers of {made.experts} slices ({done.expert_size} neurons each), "
-    )
-    layers += f"of which {made.active} run per token, {made.shared} of them always"
-    if made.active == made.shared:
-        size = (made.shared or 0) * done.expert_size
+    if made.split.chosen:
+        layers = f"{done.num_layers} layers of {made.experts} slices ({done.expert_size} neurons "
+        layers += f"each), of which {made.active} run per token, {made.shared} of them always"
+    else:
+        size = made.split.shared * done.expert_size
         layers = f"a dense model of {done.num_layers} layers with {size} neurons each"
     show(
         vars(done) | {"recipe": made.model_dump(mode="json")} | curve,

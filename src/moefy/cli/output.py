@@ -85,10 +85,10 @@ def log_lines(every_s: float = 10.0) -> ProgressFn:
     def report(progress: Progress) -> None:
         now, todo = time.monotonic(), progress.total - progress.done
         fresh = (now, progress.done, now, progress.done)
-        found = stages.get(progress.stage, fresh)
-        start_s, start, told_s, _ = (
-            fresh if progress.done < found[3] else found
-        )  # it may come again
+        stage = stages.get(progress.stage, fresh)
+        if progress.done < stage[-1]:  # it came again
+            stage = fresh
+        start_s, start, told_s, _ = stage
         # the end of a stage is always told: a log then holds every stage, however short
         if todo <= 0 or now - told_s >= every_s:
             note = f"  {progress.note}" if progress.note else ""

@@ -161,7 +161,8 @@ def convert(
 
 def read_conversion(folder: Path) -> Conversion:
     """Return what `convert` did when it wrote a folder."""
-    record = read_record(folder) or {}
+    record = read_record(folder)
+    assert record is not None
     recipe, config = ConvertRecipe.build(**record["recipe"]), record["source"]["config"]
     trained = record.get("end_to_end")
     return Conversion(

@@ -15,12 +15,10 @@ from torch import Tensor
 from moefy.checkpoint.card import RECORD, read_record
 from moefy.checkpoint.families import FAMILIES, dense_config, layer_shapes
 from moefy.checkpoint.reader import (
-    TensorFile,
-    open_tensors,
     read_config,
     side_files,
     stored_form,
-    weight_files,
+    tensor_files,
 )
 from moefy.checkpoint.targets import TARGETS, NativeTarget
 from moefy.checkpoint.writer import ShardWriter
@@ -65,10 +63,9 @@ def export_dense(
     shapes = layer_shapes(config)
     family, tied = FAMILIES[config["model_type"]], config["tie_word_embeddings"]
     with RunFolder(out, "model", overwrite=overwrite, sources=[folder]) as run:
-        files = [open_tensors(folder / name) for name in weight_files(folder)]
-        stored: dict[str, TensorFile] = {name: file for file in files for name in file.headers}
+        stored = tensor_files(folder)
         if not run.begin({"export": str(model)}):
-            run.require_bytes(sum(file.num_bytes for file in files))
+            run.require_bytes(sum(file.num_bytes for file in set(stored.values())))
             with (
                 storage_errors(run.out),
                 ShardWriter(run.work, max_tensors=16 * (len(slots) + 1)) as writer,

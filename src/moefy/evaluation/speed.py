@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -161,11 +161,8 @@ def measure_speed(
                 f"and {new_tokens} new ones: lower --prompt-tokens or --new-tokens"
             )
     seconds: Seconds = defaultdict(lambda: defaultdict(list))
-    turns = rounds * len(contenders)
     with tempfile.TemporaryDirectory(prefix="moefy-speed-") as work:
-        for done in range(turns):  # in turns, so that a busy machine slows all of them down
-            idx = done % len(contenders)
-            report(Progress("measure speed", done, turns, contenders[idx].name))
+        for idx in _turns(contenders, rounds, report):
             if runtime == "llama.cpp":
                 file = Path(work) / f"{idx}.gguf"
                 if not file.is_file():
@@ -175,8 +172,7 @@ def measure_speed(
                 for phase, elapsed_s in zip(PHASES, found, strict=True):
                     seconds[phase, 1, idx][""].append(elapsed_s)
             else:
-                time_round(contenders[idx], batches, sizes, dtype, seconds, idx)
-        report(Progress("measure speed", turns, turns))
+                _round(contenders[idx], batches, sizes, dtype, seconds, idx)
     return SpeedComparison(
         runtime=runtime,
         device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
@@ -186,6 +182,38 @@ def measure_speed(
         new_tokens=new_tokens,
         speeds=_speeds(contenders, prompt_tokens, seconds),
     )
+
+
+def relative_speeds(
+    contenders: Sequence[Contender],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int = 3,
+    report: ProgressFn = silent,
+) -> list[dict[Phase, float]]:
+    """Return each model's tokens per second over the first one's, by phase.
+
+    One sequence, float32, in transformers; otherwise as `measure_speed`.
+    """
+    seconds: Seconds = defaultdict(lambda: defaultdict(list))
+    for idx in _turns(contenders, rounds, report):
+        _round(contenders[idx], (1,), (prompt_tokens, new_tokens), "float32", seconds, idx)
+    fastest = {key: min(map(statistics.median, tried.values())) for key, tried in seconds.items()}
+    return [
+        {phase: fastest[phase, 1, 0] / fastest[phase, 1, idx] for phase in PHASES}
+        for idx in range(len(contenders))
+    ]
+
+
+def _turns(contenders: Sequence[Contender], rounds: int, report: ProgressFn) -> Iterator[int]:
+    """Iterate over the contenders, round by round: a busy machine slows all of them down."""
+    turns = rounds * len(contenders)
+    for done in range(turns):
+        idx = done % len(contenders)
+        report(Progress("measure speed", done, turns, contenders[idx].name))
+        yield idx
+    report(Progress("measure speed", turns, turns))
 
 
 def _check(dtype: str, runtime: str, batches: Sequence[int]) -> None:
@@ -271,7 +299,7 @@ def _speeds(contenders: list[Contender], prompt_tokens: int, seconds: Seconds) -
     return rows
 
 
-def time_round(
+def _round(
     contender: Contender,
     batches: Sequence[int],
     sizes: tuple[int, int],  # tokens of the prompt, and new ones

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from moefy.storage import replace_file
 
 if TYPE_CHECKING:
     from moefy.checkpoint.cost import Inspection
@@ -171,9 +174,10 @@ def percent(value: float, error: float | None) -> str:
 
 
 def write_csv(path: Path, rows: Rows) -> None:
-    """Write rows as a CSV file."""
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    """Write rows as a CSV file, whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    replace_file(path, text.getvalue())
 
 
 def markdown(rows: Rows) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,14 +9,13 @@ from typing import Any
 
 from moefy.checkpoint.cost import split_config
 from moefy.checkpoint.reader import read_config
-from moefy.evaluation.speed import PHASES, Contender, Phase, Seconds, time_round
-from moefy.progress import Progress, ProgressFn, silent
+from moefy.evaluation.speed import Contender, Phase, relative_speeds
+from moefy.progress import ProgressFn, silent
 from moefy.report.tables import write_csv
 from moefy.studies.plan import GRID, GridPoint, read_grid
 from moefy.studies.report import Arms, difference
 
-_SIZES = (128, 32)  # tokens of the prompt, and decoded
-_ROUNDS = 3
+_PROMPT, _NEW = 128, 32  # tokens
 Speeds = Mapping[Phase, float]
 """Tokens per second over the dense model's, by phase."""
 
@@ -71,15 +68,5 @@ def speeds_of(
     """Time splits with random weights in transformers, beside the dense model, one sequence."""
     contenders = [Contender("dense", dense)]
     contenders += [Contender(name, split_config(dense, **split)) for name, split in splits.items()]
-    seconds: Seconds = defaultdict(lambda: defaultdict(list))
-    turns = _ROUNDS * len(contenders)
-    for done in range(turns):
-        idx = done % len(contenders)
-        report(Progress("measure speed", done, turns, contenders[idx].name))
-        time_round(contenders[idx], (1,), _SIZES, "float32", seconds, idx)
-    report(Progress("measure speed", turns, turns))
-    fastest = {key: min(map(statistics.median, tried.values())) for key, tried in seconds.items()}
-    return {
-        contender.name: {phase: fastest[phase, 1, 0] / fastest[phase, 1, idx] for phase in PHASES}
-        for idx, contender in enumerate(contenders)
-    }
+    found = relative_speeds(contenders, prompt_tokens=_PROMPT, new_tokens=_NEW, report=report)
+    return dict(zip(splits, found[1:], strict=True))

@@ -18,7 +18,7 @@ from moefy.report.frontier import at_equal, frontier_figure
 from moefy.report.tables import Rows, markdown, millions
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, ablations_named
-from moefy.studies.plan import GRID, designs_of, grid_rows, read_grid
+from moefy.studies.plan import GRID, GridPoint, designs_of, grid_rows, read_grid
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.runs import RUNS, Run, read_runs
 
@@ -123,16 +123,15 @@ def ablation_figure(arms: Arms) -> Figure:
     return figure
 
 
-def grid_figure(folder: Path) -> Figure:
+def grid_figure(points: list[GridPoint]) -> Figure:
     """Draw the losses of a study's splits over their measured speeds and sizes."""
-    points = read_grid(folder / GRID)
     title = f"{points[0].model}, before training; speed in transformers on {points[0].machine}"
     return frontier_figure(designs_of(points), title)
 
 
-def grid_says(folder: Path) -> str:
+def grid_says(points: list[GridPoint]) -> str:
     """Say where the splits of a study's grid beat pruning, and where pruning is better."""
-    designs = designs_of(read_grid(folder / GRID))
+    designs = designs_of(points)
     return " ".join(at_equal(designs, measure) for measure in designs[0].gains)
 
 
@@ -154,7 +153,7 @@ def write_report(
     for name, arms in found.items():
         with storage_errors(out):
             has_grid = name == "size" and (out / GRID).is_file()
-            figure = grid_figure(out) if has_grid else ablation_figure(arms)
+            figure = grid_figure(read_grid(out / GRID)) if has_grid else ablation_figure(arms)
             figure.savefig(out / f"{name}.png", dpi=150)
     about = {"model": model, "data": data, "machines": machines, "recipe": recipe}
     head = rendered("moefy.studies", "about.md.j2", **about, skipped=skipped)
@@ -186,8 +185,8 @@ def _section(folder: Path, name: str, arms: Arms) -> str:
     (ablation,) = ablations_named([name])
     parts = [f"## {ablation.title}", ablation.setup, markdown(summary_rows(arms)).rstrip()]
     if name == "size" and (folder / GRID).is_file():
-        parts.append(markdown(grid_rows(read_grid(folder / GRID))).rstrip())
-        parts.append(grid_says(folder))
+        points = read_grid(folder / GRID)
+        parts += [markdown(grid_rows(points)).rstrip(), grid_says(points)]
         parts.append(f"The grid is in [{GRID}]({GRID}).")
     parts.append(f"![{ablation.title}]({name}.png)")
     if ablation.paper:

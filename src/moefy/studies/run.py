@@ -307,5 +307,4 @@ def _write_fresh(config: dict[str, Any], files: Iterable[Path], out: Path, seed:
 def _is_complete(folder: Path) -> bool:
     # a conversion that goes on after a kill has its config.json before it is finished
     marker = read_marker(folder)
-    unfinished = marker is not None and marker.state == "unfinished"
-    return (folder / "config.json").is_file() and not unfinished
+    return marker.state == "finished" if marker else (folder / "config.json").is_file()

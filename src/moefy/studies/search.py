@@ -7,19 +7,19 @@ import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 
 from moefy.calibrate.text import SELF
 from moefy.checkpoint.load import load_model
-from moefy.checkpoint.reader import DenseCheckpoint, fingerprint
+from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.construct.convert import Conversion, convert, read_conversion
 from moefy.errors import UsageError
 from moefy.evaluation.heldout import Windows, evaluation_windows, heldout_losses
 from moefy.evaluation.paired import Interval, paired_difference
-from moefy.evaluation.speed import measure_speed
+from moefy.evaluation.speed import Contender, relative_speeds
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, ConvertSettings
@@ -31,7 +31,7 @@ from moefy.storage import digest, read_records, write_records
 CURVE = "curve.jsonl"
 _PROBES = "probes"
 _WINDOWS = 8  # per domain, as many as `evaluate` reads
-_SPEED: dict[str, Any] = {"batches": [1], "prompt_tokens": 256, "new_tokens": 16, "rounds": 3}
+_SPEED = {"prompt_tokens": 256, "new_tokens": 16, "rounds": 3}
 """A busy moment spoils one round of three, and the median stays."""
 
 
@@ -92,8 +92,9 @@ def search(
         StorageError: the disk is full.
     """
     asked = ConvertRecipe.build(recipe, **settings)
-    owned: dict[str, Any] = {"resumes": True, "own": ["*"], "scratch": [_PROBES]}
-    with RunFolder(out, "model", overwrite=overwrite, sources=[source], **owned) as run:
+    with RunFolder(
+        out, "model", overwrite=overwrite, sources=[source], resumes=True, scratch=[_PROBES]
+    ) as run:
         dense = resolve(source, report=report)
         inner = DenseCheckpoint(dense).config["intermediate_size"]
         low, experts = _bounds(asked, max_loss, data, inner)
@@ -141,10 +142,8 @@ def _bounds(
     asked: ConvertRecipe, max_loss: float, data: str | Path, intermediate_size: int
 ) -> tuple[int, int]:
     """Return the fewest active slices to try, and all slices; a UsageError if that is no search."""
-    experts, shared = (
-        Split.of(intermediate_size, asked.experts, shared=0).experts,
-        asked.shared or 0,
-    )
+    experts = Split.of(intermediate_size, asked.experts, shared=0).experts
+    shared = asked.shared or 0
     wrong = None
     if asked.active is not None:
         wrong = f"finds --active, and that is {asked.active} already: leave one of them out"
@@ -220,13 +219,10 @@ class _Prober:
             recipe = ConvertRecipe.build(self.asked, active=active)
             convert(self.source, folder, data=self.data, recipe=recipe, report=self.report)
         above = paired_difference(self.dense_losses, self._losses(folder))
-        models, names = [self.dense, folder], ["dense", folder.name]
-        measured = measure_speed(models, names=names, report=self.report, **_SPEED)
-        rates = {(each.phase, each.model): each.tokens_per_s for each in measured.speeds}
-        prefill, decode = (
-            rates[phase, folder.name] / rates[phase, "dense"] for phase in ("prefill", "decode")
-        )
-        return Probe(active, active / self.experts, above, prefill, decode)
+        models = {"dense": self.dense, folder.name: folder}
+        contenders = [Contender(name, read_config(model), model) for name, model in models.items()]
+        _, speed = relative_speeds(contenders, **_SPEED, report=self.report)
+        return Probe(active, active / self.experts, above, speed["prefill"], speed["decode"])
 
     def _losses(self, model: Path) -> list[list[float]]:
         """Return a model's mean loss of every window, by domain."""
