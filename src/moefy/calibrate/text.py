@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.data.records import open_domains
-from moefy.data.tokenise import pack
+from moefy.data.tokenise import scattered
 from moefy.errors import CorpusError
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
@@ -32,6 +32,9 @@ def calibration_windows(
 ) -> Int[np.ndarray, "windows sequence"]:
     """Return windows of training documents, as many from each domain, or of the model's own text.
 
+    They come from as many documents as possible: the fit learns what documents have in common only
+    where there are many of them.
+
     Args:
         data: see `open_domains`; or `self`: the dense model samples the text, none is needed.
         folder: folder of the dense model.
@@ -39,7 +42,7 @@ def calibration_windows(
         sequence_length: tokens per window.
         needed_tokens: fewer are refused: a least-squares fit of d_ff weights per output needs at
             least d_ff tokens to be determined.
-        seed: seed of the text that the model samples.
+        seed: of the places in the documents, and of the text that the model samples.
         report: told about progress.
 
     Raises:
@@ -51,9 +54,10 @@ def calibration_windows(
         tokenizer = load_tokenizer(folder)
         domains = open_domains(data, report=report)
         length["max_windows"] = -(-tokens // (sequence_length * len(domains)))
+        generator = np.random.default_rng(seed)
         for done, domain in enumerate(domains):
             report(Progress("calibration text", done, len(domains), domain.name))
-            found.append(pack(domain.documents("train"), tokenizer, **length))
+            found.append(scattered(domain.documents("train"), tokenizer, generator, **length))
         report(Progress("calibration text", len(domains), len(domains)))
     num_tokens = sum(windows.size for windows in found) if found else tokens
     if num_tokens < needed_tokens:
