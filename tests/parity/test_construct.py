@@ -70,8 +70,8 @@ def research_logits(
     splits = split_layers(checkpoint, recipe, walk, TARGETS[target].score)
     for layer_idx, split in enumerate(splits):
         layer = replay.layer(layer_idx)
-        hidden = layer.attend(hidden)
-        sample = layer.sample(hidden)
+        entered, hidden = hidden, layer.attend(hidden)
+        sample = layer.sample(hidden, entered)
         hidden = hidden + split(sample.inputs).view_as(hidden)
         logits = sample.inputs @ split.routing.router.T
         if 0 < (active := split.routing.active) < logits.shape[1]:

@@ -60,8 +60,8 @@ def window_importance(
         for layer_idx in range(replay.num_layers):
             layer = replay.layer(layer_idx)
             inputs.append(hidden)
-            hidden = layer.attend(hidden)
-            hidden = hidden + layer.sample(hidden).outputs().view_as(hidden)
+            hidden = layer.attend(inputs[-1])
+            hidden = hidden + layer.sample(hidden, inputs[-1]).outputs().view_as(hidden)
         features += [part.mean(dim=1) for part in hidden.tensor_split(segments, dim=1)]
         pairs = zip(hidden, ids.to(hidden.device), strict=True)
         gradient = torch.stack([_loss_gradient(head, *window) for window in pairs])
@@ -110,7 +110,7 @@ def _backward(
     leaf = inputs.requires_grad_()
     with torch.enable_grad():
         residual = layer.attend(leaf)
-        sample = layer.sample(residual)
+        sample = layer.sample(residual, leaf)
         activations = swiglu(sample.inputs, sample.gate, sample.up)
         outputs = residual + (activations @ sample.down.T).view_as(residual)
     at_inputs, at_activations = torch.autograd.grad(outputs, (leaf, activations), gradient)

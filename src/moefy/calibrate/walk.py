@@ -71,11 +71,13 @@ class LayerTokens:
     hidden: HiddenStates  # behind the layer's attention
     dense: HiddenStates | None  # behind the dense layer; None: aim at the dense FFN's outputs
     num_tokens: int
+    entered: HiddenStates | None  # in front of the layer, where its FFN reads them; else None
 
     def sample(self, tokens: slice | np.ndarray) -> FfnSample:
         """Return the FFN with some of the tokens."""
         residual = self.hidden[tokens]
-        sample = self.layer.sample(residual[None])
+        entered = None if self.entered is None else self.entered[tokens][None]
+        sample = self.layer.sample(residual[None], entered)
         if self.dense is not None:
             # added to the stream in front of the FFN, this gives the dense model's behind it
             sample.desired = self.dense[tokens] - residual
@@ -112,6 +114,8 @@ class CalibrationWalk:
         size = replay.hidden_size
         self._hidden = HiddenStates(windows.size, size, scratch)
         self.dense = HiddenStates(windows.size, size, scratch) if follow_dense else None
+        parallel = replay.dense.family.parallel
+        self._entered = HiddenStates(windows.size, size, scratch) if parallel else None
         for block in self._blocks():
             ids = torch.from_numpy(windows.reshape(-1)[block]).view(-1, self._length)
             embedded = replay.embed(ids).flatten(0, 1)
@@ -121,7 +125,7 @@ class CalibrationWalk:
 
     def close(self) -> None:
         """Let the files of the states go."""
-        for states in (self._hidden, self.dense):
+        for states in (self._hidden, self.dense, self._entered):
             if states is not None:
                 states.close()
 
@@ -140,12 +144,17 @@ class CalibrationWalk:
         with products_in(self._precision, device()):
             for block in self._blocks():
                 if self.dense is not None:
-                    residual = layer.attend(self.dense[block].unflatten(0, (-1, self._length)))
-                    self.dense[block] = (residual + layer.ffn(residual)).flatten(0, 1)
-                states = layer.attend(self._hidden[block].unflatten(0, (-1, self._length)))
+                    entered = self.dense[block].unflatten(0, (-1, self._length))
+                    residual = layer.attend(entered)
+                    outputs = layer.ffn(entered if layer.parallel else residual)
+                    self.dense[block] = (residual + outputs).flatten(0, 1)
+                entered = self._hidden[block].unflatten(0, (-1, self._length))
+                if self._entered is not None:
+                    self._entered[block] = entered.flatten(0, 1)
+                states = layer.attend(entered)
                 check_finite(states)
                 self._hidden[block] = states.flatten(0, 1)
-        return LayerTokens(layer, self._hidden, self.dense, self._num_tokens)
+        return LayerTokens(layer, self._hidden, self.dense, self._num_tokens, self._entered)
 
     def leave(
         self,
@@ -154,7 +163,5 @@ class CalibrationWalk:
     ) -> None:
         """Take the tokens through the converted FFN, which is given the precision too."""
         for block in self._blocks():
-            residual = self._hidden[block]
-            self._hidden[block] = residual + ffn(
-                tokens.layer.sample(residual[None]).inputs, self._precision
-            )
+            inputs = tokens.sample(block).inputs
+            self._hidden[block] = self._hidden[block] + ffn(inputs, self._precision)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from moefy.checkpoint.families import FAMILIES, attention_bias, dense_config
+from moefy.checkpoint.families import FAMILIES, dense_config
 from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.skeleton import skeleton_of
 from moefy.checkpoint.targets import (
     TARGETS,
     check_known,
@@ -70,21 +73,12 @@ def ffn_shape(config: Mapping[str, Any]) -> FfnShape:
     return FfnShape(0, 0, config["intermediate_size"], 0)
 
 
-def has_qk_norm(config: Mapping[str, Any]) -> bool:
-    """Return whether queries and keys are normed by head."""
-    model_type = config["model_type"]
-    if model_type in FAMILIES:
-        return FAMILIES[model_type].qk_norm
-    key = TARGETS[model_type].qk_norm
-    return bool(config.get(key) if isinstance(key, str) else key)
-
-
 def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
     """Count a dense or converted model.
 
     FLOPs are those of the matrix products, two per weight that a token meets (embedding look-up,
-    norms and activation functions are left out), plus attention's scores and values,
-    4·n_layers·n_heads·head_dim·(context + 1)/2: the causal mean over positions.
+    norms and activation functions are left out), plus scores and values of the layers with
+    attention, 4·n_heads·head_dim·(context + 1)/2 each: the causal mean over positions.
 
     Args:
         config: config.json of a LLaMA or of a native target.
@@ -94,41 +88,27 @@ def cost(config: Mapping[str, Any], *, context: int = 512) -> Cost:
         ArchitectureError: the architecture has no table here.
     """
     shape = ffn_shape(config)
-    qk_norm = has_qk_norm(config)
-    sinks = 0
-    if target := TARGETS.get(config["model_type"]):
-        sinks = config["num_attention_heads"] if target.sinks else 0
-        bias = target.attention_bias if config.get("attention_bias") else "none"
-    else:
-        config = meaning_of(config, "config.json")
-        bias = attention_bias(config)
-
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    skeleton = skeleton_of(meaning_of(config, "config.json"))
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    tied = bool(config.get("tie_word_embeddings", False))
-
-    attention = 2 * hidden * head_dim * (heads + kv_heads)
-    ffn = 3 * hidden * shape.size  # of one expert, or of the dense layer
-    shared = 3 * hidden * shape.shared_size
-    router = hidden * shape.experts
-    vectors = 2 * hidden + 2 * head_dim * qk_norm + sinks  # norms, sinks and biases
-    # biases on q, k and v, and on the output
-    vectors += head_dim * (heads + 2 * kv_heads) * (bias != "none") + hidden * (bias == "qkvo")
-    outside = vocab * hidden * (1 if tied else 2) + hidden
-
-    def params(num_ffns: int) -> int:
-        return outside + layers * (attention + shared + num_ffns * ffn + router + vectors)
-
+    resting = max(shape.experts, 1) - max(shape.active, 1)  # FFNs that a token does not meet
+    one = 3 * hidden * shape.size
+    total = sum(map(math.prod, skeleton.outside.values()))
     # every token meets the output matrix, even where it is the embedding, which is looked up
-    met = vocab * hidden + layers * (attention + shared + max(shape.active, 1) * ffn + router)
-    attended = 2 * layers * heads * head_dim * (context + 1)
+    met, attended = config["vocab_size"] * hidden, 0
+    for kind, count in Counter(skeleton.kinds).items():
+        shapes = skeleton.shapes(skeleton.kinds.index(kind))
+        matrices = [name for name, size in shapes.items() if len(size) > 1]
+        total += count * sum(map(math.prod, shapes.values()))
+        met += count * (sum(math.prod(shapes[name]) for name in matrices) - resting * one)
+        if any("self_attn" in name for name in matrices):
+            attended += count * 2 * heads * head_dim * (context + 1)
+    resting *= one * len(skeleton.kinds)
     return Cost(
         experts=shape.experts,
         active_experts=shape.active,
-        total_params=params(max(shape.experts, 1)),
-        active_params=params(max(shape.active, 1)),
+        total_params=total,
+        active_params=total - resting,
         flops_per_token=2 * met + attended,
         context=context,
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from moefy.checkpoint.meaning import meaning_of, own_keys
+from moefy.checkpoint.skeleton import Shapes, skeleton_of
 from moefy.errors import ArchitectureError, reason
 
 Bias = Literal["none", "qkv", "qkvo"]
@@ -25,34 +26,48 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @dataclass(frozen=True)
 class DenseFamily:
-    """The checkpoint layout of one dense architecture; all have LLaMA's block."""
+    """The checkpoint layout of one dense architecture.
+
+    Every layer adds attention, or what stands in its place, and then a SwiGLU FFN to the residual
+    stream, each behind a norm. Which tensors a layer has besides the FFN's, transformers says.
+    """
 
     model_type: str
     name: str = ""  # `architectures[0]` begins with it, or with the capitalised `model_type`
-    attention_bias: str = "none"  # a `Bias`, or the config key that switches all four on
-    qk_norm: bool = False  # whether queries and keys are normed by head
+    # what no other architecture computes but the target that is `of` this family
+    own: str = ""
     window: Window = "no"  # layers that have the sliding window, if the config has one
+    mixers: Sequence[str] = ()  # `layer_types` without attention
+    parallel: bool = False  # whether attention and FFN read the same normed stream
     multipliers: bool = False  # whether embeddings, attention, residuals and logits are scaled
     rope_switches: str | None = None  # config key that says which layers have the rotary embedding
     partial_rotary: bool = False  # whether a part of each head may go without rotary embedding
+    norm_offset: float = 0.0  # what is added to a norm's stored weight
     # tensors that are stored as one, their rows from the top down
     fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    gate: str = "mlp.gate_proj.weight"
+    up: str = "mlp.up_proj.weight"
+    down: str = "mlp.down_proj.weight"
+    ffn_norm: str = "post_attention_layernorm.weight"
+    final_norm: str = "model.norm.weight"
+    # settings with which `intermediate_size` is the FFN's size, where transformers changes it
+    sized: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
         """`architectures[0]` in config.json."""
         return f"{self.name or self.model_type.capitalize()}ForCausalLM"
 
+    @property
+    def model_tensors(self) -> tuple[str, str, str]:
+        """Names of the tensors outside of the layers."""
+        return "model.embed_tokens.weight", self.final_norm, "lm_head.weight"
+
     layer = "model.layers.{layer}."
-    gate = "mlp.gate_proj.weight"
-    up = "mlp.up_proj.weight"
-    down = "mlp.down_proj.weight"
-    ffn_norm = "post_attention_layernorm.weight"
-    model_tensors = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
 QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
-O_BIAS = "self_attn.o_proj.bias"
+O_PROJ = "self_attn.o_proj"
 
 _DATA = yaml.safe_load((files("moefy.checkpoint") / "families.yaml").read_text())
 FAMILIES = {name: DenseFamily(name, **row) for name, row in _DATA["families"].items()}
@@ -90,7 +105,7 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     window = read.get("sliding_window")
     slides = window is not None and family.window == "in all layers"
     usual = ("full_attention", "sliding_attention")[slides]
-    types = set(read.get("layer_types") or ()) - {usual}
+    types = set(read.get("layer_types") or ()) - {usual, *family.mixers}
     if family.window == "by layer" and window is not None:
         types -= {"sliding_attention"}
     switches = read.get(family.rope_switches or "", ())
@@ -122,24 +137,32 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             family.rope_switches and len(switches) != layers
         ),
     }
-    for key, only in {"hidden_act": "silu", "mlp_bias": False}.items():
+    for key, only in {"hidden_act": "silu", "mlp_bias": False, "use_bias": False}.items():
         found = read.get(key, only)
         what = f"sets {key} = {found!r}; the native targets can only express {only!r}"
         refused[what] = found != only and key in own_keys(read)
     for what, holds in refused.items():
         if holds:
             raise ArchitectureError(f"{source} {reason(what)}")
+    read |= _rope_settings(read)
+    if family.sized:
+        read["intermediate_size"] = skeleton_of(read).shapes(0)[family.gate][0]
+        read |= family.sized
     # null means no dropout for one family, and nothing for the others
-    return {**read, **_rope_settings(read), "attention_dropout": read["attention_dropout"] or 0.0}
+    return {**read, "attention_dropout": read.get("attention_dropout") or 0.0}
 
 
 def attention_bias(config: Mapping[str, Any]) -> Bias:
     """Return which attention projections of a dense model have a bias."""
-    match FAMILIES[config["model_type"]].attention_bias:
-        case "none" | "qkv" | "qkvo" as fixed:
-            return fixed
-        case key:
-            return "qkvo" if config.get(key) else "none"
+    shapes = skeleton_of(config).shapes(0)
+    if f"{O_PROJ}.bias" in shapes:
+        return "qkvo"
+    return "qkv" if f"{QKV[0]}.bias" in shapes else "none"
+
+
+def has_qk_norm(config: Mapping[str, Any]) -> bool:
+    """Return whether queries and keys of a dense or converted model are normed by head."""
+    return "self_attn.q_norm.weight" in skeleton_of(config).shapes(0)
 
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:
@@ -164,28 +187,17 @@ def rotary_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     return tuple(map(bool, config[key])) if key else (True,) * config["num_hidden_layers"]
 
 
-def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a layer but for the three FFN matrices."""
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
-    queries, keys = (
-        config["num_attention_heads"] * head_dim,
-        config["num_key_value_heads"] * head_dim,
-    )
-    rows = dict(zip(QKV, (queries, keys, keys), strict=True))
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        DenseFamily.ffn_norm: (hidden,),
-        **{f"{name}.weight": (size, hidden) for name, size in rows.items()},
-        "self_attn.o_proj.weight": (hidden, queries),
-    }
-    bias = attention_bias(config)
-    if bias != "none":
-        shapes |= {f"{name}.bias": (size,) for name, size in rows.items()}
-    if bias == "qkvo":
-        shapes[O_BIAS] = (hidden,)
-    if FAMILIES[config["model_type"]].qk_norm:
-        shapes |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
-    return shapes
+def layer_shapes(config: Mapping[str, Any], layer_idx: int) -> Shapes:
+    """Return the shape of every tensor of a layer, the FFN's included, fused ones in parts."""
+    family, found = FAMILIES[config["model_type"]], dict(skeleton_of(config).shapes(layer_idx))
+    rows = dict.fromkeys((family.gate, family.up), config["intermediate_size"])
+    for name in QKV:
+        key = "num_attention_heads" if name == QKV[0] else "num_key_value_heads"
+        rows[f"{name}.weight"] = config[key] * config["head_dim"]
+    for whole, parts in family.fused.items():
+        columns = found.pop(whole)[1]
+        found |= {part: (rows[part], columns) for part in parts}
+    return found
 
 
 def rotary_fraction(config: Mapping[str, Any]) -> float:

@@ -283,20 +283,16 @@ class DenseCheckpoint:
         self.folder = folder
         self.config = dense_config(read_config(folder), str(folder))
         self.family: DenseFamily = FAMILIES[self.config["model_type"]]
-        shapes = layer_shapes(self.config)
-        self.layer_tensors = tuple(shapes)  # without the FFN matrices
         self.num_layers: int = self.config["num_hidden_layers"]
+        self._layers = [layer_shapes(self.config, idx) for idx in range(self.num_layers)]
         # factor with which attention and FFN enter the residual stream; Granite's is not 1
         self.residual_scale = float(self.config.get("residual_multiplier", 1.0))
         self._rows: dict[str, tuple[str, slice]] = {}
         # all checks come before the first tensor is read, but for that of a second output matrix
         self._files = tensor_files(folder)
         self._shapes = {name: file.headers[name][1] for name, file in self._files.items()}
-        hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
-        layer = shapes | dict.fromkeys((self.family.gate, self.family.up), (inner, hidden))
-        layer[self.family.down] = (hidden, inner)
-        self._split_fused(layer)
-        self._check(layer)
+        self._split_fused()
+        self._check()
         embedding, head = self.family.model_tensors[0], self.family.model_tensors[-1]
         # the output matrix is the embedding; where both are stored and differ, no loader ties them
         self.tied = bool(self.config["tie_word_embeddings"])
@@ -312,6 +308,11 @@ class DenseCheckpoint:
         stored, rows = self._rows.get(name, (name, None))
         return self._files[stored].read(stored, rows)
 
+    def layer_tensors(self, layer_idx: int) -> list[str]:
+        """Return the names of a layer's tensors but for the FFN's three matrices."""
+        ffn = (self.family.gate, self.family.up, self.family.down)
+        return [name for name in self._layers[layer_idx] if name not in ffn]
+
     def stored_dtype(self, *names: str) -> torch.dtype:
         """Return the dtype that holds all of these tensors exactly."""
         return reduce(torch.promote_types, (getattr(torch, self._stored_as(n)) for n in names))
@@ -320,9 +321,10 @@ class DenseCheckpoint:
         """Return the size of all weight files."""
         return sum((self.folder / name).stat().st_size for name in weight_files(self.folder))
 
-    def _split_fused(self, layer: Mapping[str, tuple[int, ...]]) -> None:
+    def _split_fused(self) -> None:
         """Give the parts of fused tensors the names that they have in other families."""
-        for prefix in self._prefixes() if self.family.fused else ():
+        layers = zip(self._prefixes(), self._layers, strict=True)
+        for prefix, layer in layers if self.family.fused else ():
             for stored, parts in self.family.fused.items():
                 whole = prefix + stored
                 if whole not in self._shapes:
@@ -340,15 +342,16 @@ class DenseCheckpoint:
                         f"{self.folder}: {whole} has {rows} rows, config.json says {start}"
                     )
 
-    def _check(self, layer: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare all names and shapes with those of the family, `layer` being one layer's."""
+    def _check(self) -> None:
+        """Compare all names and shapes with those of the family."""
         family, hidden = self.family, self.config["hidden_size"]
         matrix = (self.config["vocab_size"], hidden)
         wanted: dict[str, tuple[int, ...]]
         wanted = {n: (hidden,) if "norm" in n else matrix for n in family.model_tensors}
         if self.config["tie_word_embeddings"] and "lm_head.weight" not in self._shapes:
             del wanted["lm_head.weight"]
-        wanted |= {prefix + n: shape for prefix in self._prefixes() for n, shape in layer.items()}
+        for prefix, layer in zip(self._prefixes(), self._layers, strict=True):
+            wanted |= {prefix + n: shape for n, shape in layer.items()}
         if missing := sorted(wanted.keys() - self._shapes.keys()):
             raise CheckpointError(
                 f"{self.folder} lacks {len(missing)} of its tensors, {missing[0]} the first: "

@@ -20,12 +20,13 @@ from moefy.checkpoint.families import (
     Bias,
     Window,
     attention_bias,
+    has_qk_norm,
     rotary_fraction,
     rotary_layers,
     sliding_layers,
     sliding_window,
 )
-from moefy.checkpoint.meaning import SIZES
+from moefy.checkpoint.meaning import SIZES, own_keys
 from moefy.errors import ArchitectureError
 from moefy.split import Split
 
@@ -62,6 +63,8 @@ class NativeTarget:
     up: str
     down: str
     settings: Mapping[str, Any]  # what makes it compute what the conversion relies on
+    # the dense family whose layers it has but for the FFN, with the same config keys
+    of: str | None = None
     # the shared expert; None if the architecture has none
     shared_gate: str | None = None
     shared_up: str | None = None
@@ -129,15 +132,34 @@ def native_target(
 
 def _differences(target: NativeTarget, dense: Mapping[str, Any], split: Split) -> list[str]:
     """Return what the target cannot express."""
-    bias = attention_bias(dense)
     family = FAMILIES[dense["model_type"]]
+    found = {
+        f"it is for {target.of} models": target.of not in (None, family.model_type),
+        f"it has not the {family.own} of {family.model_type}": (
+            family.own and target.of != family.model_type
+        ),
+        **({} if target.of else _differences_in_attention(target, dense)),
+        f"it has no shared expert, {split.shared} slices are shared": split.shared
+        and not target.shared_down,
+        "it always has a shared expert, no slice is shared": (
+            not split.shared and target.shared_down and not target.shared_optional
+        ),
+        "it needs two routed experts": split.routed < 2 and target.score == "sigmoid",
+    }
+    return [reason for reason, holds in found.items() if holds]
+
+
+def _differences_in_attention(target: NativeTarget, dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a target for many families may lack, and whether it does."""
+    bias, family = attention_bias(dense), FAMILIES[dense["model_type"]]
+    qk_norm = has_qk_norm(dense)
     window = sliding_window(dense)
     fraction = rotary_fraction(dense)
     rotary = all(rotary_layers(dense))
-    found = {
+    return {
         f"it has no bias on {bias}": _BIASES.index(bias) > _BIASES.index(target.attention_bias),
-        "it has no q/k norm": family.qk_norm and not target.qk_norm,
-        "it always norms q and k": not family.qk_norm and target.qk_norm is True,
+        "it has no q/k norm": qk_norm and not target.qk_norm,
+        "it always norms q and k": not qk_norm and target.qk_norm is True,
         f"it has no sliding window ({window} tokens)": window and target.window == "no",
         "its window is in all layers": (
             window and target.window == "in all layers" and not all(sliding_layers(dense))
@@ -150,14 +172,7 @@ def _differences(target: NativeTarget, dense: Mapping[str, Any], split: Split) -
         f"it rotates whole heads, not {fraction:g} of each": (
             fraction != 1 and not target.partial_rotary
         ),
-        f"it has no shared expert, {split.shared} slices are shared": split.shared
-        and not target.shared_down,
-        "it always has a shared expert, no slice is shared": (
-            not split.shared and target.shared_down and not target.shared_optional
-        ),
-        "it needs two routed experts": split.routed < 2 and target.score == "sigmoid",
     }
-    return [reason for reason, holds in found.items() if holds]
 
 
 def target_config(
@@ -165,10 +180,11 @@ def target_config(
 ) -> dict[str, Any]:
     """Return the config.json of a converted model; `dense` is canonical, `dtype` a stored one."""
     size = split.size(dense["intermediate_size"])
+    keys = (*_COPIED, *(own_keys({"model_type": target.model_type}) if target.of else ()))
     config: dict[str, Any] = {
         "architectures": [target.architecture],
         "model_type": target.model_type,
-        **{key: dense[key] for key in _COPIED if key in dense},
+        **{key: dense[key] for key in keys if key in dense},
         **target.settings,
         target.expert_size_key: size,
         target.num_experts_key: split.routed,
@@ -184,7 +200,7 @@ def target_config(
     if target.attention_bias != "none":
         config["attention_bias"] = attention_bias(dense) != "none"
     if isinstance(target.qk_norm, str):
-        config[target.qk_norm] = FAMILIES[dense["model_type"]].qk_norm
+        config[target.qk_norm] = has_qk_norm(dense)
     if target.window != "no":
         config["sliding_window"] = sliding_window(dense)
     if target.window == "by layer":

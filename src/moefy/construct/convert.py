@@ -264,7 +264,7 @@ def _write(
     else:
         config = target_config(target, dense.config, split, dtype=dense.dtype)
     # an upper bound: the header's size must be known before the tensors are
-    tensors_per_layer = len(dense.layer_tensors) + 3 * split.routed + 6
+    tensors_per_layer = len(dense.layer_tensors(0)) + 3 * split.routed + 6
     max_tensors = (dense.num_layers + 1) * tensors_per_layer
     with ShardWriter(folder, max_tensors=max_tensors) as writer, ThreadPoolExecutor(1) as beside:
         hashes = beside.submit(fingerprint, dense.folder)

@@ -60,7 +60,6 @@ def export_dense(
     # what cannot be undone is refused before anything is written
     recipe, config = _record(folder)
     slots = _slots(folder, config)
-    shapes = layer_shapes(config)
     family, tied = FAMILIES[config["model_type"]], config["tie_word_embeddings"]
     with RunFolder(out, "model", overwrite=overwrite, sources=[folder]) as run:
         stored = tensor_files(folder)
@@ -83,6 +82,9 @@ def export_dense(
                             raise CheckpointError(f"{folder} holds no {prefix + name}")
                         return stored[prefix + name].read(prefix + name)
 
+                    ffn = (family.gate, family.up, family.down)
+                    shapes = layer_shapes(config, layer_idx)
+                    shapes = {name: shape for name, shape in shapes.items() if name not in ffn}
                     layer = {name: read(name) for name in shapes}
                     wrong = [name for name in shapes if tuple(layer[name].shape) != shapes[name]]
                     if wrong:
@@ -91,7 +93,7 @@ def export_dense(
                             "than its source.config says"
                         )
                     matrices = _merged(read, target, recipe, order)
-                    layer |= zip((family.gate, family.up, family.down), matrices, strict=True)
+                    layer |= zip(ffn, matrices, strict=True)
                     for name, tensor in stored_form(family, layer).items():
                         writer.add(prefix + name, tensor)
                     report(Progress("export dense", layer_idx + 1, len(slots)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.families import O_BIAS, attention_bias
+from moefy.checkpoint.families import O_PROJ, QKV
 from moefy.checkpoint.reader import DenseCheckpoint, stored_form
 from moefy.checkpoint.targets import NativeTarget
 from moefy.construct.ffn import SplitFfn
@@ -30,7 +30,7 @@ def native_layer(
     prefix = dense.family.layer.format(layer=layer_idx)
     matrices = (dense.family.gate, dense.family.up, dense.family.down)
     dtype = dense.stored_dtype(*(prefix + name for name in matrices))
-    layer = {name: dense[prefix + name] for name in dense.layer_tensors}
+    layer = {name: dense[prefix + name] for name in dense.layer_tensors(layer_idx)}
     if target is None:
         layer |= {name: tensor.to("cpu", dtype) for name, tensor in _pruned(dense, split).items()}
         layer = stored_form(dense.family, layer)
@@ -38,9 +38,10 @@ def native_layer(
     if target is None:
         return
     # Qwen2 has biases on q, k and v alone; with a zero on the output the target computes the same
-    if target.attention_bias == "qkvo" and attention_bias(dense.config) == "qkv":
-        queries = layer["self_attn.q_proj.weight"]
-        yield prefix + O_BIAS, queries.new_zeros(queries.shape[1])
+    biases = {f"{name}.bias": f"{name}.weight" for name in (*QKV, O_PROJ)}
+    if target.attention_bias == "qkvo" and layer.keys() & biases:
+        for name in sorted(biases.keys() - layer.keys()):
+            yield prefix + name, layer[biases[name]].new_zeros(len(layer[biases[name]]))
     for name, tensor in _experts(split, dense.residual_scale, target):
         yield prefix + name, tensor.to("cpu", dtype)
     if target.sinks:

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moefy.checkpoint.cost import ffn_shape, has_qk_norm
+from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.families import has_qk_norm
 from moefy.checkpoint.gguf import export_gguf, last_line
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
