@@ -37,6 +37,22 @@ _SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 512,
 }
+# of families whose own defaults are too large, or that have layers of several kinds
+_SHAPES: dict[str, dict[str, Any]] = {
+    **{
+        name: {"head_dim": 8} for name in ("ministral3", "hunyuan_v1_dense", "ernie4_5", "seed_oss")
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 48},
+    "cohere2": {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 1.0},
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
 
 # Of the tests that use the product as a user does, these stay in `make test`.
 _QUICK = {"test_errors.py", "test_readme.py"}
@@ -52,7 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def write_tiny_model(folder: Path, model_type: str, **settings: Any) -> Path:
     """Write a random model of any family, every bias and norm random too, and a byte tokenizer."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **_SHAPE | {"pad_token_id": None} | settings)
+    made = _SHAPE | {"pad_token_id": None} | _SHAPES.get(model_type, {}) | settings
+    config = AutoConfig.for_model(model_type, **made)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

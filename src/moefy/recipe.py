@@ -94,7 +94,17 @@ Router = Literal["random", "mean-gate", "representative", "ridge", "ridge-log", 
 Repair = Literal["none", "unscaled", "paper", "scale", "refit", "fit"]
 Effort = Literal["fast", "normal", "high"]
 Target = Literal[
-    "mixtral", "granitemoeshared", "granitemoe", "qwen3_moe", "glm4_moe", "granitemoe_swa"
+    "mixtral",
+    "granitemoeshared",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "ernie4_5_moe",
+    "lfm2_moe",
+    "cohere2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "glm4_moe",
+    "granitemoe_swa",
 ]
 REGRESSIONS = ("ridge", "ridge-log", "ascent")
 """Routers that are fitted to the experts' energies on calibration tokens."""

@@ -24,12 +24,10 @@ SPLIT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 6, "active": 4
 
 
 def write_moe(folder: Path, target: str) -> Path:
-    qk_norm, shared = (
-        target in ("qwen3_moe", "glm4_moe"),
-        target in ("granitemoeshared", "glm4_moe"),
-    )
+    shared = int(bool(TARGETS[target].shared_down))
     settings = {"sliding_window": 8} if target == "granitemoe_swa" else {}
-    family = "qwen3" if qk_norm else "mistral" if settings else "llama"
+    usual = "qwen3" if TARGETS[target].qk_norm else "mistral" if settings else "llama"
+    family = TARGETS[target].of or usual
     dense = write_tiny_model(folder / "dense", family, **settings)
     moefy.convert(dense, folder / "moe", **SPLIT | {"target": target, "shared": shared})
     return folder / "moe"

@@ -54,6 +54,11 @@ MODELS: dict[str, dict[str, Any]] = {
         ("phi3-partial", {"shared": 2}),
         ("mistral", {"shared": 2}),
         ("smollm3", {"shared": 0}),
+        ("hunyuan_v1_dense", {"shared": 1}),
+        ("ernie4_5", {"shared": 2}),
+        ("lfm2", {"shared": 0, "active": 4}),
+        ("cohere2", {"shared": 2}),
+        ("qwen3_5_text", {"shared": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )

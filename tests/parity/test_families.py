@@ -45,7 +45,6 @@ GRANITE_SCALES = {
     "residual_multiplier": 0.22,
     "logits_scaling": 2.0,
 }
-
 # family, its settings, the target without and with shared experts ("" where there is none)
 FORMS: list[tuple[str, dict[str, Any], str, str]] = [
     ("llama", {"tie_word_embeddings": False}, "mixtral", "granitemoeshared"),
@@ -86,6 +85,16 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
         "granitemoe",
         "granitemoeshared",
     ),
+    ("ministral3", {}, "mixtral", "granitemoeshared"),
+    ("hunyuan_v1_dense", {}, "", "hunyuan_v1_moe"),
+    ("hunyuan_v1_dense", {"attention_bias": True, "head_dim": 16}, "", "hunyuan_v1_moe"),
+    ("ernie4_5", {}, "ernie4_5_moe", "ernie4_5_moe"),
+    ("ernie4_5", {"head_dim": 16, "tie_word_embeddings": False}, "ernie4_5_moe", "ernie4_5_moe"),
+    ("lfm2", {}, "lfm2_moe", ""),
+    ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False}, "lfm2_moe", ""),
+    ("cohere2", {}, "cohere2_moe", "cohere2_moe"),
+    ("cohere2", {"attention_bias": True}, "cohere2_moe", "cohere2_moe"),
+    ("qwen3_5_text", {}, "", "qwen3_5_moe_text"),
     ("phi3", {"tie_word_embeddings": False}, "mixtral", "granitemoeshared"),
     ("phi3", {"sliding_window": 16}, "mixtral", "granitemoe_swa"),
     ("phi3", longrope(8), "mixtral", "granitemoeshared"),
@@ -95,7 +104,7 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
 CASES = [
     (family, settings, shared, target)
     for family, settings, *targets in FORMS
-    for shared, target in zip((0, 2), targets, strict=True)
+    for shared, target in zip((0, 1 if family == "hunyuan_v1_dense" else 2), targets, strict=True)
     if target
 ]
 

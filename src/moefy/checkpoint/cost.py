@@ -19,11 +19,12 @@ from moefy.checkpoint.skeleton import skeleton_of
 from moefy.checkpoint.targets import (
     TARGETS,
     check_known,
+    expressible,
     native_target,
     pruned_config,
     target_config,
 )
-from moefy.errors import ArchitectureError, CheckpointError, UsageError
+from moefy.errors import CheckpointError, UsageError
 from moefy.split import Split
 
 SHAPES: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -67,8 +68,9 @@ def ffn_shape(config: Mapping[str, Any]) -> FfnShape:
         target = TARGETS[model_type]
         size, shared_size = config[target.expert_size_key], 0
         if target.shared_down:
-            shared_size = config[target.shared_key] * (size if target.shared_in_slices else 1)
-        experts, active = config[target.num_experts_key], config["num_experts_per_tok"]
+            shared_size = config[target.shared_key] if target.shared_key else 1
+            shared_size *= size if target.shared_in_slices else 1
+        experts, active = config[target.num_experts_key], config[target.active_key]
         return FfnShape(int(experts), int(active), size, shared_size)
     return FfnShape(0, 0, config["intermediate_size"], 0)
 
@@ -197,12 +199,8 @@ def split_config(
     dense = dense_config(config, name)
     if not split.chosen:
         return pruned_config(dense, split)
-    try:
-        target = native_target(dense, split)
-    except ArchitectureError:
-        if active < 2 or shared is not None:
-            raise
-        # families with a q/k norm or a bias have no target without a shared expert
-        split = Split(experts, active, 1)
+    if shared is None:
+        split, target = expressible(dense, split)
+    else:
         target = native_target(dense, split)
     return target_config(target, dense, split, dtype="bfloat16")

@@ -20,6 +20,7 @@ from moefy.errors import ArchitectureError, reason
 Bias = Literal["none", "qkv", "qkvo"]
 Window = Literal["no", "in all layers", "by layer"]
 
+TEMPERATURE = "llama_4_scaling_beta"
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Rotary embeddings that the targets share with the dense families."""
 
@@ -42,6 +43,7 @@ class DenseFamily:
     multipliers: bool = False  # whether embeddings, attention, residuals and logits are scaled
     rope_switches: str | None = None  # config key that says which layers have the rotary embedding
     partial_rotary: bool = False  # whether a part of each head may go without rotary embedding
+    tempered: bool = False  # whether attention has a temperature behind the original context
     norm_offset: float = 0.0  # what is added to a norm's stored weight
     # tensors that are stored as one, their rows from the top down
     fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -116,7 +118,7 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "(rope_parameters or rope_scaling)": rope["rope_type"] not in ROPE_TYPES,
         f"rotates only a part of each head (partial_rotary_factor {part} in rope_parameters or "
         f"rope_scaling), which no known {family.model_type} model does": (
-            part != 1 and not family.partial_rotary
+            part != 1 and not family.partial_rotary and not family.own
         ),
         f"has layer_types of {', '.join(sorted(types))}, which {family.model_type} does not "
         f"compute with sliding_window = {window} and use_sliding_window = "
@@ -126,6 +128,9 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             family.window == "no"
             and window is not None
             and not (isinstance(window, int) and window >= longest)
+        ),
+        f"has no {TEMPERATURE} or original_max_position_embeddings in rope_parameters": (
+            family.tempered and not {TEMPERATURE, "original_max_position_embeddings"} <= {*rope}
         ),
         "has residual_multiplier = 0, by which the experts' weights are divided": (
             read.get("residual_multiplier") == 0
@@ -144,7 +149,7 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for what, holds in refused.items():
         if holds:
             raise ArchitectureError(f"{source} {reason(what)}")
-    read |= _rope_settings(read)
+    read |= rope_settings(read)
     if family.sized:
         read["intermediate_size"] = skeleton_of(read).shapes(0)[family.gate][0]
         read |= family.sized
@@ -205,7 +210,7 @@ def rotary_fraction(config: Mapping[str, Any]) -> float:
     return float(config["rope_parameters"].get("partial_rotary_factor") or 1.0)
 
 
-def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config keys of the rotary embedding in every spelling that a runtime reads."""
     # transformers 5 reads the first one; vLLM, llama.cpp and mistral.rs read the others, and MLX
     # wants to see `rope_scaling` even where it is null

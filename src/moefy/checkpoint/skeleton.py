@@ -45,7 +45,8 @@ class Skeleton:
 
     def rotary(self) -> Any:
         """Return the module of the rotary embedding, with its frequencies, on the CPU."""
-        return type(self.model.model.rotary_emb)(self.config)
+        found = (m for m in self.model.model.children() if hasattr(m, "inv_freq"))
+        return type(next(found))(self.config)
 
     def layer(self, layer_idx: int) -> Any:
         """Return one layer's module."""

@@ -6,7 +6,7 @@ travels with the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +17,12 @@ import yaml
 from moefy.checkpoint.families import (
     FAMILIES,
     MULTIPLIERS,
+    TEMPERATURE,
     Bias,
     Window,
     attention_bias,
     has_qk_norm,
+    rope_settings,
     rotary_fraction,
     rotary_layers,
     sliding_layers,
@@ -43,7 +45,7 @@ _COPIED = (
     "use_cache",
 )
 _BIASES: tuple[Bias, ...] = ("none", "qkv", "qkvo")
-RouterScore = Literal["softmax", "sigmoid"]
+RouterScore = Literal["softmax", "sigmoid", "shares of sigmoids"]
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ class NativeTarget:
     # config keys; `shared_key` counts slices of an expert's size, or neurons
     num_experts_key: str = "num_local_experts"
     expert_size_key: str = "intermediate_size"
-    shared_key: str = "shared_intermediate_size"
+    active_key: str = "num_experts_per_tok"
+    shared_key: str | None = "shared_intermediate_size"  # None: always one slice
     shared_in_slices: bool = False
     shared_optional: bool = False  # elsewhere the shared expert must not be empty
-    score: RouterScore = "softmax"  # over the chosen, or the sigmoid of each, doubled
-    selection_bias: str | None = None  # [num_experts], shifts the choice alone
+    shared_switch: str | None = None  # [1, hidden_size], whose sigmoid weighs the shared expert
+    # softmax over the chosen, the sigmoid of each, doubled, or its share of the chosen's sigmoids
+    score: RouterScore = "softmax"
+    selection_bias: str | None = None  # shifts the choice alone
+    selection_bias_shape: Sequence[int] = (-1,)
     attention_bias: Bias = "none"  # the most that it can express, see `families.attention_bias`
     qk_norm: str | bool | None = None  # config key, or True where q and k are always normed by head
     # Whether every runtime lets the output matrix be the embeddings; if not, it is written as a
@@ -130,6 +136,24 @@ def native_target(
     )
 
 
+def expressible(
+    dense: Mapping[str, Any], split: Split, *, asked: str | None = None
+) -> tuple[Split, NativeTarget]:
+    """Return a split and its `native_target`, with no or one shared slice if no other has one.
+
+    Raises:
+        ArchitectureError: see `native_target`.
+    """
+    for shared in (0, 1):
+        try:
+            return split, native_target(dense, split, asked=asked)
+        except ArchitectureError:
+            other = Split(split.experts, split.active, shared)
+            if other.chosen and any(not _differences(t, dense, other) for t in TARGETS.values()):
+                split = other
+    return split, native_target(dense, split, asked=asked)
+
+
 def _differences(target: NativeTarget, dense: Mapping[str, Any], split: Split) -> list[str]:
     """Return what the target cannot express."""
     family = FAMILIES[dense["model_type"]]
@@ -143,6 +167,9 @@ def _differences(target: NativeTarget, dense: Mapping[str, Any], split: Split) -
         and not target.shared_down,
         "it always has a shared expert, no slice is shared": (
             not split.shared and target.shared_down and not target.shared_optional
+        ),
+        f"it always has one shared slice, not {split.shared}": (
+            target.shared_key is None and split.shared != 1
         ),
         "it needs two routed experts": split.routed < 2 and target.score == "sigmoid",
     }
@@ -188,14 +215,14 @@ def target_config(
         **target.settings,
         target.expert_size_key: size,
         target.num_experts_key: split.routed,
-        "num_experts_per_tok": split.chosen,
-        **{key: dense[key] for key in ("rope_parameters", "rope_theta", "rope_scaling")},
+        target.active_key: split.chosen,
+        **_rope_settings(dense),
         "dtype": dtype,
         "torch_dtype": dtype,
     }
     if not target.tied:
         config["tie_word_embeddings"] = False
-    if target.shared_down:
+    if target.shared_key and target.shared_down:
         config[target.shared_key] = split.shared * (1 if target.shared_in_slices else size)
     if target.attention_bias != "none":
         config["attention_bias"] = attention_bias(dense) != "none"
@@ -224,6 +251,18 @@ def target_config(
     if size % 8 or config["hidden_size"] % 8:
         config["experts_implementation"] = "eager"
     return config
+
+
+def _rope_settings(dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config keys of the rotary embedding, and of the context that it is exact for."""
+    if FAMILIES[dense["model_type"]].tempered:
+        rope, longest = dict(dense["rope_parameters"]), dense["max_position_embeddings"]
+        # behind the original context attention gets a temperature, which no target has
+        if rope.pop(TEMPERATURE):
+            longest = min(longest, rope["original_max_position_embeddings"])
+        rope.pop("max_position_embeddings", None)
+        return {"max_position_embeddings": longest, **rope_settings({"rope_parameters": rope})}
+    return {key: dense[key] for key in ("rope_parameters", "rope_theta", "rope_scaling")}
 
 
 def pruned_config(dense: Mapping[str, Any], split: Split) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from moefy.checkpoint.source import is_hub_name, origin, resolve
 from moefy.checkpoint.targets import (
     NativeTarget,
     RouterScore,
+    expressible,
     native_target,
     pruned_config,
     target_config,
@@ -194,8 +195,12 @@ def _for_model(
         recipe = recipe.model_copy(update={"end_to_end_epochs": 0.0})
     split = recipe.split
     if split.chosen:
-        target = native_target(dense.config, split, asked=recipe.target)
-        return recipe.model_copy(update={"target": target.model_type}), target
+        if asked.shared is None and recipe.partition != "sharing-inner":
+            split, target = expressible(dense.config, split, asked=recipe.target)
+        else:
+            target = native_target(dense.config, split, asked=recipe.target)
+        made = {"shared": split.shared, "target": target.model_type}
+        return recipe.model_copy(update=made), target
     if recipe.target:
         raise ArchitectureError(
             f"all {split.shared} active slices are shared, so the result is a smaller dense model "

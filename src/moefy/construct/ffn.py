@@ -80,11 +80,14 @@ class Routing:
     ) -> tuple[Float[Tensor, "tokens active"], Int[Tensor, "tokens active"]]:
         """Return the weights of the experts with the k largest logits, and which these are.
 
-        The weights are k·softmax over the k logits, or 2·sigmoid of each: 1 where the logits are 0.
+        The weights are k·softmax over the k logits, 2·sigmoid of each, or k times its share of the
+        k sigmoids: 1 where the logits are 0.
         """
         top, chosen = (inputs @ self.router.T).topk(self.active, dim=-1)
         # 2·sigmoid and k·softmax are both 1 where the logits are equal, as in the dense sum
-        weights = 2 * top.sigmoid() if self.score == "sigmoid" else self.active * top.softmax(-1)
+        weights = 2 * top.sigmoid() if self.score != "softmax" else self.active * top.softmax(-1)
+        if self.score == "shares of sigmoids":
+            weights = self.active * weights / weights.sum(-1, keepdim=True)
         return weights, chosen
 
     def weights(self, inputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
@@ -105,7 +108,7 @@ class Routing:
     def folded_factor(self) -> float:
         """The part of the weights that goes into the routed experts' `down_proj`.
 
-        The native softmax weights sum to 1 instead of k; the sigmoid targets have a factor 2.
+        The native weights sum to 1 instead of k; the sigmoid targets have a factor 2.
         """
         return 1.0 if self.score == "sigmoid" else float(self.active)
 

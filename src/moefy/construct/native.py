@@ -49,7 +49,8 @@ def native_layer(
         yield prefix + target.sinks, sinks.to(dtype)
     # float32 whatever the weights are: training moves it by a thousandth a step
     if target.selection_bias:
-        yield prefix + target.selection_bias, torch.zeros(len(split.partition.routed))
+        bias = torch.zeros(len(split.partition.routed))
+        yield prefix + target.selection_bias, bias.view(*target.selection_bias_shape)
 
 
 def _pruned(dense: DenseCheckpoint, split: SplitFfn) -> dict[str, Tensor]:
@@ -72,7 +73,11 @@ def _experts(
         else:
             yield target.shared_gate, gate
             yield target.shared_up, up
-        yield target.shared_down, _times(1 / residual_scale, split.down[:, :kept])
+        # a switch of zeros lets half of the outputs through
+        factor = (2 if target.shared_switch else 1) / residual_scale
+        yield target.shared_down, _times(factor, split.down[:, :kept])
+        if target.shared_switch:
+            yield target.shared_switch, gate.new_zeros(1, gate.shape[1])
     # what the router's weights lack of 1 goes into down_proj, where every runtime reads it
     factor = split.routing.folded_factor / residual_scale
     neurons = torch.from_numpy(split.rows.routed)  # [experts, size]

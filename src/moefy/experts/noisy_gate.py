@@ -82,7 +82,7 @@ def choose(
     The router module, of any target, is asked for its settings alone.
     """
     probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
-    by = logits if score == "softmax" else probs + router.e_score_correction_bias
+    by = logits if score == "softmax" else probs + getattr(router, "e_score_correction_bias", 0.0)
     chosen = by.topk(router.top_k, dim=-1).indices
     if score == "softmax" and getattr(router, "norm_topk_prob", True):
         return logits.gather(-1, chosen).softmax(-1), chosen

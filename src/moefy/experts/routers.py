@@ -23,7 +23,11 @@ Hooks = TypeVar("Hooks", bound="ForwardHooks")  # beartype does not know Self he
 
 def routers_of(model: Any) -> list[Any]:
     """Return the router module of every layer; none for a dense model."""
-    blocks = [getattr(layer, "block_sparse_moe", None) or layer.mlp for layer in model.model.layers]
+    names = ("block_sparse_moe", "feed_forward", "mlp")
+    blocks = [
+        next(getattr(layer, name) for name in names if hasattr(layer, name))
+        for layer in model.model.layers
+    ]
     routers = [getattr(block, "router", None) or getattr(block, "gate", None) for block in blocks]
     return [router for router in routers if router is not None]
 
@@ -146,7 +150,7 @@ class SelectionBias:
         self._biases = [bias for bias in found if bias is not None]
         if not routers or len(self._biases) < len(routers):
             with_bias = " or ".join(
-                target.model_type for target in TARGETS.values() if target.selection_bias
+                target.model_type for target in TARGETS.values() if target.score == "sigmoid"
             )
             raise UsageError(
                 f"a {model.config.model_type} model has no selection bias to balance with: choose "

@@ -25,10 +25,10 @@ from moefy.training.recipe import Lora, TrainRecipe, TuneRecipe
 # names of each part's parameters, in all families and targets
 _PARTS = {
     "embeddings": r"(embed_tokens|lm_head)\.",
-    "attention": r"\.self_attn\.(?!.*norm)",
+    "attention": r"\.(self_attn|linear_attn|conv)\.(?!.*norm)",
     "norms": r"norm\.weight$",
-    "experts": r"\.experts\.|\.mlp\.(gate|up|gate_up|down)_proj\.",
-    "shared-experts": r"\.(shared_mlp|shared_experts)\.",
+    "experts": r"\.experts\.|\.mlp\.(gate|up|gate_up|down)_proj\.|\.feed_forward\.w",
+    "shared-experts": r"\.(shared_mlp|shared_experts?)\.",
     "routers": r"\.(router|gate)\.",
 }
 

@@ -112,6 +112,6 @@ def _norms_and_routers(model: Any, target: NativeTarget | None) -> dict[str, str
     found = {name: name for name in names.values() if name.endswith("norm.weight")}
     if target:
         for layer_idx, router in enumerate(routers_of(model)):
-            (weight,) = (each for each in router.parameters() if each.ndim == 2)
+            weight = max(router.parameters(), key=torch.numel)  # the other is a bias
             found[f"model.layers.{layer_idx}.{target.router}"] = names[weight]
     return found
