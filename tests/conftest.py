@@ -43,7 +43,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         name: {"head_dim": 8} for name in ("ministral3", "hunyuan_v1_dense", "ernie4_5", "seed_oss")
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 48},
-    "cohere2": {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 1.0},
+    "cohere2": {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 2.0},
     "qwen3_5_text": {
         "head_dim": 16,
         "layer_types": ["linear_attention", "full_attention"],

@@ -100,6 +100,7 @@ Target = Literal[
     "hunyuan_v1_moe",
     "ernie4_5_moe",
     "lfm2_moe",
+    "flex_olmo",
     "cohere2_moe",
     "qwen3_5_moe_text",
     "qwen3_moe",

@@ -72,7 +72,7 @@ def research_logits(
         layer = replay.layer(layer_idx)
         entered, hidden = hidden, layer.attend(hidden)
         sample = layer.sample(hidden, entered)
-        hidden = hidden + split(sample.inputs).view_as(hidden)
+        hidden = hidden + layer.added(split(sample.inputs)).view_as(hidden)
         logits = sample.inputs @ split.routing.router.T
         if 0 < (active := split.routing.active) < logits.shape[1]:
             last, next_ = logits.topk(active + 1, dim=1).values[:, -2:].T

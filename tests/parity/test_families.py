@@ -14,9 +14,12 @@ from tests.parity.test_construct import TOKENS, research_logits
 from transformers import AutoModelForCausalLM
 
 import moefy
+from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.text import calibration_windows
+from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.cost import cost
-from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.families import FAMILIES, NOT_CARRIED
+from moefy.checkpoint.reader import DenseCheckpoint, read_config
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.recipe import LLAMA_MOE
 
@@ -92,6 +95,8 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
     ("ernie4_5", {"head_dim": 16, "tie_word_embeddings": False}, "ernie4_5_moe", "ernie4_5_moe"),
     ("lfm2", {}, "lfm2_moe", ""),
     ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False}, "lfm2_moe", ""),
+    ("olmo2", {}, "flex_olmo", ""),
+    ("olmo2", {"attention_bias": True}, "flex_olmo", ""),
     ("cohere2", {}, "cohere2_moe", "cohere2_moe"),
     ("cohere2", {"attention_bias": True}, "cohere2_moe", "cohere2_moe"),
     ("qwen3_5_text", {}, "", "qwen3_5_moe_text"),
@@ -172,6 +177,24 @@ def test_fitted_checkpoint_equals_research_form(
     difference = (logits(out, ids) - expected).abs().amax(-1).flatten()
     assert difference[~tied].max() < 1e-4
     assert tied.float().mean() < 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_model_is_replayed(tmp_path: Path, family: str) -> None:
+    """The residual stream that a fit brings the converted model back to is the dense model's."""
+    dense = write_tiny_model(tmp_path, family)
+    ids = token_ids(16)
+    replay = ModelReplay(DenseCheckpoint(dense))
+    walk = CalibrationWalk(replay, ids.numpy(), follow_dense=True)
+    assert walk.dense is not None
+    for layer_idx in range(replay.num_layers):
+        tokens = walk.enter(replay.layer(layer_idx))
+        outputs = tokens.sample(slice(None)).outputs()
+        walk.leave(tokens, lambda *_, outputs=outputs: outputs)
+    expected, head = logits(dense, ids), replay.head()
+    for states in (walk.dense, tokens.hidden):  # the second behind a split that loses nothing
+        found = head(states[slice(None)]).view(expected.shape)
+        assert (found - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -301,7 +324,7 @@ def test_windows_longer_than_the_sliding_window_are_refused(tmp_path: Path, corp
         ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
-        ({"model_type": "olmo2"}, "norms behind attention and FFN"),
+        *(({"model_type": name}, why[:40]) for name, why in NOT_CARRIED.items()),
         ({"model_type": "nonsense"}, "'nonsense'; moefy converts dense llama, mistral"),
     ],
 )

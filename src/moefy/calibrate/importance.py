@@ -61,7 +61,8 @@ def window_importance(
             layer = replay.layer(layer_idx)
             inputs.append(hidden)
             hidden = layer.attend(inputs[-1])
-            hidden = hidden + layer.sample(hidden, inputs[-1]).outputs().view_as(hidden)
+            outputs = layer.sample(hidden, inputs[-1]).outputs()
+            hidden = hidden + layer.added(outputs).view_as(hidden)
         features += [part.mean(dim=1) for part in hidden.tensor_split(segments, dim=1)]
         pairs = zip(hidden, ids.to(hidden.device), strict=True)
         gradient = torch.stack([_loss_gradient(head, *window) for window in pairs])
@@ -112,7 +113,7 @@ def _backward(
         residual = layer.attend(leaf)
         sample = layer.sample(residual, leaf)
         activations = swiglu(sample.inputs, sample.gate, sample.up)
-        outputs = residual + (activations @ sample.down.T).view_as(residual)
+        outputs = residual + layer.added(activations @ sample.down.T).view_as(residual)
     at_inputs, at_activations = torch.autograd.grad(outputs, (leaf, activations), gradient)
     score = (activations.detach() * at_activations).abs()
     return at_inputs, score.unflatten(0, inputs.shape[:2])

@@ -6,7 +6,7 @@ Memory is one layer plus the hidden states that the caller keeps, never the whol
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefy.calibrate.sample import FfnSample, swiglu
-from moefy.checkpoint.families import sliding_window
+from moefy.checkpoint.families import DenseFamily, sliding_window
 from moefy.checkpoint.reader import DenseCheckpoint, stored_form
 from moefy.checkpoint.skeleton import skeleton_of
 from moefy.errors import UsageError
@@ -42,13 +42,17 @@ class LayerReplay:
         module.load_state_dict(stored_form(family, state), assign=True)
         module.requires_grad_(False)
         setattr(module, family.gate.partition(".")[0], _FfnStub())
-        self._module, self._rotary, self.parallel = module, rotary, family.parallel
-        self._norm = getattr(module, family.ffn_norm.partition(".")[0])
+        self._module, self._rotary = module, rotary
+        self.parallel, self.normed = family.parallel, bool(family.after_ffn)
+        self._norm, self._after = (
+            getattr(module, name.partition(".")[0]) if name else None
+            for name in (family.ffn_norm, family.after_ffn)
+        )
         # Granite scales what enters the residual stream; with the scale in `down`, methods that
         # compare outputs need not know of it.
         self.gate, self.up = state[family.gate], state[family.up]
         self.down = dense.residual_scale * state[family.down]
-        self.norm_gain = family.norm_offset + state[family.ffn_norm]
+        self.norm_gain = _gain(family, state)
 
     def ffn(
         self, residual: Float[Tensor, "windows sequence hidden"]
@@ -57,8 +61,24 @@ class LayerReplay:
 
         `residual` is the stream behind attention, or in front of it where both are parallel.
         """
-        inputs = self._norm(residual).flatten(0, 1)
-        return (swiglu(inputs, self.gate, self.up) @ self.down.T).view_as(residual)
+        inputs = self.inputs(residual, residual)
+        outputs = swiglu(inputs, self.gate, self.up) @ self.down.T
+        return self.added(outputs).view_as(residual)
+
+    def inputs(
+        self,
+        residual: Float[Tensor, "windows sequence hidden"],
+        entered: Float[Tensor, "windows sequence hidden"] | None,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Return what the FFN reads; the arguments are those of `sample`."""
+        read = entered if self.parallel else residual
+        assert read is not None
+        return (self._norm(read) if self._norm else read).flatten(0, 1)
+
+    def added(self, outputs: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        """Return what is added to the residual stream for the FFN's outputs."""
+        found: Tensor = self._after(outputs) if self._after else outputs
+        return found
 
     def attend(
         self, hidden: Float[Tensor, "windows sequence hidden"]
@@ -83,7 +103,7 @@ class LayerReplay:
         """Return the FFN with its inputs, all windows in one row of tokens.
 
         A token's error counts by ω = 1/mean(x²), x the residual stream that the FFN's output is
-        added to, scaled to the mean 1.
+        added to, scaled to the mean 1. Where that output is normed first, x is the output.
 
         Args:
             residual: x, behind attention.
@@ -91,10 +111,10 @@ class LayerReplay:
         """
         # The next norm divides by the stream's size, so an equal error matters less where the
         # stream is large.
-        read = entered if self.parallel else residual
-        assert read is not None
-        inputs = self._norm(read).flatten(0, 1)
-        weights = 1 / residual.flatten(0, 1).square().mean(dim=1).clamp_min(1e-12)
+        inputs, size = self.inputs(residual, entered), residual.flatten(0, 1)
+        if self._after:
+            size = swiglu(inputs, self.gate, self.up) @ self.down.T
+        weights = 1 / size.detach().square().mean(dim=1).clamp_min(1e-12)
         return FfnSample(
             self.gate, self.up, self.down, self.norm_gain, inputs, weights / weights.mean()
         )
@@ -104,15 +124,22 @@ def weights_alone(dense: DenseCheckpoint, layer_idx: int) -> FfnSample:
     """Return a layer's FFN without calibration tokens, for weight-only methods."""
     family = dense.family
     prefix = family.layer.format(layer=layer_idx)
-    gate, up, down, gain = (
-        dense[prefix + name] for name in (family.gate, family.up, family.down, family.ffn_norm)
-    )
+    names = filter(None, (family.gate, family.up, family.down, family.ffn_norm))
+    state = {name: dense[prefix + name] for name in names}
+    gate, up, down = (state[name] for name in (family.gate, family.up, family.down))
     # the stored dtype is kept where nothing is computed: most of these methods only move rows
     if dense.residual_scale != 1:
         down = dense.residual_scale * down.float()
     nothing = torch.zeros(0)
-    gain = family.norm_offset + gain.float()
-    return FfnSample(gate, up, down, gain, nothing.view(0, gate.shape[1]), nothing)
+    return FfnSample(gate, up, down, _gain(family, state), nothing.view(0, gate.shape[1]), nothing)
+
+
+def _gain(family: DenseFamily, state: Mapping[str, Tensor]) -> Float[Tensor, " hidden"]:
+    """Return what the norm in front of the FFN multiplies by."""
+    if family.ffn_norm is None:
+        down = state[family.down]
+        return torch.ones(len(down), device=down.device)
+    return family.norm_offset + state[family.ffn_norm].float()
 
 
 def _placed(stored: Tensor) -> Tensor:
@@ -162,7 +189,8 @@ class ModelReplay:
         norm = copy.deepcopy(self._skeleton.model.get_submodule(stored.rpartition(".")[0]))
         norm.load_state_dict({"weight": _placed(self.dense[stored])}, assign=True)
         norm.requires_grad_(False)
-        scale = 1 / self.dense.config.get("logits_scaling", 1.0)
+        config = self.dense.config  # Granite divides the logits, Cohere multiplies them
+        scale = config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
         matrix = _placed(self.dense[name])
 
         def logits(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:

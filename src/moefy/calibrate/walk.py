@@ -78,7 +78,8 @@ class LayerTokens:
         residual = self.hidden[tokens]
         entered = None if self.entered is None else self.entered[tokens][None]
         sample = self.layer.sample(residual[None], entered)
-        if self.dense is not None:
+        # behind a norm the outputs cannot be asked to mend the stream, only to be the dense ones
+        if self.dense is not None and not self.layer.normed:
             # added to the stream in front of the FFN, this gives the dense model's behind it
             sample.desired = self.dense[tokens] - residual
         return sample
@@ -163,5 +164,8 @@ class CalibrationWalk:
     ) -> None:
         """Take the tokens through the converted FFN, which is given the precision too."""
         for block in self._blocks():
-            inputs = tokens.sample(block).inputs
-            self._hidden[block] = self._hidden[block] + ffn(inputs, self._precision)
+            residual = self._hidden[block]
+            entered = None if self._entered is None else self._entered[block][None]
+            inputs = tokens.layer.inputs(residual[None], entered)
+            outputs = tokens.layer.added(ffn(inputs, self._precision))
+            self._hidden[block] = residual + outputs

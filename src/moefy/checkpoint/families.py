@@ -29,8 +29,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 class DenseFamily:
     """The checkpoint layout of one dense architecture.
 
-    Every layer adds attention, or what stands in its place, and then a SwiGLU FFN to the residual
-    stream, each behind a norm. Which tensors a layer has besides the FFN's, transformers says.
+    Every layer adds attention, or what stands in its place, and a SwiGLU FFN to the residual
+    stream, each with a norm in front of it or behind. transformers says which tensors a layer has.
     """
 
     model_type: str
@@ -50,7 +50,10 @@ class DenseFamily:
     gate: str = "mlp.gate_proj.weight"
     up: str = "mlp.up_proj.weight"
     down: str = "mlp.down_proj.weight"
-    ffn_norm: str = "post_attention_layernorm.weight"
+    ffn_norm: str | None = (
+        "post_attention_layernorm.weight"  # None: the FFN reads the stream itself
+    )
+    after_ffn: str | None = None  # norm of what the FFN adds to the stream
     final_norm: str = "model.norm.weight"
     # settings with which `intermediate_size` is the FFN's size, where transformers changes it
     sized: Mapping[str, Any] = field(default_factory=dict)
