@@ -65,11 +65,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def tiny_config(model_type: str, **settings: Any) -> dict[str, Any]:
+    """Return the config.json of a small model of any family."""
+    made = _SHAPE | {"pad_token_id": None} | _SHAPES.get(model_type, {}) | settings
+    config: dict[str, Any] = AutoConfig.for_model(model_type, **made).to_dict()
+    return config
+
+
 def write_tiny_model(folder: Path, model_type: str, **settings: Any) -> Path:
     """Write a random model of any family, every bias and norm random too, and a byte tokenizer."""
     torch.manual_seed(0)
-    made = _SHAPE | {"pad_token_id": None} | _SHAPES.get(model_type, {}) | settings
-    config = AutoConfig.for_model(model_type, **made)
+    config = AutoConfig.for_model(**tiny_config(model_type, **settings))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

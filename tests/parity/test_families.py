@@ -164,7 +164,7 @@ def test_fitted_checkpoint_equals_research_form(
     """Replay, walk, router, refit and writing agree with transformers' own forward pass."""
     dense, out = write_tiny_model(tmp_path / "dense", family, **settings), tmp_path / "moe"
     short = {"calibration_tokens": 2048, "calibration_length": 16}
-    tokens = short if settings.get("sliding_window") else TOKENS
+    tokens = short if read_config(dense).get("sliding_window") else TOKENS
     choices = {"experts": 8, "active": 4, "shared": shared, "end_to_end_epochs": 0} | tokens
     made = moefy.convert(dense, out, data=corpus, **choices)
     assert made.recipe.target == target
