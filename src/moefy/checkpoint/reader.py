@@ -45,7 +45,12 @@ _SIDE_FILES = (
 )
 _MOST_JSON_BYTES = 32 << 20  # the index of the largest model has 9 MB
 _MADV_POPULATE_READ = 22  # of <sys/mman.h>; Python has no name for it
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+_SAFETENSORS_DTYPES = {
+    **{"F32": "float32", "BF16": "bfloat16", "F16": "float16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+}
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -375,10 +380,10 @@ class DenseCheckpoint:
                     f"{self.folder}: {name} has shape {list(self._shapes[name])}, config.json says "
                     f"{list(shape)}"
                 )
-            if (dtype := self._stored_as(name)) not in _SAFETENSORS_DTYPES.values():
+            if (dtype := self._stored_as(name)) not in WEIGHT_DTYPES:
                 raise CheckpointError(
                     f"{self.folder}: {name} is stored as {dtype}; allowed are "
-                    f"{', '.join(_SAFETENSORS_DTYPES.values())}"
+                    f"{', '.join(WEIGHT_DTYPES)}"
                 )
 
     def _stored_as(self, name: str) -> str:

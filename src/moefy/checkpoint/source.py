@@ -15,8 +15,20 @@ import yaml
 from torch import Tensor
 
 from moefy import assets
+from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.gguf import open_gguf, parts
-from moefy.checkpoint.reader import PICKLED, SINGLE, indexed_files, read_config
+from moefy.checkpoint.quantised import dequantised_tensors, method_of
+from moefy.checkpoint.reader import (
+    PICKLED,
+    SINGLE,
+    fingerprint,
+    indexed_files,
+    read_config,
+    read_json,
+    side_files,
+    tensor_files,
+)
+from moefy.checkpoint.targets import TARGETS
 from moefy.checkpoint.writer import ShardWriter
 from moefy.errors import CheckpointError, reason
 from moefy.progress import Progress, ProgressFn, silent
@@ -44,13 +56,13 @@ def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return _plain(path, report)
     if path.is_file() and path.suffix == ".gguf":
         return dequantised(path, report=report)
     if str(source) == BUILTIN:
         return builtin(report=report)
     if is_hub_name(source):
-        return _from_hub(str(source))
+        return _plain(_from_hub(str(source)), report)
     problem = "is a file" if path.is_file() else "does not exist"
     raise CheckpointError(
         f"{source} {problem}; a source is a model folder, a .gguf file, {BUILTIN}, "
@@ -154,6 +166,28 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
         _write_plain(
             partial, model.config.to_diff_dict(), tensors, len(model.tensors), stage, report
         )
+
+
+def _plain(folder: Path, report: ProgressFn) -> Path:
+    """Return the folder, or that of its weights in the cache where they are quantised."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    is_known = config.get("model_type") in {**FAMILIES, **TARGETS}
+    method = method_of(config, folder) if is_known else None
+    if method is None:
+        return folder
+    config = read_config(folder)
+    files = tensor_files(folder)
+    plain = cache_folder() / "models" / f"plain-1-{digest(fingerprint(folder))}"
+    if not (plain / "config.json").is_file():
+        with cached_folder(plain) as partial:
+            for beside in (*side_files(folder), *folder.glob("README.md")):
+                shutil.copyfile(beside, partial / beside.name)
+            tensors = dequantised_tensors(folder, config, files)
+            written = {key: config[key] for key in config if key != "quantization_config"}
+            stage = f"dequantise {folder.name} ({method})"
+            _write_plain(partial, written, tensors, len(files), stage, report)
+    return plain
 
 
 def _write_plain(
