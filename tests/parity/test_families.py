@@ -323,7 +323,7 @@ def test_windows_longer_than_the_sliding_window_are_refused(tmp_path: Path, corp
         ({"rope_scaling": {"type": "spiral"}}, "rotary embedding 'spiral'; known are default"),
         ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"is quantised \(hqq\)"),
         *(({"model_type": name}, why[:40]) for name, why in NOT_CARRIED.items()),
         ({"model_type": "nonsense"}, "'nonsense'; moefy converts dense llama, mistral"),
     ],
