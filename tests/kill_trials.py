@@ -34,7 +34,7 @@ COMMANDS = {
     "train": f"train ../../moe out --data ../../text --tokens 384 {_TRAIN}",
     "tune": f"tune ../../moe out --data ../../talks.jsonl --set epochs=1 {_TUNE}",
     "report": "report out ../../dense ../moe --data ../../text --windows 1 --sequence-length 32",
-    "export gguf": "export gguf ../../known out --dtype f32",
+    "export gguf": "export gguf ../../known out --quantize f32",
     "export dense": "export dense ../../moe out",
     "study": "study out --model ../../narrow --data ../../text --only size --seeds 1 --tokens 32 "
     "--set sequence_length=32 --set windows=1 --set experts=4 --set active=2 "

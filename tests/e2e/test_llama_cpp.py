@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,8 +16,11 @@ from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefy
+from moefy.checkpoint.cost import cost
+from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import builtin
 from moefy.errors import MoefyError
+from moefy.evaluation.llama_cpp import gguf_cost
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -128,6 +132,46 @@ def test_llama_cpp_decodes_the_same(
     assert found == expected
     assert max(abs(a - b) for a, b in zip(probs, their_probs, strict=True)) < 0.02
     assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_eval_runs_a_gguf_file_in_llama_cpp(tmp_path: Path, family: str) -> None:
+    """Alone and beside its folder: the same tokens, cost and, but for float16, loss."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    write_small_model(dense, family)
+    moefy.convert(dense, moe, **EXACT | {"experts": 16, "active": 16, "shared": 4})
+    file = moefy.export_gguf(moe, tmp_path / "moe.gguf")
+    text: dict[str, Any] = {"windows": 1, "sequence_length": 96}
+    folder, beside = moefy.evaluate([moe, file], **text).results
+    alone = moefy.evaluate(file, decode=False, **text).results[0]
+    assert beside.perplexity == alone.perplexity
+    assert math.log(beside.perplexity / folder.perplexity) == pytest.approx(0, abs=1e-3)
+    assert beside.perplexity != folder.perplexity
+    assert beside.cost == folder.cost
+    assert beside.decode_tokens_per_s > 0
+
+
+@pytest.mark.parametrize("choices", [{"shared": 0}, {"shared": 2}], ids=str)
+def test_the_cost_of_a_gguf_file(tmp_path: Path, choices: dict[str, Any]) -> None:
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    write_small_model(dense, "llama")
+    moefy.convert(dense, moe, **EXACT | {"experts": 16, "active": 4} | choices)
+    file = moefy.export_gguf(moe, tmp_path / "moe.gguf")
+    assert gguf_cost(file, 512) == cost(read_config(moe))
+
+
+@pytest.mark.slow
+def test_the_loss_of_quantisation(tmp_path: Path) -> None:
+    """Measured in llama.cpp: Q8_0 costs 0.01 nats over F16 at most, Q4_K_M some more."""
+    moefy.convert("smollm2-135m", tmp_path / "moe", **EXACT | {"experts": 16, "active": 16})
+    files = [
+        moefy.export_gguf(tmp_path / "moe", tmp_path / f"{dtype}.gguf", dtype=dtype)
+        for dtype in ("f16", "q8_0", "q4_k_m")
+    ]
+    found = moefy.evaluate(files, windows=1, sequence_length=256, decode=False).results
+    half, eight, four = (math.log(each.perplexity) for each in found)
+    assert abs(eight - half) < 0.01
+    assert 0.01 < four - half < 0.5
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3.1", "qwen3"])

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from moefy.checkpoint.families import FAMILIES, sliding_window
 from moefy.checkpoint.meaning import meaning_of, own_keys
+from moefy.checkpoint.quantise import QUANTISED, rewrite
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import TARGETS, check_known
 from moefy.errors import ArchitectureError, CheckpointError, MoefyError, UsageError, reason
@@ -35,7 +36,7 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import whole_file
 
 _READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", *QUANTISED)
 _ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,  # Mistral's too
     "qwen2": MODEL_ARCH.QWEN2,
@@ -84,6 +85,12 @@ class _CheckedReader(GGUFReader):  # type: ignore[misc]
         if len(found) < count or self._num_values > _MOST_VALUES:
             raise ValueError(f"{count} values at byte {offset} of {len(self.data)}")
         return found
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Say whether a source is a GGUF file."""
+    path = Path(source).expanduser()
+    return path.is_file() and path.suffix == ".gguf"
 
 
 def parts(path: Path) -> list[Path]:
@@ -357,12 +364,12 @@ def export_gguf(
     overwrite: bool = False,
     report: ProgressFn = silent,
 ) -> Path:
-    """Write a model as a GGUF file with llama.cpp's own converter, in a process of its own.
+    """Write a model as a GGUF file with llama.cpp's own converter and quantiser.
 
     Args:
         model: a converted (or dense) model folder with its tokenizer.
         out: the file to write; it appears whole or not at all.
-        dtype: dtype of the matrices, one of `DTYPES`. Norms and routers stay float32.
+        dtype: what most matrices are stored as, one of `DTYPES`. Norms and routers stay float32.
         overwrite: replace an existing file.
         report: told about progress.
 
@@ -374,7 +381,7 @@ def export_gguf(
     """
     folder, out = Path(model).expanduser(), Path(out).expanduser()
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        raise UsageError(f"--quantize {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     config = read_config(folder)
     check_known(config.get("model_type"), folder)
     _check_expressible(config, folder)
@@ -387,7 +394,8 @@ def export_gguf(
     root = Path(package.submodule_search_locations[0]) / "llama.cpp"
     report(Progress("export gguf", 0, 1))
     with whole_file(out, overwrite=overwrite, sources=[folder]) as partial:
-        arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", dtype]
+        stored = "auto" if dtype in QUANTISED else dtype  # auto: 16 bits, of the model's own kind
+        arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", stored]
         done = subprocess.run(
             [sys.executable, "-m", "moefy.checkpoint.llama_cpp_convert", *arguments],
             capture_output=True,
@@ -400,6 +408,13 @@ def export_gguf(
             raise CheckpointError(
                 f"llama.cpp's converter refused {folder}: {last_line(done.stderr)}"
             )
+        if dtype in QUANTISED:
+            smaller = partial.with_suffix(".quantised")
+            try:
+                rewrite(partial, smaller, kind=dtype)
+                smaller.replace(partial)
+            finally:
+                smaller.unlink(missing_ok=True)
     report(Progress("export gguf", 1, 1))
     return out
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moefy import assets
 from moefy.checkpoint.families import FAMILIES
-from moefy.checkpoint.gguf import open_gguf, parts
+from moefy.checkpoint.gguf import is_gguf, open_gguf, parts
 from moefy.checkpoint.quantised import dequantised_tensors, method_of
 from moefy.checkpoint.reader import (
     PICKLED,
@@ -57,7 +57,7 @@ def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return _plain(path, report)
-    if path.is_file() and path.suffix == ".gguf":
+    if is_gguf(path):
         return dequantised(path, report=report)
     if str(source) == BUILTIN:
         return builtin(report=report)

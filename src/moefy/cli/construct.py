@@ -110,14 +110,19 @@ app.add_typer(export, name="export")
 def export_to_gguf(
     model: Model,
     out: Annotated[Path, typer.Argument(help="File to write.")],
-    dtype: Annotated[str, typer.Option(help="Precision: f32, f16, bf16 or q8_0.")] = "f16",
+    quantize: Annotated[
+        str,
+        typer.Option(help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0; routers stay f32."),
+    ] = "f16",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a GGUF file with llama.cpp's own converter.
+    """Write a GGUF file with llama.cpp's own converter and quantiser.
 
-    Example: `moefy export gguf out/moe out/moe.gguf`
+    `moefy eval` measures it in llama.cpp.
+
+    Example: `moefy export gguf out/moe out/moe.gguf --quantize q4_k_m`
     """
-    file = call(moefy.export_gguf, model, out, dtype=dtype, overwrite=overwrite)
+    file = call(moefy.export_gguf, model, out, dtype=quantize, overwrite=overwrite)
     print(f"{file}: {file.stat().st_size / 1e6:.0f} MB. What next: llama-cli -m {file}")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers import Tokenizer
 
 from moefy.checkpoint.bounded import bounded
 from moefy.errors import CorpusError
@@ -18,7 +17,7 @@ _PIECE_CHARS = 8
 """Characters of a piece of a document, for each token of a window: enough to fill it."""
 
 
-def encode_documents(backend: Tokenizer, eos: int | None, documents: list[str]) -> list[int]:
+def encode_documents(backend: Any, eos: int | None, documents: list[str]) -> list[int]:
     """Return the ids of documents, one after another, each with the end-of-text token behind it.
 
     Special tokens that stand in a text are read as text: no document can end itself.
@@ -39,7 +38,7 @@ def encode_documents(backend: Tokenizer, eos: int | None, documents: list[str]) 
     return ids
 
 
-def backend_of(tokenizer: Any, name: str) -> Tokenizer:
+def backend_of(tokenizer: Any, name: str) -> Any:
     """Return the fast part of a transformers tokenizer; a CorpusError if it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

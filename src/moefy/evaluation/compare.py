@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import filecmp
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moefy.checkpoint.cost import Cost, cost
+from moefy.checkpoint.gguf import is_gguf, read_header
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
@@ -23,6 +26,7 @@ from moefy.checkpoint.targets import check_known
 from moefy.data.records import Side
 from moefy.errors import UsageError
 from moefy.evaluation.heldout import Windows, evaluation_windows, perplexity
+from moefy.evaluation.llama_cpp import gguf_cost, gguf_states, llama_cpp_seconds
 from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
 from moefy.evaluation.paired import Interval, paired_difference
 from moefy.evaluation.speed import decode, prefill
@@ -64,8 +68,8 @@ class ComparedModel:
     """One of several models with the same tokenizer."""
 
     name: str  # shown in tables
-    folder: Path
-    config: dict[str, Any]  # of config.json
+    folder: Path  # for `evaluate` also a GGUF file
+    config: dict[str, Any]  # of config.json; a GGUF file's vocab_size
 
     def load(self, report: ProgressFn) -> Any:
         """Return the model in float32 on the device."""
@@ -79,6 +83,8 @@ def compared_models(
     models: str | Path | Sequence[str | Path],
     names: Sequence[str] | None = None,
     report: ProgressFn = silent,
+    *,
+    gguf: bool = False,
 ) -> list[ComparedModel]:
     """Find models that read the same tokens.
 
@@ -86,6 +92,7 @@ def compared_models(
         models: model folders, or anything `convert` takes as a source.
         names: shown instead of `models`.
         report: told about progress.
+        gguf: leave GGUF files as they are, for llama.cpp.
 
     Raises:
         UsageError: there is none, a model is not usable, or their tokenizers differ.
@@ -95,18 +102,28 @@ def compared_models(
     if not given:
         raise UsageError("name at least one model")
     shown = list(names) if names else [str(model) for model in given]
-    folders = [resolve(model, report=report) for model in given]
-    configs = [read_config(folder) for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        check_known(config.get("model_type"), folder)
+    folders = [
+        Path(model).expanduser() if gguf and is_gguf(model) else resolve(model, report=report)
+        for model in given
+    ]
+    configs = []
+    for folder in folders:
+        if folder.is_file():
+            configs.append(
+                {"vocab_size": int(read_header(folder)[1]["token_embd.weight"].shape[-1])}
+            )
+        else:
+            configs.append(read_config(folder))
+            check_known(configs[-1].get("model_type"), folder)
     vocabs = {config["vocab_size"] for config in configs}
     if len(vocabs) > 1:
         raise UsageError(
             f"the models' vocabularies have {', '.join(map(str, sorted(vocabs)))} tokens: only "
             "models with the same tokenizer can be compared"
         )
-    first = folders[0]
-    for folder in folders[1:]:
+    # a GGUF file's tokens are taken to be those of the folder that it stands beside
+    first, *others = [folder for folder in folders if folder.is_dir()] or folders[:1]
+    for folder in others:
         one, other = first / "tokenizer.json", folder / "tokenizer.json"
         # what transformers makes of one file may depend on the architecture beside it
         if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
@@ -133,6 +150,9 @@ def evaluate(
 ) -> Comparison:
     """Measure models on the same windows of held-out text, in one run.
 
+    A GGUF file runs in llama.cpp on the CPU, with a float32 cache; its output matrix is applied in
+    float32. Its tokenizer counts where no folder stands beside it.
+
     One model at a time is in memory, in float32; of the first dense model, the reference of the
     KL, the last hidden states and the output matrix stay. The models are measured one after
     another: `measure_speed` lets them take turns.
@@ -150,9 +170,15 @@ def evaluate(
     Raises:
         UsageError: a model or the text is not usable, or the models' vocabularies differ.
     """
-    compared = compared_models(models, names, report)
-    costs = [cost(model.config, context=sequence_length) for model in compared]
-    folder = compared[0].folder
+    compared = compared_models(models, names, report, gguf=True)
+    costs = [
+        gguf_cost(each.folder, sequence_length)
+        if each.folder.is_file()
+        else cost(each.config, context=sequence_length)
+        for each in compared
+    ]
+    folders = [each.folder for each in compared]
+    folder = next(filter(Path.is_dir, folders), folders[0])
     text = evaluation_windows(data, folder, windows, sequence_length, split, report=report)
     found: dict[int, Result] = {}
     reference: _Reference | None = None
@@ -187,26 +213,25 @@ def _measure(
     report: ProgressFn,
 ) -> tuple[Result, _Reference]:
     """Return a model's row, and the model as a reference for others."""
-    network = model.load(report)
-    decode_tokens_per_s = _decode_tokens_per_s(network, text) if decode else None
     losses: dict[str, list[float]] = {domain: [] for domain in text}  # of windows
     divergences, agreements, speeds = list[float](), list[float](), list[float]()
     states: list[LogitsInput] = []
     rows = [(domain, row) for domain, several in text.items() for row in several]
-    for idx, (domain, row) in enumerate(rows):
-        ids = torch.from_numpy(row)[None].to(device())
-        synchronise()  # the clock must not count what is still running on an accelerator
-        started = time.perf_counter()
-        state = LogitsInput.of(network, ids)
-        synchronise()
-        speeds.append(ids.shape[1] / (time.perf_counter() - started))
-        found = window_quality(state, ids, reference.states[idx] if reference else None)
-        losses[domain] += found[0]
-        divergences += found[1]
-        agreements += found[2]
-        if reference is None and counted.experts == 0:
-            states.append(state)
-        report(Progress("evaluate", idx + 1, len(rows), domain))
+    with _running(model, text, decode, report) as (run, decode_tokens_per_s):
+        for idx, (domain, row) in enumerate(rows):
+            ids = torch.from_numpy(row)[None].to(device())
+            synchronise()  # the clock must not count what is still running on an accelerator
+            started = time.perf_counter()
+            state = run(ids)
+            synchronise()
+            speeds.append(ids.shape[1] / (time.perf_counter() - started))
+            found = window_quality(state, ids, reference.states[idx] if reference else None)
+            losses[domain] += found[0]
+            divergences += found[1]
+            agreements += found[2]
+            if reference is None and counted.experts == 0:
+                states.append(state)
+            report(Progress("evaluate", idx + 1, len(rows), domain))
     windows = list(losses.values())
     result = Result(
         name=model.name,
@@ -239,10 +264,28 @@ def window_quality(
     return out.cross_entropy[:, :-1].double().mean(1).tolist(), compared[0], compared[1]
 
 
-def _decode_tokens_per_s(network: Any, text: Windows) -> float:
-    """Time greedy generation; the prompt's pass is not counted."""
+@contextmanager
+def _running(
+    model: ComparedModel, text: Windows, decode: bool, report: ProgressFn
+) -> Iterator[tuple[Callable[[Tensor], LogitsInput], float | None]]:
+    """Give what runs a model up to its output matrix, and its decoding speed where asked for."""
     window = next(iter(text.values()))[0]
     prompt = torch.from_numpy(window[:_DECODE_PROMPT])[None].to(device())
+    if model.folder.is_dir():
+        network = model.load(report)
+        speed = _decode_tokens_per_s(network, prompt) if decode else None
+        yield partial(LogitsInput.of, network), speed
+        return
+    speed = None
+    if decode:
+        ids, file = prompt[0].tolist(), model.folder
+        speed = 1 / llama_cpp_seconds(file, ids, _DECODE_TOKENS, float32=True)[1]
+    with gguf_states(model.folder, len(window)) as run:
+        yield run, speed
+
+
+def _decode_tokens_per_s(network: Any, prompt: Int[Tensor, "1 sequence"]) -> float:
+    """Time greedy generation; the prompt's pass is not counted."""
     seconds = []
     for _ in range(_DECODE_ROUNDS):
         cache, token, _ = prefill(network, prompt)

@@ -17,6 +17,7 @@ from moefy.checkpoint.load import load_tokenizer
 from moefy.data.records import Side, open_domains
 from moefy.data.tokenise import pack
 from moefy.errors import CorpusError
+from moefy.evaluation.llama_cpp import GgufTokenizer
 from moefy.evaluation.output_loss import IGNORED, LogitsInput, output_loss
 from moefy.hardware import device, products_in
 from moefy.progress import Progress, ProgressFn, silent
@@ -103,7 +104,7 @@ def evaluation_windows(
 
     Args:
         data: a corpus; see `open_domains`.
-        folder: of a model, for its tokenizer.
+        folder: of a model, for its tokenizer; or a GGUF file.
         windows: per domain; fewer where a domain has less text.
         sequence_length: tokens per window.
         split: whose documents to read.
@@ -114,7 +115,8 @@ def evaluation_windows(
         UsageError: the tokenizer cannot be read.
         CorpusError: there is no such corpus, or a domain is shorter than one window.
     """
-    domains, tokenizer = open_domains(data, report=report), load_tokenizer(folder)
+    domains = open_domains(data, report=report)
+    tokenizer = GgufTokenizer(folder) if folder.is_file() else load_tokenizer(folder)
     text = {}
     for done, domain in enumerate(domains):
         report(Progress("tokenise", done, len(domains), domain.name))

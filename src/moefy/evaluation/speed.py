@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,11 +18,12 @@ from torch import Tensor
 
 from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.families import has_qk_norm
-from moefy.checkpoint.gguf import export_gguf, last_line
+from moefy.checkpoint.gguf import export_gguf
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import resolve
-from moefy.errors import CheckpointError, UsageError
+from moefy.errors import UsageError
+from moefy.evaluation.llama_cpp import llama_cpp_seconds
 from moefy.experts.layers import VIEWS, register
 from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
@@ -38,22 +35,6 @@ _DTYPES = {
     "llama.cpp": ("float32", "bfloat16", "q8_0"),
 }
 _GGUF_NAMES = {"float32": "f32", "bfloat16": "bf16"}
-
-# llama.cpp writes to stderr from C, and the memory of a model comes back when the process ends
-_RUN = """
-import json, sys, xllamacpp
-ask = json.load(sys.stdin)
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel = ask["file"], ask["context"], 1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = ask["threads"]
-if ask["float32"]:
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-answer = xllamacpp.Server(params).handle_completions(
-    {"prompt": ask["ids"], "n_predict": ask["count"], "temperature": 0, "ignore_eos": True,
-     "cache_prompt": False}
-)
-print(json.dumps(answer["timings"]))
-"""
 
 
 @dataclass(frozen=True)
@@ -169,7 +150,8 @@ def measure_speed(
                 if not file.is_file():
                     export_contender(contenders[idx], file, dtype, folders[0], report)
                 vocab_size = contenders[idx].config["vocab_size"]
-                found = llama_cpp_seconds(file, vocab_size, sizes, float32=dtype == "float32")
+                ids = _random_prompt(vocab_size, 1, prompt_tokens)[0].tolist()
+                found = llama_cpp_seconds(file, ids, new_tokens, float32=dtype == "float32")
                 for phase, elapsed_s in zip(PHASES, found, strict=True):
                     seconds[phase, 1, idx][""].append(elapsed_s)
             else:
@@ -225,10 +207,6 @@ def _check(dtype: str, runtime: str, batches: Sequence[int]) -> None:
         raise UsageError(f"--dtype {dtype!r}: allowed are {allowed} in {runtime}")
     if runtime == "llama.cpp" and set(batches) != {1}:
         raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
-    if runtime == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
-        raise UsageError(
-            "--runtime llama.cpp needs the package xllamacpp: pip install 'moefy[gguf]' xllamacpp"
-        )
 
 
 def contenders_of(folders: list[Path], names: list[str]) -> list[Contender]:
@@ -377,34 +355,3 @@ def export_contender(
             contender.load(stored).cpu().save_pretrained(folder)
             load_tokenizer(tokenizer).save_pretrained(folder)
         export_gguf(folder, file, dtype=_GGUF_NAMES.get(dtype, dtype), report=report)
-
-
-def llama_cpp_seconds(
-    file: Path, vocab_size: int, sizes: tuple[int, int], *, float32: bool
-) -> tuple[float, float]:
-    """Return the seconds of the prompt's pass and of one decoded token in llama.cpp, on the CPU.
-
-    Args:
-        file: GGUF file.
-        vocab_size: of the model; the prompt is random tokens.
-        sizes: tokens of the prompt, and new ones.
-        float32: keep the cache in float32, as transformers does; llama.cpp's own choice is float16.
-
-    Raises:
-        CheckpointError: llama.cpp cannot run the file; its last words are in the message.
-    """
-    ask = {
-        "file": str(file),
-        "ids": _random_prompt(vocab_size, 1, sizes[0])[0].tolist(),
-        "count": sizes[1],
-        # llama.cpp pads the context to whole blocks of 256
-        "context": (sum(sizes) + 256) // 256 * 256,
-        "threads": torch.get_num_threads(),
-        "float32": float32,
-    }
-    command, text = [sys.executable, "-c", _RUN], json.dumps(ask)
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CheckpointError(f"llama.cpp cannot run {file.name}: {last_line(done.stderr)}")
-    timings = json.loads(done.stdout.splitlines()[-1])
-    return timings["prompt_ms"] / 1e3, timings["predicted_per_token_ms"] / 1e3
