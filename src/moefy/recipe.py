@@ -148,6 +148,7 @@ class ConvertSettings(TypedDict, total=False):
     end_to_end_learning_rate: float
     aim: Literal["ffn", "residual"]
     target: Target | None
+    part: Literal["text"] | None
     calibration_tokens: int | None
     calibration_length: int
     seed: int
@@ -208,6 +209,10 @@ class ConvertRecipe(Recipe):
     aim: Literal["ffn", "residual"] = "residual"
     target: Annotated[
         Target | None, option("Architecture to write", unset="the first that is exact")
+    ] = None
+    part: Annotated[
+        Literal["text"] | None,
+        option("Model inside of a vision-language model that is converted alone", unset="none"),
     ] = None
     calibration_tokens: Annotated[
         int | None, Field(ge=1, description="Tokens of the calibration text; None: by effort")

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import write_tiny_model
+from tests.conftest import tiny_config, write_tiny_model
 from tests.parity.test_construct import TOKENS, research_logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moefy
 from moefy.calibrate.replay import ModelReplay
 from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
+from moefy.checkpoint.card import read_record
 from moefy.checkpoint.cost import cost
 from moefy.checkpoint.families import FAMILIES, NOT_CARRIED
 from moefy.checkpoint.reader import DenseCheckpoint, read_config
@@ -234,6 +235,51 @@ def test_phi_4_minis_own_config_means_the_same(tmp_path: Path, kind: str) -> Non
     (dense / "config.json").write_text(json.dumps(config))
     moefy.convert(dense, out, experts=8, active=8, **EXACT | {"shared": 2})
     assert (logits(out, token_ids(100)) - expected).abs().max() < 1e-4
+
+
+VISION: dict[str, dict[str, Any]] = {
+    "mistral3": {"hidden_size": 32, "intermediate_size": 48, "image_size": 28, "patch_size": 14},
+    "qwen3_vl": {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "out_hidden_size": 32},
+    "qwen3_5": {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "out_hidden_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "text", "family"),
+    [
+        ("mistral3", "mistral", "mistral"),
+        ("mistral3", "ministral3", "ministral3"),
+        ("qwen3_vl", "qwen3_vl_text", "qwen3"),
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_text"),
+    ],
+)
+def test_the_text_model_of_a_vision_language_model(
+    tmp_path: Path, wrapper: str, text: str, family: str
+) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "moe"
+    vision = VISION[wrapper] | {"num_hidden_layers": 1, "num_attention_heads": 4, "num_heads": 4}
+    settings = tiny_config(text, sliding_window=None) | {"tie_word_embeddings": False}
+    if text == "qwen3_vl_text":
+        settings["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = AutoConfig.for_model(
+        wrapper, text_config=settings, vision_config=vision, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(dense)
+    choices = EXACT | {"experts": 6, "active": 6, "shared": 2}
+    with pytest.raises(ArchitectureError, match="pass --part text"):
+        moefy.convert(dense, out, **choices)
+    made = moefy.convert(dense, out, part="text", **choices)
+    assert read_record(out)["source"]["config"]["model_type"] == family
+    ids = token_ids(60)
+    with torch.inference_mode():
+        expected = whole(input_ids=ids).logits
+    assert (logits(made.folder, ids) - expected).abs().max() < 1e-4
+    with pytest.raises(ArchitectureError, match="leave --part out"):
+        moefy.convert(
+            write_tiny_model(tmp_path / "text", "llama"), tmp_path / "b", part="text", **choices
+        )
 
 
 def test_glm4_moe_has_an_output_matrix_of_its_own(tmp_path: Path) -> None:

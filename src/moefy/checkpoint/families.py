@@ -79,6 +79,8 @@ FAMILIES = {name: DenseFamily(name, **row) for name, row in _DATA["families"].it
 NOT_CARRIED: dict[str, str] = _DATA["not_carried"]
 """Well-known dense architectures that are refused, with the reason."""
 
+_INHERITED = ("dtype", "torch_dtype", "quantization_config", "bos_token_id", "eos_token_id")
+
 MULTIPLIERS = dict.fromkeys(
     ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
 )
@@ -158,6 +160,34 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         read |= family.sized
     # null means no dropout for one family, and nothing for the others
     return {**read, "attention_dropout": read.get("attention_dropout") or 0.0}
+
+
+def text_part(config: Mapping[str, Any], part: str | None, source: str) -> dict[str, Any]:
+    """Return the config.json of a vision-language model's text model; another one as it is.
+
+    Raises:
+        ArchitectureError: `part` does not say so, or there is no such part.
+    """
+    text, kind = config.get("text_config"), reason(repr(config.get("model_type")), 60)
+    if config.get("model_type") in [*FAMILIES] or not isinstance(text, dict):
+        if part:
+            raise ArchitectureError(f"{source} ({kind}) has no text_config: leave --part out")
+        return dict(config)
+    if not part:
+        raise ArchitectureError(
+            f"{source} ({kind}) has its text model, {reason(text.get('model_type'), 60)}, among "
+            "others: pass --part text to convert that alone"
+        )
+    text = {key: config[key] for key in _INHERITED if key in config} | text
+    if "tie_word_embeddings" in config:  # the whole model's loader ties by its own key
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    family = _DATA["wrapped"].get(str(text.get("model_type")))
+    if family:
+        text = meaning_of(text, source) | {"model_type": family}
+        # where images and texts stand; all the same in a text
+        for key in ("mrope_section", "mrope_interleaved"):
+            text["rope_parameters"].pop(key, None)
+    return text
 
 
 def attention_bias(config: Mapping[str, Any]) -> Bias:

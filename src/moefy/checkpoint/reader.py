@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moefy.checkpoint.families import FAMILIES, DenseFamily, dense_config, layer_shapes
+from moefy.checkpoint.families import FAMILIES, DenseFamily, dense_config, layer_shapes, text_part
 from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import CheckpointError, reason
@@ -276,6 +276,21 @@ def tensor_files(folder: Path) -> dict[str, TensorFile]:
     return found
 
 
+class _TextFile(TensorFile):
+    """The tensors of a vision-language model's text model, by their names in that alone."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file, self._names = file, {}
+        for name in file.headers:
+            if "language_model." in name or name.startswith("lm_head."):
+                self._names[name.replace("language_model.", "", 1)] = name
+        self.headers = {name: file.headers[stored] for name, stored in self._names.items()}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or some of its rows."""
+        return self._file.read(self._names[name], rows)
+
+
 def stored_form(family: DenseFamily, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a layer's tensors as its dense family stores them, names behind the layer prefix."""
     # Phi-3 stores q, k and v as one tensor, their rows below each other
@@ -290,7 +305,7 @@ class DenseCheckpoint:
 
     Opening reads the headers of all files and compares names and shapes with the family's table;
     no tensor is read. Indexing (`checkpoint["model.norm.weight"]`) reads one tensor, or the rows
-    of a fused one.
+    of a fused one. `part` is that of `text_part`.
 
     Raises:
         CheckpointError: files are missing, truncated, or do not agree with config.json; a tensor
@@ -298,9 +313,10 @@ class DenseCheckpoint:
         ArchitectureError: see `dense_family`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, part: str | None = None) -> None:
         self.folder = folder
-        self.config = dense_config(read_config(folder), str(folder))
+        config = text_part(read_config(folder), part, str(folder))
+        self.config = dense_config(config, str(folder))
         self.family: DenseFamily = FAMILIES[self.config["model_type"]]
         self.num_layers: int = self.config["num_hidden_layers"]
         self._layers = [layer_shapes(self.config, idx) for idx in range(self.num_layers)]
@@ -309,6 +325,9 @@ class DenseCheckpoint:
         self._rows: dict[str, tuple[str, slice]] = {}
         # all checks come before the first tensor is read, but for that of a second output matrix
         self._files = tensor_files(folder)
+        if part:
+            texts = map(_TextFile, set(self._files.values()))
+            self._files = {name: file for file in texts for name in file.headers}
         self._shapes = {name: file.headers[name][1] for name, file in self._files.items()}
         self._split_fused()
         self._check()

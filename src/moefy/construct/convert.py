@@ -132,7 +132,7 @@ def convert(
         resumes=resumes,
         scratch=[LAYERS] if resumes else (),
     ) as run:
-        dense = DenseCheckpoint(resolve(source, report=report))
+        dense = DenseCheckpoint(resolve(source, report=report), asked.part)
         choice, target = _for_model(asked, dense)
         replay = ModelReplay(dense)  # also for its errors
         generation, left_out = mended_generation(dense.folder)

@@ -96,7 +96,7 @@ def search(
         out, "model", overwrite=overwrite, sources=[source], resumes=True, scratch=[_PROBES]
     ) as run:
         dense = resolve(source, report=report)
-        inner = DenseCheckpoint(dense).config["intermediate_size"]
+        inner = DenseCheckpoint(dense, asked.part).config["intermediate_size"]
         low, experts = _bounds(asked, max_loss, data, inner)
         remedy = "add text, or shorten the windows with --set calibration_length=N"
         length = asked.calibration_length
