@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from publish import replace_table
@@ -62,10 +63,14 @@ def families() -> Rows:
     return rows
 
 
-def main() -> None:
+def tables() -> dict[str, Rows]:
+    """Return both tables by their marks on the page."""
     refused = [[f"`{name}`", why] for name, why in NOT_CARRIED.items()]
-    tables: dict[str, Rows] = {"families": families(), "not_carried": [["family", "why"], *refused]}
-    for mark, rows in tables.items():
+    return {"families": families(), "not_carried": [["family", "why"], *refused]}
+
+
+def main() -> None:
+    for mark, rows in tables().items():
         print(markdown(rows))
         if "--write" in sys.argv:
             replace_table(PAGE, mark, rows)

@@ -147,7 +147,7 @@ def theirs(folder: Path, ids: torch.Tensor) -> torch.Tensor | None:
 
 def end_of(folder: Path, out: Path, key: str, declared: set[str], ids: torch.Tensor) -> str:
     """Convert, and say how that ends: "equal", "refused", or what is wrong."""
-    for shared in (0, 2):  # some families have a target for one of them alone
+    for shared in (0, 2, 1):  # some families have a target for one of them alone
         shutil.rmtree(out, ignore_errors=True)
         try:
             moefy.convert(folder, out, **EXACT | {"shared": shared})

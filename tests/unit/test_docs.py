@@ -46,6 +46,7 @@ TABLES = {
 }
 """Marks of tables in docs/ that are a CSV file as it is."""
 COMPUTED = {
+    *("families", "not_carried"),
     *("agreement", "refusals", "benchmarks", "heldout", "prototype", "frontier-says"),
     *(f"distillation-{name}" for name in ("stories260k", "smollm2-135m", "smollm2-135m-h200")),
 }
@@ -130,3 +131,8 @@ def test_the_studies_and_the_grid_of_plan() -> None:
 def test_the_api_page_is_what_the_docstrings_say() -> None:
     parts = runpy.run_path(str(ROOT / "benchmarks/publish_api.py"))
     assert parts["page"]() == (ROOT / "docs/api.md").read_text()
+
+
+def test_the_families_are_those_of_the_rows() -> None:
+    tables = runpy.run_path(str(ROOT / "benchmarks/families.py"))["tables"]()
+    assert all(marked()[mark] == markdown(rows) for mark, rows in tables.items())

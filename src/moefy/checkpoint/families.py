@@ -123,7 +123,7 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "(rope_parameters or rope_scaling)": rope["rope_type"] not in ROPE_TYPES,
         f"rotates only a part of each head (partial_rotary_factor {part} in rope_parameters or "
         f"rope_scaling), which no known {family.model_type} model does": (
-            part != 1 and not family.partial_rotary and not family.own
+            part != 1 and not family.partial_rotary
         ),
         f"has layer_types of {', '.join(sorted(types))}, which {family.model_type} does not "
         f"compute with sliding_window = {window} and use_sliding_window = "

@@ -20,28 +20,21 @@ class Skeleton:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        # one layer is enough to know the class of all, however many a stranger's file asks for
-        layers = config["num_hidden_layers"]
-        by_layer = {k: v[:1] for k, v in config.items() if isinstance(v, list) and len(v) == layers}
-        short = {**config, **by_layer, "num_hidden_layers": 1}
         try:
-            self.config = AutoConfig.for_model(**config)
-            self.config._attn_implementation = "sdpa"
-            with torch.device("meta"):
-                made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**short))
-            self.model = made.float().eval()
+            self.config, self.model = _built(config)
             if not self.rotary().inv_freq.isfinite().all():
                 raise ValueError("the frequencies are not finite")
         except Exception as error:  # wherever a wrong setting leads to
+            key = next((key for key in config if _builds_without(key, config)), "rope_parameters")
+            also = " (or rope_scaling)" if key == "rope_parameters" else ""
             raise CheckpointError(
-                "transformers cannot build the model of config.json, with rope_parameters (or "
-                f"rope_scaling) {reason(config.get('rope_parameters'))}: {reason(error, 100)}"
+                f"transformers cannot build the model of config.json, because of {key}{also} = "
+                f"{reason(repr(config.get(key)))}: {reason(error, 100)}"
             ) from error
         # layers of a kind have the same tensors
-        self.kinds: list[str] = list(config.get("layer_types") or [""] * layers)
+        self.kinds: list[str] = list(
+            config.get("layer_types") or [""] * config["num_hidden_layers"]
+        )
 
     def rotary(self) -> Any:
         """Return the module of the rotary embedding, with its frequencies, on the CPU."""
@@ -65,6 +58,30 @@ class Skeleton:
         """Shapes of the parameters outside of the layers; a tied matrix counts once."""
         named = self.model.named_parameters()
         return {name: tuple(p.shape) for name, p in named if ".layers." not in name}
+
+
+def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return transformers' config, and a model of one layer on the device `meta`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # one layer is enough to know the class of all, however many a stranger's file asks for
+    layers = config["num_hidden_layers"]
+    by_layer = {k: v[:1] for k, v in config.items() if isinstance(v, list) and len(v) == layers}
+    short = {**config, **by_layer, "num_hidden_layers": 1}
+    whole = AutoConfig.for_model(**config)
+    whole._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**short))
+    return whole, made.float().eval()
+
+
+def _builds_without(key: str, config: Mapping[str, Any]) -> bool:
+    try:
+        _built({name: value for name, value in config.items() if name != key})
+    except Exception:
+        return False
+    return True
 
 
 @lru_cache(maxsize=256)

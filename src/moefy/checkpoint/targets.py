@@ -129,7 +129,9 @@ def native_target(
             f"{', '.join(wants[asked])}"
             + (f"; pass --target {' or '.join(fitting)}" if fitting else "")
         )
-    listed = "; ".join(f"{name}: {missing[0]}" for name, missing in wants.items())
+    family = dense["model_type"]
+    own = (family,) if FAMILIES[family].own else (None, family)
+    listed = "; ".join(f"{n}: {missing[0]}" for n, missing in wants.items() if TARGETS[n].of in own)
     raise ArchitectureError(
         f"no native target computes this split of a {dense['model_type']} model ({listed}); "
         "--target NAME says all that one of them lacks"
