@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.conftest import serving, write_tiny_llama
 
 from moefy.checkpoint.reader import DenseCheckpoint
-from moefy.checkpoint.source import resolve
+from moefy.checkpoint.source import origin, resolve
 from moefy.errors import CheckpointError
 
 COMMIT = "c0ffee00" * 5
@@ -34,7 +34,8 @@ def hub(folder: Path, fetched: list[str]) -> Iterator[str]:
         def do_GET(self) -> None:
             path, head = unquote(urlsplit(self.path).path), self.command == "HEAD"
             files = [file for file in folder.rglob("*") if file.is_file()]
-            if path == "/api/models/someone/model/revision/main":
+            if path.startswith("/api/models/someone/model/revision/"):
+                fetched.append(path.rpartition("/")[2])
                 return self.answer(json.dumps({"id": "someone/model", "sha": COMMIT}).encode())
             if path == f"/api/models/someone/model/tree/{COMMIT}":
                 rows = [
@@ -120,7 +121,8 @@ def test_only_the_weights_that_are_read_are_fetched(
     with hub(remote, fetched) as url:
         use_hub(monkeypatch, url)
         folder = resolve("someone/model")
-    weights = {name for name in fetched if not name.endswith((".json", ".jinja", ".txt"))}
+    beside = (".json", ".jinja", ".txt", "main")
+    weights = {name for name in fetched if not name.endswith(beside)}
     wanted = {
         "bin": {"pytorch_model.bin"},
         "bin in shards": {"pytorch_model-0.bin", "pytorch_model-1.bin"},
@@ -130,6 +132,20 @@ def test_only_the_weights_that_are_read_are_fetched(
     assert all(torch.equal(dense[name], tensor) for name, tensor in expected.items())
     use_hub(monkeypatch, "http://127.0.0.1:9")
     assert resolve("someone/model") == folder  # from the cache, the hub gone
+
+
+def test_a_name_at_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = write_tiny_llama(tmp_path / "remote")
+    asked: list[str] = []
+    with hub(remote, asked) as url:
+        use_hub(monkeypatch, url)
+        folder = resolve("hf:someone/model@v1.0")
+    assert {name for name in asked if "." not in name.removeprefix("v1.0")} == {"v1.0"}
+    assert DenseCheckpoint(folder).num_layers == 2
+    assert origin("hf:someone/model@v1.0", folder)["base_model"] == "someone/model"
+    for name in ("someone/model@../x", "someone/model@", "someone/model@a@b"):
+        with pytest.raises(CheckpointError, match="does not exist; a source is"):
+            resolve(name)
 
 
 def test_a_repository_without_weights_is_refused(

@@ -18,7 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import moefy
 from moefy.checkpoint.reader import DenseCheckpoint
-from moefy.checkpoint.source import resolve
+from moefy.checkpoint.source import origin, resolve
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.recipe import LLAMA_MOE
 
@@ -258,6 +258,17 @@ def test_every_form_gives_the_values_that_it_stands_for(tmp_path: Path, form: st
     found = DenseCheckpoint(resolve(rounded))
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(found[name], values[name].float().bfloat16())
+
+
+def test_a_changed_tokenizer_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    dense = tiny(tmp_path / "dense")
+    quantise(dense, "gptq")
+    (dense / "README.md").write_text("---\nlicense: mit\n---\n")
+    first = resolve(dense)
+    assert resolve(dense) == first
+    assert origin(dense, first) == {"base_model": "dense", "license": "mit"}
+    (dense / "chat_template.jinja").write_text("{{ messages }}")
+    assert (resolve(dense) / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize("form", ["gptq, order of activations", "bitsandbytes, nested"])

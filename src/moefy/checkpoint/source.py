@@ -238,12 +238,15 @@ def _cached(
 
     Its tokenizer and texts are the folder's, or the base's where that has none.
     """
-    plain = cache_folder() / "models" / f"plain-1-{digest(key)}"
+    places = [place for place in (base, folder) if place]
+    files = [file for each in places for file in (*side_files(each), *each.glob("README.md"))]
+    key = [key, {file.name: _sha256(file) for file in files}]
+    # errors name this folder
+    plain = cache_folder() / "models" / f"{folder.resolve().name[:80]}-plain-{digest(key)}"
     if not (plain / "config.json").is_file():
         with cached_folder(plain) as new:
-            for place in (base, folder):
-                for beside in (*side_files(place), *place.glob("README.md")) if place else ():
-                    shutil.copyfile(beside, new / beside.name)
+            for file in files:
+                shutil.copyfile(file, new / file.name)
             _write_plain(new, config, tensors, count, f"{stage} {folder.name}", report)
     return plain
 
