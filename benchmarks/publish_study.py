@@ -1,15 +1,14 @@
-"""Put studies into docs/study.md and docs/study/, and the grid of splits into the package.
+"""Put studies into docs/study.md and docs/study/.
 
     moefy study OUT ...                          # as in CONTRIBUTING.md
     python benchmarks/publish_study.py OUT...    # of each number of tokens one; others stay
     python benchmarks/publish_study.py           # the pages of those that are there
 
-The page is made from the files in docs/study/ alone; `moefy plan` reads the grid.
+The page is made from the files in docs/study/ alone.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from moefy.report.tables import Rows, markdown
 from moefy.run_folder import MARKER
 from moefy.studies.ablations import ABLATIONS, Ablation
-from moefy.studies.plan import GRID, read_grid
+from moefy.studies.points import GRID, read_grid
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.report import (
     HEAD,
@@ -39,7 +38,7 @@ Studies = dict[Path, StudyRecipe]
 """Their folders, the fewest tokens first."""
 
 
-def publish(outs: Sequence[Path], docs: Path, package: Path) -> None:
+def publish(outs: Sequence[Path], docs: Path) -> None:
     for out in outs:
         place = docs / "study" / f"{StudyRecipe.build(out / 'recipe.yaml').tokens}-tokens"
         place.mkdir(parents=True, exist_ok=True)
@@ -52,8 +51,6 @@ def publish(outs: Sequence[Path], docs: Path, package: Path) -> None:
     for folder in studies:
         (folder / PAGE).write_text(page(folder))
     (docs / "study.md").write_text(overview(studies, docs))
-    if grids := [folder / GRID for folder in studies if (folder / GRID).is_file()]:
-        shutil.copyfile(grids[-1], package / GRID)  # of the study with the most tokens
 
 
 def studies_in(folder: Path) -> Studies:
@@ -157,4 +154,4 @@ def _name(recipe: StudyRecipe) -> str:
 
 
 if __name__ == "__main__":
-    publish(list(map(Path, sys.argv[1:])), ROOT / "docs", ROOT / "src/moefy/studies")
+    publish(list(map(Path, sys.argv[1:])), ROOT / "docs")

@@ -25,7 +25,7 @@ import moefy
 from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.checkpoint.source import resolve
-from moefy.evaluation.speed import dense_of_active_size, random_model
+from moefy.evaluation.contenders import dense_of_active_size, random_model
 from moefy.hardware import device, multiply_rate
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log

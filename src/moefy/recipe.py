@@ -17,13 +17,13 @@ from moefy.split import Split
 from moefy.storage import load_yaml
 
 
-def option(text: str, *, unset: str = "", **bounds: Any) -> Any:
+def option(text: str, *, unset: str = "", flag: str = "", **bounds: Any) -> Any:
     """Make a key an option of its command: the metadata of an annotation.
 
-    `--help` shows `text`, the default (`unset` for None) and a `Literal`'s values; `bounds` are
-    those of pydantic's `Field`.
+    `--help` shows `text`, the default (`unset` for None) and a `Literal`'s values; `flag` is the
+    option's name where it is not the key's; `bounds` are those of pydantic's `Field`.
     """
-    return Field(description=text, json_schema_extra={"unset": unset}, **bounds)
+    return Field(description=text, json_schema_extra={"unset": unset, "flag": flag}, **bounds)
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -131,6 +131,7 @@ EFFORTS: dict[Effort, dict[str, Any]] = {
 class ConvertSettings(TypedDict, total=False):
     """The keys of `ConvertRecipe`, as keywords of a function."""
 
+    preset: Literal["speed", "quality"] | None
     experts: int | None
     active: int | None
     shared: int | None
@@ -170,6 +171,12 @@ class ConvertRecipe(Recipe):
     shared: Annotated[
         int | None,
         option("Number of active slices that run for every token", unset="half of --active", ge=0),
+    ] = None
+    preset: Annotated[
+        Literal["speed", "quality"] | None,
+        option(
+            "What the counts are chosen for where they are not given", unset="none", flag="--for"
+        ),
     ] = None
     partition: Annotated[Partition, option("How neurons are assigned to slices")] = "alternating"
     router: Annotated[Router, option("How the router's weights are made")] = "ascent"
@@ -266,7 +273,7 @@ class ConvertRecipe(Recipe):
         """Return the recipe with every choice made: the counts by `Split.of`, and the effort."""
         # sharing-inner has no shared experts, whatever the usual number is
         shared = 0 if self.partition == "sharing-inner" else self.shared
-        split = Split.of(intermediate_size, self.experts, self.active, shared)
+        split = Split.of(intermediate_size, self.experts, self.active, shared, self.preset)
         effort = EFFORTS[self.effort]
         unset = {key: value for key, value in effort.items() if getattr(self, key) is None}
         return self.model_copy(update=asdict(split) | unset)
@@ -274,9 +281,9 @@ class ConvertRecipe(Recipe):
     def identity(self) -> dict[str, Any]:
         """Return the choices that decide the weights, of a recipe `for_model`, as JSON keeps them.
 
-        `effort` decides nothing more, nor what only a fit reads where nothing is fitted by it.
+        `effort` and `preset` decide nothing more, nor what a fit alone reads where none is asked.
         """
-        skipped = {"effort"}
+        skipped = {"effort", "preset"}
         if self.repair != "fit":
             skipped |= {key for key in type(self).model_fields if key.startswith("fit_")}
         if not self.end_to_end_epochs:

@@ -7,6 +7,33 @@ from dataclasses import dataclass
 from moefy.errors import UsageError
 
 
+@dataclass(frozen=True)
+class Preset:
+    """What `--for` chooses: of the counts, the first with the best expert size; shares of them."""
+
+    experts: tuple[int, ...]
+    active: float = 1 / 2  # of all slices
+    shared: float = 1 / 2  # of the active ones, where the target can hold a shared expert
+    sizes: tuple[int, ...] = (128, 64, 32, 8, 1)  # multiples that kernels want, the best first
+
+    def count(self, intermediate_size: int) -> int:
+        """Return the number of slices."""
+        counts = [n for n in self.experts if intermediate_size % n == 0]
+        for size in self.sizes:
+            for experts in counts:
+                if intermediate_size // experts % size == 0:
+                    return experts
+        # the largest that leaves slices of one size
+        return max(n for n in range(1, 65) if intermediate_size % n == 0)
+
+
+PRESETS = {
+    "speed": Preset((8, 16)),
+    "quality": Preset(tuple(range(64, 31, -1)), shared=0),
+}
+_USUAL = Preset(tuple(range(64, 0, -4)), sizes=(8,))
+
+
 @dataclass(frozen=True, order=True)
 class Split:
     """Slices of equal size that every FFN is cut into.
@@ -31,16 +58,19 @@ class Split:
         experts: int | None = None,
         active: int | None = None,
         shared: int | None = None,
+        preset: str | None = None,
     ) -> Split:
         """Return the split of a model with the usual number for every count that is None.
 
         `experts` is the largest multiple of 4 up to 64 that leaves experts of a multiple of 8
         neurons (grouped matrix products in 16-bit weights need that), `active` half of `experts`,
-        `shared` half of `active`. What `check` refuses is a UsageError.
+        `shared` half of `active`; or as one of `PRESETS` says. What `check` refuses is a
+        UsageError.
         """
-        experts = _usual_experts(intermediate_size) if experts is None else experts
-        active = max(1, experts // 2) if active is None else active
-        split = cls(experts, active, active // 2 if shared is None else shared)
+        chosen = PRESETS[preset] if preset else _USUAL
+        experts = chosen.count(intermediate_size) if experts is None else experts
+        active = max(1, round(chosen.active * experts)) if active is None else active
+        split = cls(experts, active, int(chosen.shared * active) if shared is None else shared)
         split.check(intermediate_size)
         return split
 
@@ -87,10 +117,3 @@ class Split:
             f"intermediate_size {intermediate_size} cannot be split into {self.experts} equal "
             f"experts; the nearest counts that can are {counts}: pass {flags}"
         )
-
-
-def _usual_experts(intermediate_size: int) -> int:
-    for experts in range(64, 0, -4):
-        if intermediate_size % (8 * experts) == 0:
-            return experts
-    return max(n for n in range(1, 65) if intermediate_size % n == 0)

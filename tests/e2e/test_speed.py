@@ -25,7 +25,7 @@ DENSE = "dense (same active size)"
 
 
 def eval_speed(*arguments: object) -> dict[str, Any]:
-    counts = ("--prompt-tokens", PROMPT, "--new-tokens", NEW, "--rounds", 2)
+    counts = ("--prompt-tokens", PROMPT, "--new-tokens", NEW, "--rounds", 1)
     command = [MOEFY, "bench", *map(str, (*arguments, *counts)), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -39,9 +39,11 @@ def check(found: dict[str, Any], batches: list[int], moe: Path) -> None:
     assert {key[:2] for key in rows} == {(p, b) for p in ("prefill", "decode") for b in batches}
     for (phase, batch, model), row in rows.items():
         same_size = rows[phase, batch, DENSE]
-        assert row["of_active_size"] == pytest.approx(
-            row["tokens_per_s"] / same_size["tokens_per_s"]
-        )
+        size = row["tokens_per_s"] / same_size["tokens_per_s"]
+        same = row["of_active_size"]
+        assert same == pytest.approx(size) or (same == 1 and model != str(moe))
+        assert row["spread"] == [row["of_dense"], row["of_dense"]]  # one round
+        assert (row["bytes_per_s"] is None) == ((phase, batch) != ("decode", 1))
         if row["tried"]:
             assert model == str(moe)
             assert row["tried"][row["implementation"]] == max(row["tried"].values())
@@ -70,10 +72,29 @@ def test_in_llama_cpp(tmp_path: Path) -> None:
     write_tiny_model(dense, "llama", vocab_size=49_152, hidden_size=64, intermediate_size=128)
     AutoTokenizer.from_pretrained(builtin()).save_pretrained(dense)
     moefy.convert(dense, moe, experts=4, active=2, **PLAIN)
+    found = eval_speed(moe, "--runtime", "llama.cpp", "--dtype", "float32,q8_0")
     for dtype in ("float32", "q8_0"):
-        found = eval_speed(moe, "--runtime", "llama.cpp", "--dtype", dtype)
-        check(found, [1], moe)
-        assert {row["model"] for row in found["speeds"]} == {DENSE, str(moe)}
+        speeds = [row for row in found["speeds"] if row["dtype"] == dtype]
+        check({"speeds": speeds}, [1], moe)
+        assert {row["model"] for row in speeds} == {DENSE, str(moe)}
+
+
+def test_a_shape(tmp_path: Path) -> None:
+    """No model is needed; splits are compared in both runtimes, and few layers stand for all."""
+    shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 512, "vocab_size": 512}
+    shape |= {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    splits = ["--splits", "speed,8/16,4/16+4"]
+    found = eval_speed(tmp_path, *splits, "--layers", "2", "--runtime", "transformers,llama.cpp")
+    assert found["layers"] == 2
+    names = {(row["runtime"], row["phase"]): [] for row in found["speeds"]}
+    for row in found["speeds"]:
+        names[row["runtime"], row["phase"]].append(row["model"])
+        assert row["of_dense"] == 1 or row["model"] != str(tmp_path)
+    assert len(names) == 4
+    half = ["dense (same active size)", "4/8, 2 shared", "8/16"]
+    for each in names.values():
+        assert each == [str(tmp_path), *half, "pruned to 4/16"]
 
 
 def test_the_table(
@@ -81,7 +102,7 @@ def test_the_table(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A dense model alone: nothing to compare it with."""
+    """A dense model alone: splits of it are compared."""
     counts = ["--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--batch", "2"]
     command = ["moefy", "bench", str(make_llama()), *counts, "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", command)
@@ -89,9 +110,9 @@ def test_the_table(
         main()
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
-    assert "bfloat16, 8 tokens of prompt and 2 decoded" in printed
-    rows = [line for line in printed.splitlines() if line.startswith("│")]
-    assert [row.split("│")[1].strip() for row in rows] == ["prefill", "decode"]
+    assert "8 tokens of prompt and 2 decoded, medians of 1 rounds; " in printed
+    assert "transformers, bfloat16" in printed
+    assert "4/8, 2 shared" in printed
 
 
 @pytest.mark.parametrize(
@@ -100,7 +121,11 @@ def test_the_table(
         ("--batch", "1,x", "write whole numbers"),
         ("--batch", "0", "at least 1"),
         ("--rounds", "0", "at least 1 for --batch"),
-        ("--dtype", "q8_0", "allowed are float32 and bfloat16 in transformers"),
+        ("--layers", "1", "and 2 for --layers"),
+        ("--layers", "3", "is for random models of more layers"),
+        ("--splits", "half", "write ACTIVE/ALL+SHARED, as in 8/16+4"),
+        ("--splits", "5/7", "cannot be split into 7 equal experts"),
+        ("--dtype", "int3", "allowed are float32, bfloat16 in transformers; float32, "),
         ("--runtime", "onnx", "allowed are transformers and llama.cpp"),
         ("--prompt-tokens", "600", "has room for 512 tokens, not for 600 of prompt and 64 new"),
     ],

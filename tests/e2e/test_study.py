@@ -57,8 +57,7 @@ def test_every_ablation(tmp_path: Path) -> None:
 
     publish = runpy.run_path(str(ROOT / "benchmarks/publish_study.py"))["publish"]
     (docs := tmp_path / "docs").mkdir()
-    publish([out], docs, docs)
-    assert (docs / "grid.csv").read_bytes() == (out / "grid.csv").read_bytes()
+    publish([out], docs)
     folder = docs / f"study/{recipe.tokens}-tokens"
     assert f"({folder.relative_to(docs)}/rescaling.png)" in (docs / "study.md").read_text()
     assert (folder / "rescaling.png").is_file()
@@ -74,9 +73,10 @@ def test_an_option_given_twice_adds_up(tmp_path: Path) -> None:
     assert "no ablation 'magic'" in done.stderr
 
 
-def test_a_plan_of_the_grid_that_comes_with_moefy() -> None:
+def test_a_plan() -> None:
     found = json.loads(moefy("plan", "smollm2-135m", "--active-params", "100M", "--json"))
     assert found["recommended"]["cost"]["active_params"] <= 100_000_000
     table = moefy("plan", "llama-2-7b", "--speedup", "1.4")
     assert table.count("recommended") == 1
+    assert "of llama-3.2-1b" in table
     assert "What next: moefy convert MODEL" in table

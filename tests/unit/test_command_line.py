@@ -48,12 +48,12 @@ def test_help_lists_the_recipes_options(command: str) -> None:
     options = {key: field for key, field in fields if field.json_schema_extra}
     assert len(options) >= 2
     for key, field in options.items():
-        assert f"--{key.replace('_', '-')} " in text
+        extra: Any = field.json_schema_extra
+        assert (extra["flag"] or f"--{key.replace('_', '-')}") + " " in text
         assert str(field.description) in text
         default = getattr(recipe, key)
         if not isinstance(default, bool):
-            unset = field.json_schema_extra["unset"]  # type: ignore[index]
-            assert f"[default: {unset if default is None else default}]" in text
+            assert f"[default: {extra['unset'] if default is None else default}]" in text
     assert "--recipe " in text
     assert "--set " in text
 

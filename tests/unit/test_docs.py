@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from moefy.report.tables import markdown
-from moefy.studies.plan import read_grid
 from moefy.studies.report import page
 
 ROOT = Path(__file__).parents[2]
@@ -119,13 +118,24 @@ def test_the_benchmarks_table() -> None:
     assert marked()["benchmarks"] == markdown(rows)
 
 
-def test_the_studies_and_the_grid_of_plan() -> None:
+def test_the_studies() -> None:
     parts = runpy.run_path(str(ROOT / "benchmarks/publish_study.py"))
     studies = parts["studies_in"](ROOT / "docs/study")
     for folder in studies:
         assert page(folder) == (folder / "study.md").read_text()
     assert parts["overview"](studies, ROOT / "docs") == (ROOT / "docs/study.md").read_text()
-    assert read_grid([*studies][-1] / "grid.csv") == read_grid()
+
+
+def test_the_page_about_speed() -> None:
+    parts = runpy.run_path(str(ROOT / "benchmarks/speed.py"))
+    assert parts["page"]() == (ROOT / "docs/speed.md").read_text()
+
+
+def test_the_table_of_plan() -> None:
+    parts = runpy.run_path(str(ROOT / "benchmarks/frontier.py"))
+    place = ROOT / "docs/construction"
+    speeds, losses = (parts["read_csv"](place / f) for f in ("frontier-speed.csv", "fit.csv"))
+    assert csv_rows(parts["PLAN"]) == parts["plan_table"](speeds, losses)
 
 
 def test_the_api_page_is_what_the_docstrings_say() -> None:

@@ -191,3 +191,19 @@ def test_a_split_that_does_not_divide_names_the_nearest() -> None:
 @pytest.mark.parametrize("name", ["llama-moe-7b-train", "smollm2-one-gpu", "demo"])
 def test_every_training_recipe_is_valid(name: str) -> None:
     TrainRecipe.build(Path(__file__).parents[2] / f"recipes/{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "speed", "quality"),
+    [
+        (8192, (8, 4, 2), (64, 32, 0)),  # of 1024 and of 128 neurons
+        (11008, (8, 4, 2), (43, 22, 0)),  # 8 of 1376, 32 times 43; 43 of 256
+        (1536, (8, 4, 2), (48, 24, 0)),  # of 192 and of 32
+        (48, (8, 4, 2), (48, 24, 0)),  # no size is a multiple of 8
+    ],
+)
+def test_presets(intermediate_size: int, speed: tuple[int, ...], quality: tuple[int, ...]) -> None:
+    for name, counts in {"speed": speed, "quality": quality}.items():
+        assert ConvertRecipe.build(preset=name).for_model(intermediate_size).split == Split(*counts)
+    given = ConvertRecipe.build(preset="speed", active=2).for_model(intermediate_size).split
+    assert given == Split(speed[0], 2, 1)

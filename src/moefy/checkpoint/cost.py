@@ -196,11 +196,25 @@ def split_config(
     """
     split = Split(experts, active, shared or 0)
     split.check(config["intermediate_size"])
+    if shared is None:
+        return split_within(config, split, name)[1]
     dense = dense_config(config, name)
     if not split.chosen:
         return pruned_config(dense, split)
-    if shared is None:
-        split, target = expressible(dense, split)
-    else:
-        target = native_target(dense, split)
-    return target_config(target, dense, split, dtype="bfloat16")
+    return target_config(native_target(dense, split), dense, split, dtype="bfloat16")
+
+
+def split_within(
+    config: Mapping[str, Any], split: Split, name: str = "the model"
+) -> tuple[Split, dict[str, Any]]:
+    """Return a split as a target can hold it, with other shared slices if need be, and its config.
+
+    Raises:
+        UsageError: the model allows no such split.
+    """
+    split.check(config["intermediate_size"])
+    dense = dense_config(config, name)
+    if not split.chosen:
+        return split, pruned_config(dense, split)
+    split, target = expressible(dense, split)
+    return split, target_config(target, dense, split, dtype="bfloat16")

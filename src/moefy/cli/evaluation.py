@@ -46,25 +46,48 @@ def evaluate(
 
 @app.command()
 def bench(
-    models: options.Models,
-    batch: Annotated[
-        str | None, typer.Option(help="Numbers of sequences at once. [default: 1,8]")
-    ] = None,
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Model folders, or shapes: a config.json, llama-1b or qwen3-4b."),
+    ],
+    batch: Annotated[str | None, typer.Option(help="Numbers of sequences at once.")] = "1",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
     rounds: Annotated[int, typer.Option(help="Number of repetitions.")] = 3,
     dtype: Annotated[
-        str, typer.Option(help="Precision: float32, bfloat16, or q8_0 in llama.cpp.")
-    ] = "float32",
-    runtime: Annotated[str, typer.Option(help="transformers or llama.cpp.")] = "transformers",
+        str | None,
+        typer.Option(
+            help="As in float32,bfloat16,q8_0,q4_0. [default: float32, and q8_0 in llama.cpp]"
+        ),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="transformers,llama.cpp or one. [default: what is installed; for converted "
+            "folders transformers]"
+        ),
+    ] = None,
+    splits: Annotated[
+        list[str] | None,
+        typer.Option(help="Splits of a shape, as in speed,8/16+4: 8 of 16 slices, 4 shared."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Measure so many layers, and scale to all.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="4 layers, a short prompt, the presets alone.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure prefill and decode speed and compare it with a dense model of the same active size.
+    """Measure prefill and decode speed beside the dense model, and one of the same active size.
 
-    Example: `moefy bench smollm2-135m out/moe`
+    A shape has random weights, and splits of it are measured: no model is needed.
+
+    Example: `moefy bench llama-1b --quick`
     """
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
-    how = {"dtype": dtype, "runtime": runtime}
+    how: dict[str, Any] = {"dtype": dtype, "runtime": runtime, "layers": layers, "quick": quick}
+    how["splits"] = options.listed(splits)
     done = call(moefy.bench, models, batches=options.counts("--batch", batch), **how, **sizes)
     show(done, (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json)
 

@@ -105,7 +105,7 @@ def _options_of(recipe: Recipe, keys: list[str]) -> Iterator[inspect.Parameter]:
         kind: Any = field.annotation
         text, marked = field.description, field.json_schema_extra
         assert isinstance(marked, dict)
-        flag = f"--{key.replace('_', '-')}"
+        flag = marked["flag"] or f"--{key.replace('_', '-')}"
         if kind is bool:  # off is the default and `--set key=false`, so that --no-KEY is not needed
             yield _keyword(key, Annotated[bool | None, typer.Option(flag, help=f"{text}.")], None)
             continue

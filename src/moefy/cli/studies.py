@@ -53,30 +53,34 @@ def study(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Dense model folder, config.json, or llama-2-7b.")],
+    model: Annotated[
+        str, typer.Argument(help="Dense model folder, config.json, or as in llama-1b.")
+    ],
+    speedup: Annotated[
+        float | None, typer.Option(min=0, help="Speed relative to the dense model, as in 1.5.")
+    ] = None,
     active_params: Annotated[
         str | None, typer.Option(help="Parameters that may run for a token, as in 80M or 3.5B.")
     ] = None,
-    speedup: Annotated[
-        float | None, typer.Option(min=0, help="Speed relative to the dense model, as in 1.5.")
+    preset: Annotated[
+        str | None, typer.Option("--for", help="Splits as convert --for makes: speed or quality.")
     ] = None,
     phase: Annotated[
         Literal["decode", "prefill"], typer.Option(help="Phase that --speedup refers to.")
     ] = "decode",
     as_json: Json = False,
 ) -> None:
-    """Recommend a split for a size or a speed, from what was measured.
+    """Recommend a split for a speed or a size, by what was measured at the model's shape.
 
-    Example: `moefy plan smollm2-135m --active-params 100M`
+    Example: `moefy plan llama-1b --speedup 1.4`
     """
     from moefy.studies.plan import plan_rows  # imports torch
 
     most = _count(active_params) if active_params else None
-    done = moefy.plan(model, active_params=most, speedup=speedup, phase=phase)
-    warn(*(f"left out: {name}: {why}" for name, why in done.left_out.items()))
+    done = moefy.plan(model, speedup=speedup, active_params=most, preset=preset, phase=phase)
     show(
         done,
-        (plan_rows(done), f"{model}: splits that were measured, best first"),
+        (plan_rows(done), f"{model}: splits, the largest active share first"),
         as_json=as_json,
         text=f"{done.basis}\nWhat next: {done.command}",
     )

@@ -8,7 +8,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,76 +17,71 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moefy.checkpoint.cost import ffn_shape
-from moefy.checkpoint.families import has_qk_norm
-from moefy.checkpoint.gguf import export_gguf
-from moefy.checkpoint.load import load_model, load_tokenizer
-from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.source import resolve
+from moefy.checkpoint.cost import cost, ffn_shape
+from moefy.checkpoint.quantise import QUANTISED
 from moefy.errors import UsageError
+from moefy.evaluation.contenders import (
+    GGUF_NAMES,
+    Contender,
+    contender_of,
+    gguf_file,
+    splits_of,
+    with_stand_ins,
+)
 from moefy.evaluation.llama_cpp import llama_cpp_seconds
 from moefy.experts.layers import VIEWS, register
 from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
+from moefy.split import PRESETS
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _DTYPES = {
     "transformers": ("float32", "bfloat16"),
-    "llama.cpp": ("float32", "bfloat16", "q8_0"),
+    "llama.cpp": (*GGUF_NAMES, *QUANTISED),
 }
-_GGUF_NAMES = {"float32": "f32", "bfloat16": "bf16"}
+_USUAL_DTYPE = {"transformers": "float32", "llama.cpp": "q8_0"}
+_QUICK = {"prompt_tokens": 256, "new_tokens": 16, "layers": 4}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One model in one phase at one batch size."""
+    """One model in one phase at one batch size; ratios are medians of those within a round."""
 
+    runtime: str
+    dtype: str  # of the weights
     model: str  # its name
     phase: Phase
     batch: int  # sequences at once
     tokens_per_s: float  # of all sequences together; median
-    of_active_size: float | None  # that over the dense model's of the same active size
+    of_dense: float | None  # over the first dense model's
+    of_active_size: float | None  # over the dense model's of the same active size
+    spread: tuple[float, float]  # the lowest and highest ratio of a round; of_dense if there is one
     implementation: str | None  # of the experts, the fastest; None where there is no choice
     tried: dict[str, float]  # tokens_per_s by implementation
+    flops_per_s: float  # of matrix products and attention
+    bytes_per_s: float | None  # weights that are read; None for prefill and several sequences
 
 
 @dataclass(frozen=True)
 class SpeedComparison:
     """What `measure_speed` found."""
 
-    runtime: str
     device: str  # "cpu", or the accelerator's name
     threads: int  # of the CPU
-    dtype: str  # of weights and computation
     prompt_tokens: int  # of each sequence
     new_tokens: int  # of each sequence
-    speeds: list[Speed]  # by phase, then batch, then model
+    rounds: int
+    layers: int | None  # that were measured, and scaled to all of them; None for all
+    read_bytes_per_s: float  # at which the device sums up a large tensor
+    speeds: list[Speed]  # by runtime, dtype, phase, batch, then model
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A model whose speed is measured."""
-
-    name: str
-    config: Mapping[str, Any]  # of config.json
-    folder: Path | None = None  # None for random weights
-
-    @property
-    def size(self) -> int:
-        """Neurons that run for one token."""
-        return ffn_shape(self.config).running
-
-    def load(self, dtype: str) -> Any:
-        """Return the model on the device."""
-        kind = getattr(torch, dtype)
-        if self.folder is None:
-            return random_model(self.config, kind)
-        return load_model(self.folder, dtype=kind).to(device())
-
-
-Seconds = defaultdict[tuple[Phase, int, int], dict[str, list[float]]]
-"""By phase, batch and contender: of one pass, by implementation of the experts ("": none)."""
+Key = tuple[Phase, int]  # with the batch size
+Seconds = dict[Key, dict[str, float]]
+"""Of one pass, by implementation of the experts ("": none)."""
+Rounds = Sequence[Mapping[int, Seconds]]
+"""By round and contender."""
 
 
 def measure_speed(
@@ -95,29 +91,40 @@ def measure_speed(
     prompt_tokens: int = 512,
     new_tokens: int = 64,
     rounds: int = 3,
-    dtype: str = "float32",
-    runtime: str = "transformers",
+    runtime: str | None = None,
+    dtype: str | None = None,
+    splits: Sequence[str] | None = None,
+    layers: int | None = None,
+    quick: bool = False,
     names: Sequence[str] | None = None,
+    work: Path | None = None,
     report: ProgressFn = silent,
 ) -> SpeedComparison:
     """Measure prefill and greedy decoding of models in turn.
 
-    For every active size among the converted models, a dense model of that size is made and
-    measured too (random weights: speed does not depend on them). The prompt is random tokens. In
-    transformers its expert implementations `eager` and `grouped_mm` and our `expert_views` are
-    tried, and the fastest counts, for each phase and batch size. Medians over the rounds, the
-    models taking turns in each.
+    A dense model needs no weights, since speed does not depend on them: they are random. Where no
+    converted model is named, splits of the first dense one are measured too, and beside every
+    active size a dense model of that size. The prompt is random tokens. In transformers its expert
+    implementations `eager` and `grouped_mm` and our `expert_views` are tried, and the fastest
+    counts, for each phase and batch size. Medians over the rounds, the models taking turns in each.
 
     Args:
-        models: model folders, or anything `convert` takes as a source.
-        batches: sequences at once; None for 1 and 8, in llama.cpp for 1, which is all it takes.
+        models: model folders, config.json files, names that `inspect` knows, or anything else that
+            `convert` takes as a source.
+        batches: sequences at once; None for 1, which is all that llama.cpp takes.
         prompt_tokens: of each sequence.
         new_tokens: decoded after it.
         rounds: times that everything is measured.
-        dtype: "float32" or "bfloat16", of weights and computation; in llama.cpp also "q8_0", of
-            weights.
-        runtime: "transformers", on the accelerator if there is one, or "llama.cpp", on the CPU.
+        runtime: "transformers", on the accelerator if there is one, "llama.cpp", on the CPU, or
+            both with a comma; None for both where that is installed and no converted model named.
+        dtype: of weights: "float32", "bfloat16", in llama.cpp also "float16" and `QUANTISED`, or
+            several with commas; None for float32, and q8_0 in llama.cpp.
+        splits: as in "8/16+4" (8 of 16 slices active, 4 of these shared); None for the presets, and
+            a half and a quarter of 16 slices.
+        layers: random models have 1 layer and then so many, and the time is scaled to all.
+        quick: measure 4 layers, a short prompt and the presets alone.
         names: shown instead of `models`.
+        work: folder that keeps the GGUF files for the next call; None for a temporary one.
         report: told about progress.
 
     Raises:
@@ -125,45 +132,43 @@ def measure_speed(
         CheckpointError: llama.cpp cannot run a file; its last words are in the message.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    batches = batches or ((1,) if runtime == "llama.cpp" else (1, 8))
-    if not given or min(*batches, prompt_tokens, new_tokens, rounds) < 1:
+    if quick:
+        prompt_tokens, new_tokens = _QUICK["prompt_tokens"], _QUICK["new_tokens"]
+        layers, splits = layers or _QUICK["layers"], splits or [*PRESETS]
+    batches = batches or (1,)
+    if not given or min(*batches, prompt_tokens, new_tokens, rounds, (layers or 2) - 1) < 1:
         raise UsageError(
             "name at least one model, and give at least 1 for --batch, --prompt-tokens, "
-            "--new-tokens and --rounds"
+            "--new-tokens and --rounds, and 2 for --layers"
         )
-    _check(dtype, runtime, batches)
-    folders = [resolve(model, report=report) for model in given]
-    contenders = contenders_of(folders, list(names) if names else [str(model) for model in given])
+    found = [contender_of(model, report) for model in given]
+    if names:
+        found = [replace(each, name=name) for each, name in zip(found, names, strict=True)]
+    if all(each.is_dense for each in found):
+        found += splits_of(found[0], splits)
+    contenders = with_stand_ins(found)
+    pairs = _runs(runtime, dtype, batches, alone=all(each.folder is None for each in found))
     sizes = (prompt_tokens, new_tokens)
-    for contender in contenders:
-        room = contender.config.get("max_position_embeddings") or sum(sizes)
-        if sum(sizes) > room:
-            raise UsageError(
-                f"{contender.name} has room for {room} tokens, not for {prompt_tokens} of prompt "
-                f"and {new_tokens} new ones: lower --prompt-tokens or --new-tokens"
-            )
-    seconds: Seconds = defaultdict(lambda: defaultdict(list))
-    with tempfile.TemporaryDirectory(prefix="moefy-speed-") as work:
-        for idx in _turns(contenders, rounds, report):
-            if runtime == "llama.cpp":
-                file = Path(work) / f"{idx}.gguf"
-                if not file.is_file():
-                    export_contender(contenders[idx], file, dtype, folders[0], report)
-                vocab_size = contenders[idx].config["vocab_size"]
-                ids = _random_prompt(vocab_size, 1, prompt_tokens)[0].tolist()
-                found = llama_cpp_seconds(file, ids, new_tokens, float32=dtype == "float32")
-                for phase, elapsed_s in zip(PHASES, found, strict=True):
-                    seconds[phase, 1, idx][""].append(elapsed_s)
-            else:
-                _round(contenders[idx], batches, sizes, dtype, seconds, idx)
+    _check_room(contenders, sizes, layers)
+    speeds = []
+    with tempfile.TemporaryDirectory(prefix="moefy-speed-") as made:
+        folder = work or Path(made)
+        folder.mkdir(parents=True, exist_ok=True)
+        for runtime, dtype in pairs:
+            measured: list[dict[int, Seconds]] = [{} for _ in range(rounds)]
+            for number, idx in _turns(contenders, rounds, f"measure {runtime}, {dtype}", report):
+                each, how = contenders[idx], (runtime, dtype, batches, sizes)
+                measured[number][idx] = _scaled_seconds(each, layers, how, folder)
+            speeds += _speeds(contenders, runtime, dtype, prompt_tokens, measured)
     return SpeedComparison(
-        runtime=runtime,
         device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
-        dtype=dtype,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        speeds=_speeds(contenders, prompt_tokens, seconds),
+        rounds=rounds,
+        layers=layers,
+        read_bytes_per_s=_read_rate(),
+        speeds=speeds,
     )
 
 
@@ -177,120 +182,179 @@ def relative_speeds(
 ) -> list[dict[Phase, float]]:
     """Return each model's tokens per second over the first one's, by phase.
 
-    One sequence, float32, in transformers; otherwise as `measure_speed`.
+    One sequence, in float32, in transformers; the models take turns, and medians count.
     """
-    seconds: Seconds = defaultdict(lambda: defaultdict(list))
-    for idx in _turns(contenders, rounds, report):
-        _round(contenders[idx], (1,), (prompt_tokens, new_tokens), "float32", seconds, idx)
-    fastest = {key: min(map(statistics.median, tried.values())) for key, tried in seconds.items()}
+    measured: list[dict[int, Seconds]] = [{} for _ in range(rounds)]
+    sizes = (prompt_tokens, new_tokens)
+    for number, idx in _turns(contenders, rounds, "measure speed", report):
+        found = _transformers_seconds(contenders[idx], (1,), sizes, "float32")
+        measured[number][idx] = found
     return [
-        {phase: fastest[phase, 1, 0] / fastest[phase, 1, idx] for phase in PHASES}
+        {phase: statistics.median(_ratios(measured, (phase, 1), idx, 0)) for phase in PHASES}
         for idx in range(len(contenders))
     ]
 
 
-def _turns(contenders: Sequence[Contender], rounds: int, report: ProgressFn) -> Iterator[int]:
-    """Iterate over the contenders, round by round: a busy machine slows all of them down."""
+def _turns(
+    contenders: Sequence[Contender], rounds: int, stage: str, report: ProgressFn
+) -> Iterator[tuple[int, int]]:
+    """Iterate over rounds and contenders: a busy machine slows all of them down.
+
+    Another one begins each round: what is measured at the same place is disturbed alike.
+    """
     turns = rounds * len(contenders)
     for done in range(turns):
-        idx = done % len(contenders)
-        report(Progress("measure speed", done, turns, contenders[idx].name))
-        yield idx
-    report(Progress("measure speed", turns, turns))
+        number = done // len(contenders)
+        idx = (done + 5 * number) % len(contenders)
+        report(Progress(stage, done, turns, contenders[idx].name))
+        yield number, idx
+    report(Progress(stage, turns, turns))
 
 
-def _check(dtype: str, runtime: str, batches: Sequence[int]) -> None:
-    if runtime not in _DTYPES:
-        raise UsageError(f"--runtime {runtime!r}: allowed are {' and '.join(_DTYPES)}")
-    if dtype not in _DTYPES[runtime]:
-        allowed = " and ".join(_DTYPES[runtime])
-        raise UsageError(f"--dtype {dtype!r}: allowed are {allowed} in {runtime}")
-    if runtime == "llama.cpp" and set(batches) != {1}:
-        raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
+def _runs(
+    runtime: str | None, dtype: str | None, batches: Sequence[int], *, alone: bool
+) -> list[tuple[str, str]]:
+    """Return the runtimes and dtypes that are measured."""
+    runtimes = runtime.split(",") if runtime else ["transformers"]
+    if runtime is None and alone and set(batches) == {1} and find_spec("xllamacpp"):
+        runtimes.append("llama.cpp")
+    pairs = []
+    for name in runtimes:
+        if name not in _DTYPES:
+            raise UsageError(f"--runtime {name!r}: allowed are {' and '.join(_DTYPES)}")
+        wanted = dtype.split(",") if dtype else [_USUAL_DTYPE[name]]
+        if name == "llama.cpp" and set(batches) != {1}:
+            raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
+        pairs += [(name, each) for each in wanted if each in _DTYPES[name]]
+    if not pairs or set((dtype or "").split(",")) - {"", *(each for _, each in pairs)}:
+        allowed = "; ".join(f"{', '.join(_DTYPES[name])} in {name}" for name in runtimes)
+        raise UsageError(f"--dtype {dtype!r}: allowed are {allowed}")
+    return pairs
 
 
-def contenders_of(folders: list[Path], names: list[str]) -> list[Contender]:
-    """Return the models, and before the first of every active size a dense model of that size.
-
-    Raises:
-        ArchitectureError: a model that `cost` cannot count.
-    """
-    given = [
-        Contender(name, read_config(folder), folder)
-        for name, folder in zip(names, folders, strict=True)
-    ]
-    # the last that is written is the first of its size
-    first = {each.size: each for each in reversed(given) if ffn_shape(each.config).experts}
-    found: list[Contender] = []
-    for each in given:
-        if first.get(each.size) is each:
-            size = f", {each.size} neurons" if len(first) > 1 else ""
-            made = dense_of_active_size(each.config)
-            found.append(Contender(f"dense (same active size{size})", made))
-        found.append(each)
-    return found
+def _check_room(contenders: list[Contender], sizes: tuple[int, int], layers: int | None) -> None:
+    """Refuse texts that are too long for a model, and fewer layers where weights are not random."""
+    for each in contenders:
+        if layers and (each.folder or layers > each.config["num_hidden_layers"]):
+            raise UsageError(
+                f"--layers {layers} is for random models of more layers, not for {each.name}"
+            )
+        room = each.config.get("max_position_embeddings") or sum(sizes)
+        if sum(sizes) > room:
+            raise UsageError(
+                f"{each.name} has room for {room} tokens, not for {sizes[0]} of prompt "
+                f"and {sizes[1]} new ones: lower --prompt-tokens or --new-tokens"
+            )
 
 
-def dense_of_active_size(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a dense model with as many neurons as a converted model runs per token.
+def _ratios(measured: Rounds, key: Key, idx: int, other: int) -> list[float]:
+    """Return how many times as fast as another one a model was, by round; the fastest of each."""
 
-    Multipliers and windows are left out: they change its speed by less than can be measured.
-    """
-    shape = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-    shape += " vocab_size tie_word_embeddings max_position_embeddings"
-    made = {key: config[key] for key in shape.split() if config.get(key) is not None}
-    made["model_type"] = "qwen3" if has_qk_norm(config) else "llama"
-    made["architectures"] = [f"{made['model_type'].capitalize()}ForCausalLM"]
-    made["attention_bias"] = bool(config.get("attention_bias"))
-    return {**made, "intermediate_size": ffn_shape(config).running}
+    def seconds(which: int) -> list[float]:
+        names = measured[0][which][key]
+        runs = {name: [each[which][key][name] for each in measured] for name in names}
+        return min(runs.values(), key=statistics.median)
+
+    return [theirs / own for own, theirs in zip(seconds(idx), seconds(other), strict=True)]
 
 
-def _speeds(contenders: list[Contender], prompt_tokens: int, seconds: Seconds) -> list[Speed]:
-    # by active neurons, the dense model that was made for comparison
-    made = {each.size: idx for idx, each in enumerate(contenders) if each.folder is None}
-    rates = {
-        (phase, batch, idx): {
-            name: batch * (prompt_tokens if phase == "prefill" else 1) / statistics.median(values)
-            for name, values in measured.items()
-        }
-        for (phase, batch, idx), measured in seconds.items()
-    }
+def _speeds(
+    contenders: list[Contender], runtime: str, dtype: str, prompt_tokens: int, measured: Rounds
+) -> list[Speed]:
+    dense = next((idx for idx, each in enumerate(contenders) if each.is_dense), None)
+    sizes = {each.size: idx for idx, each in enumerate(contenders) if each.is_dense}
     rows = []
-    for phase, batch, idx in sorted(rates, key=lambda key: (PHASES.index(key[0]), *key[1:])):
-        found = rates[phase, batch, idx]
-        best = max(found, key=found.__getitem__)
-        same = made.get(contenders[idx].size)
-        if same is None and len(made) == 1:  # the whole dense model, beside a single size
-            (same,) = made.values()
-        rows.append(
-            Speed(
-                model=contenders[idx].name,
+    for key in sorted(measured[0][0], key=lambda key: (PHASES.index(key[0]), key[1])):
+        phase, batch = key
+        tokens = batch * (prompt_tokens if phase == "prefill" else 1)
+        for idx, each in enumerate(contenders):
+            tried = {
+                name: tokens / statistics.median(run[idx][key][name] for run in measured)
+                for name in measured[0][idx][key]
+            }
+            best = max(tried, key=tried.__getitem__)
+            of_dense = _ratios(measured, key, idx, dense or 0)
+            same = sizes.get(each.size)
+            counted = cost(each.config, context=prompt_tokens)
+            read = counted.active_params * _weight_bytes(dtype) * tried[best]
+            speed = Speed(
+                runtime=runtime,
+                dtype=dtype,
+                model=each.name,
                 phase=phase,
                 batch=batch,
-                tokens_per_s=found[best],
+                tokens_per_s=tried[best],
+                of_dense=statistics.median(of_dense),
                 of_active_size=None
                 if same is None
-                else found[best] / rates[phase, batch, same][""],
+                else statistics.median(_ratios(measured, key, idx, same)),
+                spread=(min(of_dense), max(of_dense)),
                 implementation=best or None,
-                tried={name: rate for name, rate in found.items() if name},
+                tried={name: rate for name, rate in tried.items() if name},
+                flops_per_s=counted.flops_per_token * tried[best],
+                bytes_per_s=read if key == ("decode", 1) else None,
             )
-        )
+            rows.append(speed)
     return rows
 
 
-def _round(
-    contender: Contender,
-    batches: Sequence[int],
-    sizes: tuple[int, int],  # tokens of the prompt, and new ones
-    dtype: str,
-    seconds: Seconds,
-    idx: int,
-) -> None:
+def _weight_bytes(dtype: str) -> float:
+    bits = {"float32": 32, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
+    return bits.get(dtype, 16) / 8
+
+
+def _read_rate() -> float:
+    """Return the bytes per second at which the device sums up a large tensor."""
+    tensor, seconds = torch.zeros(1 << 27, device=device()), []
+    for _ in range(3):
+        synchronise()
+        started = time.perf_counter()
+        tensor.sum()
+        synchronise()
+        seconds.append(time.perf_counter() - started)
+    return tensor.nbytes / min(seconds)
+
+
+def _scaled_seconds(
+    each: Contender,
+    layers: int | None,
+    how: tuple[str, str, Sequence[int], tuple[int, int]],
+    folder: Path,
+) -> Seconds:
+    """Time one pass; with fewer layers, what each beyond the first adds counts for the rest."""
+    if layers is None:
+        return _seconds(each, how, folder)
+    first, several = (_seconds(each.with_layers(n), how, folder) for n in (1, layers))
+    rest = (each.config["num_hidden_layers"] - 1) / (layers - 1)
+    return {
+        key: {name: low + rest * max(several[key][name] - low, 0.0) for name, low in tried.items()}
+        for key, tried in first.items()
+    }
+
+
+def _seconds(
+    each: Contender,
+    how: tuple[str, str, Sequence[int], tuple[int, int]],
+    folder: Path,
+) -> Seconds:
+    runtime, dtype, batches, sizes = how
+    if runtime == "transformers":
+        return _transformers_seconds(each, batches, sizes, dtype)
+    file = gguf_file(each, dtype, folder)
+    ids = _random_prompt(each.config["vocab_size"], 1, sizes[0])[0].tolist()
+    found = llama_cpp_seconds(file, ids, sizes[1], float32=dtype == "float32")
+    return {(phase, 1): {"": elapsed} for phase, elapsed in zip(PHASES, found, strict=True)}
+
+
+def _transformers_seconds(
+    contender: Contender, batches: Sequence[int], sizes: tuple[int, int], dtype: str
+) -> Seconds:
     """Time both phases once, with every implementation of the experts."""
     network, config = contender.load(dtype), contender.config
+    seconds: Seconds = defaultdict(dict)
     for batch in batches:
         ids = _random_prompt(config["vocab_size"], batch, sizes[0])
-        names = ["eager"] if ffn_shape(config).experts else [""]
+        names = [""] if contender.is_dense else ["eager"]
         # torch refuses grouped products of rows that are no multiple of 16 bytes
         row_bytes = math.gcd(ffn_shape(config).size, config["hidden_size"]) * network.dtype.itemsize
         if names[0] and row_bytes % 16 == 0:
@@ -303,23 +367,15 @@ def _round(
             decode(network, *prefill(network, ids[:, :8])[:2], 1)
             cache, token, elapsed_s = prefill(network, ids)
             if name != VIEWS:
-                seconds["prefill", batch, idx][name].append(elapsed_s)
-            elapsed_s = decode(network, cache, token, sizes[1]) / sizes[1]
-            seconds["decode", batch, idx][name].append(elapsed_s)
+                seconds["prefill", batch][name] = elapsed_s
+            seconds["decode", batch][name] = decode(network, cache, token, sizes[1]) / sizes[1]
+    return seconds
 
 
 def _random_prompt(vocab_size: int, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
     """Return token ids, always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocab_size, (batch, tokens), generator=generator).to(device())
-
-
-def random_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Return a model with transformers' initial weights, in evaluation mode, on the device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    made = AutoConfig.for_model(**config)
-    return AutoModelForCausalLM.from_config(made, dtype=dtype).eval().to(device())
 
 
 @torch.inference_mode()
@@ -342,16 +398,3 @@ def decode(network: Any, cache: Any, token: Int[Tensor, "batch 1"], count: int) 
         token = network(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     synchronise()
     return time.perf_counter() - started
-
-
-def export_contender(
-    contender: Contender, file: Path, dtype: str, tokenizer: Path, report: ProgressFn = silent
-) -> None:
-    """Write a contender as a GGUF file, with the tokenizer of a folder where it has none."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as made:
-        folder = contender.folder or Path(made)
-        if contender.folder is None:
-            stored = dtype if dtype == "float32" else "bfloat16"
-            contender.load(stored).cpu().save_pretrained(folder)
-            load_tokenizer(tokenizer).save_pretrained(folder)
-        export_gguf(folder, file, dtype=_GGUF_NAMES.get(dtype, dtype), report=report)

@@ -57,11 +57,16 @@ def comparison_rows(comparison: Comparison) -> Rows:
 def speed_rows(comparison: SpeedComparison) -> Rows:
     """Return header and rows of measured speeds."""
     columns: Columns[Speed] = [
+        ("runtime", lambda s: f"{s.runtime}, {s.dtype}"),
         ("phase", lambda s: s.phase),
         ("batch", lambda s: str(s.batch)),
         ("model", lambda s: s.model),
         ("tok/s", lambda s: number(s.tokens_per_s)),
-        ("vs. dense (same active size)", lambda s: shown(s.of_active_size, ".0%")),
+        ("/ dense", lambda s: f"{s.of_dense:.2f}"),
+        ("lowest to highest", lambda s: " to ".join(f"{end:.2f}" for end in s.spread)),
+        ("/ dense (same active size)", lambda s: shown(s.of_active_size, ".2f")),
+        ("GFLOP/s", lambda s: number(s.flops_per_s / 1e9)),
+        ("weights, GB/s", lambda s: "–" if s.bytes_per_s is None else f"{s.bytes_per_s / 1e9:.1f}"),
         ("experts by", lambda s: s.implementation or "–"),
     ]
     return table(comparison.speeds, columns)
@@ -72,9 +77,10 @@ def speed_title(comparison: SpeedComparison) -> str:
     done, place = comparison, comparison.device
     if place == "cpu":
         place = f"{done.threads} CPU threads"
+    scaled = f"; measured with 1 and {done.layers} layers, and scaled to all" if done.layers else ""
     return (
-        f"{done.runtime}, {done.dtype}, {done.prompt_tokens} tokens of prompt and "
-        f"{done.new_tokens} decoded; {place}"
+        f"{done.prompt_tokens} tokens of prompt and {done.new_tokens} decoded, medians of "
+        f"{done.rounds} rounds{scaled}; {place}, which read {done.read_bytes_per_s / 1e9:.1f} GB/s"
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from moefy.checkpoint.cost import split_config
 from moefy.checkpoint.reader import read_config
-from moefy.evaluation.speed import Contender, Phase, relative_speeds
+from moefy.evaluation.contenders import Contender
+from moefy.evaluation.speed import Phase, relative_speeds
 from moefy.progress import ProgressFn, silent
 from moefy.report.tables import write_csv
-from moefy.studies.plan import GRID, GridPoint, read_grid
+from moefy.studies.points import GRID, GridPoint, read_grid
 from moefy.studies.report import Arms, difference
 
 _PROMPT, _NEW = 128, 32  # tokens

@@ -1,58 +1,52 @@
-"""Which split of a model to take, according to a grid of splits that was measured."""
+"""Which split of a model to take, by speeds that were measured at its shape or near it."""
 
 from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+import numpy as np
+from pydantic import TypeAdapter
 
-from moefy.checkpoint.cost import Cost, config_of, cost, split_config
+from moefy.checkpoint.cost import SHAPES, Cost, config_of, cost, split_within
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
-from moefy.report.frontier import SIZE, Design
-from moefy.report.tables import Columns, Rows, millions, table, with_error
+from moefy.report.tables import Columns, Rows, millions, shown, table
+from moefy.split import PRESETS, Split
 
-GRID = "grid.csv"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class GridPoint:
-    """What one split was measured to be."""
+class MeasuredSplit:
+    """A row of speed.csv, which benchmarks/frontier.py writes."""
 
+    shape: str  # a name in `SHAPES`
     experts: int
     active: int
     shared: int
-    seeds: int  # how many
-    trained: int  # tokens, before the measurement
-    nats_above_dense: float  # held-out loss minus the dense model's, mean over the seeds
-    half_width: float | None  # of its 95% interval over the seeds; None for one seed
-    prefill_of_dense: float  # tokens per second over the dense model's
-    decode_of_dense: float
-    active_of_dense: float  # active parameters over the dense model's parameters
-    dense_params: int  # of the model that was split
-    model: str
-    data: str
-    machine: str  # that speed was measured on
-
-    @property
-    def name(self) -> str:
-        """Name of the arm of the ablation of size."""
-        pruned = "pruned " if self.shared == self.active else ""
-        return f"{pruned}{self.active}/{self.experts}"
+    prefill: float  # tokens per second over the dense model's
+    decode: float
+    measured: str  # in what, and on what
+    nats: float | None  # held-out loss of SmolLM2-135M, split like this, above the dense model's
 
 
 @dataclass(frozen=True)
 class PlannedSplit:
     """One split of the model."""
 
-    point: GridPoint  # measured of this split, on the grid's model
+    split: Split
     cost: Cost  # counted for this model
-    speedup: float  # tokens per second over the dense model's, in the wanted phase
+    prefill: float  # tokens per second over the dense model's
+    decode: float
+    nats: float | None  # see `MeasuredSplit`
+    source: str  # what the speeds were measured of; between two the speeds are interpolated
     fits: bool  # it meets the target
 
 
@@ -62,150 +56,166 @@ class Plan:
 
     model: str
     dense: Cost
-    candidates: list[PlannedSplit]  # that the model allows, the best predicted loss first
+    candidates: list[PlannedSplit]  # the largest active share first
     recommended: PlannedSplit
-    left_out: dict[str, str]  # splits that the model does not allow, and why
     command: str  # what makes the recommended split
-    basis: str  # what the prediction rests on
+    basis: str  # what the numbers rest on
 
 
-def read_grid(file: Path | None = None) -> list[GridPoint]:
-    """Read a grid's file, or the one that comes with moefy.
-
-    Raises:
-        UsageError: a line is no point of a grid.
-    """
-    text = (file or files("moefy.studies") / GRID).read_text()
+@cache
+def measured_splits() -> list[MeasuredSplit]:
+    """Return the speeds that come with moefy."""
+    text = (files("moefy.studies") / "speed.csv").read_text()
     rows = [{k: v or None for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
-    try:
-        return TypeAdapter(list[GridPoint]).validate_python(rows)
-    except ValidationError as error:
-        raise UsageError(f"{file} is no grid of this version of moefy: {error}") from error
+    return TypeAdapter(list[MeasuredSplit]).validate_python(rows)
 
 
 def plan(
     model: str | Path,
     *,
-    active_params: int | None = None,
     speedup: float | None = None,
+    active_params: int | None = None,
+    preset: str | None = None,
     phase: str = "decode",
-    grid: Path | None = None,
 ) -> Plan:
-    """Recommend a split: the lowest predicted loss within a size or at a speed.
+    """Recommend a split: the largest active share at a speed or within a size.
 
-    Parameters are counted for the model itself, from its config.json. Loss and speed are those that
-    the same split was measured to have on the grid's model; nothing is interpolated. Of splits
-    whose losses cannot be told from the lowest by their intervals over seeds, the fastest is taken.
+    Parameters are counted for the model itself, from its config.json. Speeds are those that the
+    same share was measured to have, interpolated over the number of slices and over the shapes that
+    were measured; beyond them the nearest counts. Of equal shares the finest split is taken.
 
     Args:
         model: dense: a folder, a config.json, or a name that `inspect` knows.
+        speedup: tokens per second over the dense model's, at least.
         active_params: how many parameters may run for a token.
-        speedup: tokens per second over the dense model's, at least. One of the two is given.
-        phase: decode or prefill: what the speedup is of, and in which the fastest is chosen.
-        grid: CSV file of a grid; None for the one that comes with moefy.
+        preset: "speed" or "quality": slices as `convert --for` makes them. One of these three at
+            least is given; None for all splits that were measured.
+        phase: decode or prefill: what the speedup is of.
 
     Raises:
-        UsageError: no such model, neither or both limits, or no split that reaches them: then the
-            error says what is possible.
+        UsageError: no such model, no target, or no split that reaches it: then the error says what
+            is possible.
     """
-    if (active_params is None) == (speedup is None):
-        raise UsageError("say what you want: --active-params or --speedup, one of them")
-    if phase not in ("prefill", "decode"):
-        raise UsageError(f"--phase {phase}: allowed are prefill and decode")
-    points = sorted(read_grid(grid), key=lambda point: point.nats_above_dense)
+    if speedup is None and active_params is None and preset is None:
+        raise UsageError("say what you want: --speedup, --active-params or --for")
+    if phase not in ("prefill", "decode") or preset not in (None, *PRESETS):
+        raise UsageError(
+            f"--phase {phase} --for {preset}: allowed are prefill and decode; {', '.join(PRESETS)}"
+        )
     config = config_of(model)
     if config.get("model_type") not in FAMILIES:
         raise UsageError(f"{model} is already split, or of no family that moefy converts")
     context = min(4096, config.get("max_position_embeddings") or 4096)
-    dense = cost(config, context=context)
-    candidates, left_out = [], {}
-    for point in points:
-        split = {key: getattr(point, key) for key in ("experts", "active", "shared")}
+    dense, found = cost(config, context=context), dict[Split, PlannedSplit]()
+    for split in _candidates(config["intermediate_size"], preset):
         try:
-            counted = cost(split_config(config, **split, name=str(model)), context=context)
+            split, made = split_within(config, split, str(model))
         except UsageError as error:
-            left_out[point.name] = str(error)
+            refused = error
             continue
-        faster = getattr(point, f"{phase}_of_dense")
-        small_enough = active_params is None or counted.active_params <= active_params
-        fits = small_enough and faster >= (speedup or 0)
-        candidates.append(PlannedSplit(point, counted, faster, fits))
-    if not candidates:
-        raise UsageError(f"{model} allows no split of the grid: {next(iter(left_out.values()))}")
-    fitting = [each for each in candidates if each.fits]
-    if not fitting or (active_params or 0) >= dense.total_params:
+        counted = cost(made, context=context)
+        speeds, source = _speeds(split, dense.total_params)
+        fast = speeds[phase] >= (speedup or 0)
+        fits = fast and (active_params is None or counted.active_params <= active_params)
+        same = [each for each in measured_splits() if _split(each) == split]
+        nats = next((each.nats for each in same), None)
+        planned = PlannedSplit(
+            split, counted, speeds["prefill"], speeds["decode"], nats, source, fits
+        )
+        found[split] = planned
+    if not found:
+        raise refused
+    # of a preset alone, its own number of active slices comes first
+    fitting = [each for each in found.values() if each.fits]
+    best = min(fitting, key=_order, default=None) if speedup or active_params else fitting[0]
+    candidates = sorted(found.values(), key=_order)
+    if best is None:
         sizes = [each.cost.active_params for each in candidates]
-        fastest = max(each.speedup for each in candidates)
+        fastest = max(getattr(each, phase) for each in candidates)
         raise UsageError(
-            f"{model} has {dense.total_params:,} parameters; splits in the grid have from "
+            f"{model} has {dense.total_params:,} parameters; these splits have from "
             f"{min(sizes):,} to {max(sizes):,} active ones, since embeddings and attention always "
             f"run, and are up to {fastest:.2f} times as fast in {phase}: ask for less"
         )
-    # Of splits that cannot be told from the lowest loss, speed decides. The half-width of a
-    # difference of independent means; None is of a split without any seed.
-    lowest = fitting[0].point
-    equal = [
-        each
-        for each in fitting
-        if each.point.nats_above_dense - lowest.nats_above_dense
-        <= math.hypot(each.point.half_width or 0.0, lowest.half_width or 0.0)
-    ]
-    best = max(equal, key=lambda each: each.speedup)
     # A shape or a config.json has no weights, so commands cannot name it.
     has_weights = Path(model).expanduser().is_dir() or str(model) == BUILTIN
-    command = _command(str(model) if has_weights else "MODEL", best.point)
-    basis = (
-        f"Parameters are {model}'s own. Loss and speed ({best.point.machine}) were measured on "
-        f"{best.point.model}, text: {best.point.data}, {best.point.seeds} seeds, before training; "
-        f"{model} has {dense.total_params / best.point.dense_params:,.3g} times its parameters."
+    command = f"moefy convert {model if has_weights else 'MODEL'} OUT" + "".join(
+        f" --{name} {count}" for name, count in asdict(best.split).items()
     )
-    return Plan(str(model), dense, candidates, best, left_out, command, basis)
+    basis = (
+        f"Parameters are {model}'s own. Speeds over the dense model were measured with "
+        f"{measured_splits()[0].measured}; nats above dense are those of SmolLM2-135M, converted "
+        "with the usual effort, where they are known."
+    )
+    return Plan(str(model), dense, candidates, best, command, basis)
 
 
-def _command(model: str, point: GridPoint) -> str:
-    command = f"moefy convert {model} OUT --experts {point.experts} --active {point.active}"
-    command += f" --shared {point.shared}"
-    if point.shared == point.active:  # static pruning, with its own choices (ablations.yaml)
-        command += " --partition coactivation --set refit_ridge=0.01"
-    return command
+def _order(each: PlannedSplit) -> tuple[float, int]:
+    return -each.split.active / each.split.experts, -each.split.experts
 
 
-def designs_of(points: list[GridPoint]) -> list[Design]:
-    """Return the grid as what a figure of loss over speed shows."""
-    return [
-        Design(
-            point.name,
-            pruned=point.shared == point.active,
-            nats=point.nats_above_dense,
-            gains={
-                "decode speed": point.decode_of_dense,
-                "prefill speed": point.prefill_of_dense,
-                SIZE: 1 / point.active_of_dense,
-            },
-        )
-        for point in points
-    ]
+def _candidates(intermediate_size: int, preset: str | None) -> list[Split]:
+    """Return splits whose speed is known or lies between known ones; a preset's own first."""
+    if preset is None:
+        found = [_split(row) for row in measured_splits() if row.shared < row.active]
+    else:
+        first = Split.of(intermediate_size, preset=preset)
+        counts = {first.active, *(round(share * first.experts) for share in (0.25, 0.5, 0.75))}
+        part = PRESETS[preset].shared
+        found = [first] + [Split(first.experts, k, int(part * k)) for k in sorted(counts)[::-1]]
+    return list(dict.fromkeys(found))
 
 
-def grid_rows(points: list[GridPoint]) -> Rows:
-    """Return header and rows of the grid: loss and speed against the dense model."""
-    columns: Columns[GridPoint] = [
-        ("split", lambda point: point.name),
-        ("shared", lambda point: str(point.shared)),
-        ("active", lambda point: f"{point.active_of_dense:.0%}"),
-        ("nats above dense", lambda point: with_error(point.nats_above_dense, point.half_width)),
-        ("prefill", lambda point: f"× {point.prefill_of_dense:.2f}"),
-        ("decode", lambda point: f"× {point.decode_of_dense:.2f}"),
-    ]
-    return table(points, columns)
+def _split(row: MeasuredSplit) -> Split:
+    return Split(row.experts, row.active, row.shared)
+
+
+def _speeds(split: Split, total_params: int) -> tuple[dict[str, float], str]:
+    """Return a split's speeds over a dense model of this size, and what they come from."""
+    used: set[str] = set()
+
+    def at(shape: str, phase: str) -> float:
+        # of the nearest active share, for every number of slices the nearest shared one
+        rows = [r for r in measured_splits() if r.shape == shape and r.shared < r.active]
+        apart = [abs(r.active / r.experts - split.active / split.experts) for r in rows]
+        near = [r for r, far in zip(rows, apart, strict=True) if far < min(apart) + 0.03]
+        near.sort(key=lambda r: -abs(r.shared / r.active - split.shared / split.active))
+        ends = _around({r.experts: r for r in near}, split.experts)
+        used.update(f"{r.active}/{r.experts}+{r.shared} of {r.shape}" for r in ends.values())
+        return _between({n: getattr(r, phase) for n, r in ends.items()}, split.experts)
+
+    names = {cost(SHAPES[row.shape]).total_params: row.shape for row in measured_splits()}
+    ends = _around(names, total_params)
+    found = {
+        phase: _between({n: at(shape, phase) for n, shape in ends.items()}, total_params)
+        for phase in ("prefill", "decode")
+    }
+    return found, ", ".join(sorted(used))
+
+
+def _around(known: dict[int, T], wanted: int) -> dict[int, T]:
+    """Return what is known next below and next above a number."""
+    numbers = sorted(known)
+    ends = [n for n in numbers if n <= wanted][-1:] + [n for n in numbers if n >= wanted][:1]
+    return {n: known[n] for n in ends}
+
+
+def _between(known: dict[int, float], wanted: int) -> float:
+    """Interpolate over the logarithm; beyond what is known the nearest counts."""
+    return float(np.interp(math.log(wanted), [*map(math.log, known)], [*known.values()]))
 
 
 def plan_rows(plan: Plan) -> Rows:
-    """Return header and rows of a plan: the grid's, counted for the model, and what is chosen."""
-    rows = grid_rows([each.point for each in plan.candidates])
-    rows[0] += ["active parameters", "meets target"]
-    for row, each in zip(rows[1:], plan.candidates, strict=True):
-        row[2] = f"{each.cost.active_params / plan.dense.total_params:.0%}"
-        row += [millions(each.cost.active_params)]
-        row += ["recommended" if each is plan.recommended else "yes" * each.fits]
-    return rows
+    """Return header and rows of a plan: what every split costs, and where its speed is from."""
+    columns: Columns[PlannedSplit] = [
+        ("split", lambda each: f"{each.split.active}/{each.split.experts}"),
+        ("shared", lambda each: str(each.split.shared)),
+        ("active parameters", lambda each: millions(each.cost.active_params)),
+        ("of dense", lambda each: f"{each.cost.active_params / plan.dense.total_params:.0%}"),
+        ("prefill", lambda each: f"× {each.prefill:.2f}"),
+        ("decode", lambda each: f"× {each.decode:.2f}"),
+        ("speed measured of", lambda each: each.source),
+        ("nats above dense", lambda each: shown(each.nats, ".3f")),
+        ("", lambda each: "recommended" if each == plan.recommended else "yes" * each.fits),
+    ]
+    return table(plan.candidates, columns)

@@ -18,7 +18,7 @@ from moefy.report.frontier import at_equal, frontier_figure
 from moefy.report.tables import Rows, markdown, millions
 from moefy.storage import replace_file, storage_errors
 from moefy.studies.ablations import ABLATIONS, ablations_named
-from moefy.studies.plan import GRID, GridPoint, designs_of, grid_rows, read_grid
+from moefy.studies.points import GRID, GridPoint, designs_of, grid_rows, read_grid
 from moefy.studies.recipe import StudyRecipe
 from moefy.studies.runs import RUNS, Run, read_runs
 

@@ -17,9 +17,10 @@ from moefy.checkpoint.reader import DenseCheckpoint, fingerprint, read_config
 from moefy.checkpoint.source import resolve
 from moefy.construct.convert import Conversion, convert, read_conversion
 from moefy.errors import UsageError
+from moefy.evaluation.contenders import Contender
 from moefy.evaluation.heldout import Windows, evaluation_windows, heldout_losses
 from moefy.evaluation.paired import Interval, paired_difference
-from moefy.evaluation.speed import Contender, relative_speeds
+from moefy.evaluation.speed import relative_speeds
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.recipe import ConvertRecipe, ConvertSettings
