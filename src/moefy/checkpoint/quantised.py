@@ -61,6 +61,8 @@ def _scaled(
     fits = -(-rows // steps[0]) == down and (group is not None or -(-columns // steps[1]) == across)
     if not fits or (group is not None and len(group) != columns):
         raise ValueError(f"scales of shape {[down, across]} for numbers of {[rows, columns]}")
+    if group is not None and torch.equal(group.long(), torch.arange(columns) // steps[1]):
+        group = None  # the order is the usual one
     found = numbers.float()
     zeros = zero.float().reshape(scale.shape) if isinstance(zero, Tensor) else None
     if group is None and (down * steps[0], across * steps[1]) == (rows, columns):
@@ -69,7 +71,7 @@ def _scaled(
         parts.mul_(scale[:, None, :, None])
         return found
     places = torch.arange(columns) // steps[1] if group is None else group.long()
-    down_to_rows = torch.arange(rows) // steps[0]
+    down_to_rows = torch.arange(rows) // steps[0] if steps[0] > 1 else slice(None)
     found.sub_(zero if zeros is None else zeros.index_select(1, places)[down_to_rows])
     return found.mul_(scale.index_select(1, places)[down_to_rows])
 
