@@ -26,6 +26,7 @@ PAGE = Path(__file__).parents[1] / "docs/runtimes.md"
 MODELS = {
     "llama": "Llama 1, 2, 3.x, SmolLM2, TinyLlama",
     "mistral": "Mistral 7B",
+    "ministral": "Ministral 8B of 2024",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",

@@ -40,7 +40,8 @@ _SHAPE = {
 # of families whose own defaults are too large, or that have layers of several kinds
 _SHAPES: dict[str, dict[str, Any]] = {
     **{
-        name: {"head_dim": 8} for name in ("ministral3", "hunyuan_v1_dense", "ernie4_5", "seed_oss")
+        name: {"head_dim": 8}
+        for name in ("ministral", "ministral3", "hunyuan_v1_dense", "ernie4_5", "seed_oss")
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 48},
     "cohere2": {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 2.0},

@@ -35,6 +35,7 @@ EVERY = 11
 # forms of a family that other keys mean something in
 FORMS: dict[str, list[dict[str, Any]]] = {
     "mistral": [{"sliding_window": 16}],
+    "ministral": [{"sliding_window": 16}],
     "qwen2": [{}, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}],
     "smollm3": [{"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 16}],
     "phi3": [{}, {"sliding_window": 16}],

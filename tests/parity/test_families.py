@@ -56,6 +56,13 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
     ("llama", {"attention_bias": True}, "granitemoe", "granitemoeshared"),
     ("mistral", {"sliding_window": None}, "mixtral", "granitemoeshared"),
     ("mistral", {"sliding_window": 16}, "mixtral", "granitemoe_swa"),
+    ("ministral", {"layer_types": ["full_attention"] * 2}, "mixtral", "granitemoeshared"),
+    (
+        "ministral",
+        {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        "granitemoe_swa",
+        "granitemoe_swa",
+    ),
     ("qwen2", {}, "granitemoe", "granitemoeshared"),
     (
         "qwen2",

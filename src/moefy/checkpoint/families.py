@@ -38,6 +38,7 @@ class DenseFamily:
     # what no other architecture computes but the target that is `of` this family
     own: str = ""
     window: Window = "no"  # layers that have the sliding window, if the config has one
+    needs_window: bool = False  # whether transformers runs it only with a sliding window's size
     mixers: Sequence[str] = ()  # `layer_types` without attention
     parallel: bool = False  # whether attention and FFN read the same normed stream
     multipliers: bool = False  # whether embeddings, attention, residuals and logits are scaled
@@ -136,6 +137,9 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         ),
         f"has no {TEMPERATURE} or original_max_position_embeddings in rope_parameters": (
             family.tempered and not {TEMPERATURE, "original_max_position_embeddings"} <= {*rope}
+        ),
+        f"has sliding_window = null, with which transformers runs no {family.model_type} model": (
+            family.needs_window and window is None
         ),
         "has residual_multiplier = 0, by which the experts' weights are divided": (
             read.get("residual_multiplier") == 0

@@ -154,7 +154,7 @@ def _merged(
             gate, up = gate.chunk(2)
         gates.append(gate)
         ups.append(up)
-        downs.append(_divided(read(target.shared_down), 2 if target.shared_switch else 1))
+        downs.append(_divided(read(target.shared_down), 2.0 if target.shared_switch else 1.0))
     # undo what the conversion folded into the routed experts, see `Routing.folded_factor`
     scale = fixed_scale(recipe) * (1.0 if target.score == "sigmoid" else split.chosen)
     if "{expert}" in target.gate:
