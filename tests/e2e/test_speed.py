@@ -111,8 +111,9 @@ def test_the_table(
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
     assert "8 tokens of prompt and 2 decoded, medians of 1 rounds; " in printed
-    assert "transformers, bfloat16" in printed
-    assert "4/8, 2 shared" in printed
+    assert "bfloat16" in printed
+    assert "4/8" in printed
+    assert "GFLOP/s" in printed
 
 
 @pytest.mark.parametrize(

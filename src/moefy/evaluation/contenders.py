@@ -142,6 +142,7 @@ def random_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     with no_init_weights():
         made = AutoConfig.for_model(**config)
         network = AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
+    network.tie_weights()
     pool = 0.02 * torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
     for parameter in network.parameters():
         flat = parameter.data.view(-1)

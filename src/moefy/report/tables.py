@@ -58,18 +58,23 @@ def speed_rows(comparison: SpeedComparison) -> Rows:
     """Return header and rows of measured speeds."""
     columns: Columns[Speed] = [
         ("runtime", lambda s: f"{s.runtime}, {s.dtype}"),
-        ("phase", lambda s: s.phase),
-        ("batch", lambda s: str(s.batch)),
+        ("phase", lambda s: s.phase + f" of {s.batch}" * (s.batch > 1)),
         ("model", lambda s: s.model),
         ("tok/s", lambda s: number(s.tokens_per_s)),
         ("/ dense", lambda s: f"{s.of_dense:.2f}"),
-        ("lowest to highest", lambda s: " to ".join(f"{end:.2f}" for end in s.spread)),
-        ("/ dense (same active size)", lambda s: shown(s.of_active_size, ".2f")),
-        ("GFLOP/s", lambda s: number(s.flops_per_s / 1e9)),
-        ("weights, GB/s", lambda s: "–" if s.bytes_per_s is None else f"{s.bytes_per_s / 1e9:.1f}"),
+        ("range", lambda s: " to ".join(f"{end:.2f}" for end in s.spread)),
+        ("/ same size", lambda s: shown(s.of_active_size, ".2f")),
+        ("work", _work),
         ("experts by", lambda s: s.implementation or "–"),
     ]
     return table(comparison.speeds, columns)
+
+
+def _work(speed: Speed) -> str:
+    """Say what bounds a pass: weights that are read for one token, else arithmetic."""
+    if speed.bytes_per_s is not None:
+        return f"{speed.bytes_per_s / 1e9:.1f} GB/s"
+    return f"{number(speed.flops_per_s / 1e9)} GFLOP/s"
 
 
 def speed_title(comparison: SpeedComparison) -> str:
