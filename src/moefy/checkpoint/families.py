@@ -135,7 +135,8 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             and window is not None
             and not (isinstance(window, int) and window >= longest)
         ),
-        f"has no {TEMPERATURE} or original_max_position_embeddings in rope_parameters": (
+        f"has no {TEMPERATURE} or original_max_position_embeddings in rope_parameters (or "
+        "rope_scaling)": (
             family.tempered and not {TEMPERATURE, "original_max_position_embeddings"} <= {*rope}
         ),
         f"has sliding_window = null, with which transformers runs no {family.model_type} model": (
