@@ -264,6 +264,7 @@ def test_a_changed_tokenizer_is_not_taken_from_the_cache(tmp_path: Path) -> None
     dense = tiny(tmp_path / "dense")
     quantise(dense, "gptq")
     (dense / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert moefy.inspect(dense)  # which reads config.json alone
     first = resolve(dense)
     assert resolve(dense) == first
     assert origin(dense, first) == {"base_model": "dense", "license": "mit"}

@@ -93,7 +93,7 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: see `meaning_of`.
-        ArchitectureError: it is unknown, quantised, or has a setting that would be changed.
+        ArchitectureError: it is unknown, or has a setting that would be changed.
     """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
@@ -106,7 +106,7 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             "Qwen2.5, Phi-3 and their kin, by these names)"
         )
     read = meaning_of(config, source)
-    quantised, heads = read.get("quantization_config") or {}, read["num_attention_heads"]
+    heads = read["num_attention_heads"]
     read["head_dim"] = read.get("head_dim") or read["hidden_size"] // heads
     rope, part = read["rope_parameters"], rotary_fraction(read)
     layers, longest = read["num_hidden_layers"], read["max_position_embeddings"]
@@ -118,8 +118,6 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         types -= {"sliding_attention"}
     switches = read.get(family.rope_switches or "", ())
     refused = {
-        f"is quantised ({quantised.get('quant_method', 'unknown')}): convert the unquantised "
-        "checkpoint (one without quantization_config), then quantise": quantised,
         f"has the rotary embedding {rope['rope_type']!r}; known are {', '.join(ROPE_TYPES)} "
         "(rope_parameters or rope_scaling)": rope["rope_type"] not in ROPE_TYPES,
         f"rotates only a part of each head (partial_rotary_factor {part} in rope_parameters or "
