@@ -25,6 +25,7 @@ MOEFY = [sys.executable, "-m", "moefy"]
 MODEL = "smollm2-135m"
 SPLITS = {
     "8 of 16": ["--experts", "16", "--active", "8", "--shared", "0"],
+    "4 of 8, 2 shared": ["--experts", "8", "--active", "4", "--shared", "2"],
     "8 of 16, 4 shared": ["--experts", "16", "--active", "8", "--shared", "4"],
     "pruned to 8 of 16": ["--experts", "16", "--active", "8", "--shared", "8"],
     "32 of 64": ["--experts", "64", "--active", "32", "--shared", "16"],
@@ -43,7 +44,9 @@ def main(work: Path, data: str | None, designs: list[str]) -> None:
     for asked in designs or SPLITS if data else ():
         name, _, effort = (asked, "", "") if asked in SPLITS else asked.rpartition(", ")
         for each in [effort] if effort else ["fast", "normal"]:
-            measure(work, data, name, each)
+            convert(work, data, name, each)
+    if data:
+        evaluate(work, data)
     rows = [
         [
             "design",
@@ -65,8 +68,8 @@ def main(work: Path, data: str | None, designs: list[str]) -> None:
     frontier.draw()
 
 
-def measure(work: Path, data: str, name: str, effort: str) -> None:
-    """Convert and evaluate one design, unless its file is there."""
+def convert(work: Path, data: str, name: str, effort: str) -> None:
+    """Convert one design, unless its file is there."""
     place = f"{name.replace(' ', '-')}-{effort}"
     file, out = work / f"{place}.json", work / place
     if file.exists():
@@ -79,23 +82,36 @@ def measure(work: Path, data: str, name: str, effort: str) -> None:
     _, status, usage = os.wait4(child.pid, 0)
     minutes = (time.monotonic() - started) / 60
     assert status == 0, name
-    text = subprocess.run(
-        [*MOEFY, "eval", MODEL, str(out), "--data", data, "--no-decode", "--json"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    split = json.loads(text)["results"][1]
     recipe = json.loads((out / "moefy.json").read_text())["recipe"]
     record = {
         "effort": effort,
         "tokens": str(recipe["calibration_tokens"]),
-        "nats": f"{split['excess_loss']['value']:.3f}",
-        "kl": f"{split['kl_to_reference']:.3f}",
+        "nats": "",
+        "kl": "",
         "minutes": f"{minutes:.1f}",
         "peak": f"{usage.ru_maxrss / 2**20:.1f}",
     }
     file.write_text(json.dumps(record) + "\n")
+
+
+def evaluate(work: Path, data: str) -> None:
+    """Measure all models whose loss is not known yet, in one run."""
+    records = {file: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
+    new = [file for file, record in records.items() if not record["nats"]]
+    if not new:
+        return
+    models = [MODEL, *(str(file.with_suffix("")) for file in new)]
+    text = subprocess.run(
+        [*MOEFY, "eval", *models, "--data", data, "--no-decode", "--json"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for file, found in zip(new, json.loads(text)["results"][1:], strict=True):
+        record = records[file]
+        record["nats"] = f"{found['excess_loss']['value']:.3f}"
+        record["kl"] = f"{found['kl_to_reference']:.3f}"
+        file.write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from publish_demo import shown
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moefy.checkpoint.source import builtin
@@ -131,9 +132,8 @@ class Page(HTMLParser):
 
 
 def test_the_readmes_table_is_the_committed_result() -> None:
-    shown = re.search(r"<!-- demo -->\n(.*?)<!-- /demo -->", README, re.DOTALL)
-    assert shown is not None
-    assert (ROOT / "docs/demo/results.md").read_text() in shown[1]
+    results = json.loads((ROOT / "docs/demo/results.json").read_text())
+    assert f"<!-- demo -->\n{shown(results)}<!-- /demo -->" in README
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))

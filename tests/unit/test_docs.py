@@ -47,17 +47,20 @@ TABLES = {
 COMPUTED = {
     *("families", "not_carried"),
     *("agreement", "refusals", "benchmarks", "heldout", "prototype", "frontier-says"),
+    "frontier-in-short",  # the README's
     *(f"distillation-{name}" for name in ("stories260k", "smollm2-135m", "smollm2-135m-h200")),
 }
 """Marks of those that are worked out; each has a test here or beside what computes it."""
 
 
 def marked() -> dict[str, str]:
-    """Return what stands between the marks of every page in docs/."""
-    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+    """Return what stands between the marks of the README and of every page in docs/."""
+    pages = [
+        page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    ]
     found = [part for page in pages for part in MARK.findall(page)]
     assert len(dict(found)) == len(found)  # no mark twice
-    return {name: text for name, text in found if name != "results"}
+    return {name: text for name, text in found if name not in ("results", "demo")}
 
 
 def csv_rows(file: Path) -> list[list[str]]:
@@ -102,7 +105,9 @@ def test_the_frontier_is_that_of_the_losses_and_speeds() -> None:
     speeds, losses = (parts["read_csv"](folder / f"{n}.csv") for n in ("frontier-speed", "fit"))
     efforts = parts["joined"](speeds, losses)
     assert parts["rows_for"](efforts) == parts["read_csv"](folder / "frontier.csv")
-    assert marked()["frontier-says"] == parts["sentences"](efforts)
+    says = parts["sentences"](efforts)
+    assert marked()["frontier-in-short"] == says
+    assert marked()["frontier-says"] == says + parts["pictures"](efforts)
     assert all((folder / file).is_file() for file, _ in parts["drawn"](efforts))
 
 

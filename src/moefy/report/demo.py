@@ -21,6 +21,8 @@ from moefy.training.run import train
 from moefy.training.state import read_log
 
 _EVAL_WINDOWS = 4
+# Half of what convert reads, and few large slices, so that all of it takes minutes
+_CALIBRATION_TOKENS, _EXPERTS = 20_480, 16
 
 
 def demo(
@@ -40,7 +42,7 @@ def demo(
 
     Args:
         out: Folder that gets `random-split/`, `converted/`, `recovered/`, and the report's files.
-        experts: Slices per layer; None for `convert`'s default.
+        experts: Slices per layer; None for 16.
         active: Slices that run per token; None for `convert`'s default.
         tokens: Training tokens.
         seed: Seed of split and training.
@@ -61,9 +63,13 @@ def demo(
             name: run.work / name.replace(" ", "-")
             for name in ("random split", "converted", "recovered")
         }
-        # The closed form alone: the fit takes longer than all of the demo.
         made = convert(
-            dense, folders["converted"], experts=experts, active=active, effort="fast", **common
+            dense,
+            folders["converted"],
+            experts=experts or _EXPERTS,
+            active=active,
+            calibration_tokens=_CALIBRATION_TOKENS,
+            **common,
         )
         # The paper's split gets the same sizes, so that only the method differs.
         counts = {"experts": made.recipe.experts, "active": made.recipe.active}
