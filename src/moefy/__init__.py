@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the table
     from moefy.checkpoint.cost import inspect as inspect
-    from moefy.checkpoint.gguf import export_gguf as export_gguf
+    from moefy.checkpoint.gguf_export import export_gguf as export_gguf
     from moefy.construct.convert import convert as convert
     from moefy.construct.merge import export_dense as export_dense
     from moefy.data.prepare import prepare as prepare
@@ -47,7 +47,7 @@ _HOME = {
     "evaluate": "evaluation.compare.evaluate",
     "evaluate_suite": "evaluation.suite.evaluate_suite",
     "export_dense": "construct.merge.export_dense",
-    "export_gguf": "checkpoint.gguf.export_gguf",
+    "export_gguf": "checkpoint.gguf_export.export_gguf",
     "inspect": "checkpoint.cost.inspect",
     "judge": "evaluation.judge.judge",
     "measure_routing": "evaluation.routing.measure_routing",

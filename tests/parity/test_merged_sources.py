@@ -17,8 +17,9 @@ from tests.conftest import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 import moefy
-from moefy.checkpoint.reader import DenseCheckpoint, open_tensors
+from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.source import origin, resolve
+from moefy.checkpoint.tensor_file import open_tensors
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.recipe import LLAMA_MOE
 

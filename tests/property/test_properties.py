@@ -20,7 +20,8 @@ from tests.parity.test_gguf_source import write_gguf
 
 import moefy
 from moefy.checkpoint.gguf import open_gguf, read_header
-from moefy.checkpoint.reader import indexed_files, open_tensors
+from moefy.checkpoint.reader import indexed_files
+from moefy.checkpoint.tensor_file import open_tensors
 from moefy.construct.ffn import stream
 from moefy.construct.partition.balanced import balanced_assignment
 from moefy.construct.partition.random import independent_random

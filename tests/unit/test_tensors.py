@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moefy.checkpoint.reader import SafetensorsFile
+from moefy.checkpoint.tensor_file import SafetensorsFile
 from moefy.errors import CheckpointError
 
 

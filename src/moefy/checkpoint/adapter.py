@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moefy.checkpoint.reader import TensorFile, open_tensors, read_json
+from moefy.checkpoint.reader import read_json
+from moefy.checkpoint.tensor_file import TensorFile, open_tensors
 from moefy.errors import ArchitectureError, CheckpointError, reason
 
 ADAPTER = "adapter_config.json"

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moefy.checkpoint.reader import open_tensors, read_json
+from moefy.checkpoint.reader import read_json
+from moefy.checkpoint.tensor_file import open_tensors
 from moefy.errors import ArchitectureError, CheckpointError, reason
 
 PARAMS = "params.json"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.reader import WEIGHT_DTYPES, TensorFile
+from moefy.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile
 from moefy.errors import ArchitectureError, CheckpointError, reason
 
 Parts = dict[str, Tensor]

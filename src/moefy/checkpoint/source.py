@@ -28,7 +28,6 @@ from moefy.checkpoint.reader import (
     SINGLE,
     fingerprint,
     indexed_files,
-    open_tensors,
     read_config,
     read_json,
     side_files,
@@ -36,6 +35,7 @@ from moefy.checkpoint.reader import (
     weight_files,
 )
 from moefy.checkpoint.targets import TARGETS
+from moefy.checkpoint.tensor_file import open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.errors import ArchitectureError, CheckpointError, reason
 from moefy.progress import Progress, ProgressFn, silent

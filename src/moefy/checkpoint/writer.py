@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.reader import INDEX, SINGLE, SafetensorsFile, weight_files
+from moefy.checkpoint.reader import INDEX, SINGLE, weight_files
+from moefy.checkpoint.tensor_file import SafetensorsFile
 from moefy.errors import CheckpointError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -27,7 +27,6 @@ from moefy.checkpoint.reader import (
     GENERATION,
     DenseCheckpoint,
     fingerprint,
-    open_tensors,
     side_files,
     weight_files,
 )
@@ -40,6 +39,7 @@ from moefy.checkpoint.targets import (
     pruned_config,
     target_config,
 )
+from moefy.checkpoint.tensor_file import open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.ffn import SplitFfn, stream
 from moefy.construct.kept import keep_layer, load_layer

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from moefy.checkpoint.card import RECORD, read_record
 from moefy.checkpoint.families import FAMILIES, dense_config, layer_shapes
-from moefy.checkpoint.reader import (
-    read_config,
-    side_files,
-    stored_form,
-    tensor_files,
-)
+from moefy.checkpoint.reader import read_config, side_files, stored_form, tensor_files
 from moefy.checkpoint.targets import TARGETS, NativeTarget
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.convert import PARTITION

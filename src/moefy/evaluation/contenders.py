@@ -13,7 +13,7 @@ import torch
 
 from moefy.checkpoint.cost import SHAPES, config_of, ffn_shape, split_within
 from moefy.checkpoint.families import has_qk_norm
-from moefy.checkpoint.gguf import export_gguf
+from moefy.checkpoint.gguf_export import export_gguf
 from moefy.checkpoint.load import load_model, load_tokenizer
 from moefy.checkpoint.quantise import QUANTISED, rewrite
 from moefy.checkpoint.reader import read_config
@@ -98,6 +98,21 @@ def splits_of(dense: Contender, splits: Sequence[str] | None = None) -> list[Con
             name = f"pruned to {split.active}/{split.experts}"
         found[split] = Contender(name, config)
     return [*found.values()]
+
+
+def contenders_of(
+    models: Sequence[str | Path],
+    names: Sequence[str] | None,
+    splits: Sequence[str] | None,
+    report: ProgressFn,
+) -> list[Contender]:
+    """Return what `measure_speed` measures; the arguments are its own."""
+    found = [contender_of(model, report) for model in models]
+    if names:
+        found = [replace(each, name=name) for each, name in zip(found, names, strict=True)]
+    if all(each.is_dense for each in found):
+        found += splits_of(found[0], splits)
+    return with_stand_ins(found)
 
 
 def with_stand_ins(given: Sequence[Contender]) -> list[Contender]:

@@ -22,7 +22,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moefy.checkpoint.cost import Cost
-from moefy.checkpoint.gguf import last_line, read_header
+from moefy.checkpoint.gguf import read_header
+from moefy.checkpoint.gguf_export import last_line
 from moefy.errors import ArchitectureError, CheckpointError, UsageError, reason
 from moefy.evaluation.output_loss import LogitsInput
 from moefy.hardware import device

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +23,8 @@ from moefy.errors import UsageError
 from moefy.evaluation.contenders import (
     GGUF_NAMES,
     Contender,
-    contender_of,
+    contenders_of,
     gguf_file,
-    splits_of,
-    with_stand_ins,
 )
 from moefy.evaluation.llama_cpp import llama_cpp_seconds
 from moefy.experts.layers import VIEWS, register
@@ -141,13 +139,8 @@ def measure_speed(
             "name at least one model, and give at least 1 for --batch, --prompt-tokens, "
             "--new-tokens and --rounds, and 2 for --layers"
         )
-    found = [contender_of(model, report) for model in given]
-    if names:
-        found = [replace(each, name=name) for each, name in zip(found, names, strict=True)]
-    if all(each.is_dense for each in found):
-        found += splits_of(found[0], splits)
-    contenders = with_stand_ins(found)
-    pairs = _runs(runtime, dtype, batches, alone=all(each.folder is None for each in found))
+    contenders = contenders_of(given, names, splits, report)
+    pairs = _runs(runtime, dtype, batches, alone=all(each.folder is None for each in contenders))
     sizes = (prompt_tokens, new_tokens)
     _check_room(contenders, sizes, layers)
     speeds = []

