@@ -96,7 +96,7 @@ class Planted(LayerTokens):
 
 def fitted_split(sample: FfnSample, recipe: ConvertRecipe) -> SplitFfn:
     closed = split_ffn(sample, recipe, 0)
-    tokens = Planted(None, None, None, sample.num_tokens, sample)  # type: ignore[arg-type]
+    tokens = Planted(None, None, None, sample.num_tokens, None, sample)  # type: ignore[arg-type]
     return fit_ffn(tokens, closed, recipe, stream(recipe.seed, "fit", 0))
 
 

@@ -114,7 +114,7 @@ def test_a_loss_that_nothing_keeps(
         ({"data": "self"}, UsageError, "--data self has none"),
         ({"shared": 7}, UsageError, "between 7 shared and all 8"),
         ({"experts": 7}, UsageError, "cannot be split into 7 equal experts"),
-        ({"target": "mixtral"}, ArchitectureError, "mixtral"),
+        ({"target": "qwen3_moe"}, ArchitectureError, "qwen3_moe"),
         ({"calibration_length": 50_000}, CorpusError, "--set calibration_length=N"),
     ],
 )
