@@ -29,10 +29,9 @@ def shown(results: dict[str, Any]) -> str:
         f"{markdown(rows)}\n"
         f"SmolLM2-135M, half of every FFN running per token, trained on "
         f"{results['train_recipe']['tokens']:,} tokens, measured on "
-        f"{results['comparison']['tokens']:,} held-out tokens:\n"
-        f"{results['elapsed_s'] / 60:.1f} minutes and "
-        f"{results['peak_rss_bytes'] / 2**30:.1f} GiB on {results['machine']['threads']} CPU "
-        "cores. [All columns](docs/demo/results.md).\n"
+        f"{results['comparison']['tokens']:,} held-out tokens,\n"
+        f"with {results['peak_rss_bytes'] / 2**30:.1f} GiB of memory. "
+        "[All columns](docs/demo/results.md).\n"
     )
 
 

@@ -166,6 +166,20 @@ def test_every_target_trains(
         AutoModelForCausalLM.from_pretrained(out)(torch.zeros(1, 4, dtype=torch.long))
 
 
+def test_what_llama_cpp_computes_differently_is_no_gguf_file(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both were decoded in llama.cpp, which gave another text."""
+    lfm2 = write_tiny_model(tmp_path / "lfm2", "lfm2")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0}
+    scaled = make_llama(rope_parameters=yarn | {"original_max_position_embeddings": 64})
+    for dense, message in ((lfm2, "is a lfm2_moe"), (scaled, "mscale = 1.0")):
+        moe = tmp_path / f"{dense.name}-moe"
+        moefy.convert(dense, moe, experts=8, active=4, **EXACT)
+        with pytest.raises(ArchitectureError, match=message):
+            moefy.export_gguf(moe, tmp_path / "moe.gguf")
+
+
 def test_gguf_refusals(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     window = write_tiny_model(tmp_path / "window", "mistral", sliding_window=16)
     moefy.convert(window, tmp_path / "moe", experts=8, active=4, **EXACT)

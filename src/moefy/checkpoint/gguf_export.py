@@ -18,6 +18,12 @@ from moefy.progress import Progress, ProgressFn, silent
 from moefy.storage import whole_file
 
 DTYPES = ("f32", "f16", "bf16", *QUANTISED)
+_COMPARED = {
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"),
+    *("mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa", "qwen3_moe", "glm4_moe"),
+}
+"""Architectures whose text in llama.cpp was compared with transformers'; lfm2_moe's is another."""
+
 _READ_LLAMA3 = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "granitemoe_swa")
 
 
@@ -102,6 +108,19 @@ def _check_expressible(config: dict[str, Any], folder: Path) -> None:
             f"{folder} has architectures = {reason(named, 80)}, by which llama.cpp's converter "
             f"chooses what it writes: a {model_type} model has [{known!r}]"
         )
+    if model_type not in _COMPARED:
+        raise ArchitectureError(
+            f"{folder} is a {model_type}, of which llama.cpp computes something else or was not "
+            f"compared with transformers: GGUF files are written of {', '.join(sorted(_COMPARED))}"
+        )
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn" and (
+        scaled := [k for k in ("mscale", "mscale_all_dim", "attention_factor") if rope.get(k)]
+    ):
+        raise ArchitectureError(
+            f"{folder} has a YaRN rotary embedding with {scaled[0]} = {reason(rope[scaled[0]])}, "
+            "which llama.cpp computes in another way: every text would be computed differently"
+        )
     window = sliding_window(config) if model_type in FAMILIES else config.get("sliding_window")
     if window and model_type != "granitemoe_swa":
         raise ArchitectureError(
@@ -109,11 +128,11 @@ def _check_expressible(config: dict[str, Any], folder: Path) -> None:
             f"{model_type}: longer texts would be computed differently; convert with --target "
             "granitemoe_swa, whose window it applies"
         )
-    rope = config["rope_parameters"]["rope_type"]
-    reads_factors = {"longrope": ("phi3",), "llama3": _READ_LLAMA3}.get(rope)
+    kind = rope["rope_type"]
+    reads_factors = {"longrope": ("phi3",), "llama3": _READ_LLAMA3}.get(kind)
     if reads_factors and model_type not in reads_factors:
         raise ArchitectureError(
-            f"{folder} has the rotary embedding {rope!r}, which llama.cpp applies to "
+            f"{folder} has the rotary embedding {kind!r}, which llama.cpp applies to "
             f"{', '.join(reads_factors)} and not to {model_type}: every text would be computed "
             "differently"
         )
