@@ -89,6 +89,14 @@ def write_tiny_model(folder: Path, model_type: str, **settings: Any) -> Path:
     return folder
 
 
+def logits(folder: Path) -> torch.Tensor:
+    ids = torch.randint(0, 257, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
 def write_tiny_llama(folder: Path, **settings: Any) -> Path:
     """Write a random LLaMA with grouped-query attention and a byte tokenizer."""
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from requests.utils import get_auth_from_url
 
 from moefy.errors import AssetError
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import cache_folder, storage_errors
+from moefy.storage import cache_folder, file_sha256, storage_errors
 
 _CHUNK = 1 << 20
 _TIMEOUT_S = 60
@@ -99,8 +99,7 @@ def fetch(asset: Asset, *, report: ProgressFn = silent) -> Path:
     folder = cache_folder() / "archives"
     path = folder / asset.filename
     if path.is_file():
-        with path.open("rb") as file:
-            _check(hashlib.file_digest(file, "sha256").hexdigest(), asset, f"{path}")
+        _check(file_sha256(path), asset, f"{path}")
         return path
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     with storage_errors(path):

@@ -44,6 +44,12 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Say of each key that differs what it was and what it is now."""
     return [

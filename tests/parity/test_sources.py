@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import write_tiny_model
+from tests.conftest import logits, write_tiny_model
 from tests.fuzz.model_folders import Evil
 from tests.toys import byte_tokenizer
-from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.checkpoint.load import load_model, load_tokenizer
@@ -22,14 +21,6 @@ from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 8, "active": 8, "shared": 0}
 Tensors = dict[str, torch.Tensor]
-
-
-def logits(folder: Path) -> torch.Tensor:
-    ids = torch.randint(0, 257, (2, 100), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        found: torch.Tensor = model(ids).logits
-    return found
 
 
 def change(folder: Path, edit: Callable[[Tensors], object], **settings: Any) -> None:

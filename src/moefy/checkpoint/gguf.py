@@ -23,6 +23,7 @@ from gguf import (
 from torch import Tensor
 
 from moefy.checkpoint.meaning import meaning_of, own_keys
+from moefy.checkpoint.tensor_file import rotated_by_halves
 from moefy.errors import ArchitectureError, CheckpointError, MoefyError, reason
 
 _ARCHITECTURES = {
@@ -140,6 +141,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
     return fields, tensors
 
 
+def own_settings(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a header's architecture, without its name in front of them."""
+    start = f"{fields.get('general.architecture')}."
+    return {key.removeprefix(start): fields[key] for key in fields if key.startswith(start)}
+
+
 @dataclass
 class GgufModel:
     """A checked GGUF model: its config, and tensors by transformers' names."""
@@ -160,9 +167,7 @@ class GgufModel:
             ) from error
         tensor = torch.from_numpy(np.array(values, np.float32))
         if self.config.model_type in ("llama", "mistral") and name.split(".")[-2] in _ROTATED:
-            # llama.cpp rotates neighbouring rows of a head, transformers those half a head apart
-            pairs = tensor.view(-1, self.config.head_dim // 2, 2, *tensor.shape[1:])
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+            tensor = rotated_by_halves(tensor, self.config.head_dim)
         return tensor
 
 
@@ -180,11 +185,7 @@ def open_gguf(path: Path) -> GgufModel:
             f"{path} has the architecture {architecture!r}; moefy reads "
             f"{', '.join(_ARCHITECTURES)} from GGUF files"
         )
-    own = {
-        key.removeprefix(f"{architecture}."): value
-        for key, value in fields.items()
-        if key.startswith(f"{architecture}.")
-    }
+    own = own_settings(fields)
     # before names are made for every layer: a damaged count may be huge
     layers = own.get("block_count")
     if not isinstance(layers, int) or not 0 < layers <= len(stored):

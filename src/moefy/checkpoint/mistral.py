@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from moefy.checkpoint.reader import read_json
-from moefy.checkpoint.tensor_file import open_tensors
+from moefy.checkpoint.tensor_file import TensorFile, rotated_by_halves
 from moefy.errors import ArchitectureError, CheckpointError, reason
 
 PARAMS = "params.json"
@@ -73,14 +73,15 @@ def mistral_config(folder: Path) -> dict[str, Any]:
     }
 
 
-def mistral_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the tensors as transformers has them.
+def mistral_tensors(
+    folder: Path, file: TensorFile, config: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the tensors of a folder's open weight file as transformers has them.
 
     Raises:
         CheckpointError: the file is damaged.
         ArchitectureError: it holds a tensor that has no rule.
     """
-    file = open_tensors(folder / CONSOLIDATED)
     for name, (_, shape) in file.headers.items():
         parts = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
         if not parts or parts[2] not in _NAMES:
@@ -88,10 +89,9 @@ def mistral_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
                 f"{folder / CONSOLIDATED} holds {reason(name, 80)}, which no rule maps: convert "
                 "the Hugging Face folder of this model"
             )
-        tensor, half = file.read(name), config["head_dim"] // 2
+        tensor, head_dim = file.read(name), config["head_dim"]
         if parts[2] in ("attention.wq", "attention.wk"):
-            if len(shape) != 2 or shape[0] % (2 * half):
+            if len(shape) != 2 or shape[0] % (head_dim // 2 * 2):
                 raise CheckpointError(f"{folder / CONSOLIDATED}: {name} has shape {list(shape)}")
-            # neighbouring rows of a head are rotated; in transformers those half a head apart
-            tensor = tensor.view(-1, half, 2, shape[1]).transpose(1, 2).reshape(shape)
+            tensor = rotated_by_halves(tensor, head_dim)
         yield f"{'model.' + parts[1] if parts[1] else ''}{_NAMES[parts[2]]}.weight", tensor

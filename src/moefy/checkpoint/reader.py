@@ -6,7 +6,6 @@ somebody holds it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from functools import reduce
@@ -21,6 +20,7 @@ from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.targets import TARGETS
 from moefy.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile, open_tensors
 from moefy.errors import CheckpointError, reason
+from moefy.storage import file_sha256
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -57,8 +57,13 @@ def read_config(source: Path) -> dict[str, Any]:
             )
         raise CheckpointError(message)
     config = read_json(file)
-    is_known = str(config.get("model_type")) in {**FAMILIES, **TARGETS}
-    return meaning_of(config, str(file)) if is_known else config
+    model_type = config.get("model_type", "")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"{file}: model_type is {reason(repr(model_type))}; it must be the name of an "
+            "architecture, in quotes"
+        )
+    return meaning_of(config, str(file)) if model_type in {**FAMILIES, **TARGETS} else config
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -102,11 +107,7 @@ def side_files(source: Path) -> list[Path]:
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of a model folder's config.json and of every weight file."""
-    hashes = {}
-    for name in ["config.json", *weight_files(folder)]:
-        with (folder / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {name: file_sha256(folder / name) for name in ["config.json", *weight_files(folder)]}
 
 
 def weight_files(folder: Path) -> list[str]:

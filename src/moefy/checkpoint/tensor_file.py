@@ -128,6 +128,15 @@ class PickledFile(TensorFile):
         return tensor if rows is None else tensor[rows]
 
 
+def rotated_by_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Return a matrix or bias of queries or keys in transformers' order of rows.
+
+    Mistral and llama.cpp rotate neighbouring rows of a head, transformers those half a head apart.
+    """
+    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
 def open_tensors(path: Path) -> TensorFile:
     """Open a weight file by its suffix.
 

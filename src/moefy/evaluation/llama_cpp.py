@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moefy.checkpoint.cost import Cost
-from moefy.checkpoint.gguf import read_header
+from moefy.checkpoint.gguf import own_settings, read_header
 from moefy.checkpoint.gguf_export import last_line
 from moefy.errors import ArchitectureError, CheckpointError, UsageError, reason
 from moefy.evaluation.output_loss import LogitsInput
@@ -70,10 +70,8 @@ def serving(
     context = (tokens + 256) // 256 * 256
     asked = {"file": str(file), "context": context, "threads": torch.get_num_threads()}
     asked |= {"float32": float32, "states": states}
-    command, opener = (
-        [sys.executable, "-c", _SERVE, json.dumps(asked)],
-        build_opener(ProxyHandler({})),
-    )
+    command = [sys.executable, "-c", _SERVE, json.dumps(asked)]
+    opener = build_opener(ProxyHandler({}))
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
         subprocess.Popen(
@@ -142,7 +140,7 @@ def gguf_cost(file: Path, context: int) -> Cost:
         ArchitectureError: the logits are more than a matrix product.
     """
     fields, tensors = read_header(file)
-    own = _own(fields)
+    own = own_settings(fields)
     if "output.bias" in tensors or own.get("final_logit_softcapping"):
         raise ArchitectureError(
             f"the logits of {file} have a bias or a soft cap: moefy measures GGUF files without"
@@ -162,19 +160,13 @@ def gguf_cost(file: Path, context: int) -> Cost:
     return Cost(experts, active, total, total - idle, 2 * met + attended, context)
 
 
-def _own(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file's architecture."""
-    start = f"{fields.get('general.architecture')}."
-    return {key.removeprefix(start): value for key, value in fields.items()}
-
-
 @contextmanager
 def gguf_states(file: Path, tokens: int) -> Iterator[Callable[[Int[Tensor, "1 seq"]], LogitsInput]]:
     """Give a function that runs a file up to its output matrix, which is applied in float32."""
     fields, tensors = read_header(file)
     output = tensors.get("output.weight") or tensors["token_embd.weight"]
     weight = torch.from_numpy(dequantize(output.data, output.tensor_type)).to(device())
-    scale = _own(fields).get("logit_scale") or 1.0  # Granite divides by it
+    scale = own_settings(fields).get("logit_scale") or 1.0  # Granite divides by it
     with serving(file, tokens, states=True) as ask:
 
         def states(ids: Int[Tensor, "1 seq"]) -> LogitsInput:

@@ -7,8 +7,9 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -148,10 +149,9 @@ def measure_speed(
         folder = work or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
         for runtime, dtype in pairs:
-            measured: list[dict[int, Seconds]] = [{} for _ in range(rounds)]
-            for number, idx in _turns(contenders, rounds, f"measure {runtime}, {dtype}", report):
-                each, how = contenders[idx], (runtime, dtype, batches, sizes)
-                measured[number][idx] = _scaled_seconds(each, layers, how, folder)
+            how, stage = (runtime, dtype, batches, sizes), f"measure {runtime}, {dtype}"
+            seconds = partial(_scaled_seconds, layers=layers, how=how, folder=folder)
+            measured = _in_turns(contenders, rounds, seconds, stage, report)
             speeds += _speeds(contenders, runtime, dtype, prompt_tokens, measured)
     return SpeedComparison(
         device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
@@ -177,31 +177,35 @@ def relative_speeds(
 
     One sequence, in float32, in transformers; the models take turns, and medians count.
     """
-    measured: list[dict[int, Seconds]] = [{} for _ in range(rounds)]
     sizes = (prompt_tokens, new_tokens)
-    for number, idx in _turns(contenders, rounds, "measure speed", report):
-        found = _transformers_seconds(contenders[idx], (1,), sizes, "float32")
-        measured[number][idx] = found
+    seconds = partial(_transformers_seconds, batches=(1,), sizes=sizes, dtype="float32")
+    measured = _in_turns(contenders, rounds, seconds, "measure speed", report)
     return [
         {phase: statistics.median(_ratios(measured, (phase, 1), idx, 0)) for phase in PHASES}
         for idx in range(len(contenders))
     ]
 
 
-def _turns(
-    contenders: Sequence[Contender], rounds: int, stage: str, report: ProgressFn
-) -> Iterator[tuple[int, int]]:
-    """Iterate over rounds and contenders: a busy machine slows all of them down.
+def _in_turns(
+    contenders: Sequence[Contender],
+    rounds: int,
+    seconds: Callable[[Contender], Seconds],
+    stage: str,
+    report: ProgressFn,
+) -> Rounds:
+    """Time all contenders in each round: a busy machine slows all of them down.
 
     Another one begins each round: what is measured at the same place is disturbed alike.
     """
+    measured: list[dict[int, Seconds]] = [{} for _ in range(rounds)]
     turns = rounds * len(contenders)
     for done in range(turns):
         number = done // len(contenders)
         idx = (done + 5 * number) % len(contenders)
         report(Progress(stage, done, turns, contenders[idx].name))
-        yield number, idx
+        measured[number][idx] = seconds(contenders[idx])
     report(Progress(stage, turns, turns))
+    return measured
 
 
 def _runs(

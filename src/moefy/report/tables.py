@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import TypeAdapter
+
 from moefy.storage import replace_file
 
 if TYPE_CHECKING:
@@ -182,6 +184,16 @@ def suite_notes(result: SuiteResult) -> list[str]:
 def percent(value: float, error: float | None) -> str:
     """Return a share and its standard error as tables show them, in percent."""
     return with_error(100 * value, error and 100 * error, ".1f")
+
+
+def read_rows(text: str, kind: type[Item]) -> list[Item]:
+    """Read a CSV file's rows as dataclasses; an empty cell is None.
+
+    Raises:
+        ValidationError: a row is none.
+    """
+    rows = [{k: v or None for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
+    return TypeAdapter(list[kind]).validate_python(rows)  # type: ignore[valid-type]
 
 
 def write_csv(path: Path, rows: Rows) -> None:

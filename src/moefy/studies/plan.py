@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from moefy.checkpoint.cost import SHAPES, Cost, config_of, cost, split_within
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.source import BUILTIN
 from moefy.errors import UsageError
-from moefy.report.tables import Columns, Rows, millions, shown, table
+from moefy.report.tables import Columns, Rows, millions, read_rows, shown, table
 from moefy.split import PRESETS, Split
 
 T = TypeVar("T")
@@ -65,9 +63,7 @@ class Plan:
 @cache
 def measured_splits() -> list[MeasuredSplit]:
     """Return the speeds that come with moefy."""
-    text = (files("moefy.studies") / "speed.csv").read_text()
-    rows = [{k: v or None for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
-    return TypeAdapter(list[MeasuredSplit]).validate_python(rows)
+    return read_rows((files("moefy.studies") / "speed.csv").read_text(), MeasuredSplit)
 
 
 def plan(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from moefy.errors import UsageError
 from moefy.report.frontier import SIZE, Design
-from moefy.report.tables import Columns, Rows, table, with_error
+from moefy.report.tables import Columns, Rows, read_rows, table, with_error
 
 GRID = "grid.csv"
 
@@ -47,10 +46,8 @@ def read_grid(file: Path) -> list[GridPoint]:
     Raises:
         UsageError: a line is no point of a grid.
     """
-    text = file.read_text()
-    rows = [{k: v or None for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
     try:
-        return TypeAdapter(list[GridPoint]).validate_python(rows)
+        return read_rows(file.read_text(), GridPoint)
     except ValidationError as error:
         raise UsageError(f"{file} is no grid of this version of moefy: {error}") from error
 

@@ -12,7 +12,6 @@ that no checksum covers: what is damaged is passed over, and it can never be ano
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moefy.errors import MoefyError, OutputError
 from moefy.run_folder import RunFolder
-from moefy.storage import replace_file, storage_errors, sync_files
+from moefy.storage import file_sha256, replace_file, storage_errors, sync_files
 from moefy.training.processes import Processes
 from moefy.training.trackers import FILES as TRACKED
 
@@ -265,14 +264,9 @@ def log_step(folder: Path, line: Mapping[str, Any]) -> None:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of a checkpoint, by name."""
-
-    def checksum(file: Path) -> str:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
     files = [file for file in sorted(folder.iterdir()) if file.name != _CHECKSUMS]
     with ThreadPoolExecutor() as pool:
-        return dict(zip([file.name for file in files], pool.map(checksum, files), strict=True))
+        return dict(zip([file.name for file in files], pool.map(file_sha256, files), strict=True))
 
 
 def _num_bytes(tensor: Tensor) -> int:
