@@ -18,11 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moefy
-from moefy.checkpoint.load import load_tokenizer
+from moefy.data.corpus import open_corpus
 from moefy.data.mixture import Mixture
-from moefy.data.records import open_domains
 from moefy.data.strategies import initial_weights
-from moefy.data.tokenise import pack
 from moefy.errors import (
     ArchitectureError,
     CheckpointError,
@@ -81,12 +79,7 @@ def test_training_lowers_the_loss_and_keeps_the_form(
 def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: Path) -> None:
     one = SHORT | {"global_batch_size": 1}
     moefy.train(moe, tmp_path / "out", data=corpus, tokens=32, seed=5, **one)
-    windows = {
-        domain.name: pack(
-            domain.documents("train"), load_tokenizer(moe), sequence_length=32, max_windows=1
-        )
-        for domain in open_domains(corpus)
-    }
+    windows = open_corpus(corpus, moe, sequence_length=32, max_sequences=1, seed=5).train
     weights = initial_weights("Uniform", windows)
     one_each = dict.fromkeys(windows, 1)
     ((name, _, _),) = Mixture(one_each, weights, seed=5, global_batch_size=1).next_batch()
@@ -94,6 +87,14 @@ def test_the_first_loss_is_transformers_loss(moe: Path, corpus: Path, tmp_path: 
     model = AutoModelForCausalLM.from_pretrained(moe).double()
     expected = model(ids, labels=ids).loss.item()
     assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_long_document_does_not_take_the_place_of_the_others(moe: Path, tmp_path: Path) -> None:
+    texts = ["a" * 5000, *(letter * 100 for letter in "bcd")]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    windows = open_corpus(tmp_path / "text.jsonl", moe, sequence_length=32, max_sequences=4).train
+    (found,) = windows.values()
+    assert len({tuple(window) for window in found.tolist()}) == 4
 
 
 def test_several_passes_are_one_batch(moe: Path, corpus: Path, tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def _plain(folder: Path, report: ProgressFn) -> Path:
         tensors = mistral_tensors(folder, file, config)
         return _cached(folder, key, config, tensors, len(file.headers), "rename tensors of", report)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    is_known = config.get("model_type") in {**FAMILIES, **TARGETS}
+    # in a list, because any JSON value may be asked for
+    is_known = config.get("model_type") in [*FAMILIES, *TARGETS]
     method = method_of(config, folder) if is_known else None
     if method is None:
         return folder

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from moefy.checkpoint.load import load_tokenizer
-from moefy.data.records import Side, open_domains
+from moefy.data.records import open_domains
 from moefy.data.shards import RECORD, TokenShards, is_prepared
-from moefy.data.tokenise import pack
+from moefy.data.tokenise import pack, scattered
 from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 
@@ -36,12 +36,14 @@ def open_corpus(
     *,
     sequence_length: int,
     max_sequences: int,
+    seed: int = 0,
     report: ProgressFn = silent,
 ) -> Corpus:
     """Open a prepared corpus, or tokenise text as far as a run needs it.
 
     `data` is a folder that `moefy prepare` wrote, or text (see `records.find_sources`), of which no
-    more than `max_sequences` are tokenised for the tokenizer of `model`.
+    more than `max_sequences` of a domain are tokenised for the tokenizer of `model`: of as many
+    documents as possible, at places that `seed` draws (`tokenise.scattered`).
 
     Raises:
         CorpusError: the text cannot be read, or the corpus is of another tokenizer.
@@ -61,21 +63,28 @@ def open_corpus(
     tokenizer = load_tokenizer(model)
     domains = {domain.name: domain for domain in open_domains(data, report=report)}
 
-    def packed(name: str, side: Side, count: int) -> Windows:
-        documents = domains[name].documents(side)
-        return pack(documents, tokenizer, sequence_length=sequence_length, max_windows=count)
-
     # Training text is tokenised now, because the mixture needs the numbers of sequences; held-out
     # text only when a run asks for it.
     windows = {}
     digest = hashlib.sha256()
     for done, name in enumerate(domains):
         report(Progress("tokenise", done, len(domains), name))
-        windows[name] = packed(name, "train", max_sequences)
+        windows[name] = scattered(
+            domains[name].documents("train"),
+            tokenizer,
+            np.random.default_rng((seed, done)),
+            sequence_length=sequence_length,
+            max_windows=max_sequences,
+        )
         digest.update(f"{name} {len(windows[name])} ".encode())
         digest.update(windows[name].tobytes())
     report(Progress("tokenise", len(domains), len(domains)))
-    return Corpus(windows, digest.hexdigest(), lambda name, count: packed(name, "heldout", count))
+
+    def heldout(name: str, count: int) -> Windows:
+        documents = domains[name].documents("heldout")
+        return pack(documents, tokenizer, sequence_length=sequence_length, max_windows=count)
+
+    return Corpus(windows, digest.hexdigest(), heldout)
 
 
 def heldout_of(corpus: Corpus, domains: list[str], max_sequences: int) -> dict[str, Windows]:

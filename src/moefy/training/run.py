@@ -119,6 +119,7 @@ def _open_corpus(
         source,
         sequence_length=choice.sequence_length,
         max_sequences=choice.num_steps * choice.global_batch_size,
+        seed=choice.seed,
         report=report,
     )
     mixture = Mixture(
