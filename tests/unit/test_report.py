@@ -17,7 +17,7 @@ from moefy.checkpoint.cost import Cost
 from moefy.evaluation.compare import Comparison, Result
 from moefy.evaluation.paired import Interval
 from moefy.evaluation.suite import PAPER_BENCHMARKS
-from moefy.report.charts import loss_chart, running_mean
+from moefy.report.charts import loss_chart, quality_charts, running_mean
 from moefy.report.write import (
     Report,
     facts_of,
@@ -148,8 +148,14 @@ def test_names_are_text_on_the_page(log: list[dict[str, Any]], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("excess", "said"),
     [
-        (0.581, "has a loss 0.581 nats per token above dense's (95% interval +0.481 to +0.681"),
-        (-0.2, "has a loss 0.200 nats per token below dense's (95% interval -0.300 to -0.100"),
+        (
+            0.581,
+            "from dense, a loss 0.581 nats per token above dense's (95% interval +0.481 to +0.681",
+        ),
+        (
+            -0.2,
+            "from dense, a loss 0.200 nats per token below dense's (95% interval -0.300 to -0.100",
+        ),
     ],
 )
 def test_the_verdict_says_quality_and_speed(excess: float, said: str, tmp_path: Path) -> None:
@@ -157,17 +163,30 @@ def test_the_verdict_says_quality_and_speed(excess: float, said: str, tmp_path: 
     interval = Interval(excess, excess - 0.1, excess + 0.1)
     dense = Result("dense", 16.0, {}, None, 0.0, 1.0, full, 100.0, 50.0)
     moe = Result("moe", 16 * math.exp(excess), {}, interval, 0.1, 0.9, half, 120.0, 40.0)
-    worse = Result("worse", 99.0, {}, interval, 0.1, 0.9, half, 120.0, 40.0)
+    # it learned the judge's text and moved away from the dense model
+    worse = Result("worse", 9.0, {}, interval, 0.3, 0.9, half, 120.0, 40.0)
     facts = facts_of("moefy report", data="demo", split="heldout")
     comparison = Comparison("dense", 100, 10, [worse, dense, moe])
     report = Report(tmp_path, comparison, None, None, {}, {}, facts)
-    assert verdict(report).startswith("With 60% of the parameters active per token, moe has a")
+    assert verdict(report).startswith("With 60% of the parameters active per token, moe has a KL")
     assert said in verdict(report)
     assert verdict(report).endswith("and decodes 0.80 times as fast here.")
     header, *rows = verdict_rows(report)
     assert "kept of dense, %" not in header
-    assert rows[1][1] == "–"
-    assert rows[2][3] == "40.0 (× 0.80)"
+    assert rows[1][2] == "–"
+    assert rows[2][4] == "40.0 (× 0.80)"
+
+
+def test_a_broken_model_does_not_press_the_others_together() -> None:
+    cost = Cost(0, 0, 10**6, 10**6, 2 * 10**6, 512)
+    results = [
+        Result(name, perplexity, {}, None, None, None, cost, 10.0, 5.0)
+        for name, perplexity in (("good", 16.0), ("usable", 26.0), ("broken", 12_000.0))
+    ]
+    chart = quality_charts(Comparison(None, 100, 10, results))[0]
+    assert chart.figure.axes[0].get_ylim()[1] < 4
+    assert "Too high to be shown: broken (9.4)." in chart.caption
+    assert [row[0] for row in chart.rows[1:]] == ["good", "usable", "broken"]
 
 
 def test_the_same_numbers_give_the_same_picture(log: list[dict[str, Any]]) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Inches; at this width the letters of a figure can be read on a phone of 390 pixels.
 _WIDTH = 4.6
 _MARKERS = "osD^vPX*"
+_HIGHEST = 2.0
+"""Nats above the best model that a figure shows: a broken one would press the others together."""
 Log = list[dict[str, Any]]
 """The steps of a run, as `training.state.read_log` returns them."""
 
@@ -74,6 +76,9 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 def quality_charts(comparison: Comparison) -> list[Chart]:
     """Draw the held-out loss against active parameters, and against measured decoding speed."""
     charts = []
+    losses = {result.name: math.log(result.perplexity) for result in comparison.results}
+    highest = min(losses.values()) + _HIGHEST
+    outside = [f"{name} ({loss:.1f})" for name, loss in losses.items() if not loss <= highest]
     costs: list[tuple[str, str, Callable[[Result], float | None]]] = [
         ("quality-active", "active parameters (millions)", lambda r: r.cost.active_params / 1e6),
         ("quality-decode", "decode speed (tokens/s)", lambda r: r.decode_tokens_per_s),
@@ -82,14 +87,14 @@ def quality_charts(comparison: Comparison) -> list[Chart]:
         figure, axes = _plain_figure()
         rows = [["model", label, "loss (nats per token)", "interval below", "interval above"]]
         for place, result in enumerate(comparison.results):
-            x, y = cost_of(result), math.log(result.perplexity)
+            x, y = cost_of(result), losses[result.name]
             if x is None:
                 continue
             # The dense model has no difference from itself, hence no interval.
             excess = result.excess_loss or Interval(0.0, 0.0, 0.0)
             below, above = excess.value - excess.low, excess.high - excess.value
             rows.append([result.name, str(x), str(y), str(below), str(above)])
-            if math.isfinite(y):  # a broken model's loss may be infinite
+            if y <= highest:
                 style: Any = {"fmt": _MARKERS[place % 8], "c": f"C{place % 10}", "ms": 8}
                 halves = np.array([[below], [above]])
                 axes.errorbar(x, y, halves, capsize=3, label=result.name, **style)
@@ -100,6 +105,8 @@ def quality_charts(comparison: Comparison) -> list[Chart]:
             f"Held-out loss against {label.partition(' (')[0]}; lower is better. Bars: 95% "
             "interval of the difference from the dense model."
         )
+        if outside:
+            caption += f" Too high to be shown: {', '.join(outside)}."
         if len(rows) > 1:
             charts.append(Chart(name, figure, rows, caption))
     return charts

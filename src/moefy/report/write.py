@@ -224,7 +224,9 @@ def verdict(report: Report) -> str:
     results, dense = report.comparison.results, report.dense
     # Several conversions may be shown: the sentence is about the one that lost least.
     moes = [result for result in results if result.cost.experts]
-    best = min(moes or results, key=lambda result: result.perplexity)
+    # Training on the judge's kind of text lowers the perplexity of a model that moves away from
+    # the dense one, so the divergence from that decides where it is known.
+    best = min(moes or results, key=lambda r: (r.kl_to_reference or 0.0, r.perplexity))
     perplexity = number(best.perplexity)
     if dense is None or dense is best:
         return (
@@ -235,11 +237,14 @@ def verdict(report: Report) -> str:
     excess = best.excess_loss or Interval(0.0, 0.0, 0.0)
     # Training on the same text can bring a conversion below its dense model.
     side = "below" if excess.value < 0 else "above"
-    parts = [
-        f"has a loss {abs(excess.value):.3f} nats per token {side} "
+    parts = []
+    if best.kl_to_reference is not None:
+        parts.append(f"has a KL divergence of {best.kl_to_reference:.3f} from {dense.name}")
+    parts.append(
+        f"{'' if parts else 'has '}a loss {abs(excess.value):.3f} nats per token {side} "
         f"{dense.name}'s (95% interval {excess.low:+.3f} to {excess.high:+.3f}; perplexity "
         f"{perplexity} against {number(dense.perplexity)})"
-    ]
+    )
     if kept := report.kept(best):
         parts.append(f"keeps {with_interval(kept, '.1f')} percent of its average on the benchmarks")
     if best.decode_tokens_per_s and dense.decode_tokens_per_s:
@@ -261,6 +266,7 @@ def verdict_rows(report: Report) -> Rows:
 
     columns: Columns[Result] = [("model", lambda r: r.name)]
     if dense:
+        columns.append(("KL to dense", lambda r: shown(r.kl_to_reference, ".3f")))
         columns.append(("loss above dense, nats", lambda r: with_interval(r.excess_loss, ".3f")))
     columns.append(("perplexity", lambda r: number(r.perplexity)))
     if suite:
