@@ -82,7 +82,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     training = [*data, "--tokens", options.tokens]
     made = {
         "the paper's conversion": [
-            *("convert", DENSE, paper, "--recipe", "recipes/llama-moe.yaml"),
+            *("convert", DENSE, paper, "--recipe", "llama-moe"),
             *("--active", round(16 * options.share), *repair),
         ],
         "moefy's": ["convert", DENSE, ours, "--active", round(64 * options.share), *data],

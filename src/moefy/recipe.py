@@ -42,7 +42,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def build(cls, recipe: Self | str | Path | None = None, /, **settings: Any) -> Self:
-        """Make a recipe from another one or a YAML file, and from keys that override it.
+        """Make a recipe from another one, its name or file, and from keys that override it.
 
         `a.b` is key b of a. UsageError names a file that cannot be read, or what is not allowed.
         """
@@ -310,13 +310,32 @@ LLAMA_MOE: dict[str, Any] = {
 """The choices of LLaMA-MoE (arXiv 2406.16554)."""
 
 
+def own_recipes() -> dict[str, Path]:
+    """Return the files of the recipes that come with moefy, by name."""
+    files = {file.stem: file for file in Path(__file__).with_name("recipes").glob("*.yaml")}
+    return dict(sorted(files.items()))
+
+
+def recipe_text(recipe: str | Path) -> str:
+    """Return what a recipe's file holds; a text is first looked for among moefy's own names."""
+    own = own_recipes()
+    try:
+        return Path(own.get(recipe, recipe) if isinstance(recipe, str) else recipe).read_text()
+    except FileNotFoundError:
+        raise UsageError(
+            f"recipe {recipe} is no file, and none of moefy's own: {', '.join(own)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {recipe} cannot be read: {error}") from error
+
+
 def _read(file: str | Path | None) -> dict[str, Any]:
-    """Read a YAML file of keys; no file has none."""
+    """Read the keys of a recipe's YAML; no recipe has none."""
     if file is None:
         return {}
     try:
-        values = load_yaml(Path(file).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = load_yaml(recipe_text(file)) or {}
+    except yaml.YAMLError as error:
         raise UsageError(f"recipe {file} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"recipe {file} must be a mapping of keys to values")

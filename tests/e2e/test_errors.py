@@ -20,7 +20,7 @@ from moefy.checkpoint.source import builtin, dequantised
 from moefy.cli import main
 
 MOEFY = str(Path(sys.executable).with_name("moefy"))
-PAPER = ("--recipe", Path(__file__).parents[2] / "recipes/llama-moe.yaml")
+PAPER = ("--recipe", "llama-moe")
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +14,13 @@ import typer
 from tests.conftest import write_tiny_llama
 from typer.testing import CliRunner
 
+import moefy
 from moefy.checkpoint.source import resolve
 from moefy.cli import app, main
 from moefy.cli.options import recipe_options
 from moefy.cli.output import show
 from moefy.errors import CheckpointError, UsageError
-from moefy.recipe import ConvertRecipe, Recipe
+from moefy.recipe import ConvertRecipe, Recipe, own_recipes
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
@@ -30,7 +33,8 @@ RECIPES: dict[str, Recipe] = {
 }
 COMMANDS = [
     "bench", "chat", "convert", "demo", "eval", "export dense", "export gguf", "inspect", "judge",
-    "plan", "prepare", "report", "routing", "study", "suite", "train", "tune",
+    "plan", "prepare", "recipes", "recipes show", "report", "routing", "study", "suite",
+    "train", "tune",
 ]  # fmt: skip
 
 
@@ -70,8 +74,45 @@ def test_every_command_is_listed() -> None:
     groups = {group.name: group.typer_instance for group in app.registered_groups}
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
     for name, group in groups.items():
+        names += [name] * bool(group.registered_callback)
         names += [f"{name} {command.name}" for command in group.registered_commands]
     assert set(names) == set(COMMANDS)
+
+
+def test_moefy_alone_names_three_commands() -> None:
+    done = CliRunner().invoke(app)
+    commands = re.findall(r"^  moefy ([a-z ]+)", done.output, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["convert", "eval", "export"]
+    assert len(done.output.splitlines()) <= 8
+    assert max(map(len, done.output.splitlines())) <= 80
+
+
+def test_the_recipes_are_listed_and_shown() -> None:
+    listed = CliRunner().invoke(app, ["recipes"]).output.splitlines()
+    assert [line.split()[0] for line in listed[:-1]] == list(own_recipes())
+    assert max(map(len, listed)) <= 80
+    shown = CliRunner().invoke(app, ["recipes", "show", "llama-moe"])
+    assert shown.output == own_recipes()["llama-moe"].read_text()
+    with pytest.raises(UsageError, match="none of moefy's own: demo, llama-moe"):
+        CliRunner().invoke(app, ["recipes", "show", "lama"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("start", [["moefy"], [sys.executable, "-m", "moefy"]])
+def test_the_version(start: list[str]) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [*start, "--version"]
+    done = subprocess.run(
+        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"moefy {moefy.__version__}\n"
+
+
+def test_the_shell_completes_commands_and_names_of_recipes() -> None:
+    for words, answer in (("moefy conv", "convert"), ("moefy train --recipe smol", "smollm2")):
+        how = {"_MOEFY_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        how["COMP_CWORD"] = str(len(words.split()) - 1)
+        done = CliRunner().invoke(app, env=how, prog_name="moefy")
+        assert done.output.startswith(answer), done.output
 
 
 def built(*words: str) -> Any:
@@ -151,7 +192,7 @@ def written_commands() -> list[tuple[str, str]]:
     """Find the commands in the documentation, each with the file that it stands in."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     found = []
-    for file in [*pages, *sorted((ROOT / "recipes").glob("*.yaml"))]:
+    for file in [*pages, *own_recipes().values()]:
         text = file.read_text()
         if file.suffix == ".md":  # code, fenced or in a sentence
             text = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)) + "\n".join(
@@ -170,7 +211,8 @@ def test_the_documentations_commands_exist() -> None:
     texts = {command: help_of(command) for command in COMMANDS}
     for file, line in written:
         _, *words = line.split()
-        name = " ".join(words[:2]) if words[:1] == ["export"] else words[0]
+        name = " ".join(words[:2])
+        name = name if name in COMMANDS else words[0]
         options = re.findall(r"(?<!\S)--[a-z-]+", line)
         assert name in COMMANDS, (file, line)
         for option in options:

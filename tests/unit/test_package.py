@@ -13,7 +13,7 @@ import pytest
 import moefy
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*sorted(ROOT.glob("benchmarks/*.py")), *sorted(ROOT.glob("recipes/*.py"))]
+SCRIPTS = sorted(ROOT.glob("benchmarks/*.py"))
 
 
 def test_no_module_hides_a_verb() -> None:

@@ -14,6 +14,8 @@ from moefy.recipe import (
     ConvertRecipe,
     ConvertSettings,
     Recipe,
+    own_recipes,
+    recipe_text,
 )
 from moefy.split import Split
 from moefy.studies.recipe import StudyRecipe, StudySettings
@@ -188,9 +190,25 @@ def test_a_split_that_does_not_divide_names_the_nearest() -> None:
         Split(9, 2).check(7)
 
 
-@pytest.mark.parametrize("name", ["llama-moe-7b-train", "smollm2-one-gpu", "demo"])
-def test_every_training_recipe_is_valid(name: str) -> None:
-    TrainRecipe.build(Path(__file__).parents[2] / f"recipes/{name}.yaml")
+@pytest.mark.parametrize("name", own_recipes())
+def test_every_recipe_is_valid_and_says_what_it_is_for(name: str) -> None:
+    text = recipe_text(name)
+    kinds = {"convert": ConvertRecipe, "train": TrainRecipe}
+    command = text.removeprefix("# ").partition(":")[0]
+    assert f"--recipe {name}" in text.partition("\n\n")[0]
+    assert kinds[command].build(name) == kinds[command].build(own_recipes()[name])
+
+
+def test_a_name_is_one_of_moefys_own_and_a_path_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").write_text("tokens: 1024\n")
+    assert TrainRecipe.build("demo").tokens == 32_768
+    assert TrainRecipe.build("./demo").tokens == TrainRecipe.build(Path("demo")).tokens == 1024
+    message = "recipe lama-moe is no file, and none of moefy's own: demo, llama-moe, "
+    with pytest.raises(UsageError, match=message):
+        ConvertRecipe.build("lama-moe")
 
 
 @pytest.mark.parametrize(

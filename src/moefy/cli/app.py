@@ -11,13 +11,22 @@ from typing import Annotated
 
 import typer
 
+from moefy import __version__
 from moefy.errors import MoefyError, UsageError, without_secrets
 from moefy.hardware import ask_for_huge_pages
 
+_FIRST_SCREEN = """\
+moefy turns a dense language model into a Mixture-of-Experts model.
+
+  moefy convert MODEL out/moe               split it; MODEL: a folder or name
+  moefy eval MODEL out/moe                  what it lost, and how fast both are
+  moefy export gguf out/moe out/moe.gguf    a file for llama.cpp
+
+moefy demo tries all of it on a small model; moefy --help lists the commands."""
+
 app = typer.Typer(
     name="moefy",
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
@@ -42,10 +51,17 @@ _MOVED = {
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     global _debug
     _debug = debug
+    if version:
+        print(f"moefy {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(_FIRST_SCREEN)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import moefy
 from moefy.cli.app import app
 from moefy.cli.options import Json, Model, Out, Overwrite, recipe_options
 from moefy.cli.output import call, show
-from moefy.recipe import ConvertRecipe
+from moefy.recipe import ConvertRecipe, own_recipes, recipe_text
 from moefy.report import tables
 from moefy.training.recipe import TrainRecipe
 
@@ -134,6 +134,34 @@ def export_to_dense(model: Model, out: Out, overwrite: Overwrite = False) -> Non
     """
     folder = call(moefy.export_dense, model, out, overwrite=overwrite)
     print(f"{folder}: dense again")
+
+
+recipes = typer.Typer(invoke_without_command=True)
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes that come with moefy; `--recipe NAME` takes one.
+
+    Example: `moefy recipes`
+    """
+    if context.invoked_subcommand is None:
+        for name, file in own_recipes().items():
+            about = file.read_text().partition("\n")[0]
+            print(f"{name:19} {about.removeprefix('# ')}")
+        print("What next: moefy recipes show NAME, or --recipe NAME")
+
+
+@recipes.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="As `moefy recipes` lists it.")],
+) -> None:
+    """Print a recipe.
+
+    Example: `moefy recipes show llama-moe`
+    """
+    print(recipe_text(name), end="")
 
 
 @app.command()

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from moefy.errors import UsageError
-from moefy.recipe import Recipe
+from moefy.recipe import Recipe, own_recipes
 
 Model = Annotated[str, typer.Argument(help="Model folder.")]
 Models = Annotated[list[str], typer.Argument(help="Models; put the dense one among them.")]
@@ -37,7 +37,14 @@ Tasks = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Items of each benchmark. [default: all]")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")]
 
-_FILE = Annotated[Path | None, typer.Option("--recipe", help="YAML file with any of the settings.")]
+_FILE = Annotated[
+    str | None,  # no path, which would make the name `demo` of the file `./demo`
+    typer.Option(
+        "--recipe",
+        help="YAML file with any of the settings, or a name that `moefy recipes` lists.",
+        autocompletion=lambda: list(own_recipes()),
+    ),
+]
 _SET = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe, as in a.b=1."),

@@ -169,7 +169,7 @@ class TrainRecipe(LoopRecipe):
 
     Schedule and optimizer are the paper's (AdamW 0.9/0.95, weight decay 0.1, clip 1, cosine to
     10%), its sizes and its learning rate (2e-4 at 14.7M tokens a step) are not: these defaults suit
-    a small model and thousands of tokens. recipes/ has the paper's.
+    a small model and thousands of tokens. `moefy recipes` lists the paper's.
     """
 
     renamed: ClassVar[dict[str, str]] = LoopRecipe.renamed | {
