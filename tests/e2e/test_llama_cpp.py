@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,26 @@ def test_eval_runs_a_gguf_file_in_llama_cpp(tmp_path: Path, family: str) -> None
     assert beside.perplexity != folder.perplexity
     assert beside.cost == folder.cost
     assert beside.decode_tokens_per_s > 0
+
+
+def test_a_quantised_split_is_served_to_eight_clients_at_once(tmp_path: Path) -> None:
+    """Converted, quantised, served, and asked through OpenAI's protocol, streamed."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    write_small_model(dense, "llama")
+    moefy.convert(dense, moe, **EXACT | {"experts": 4, "active": 2})
+    file = moefy.export_gguf(moe, tmp_path / "moe.gguf", dtype="q8_0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(CLIENT.parents[1]))
+        serving = importlib.import_module("serving")
+    with serving.server(file, 8) as address, ThreadPoolExecutor(8) as clients:
+        told = [f"Tell me about {i % 4}." for i in range(16)]
+        answers = list(clients.map(lambda question: serving.ask(address, question, 12), told))
+        alone = serving.ask(address, told[0], 12)
+    assert [answer.tokens for answer in answers] == [12] * 16
+    assert all(0 < answer.first_s <= answer.total_s < 60 for answer in answers)
+    # no client gets another's answer; sums in batches may round the later tokens differently
+    assert answers[0].text[:4] == answers[4].text[:4] == alone.text[:4]
+    assert len({answer.text for answer in answers}) > 1
 
 
 @pytest.mark.parametrize("choices", [{"shared": 0}, {"shared": 2}], ids=str)

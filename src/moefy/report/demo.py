@@ -53,12 +53,13 @@ def demo(
         MoefyError: See `convert`, `train` and `evaluate`.
     """
     started = time.perf_counter()
-    recipe = TrainRecipe.build(tokens=tokens, seed=seed)
+    recipe = TrainRecipe.build(tokens=tokens, seed=seed)  # refused before anything is fetched
     common: dict[str, Any] = {"seed": seed, "report": report}
     with RunFolder(out, "demo", overwrite=overwrite) as run:
         facts = facts_of("moefy demo", data=DEMO, split="heldout")
         run.begin(facts)
         dense = resolve(BUILTIN, report=report)
+        recipe = recipe.model_copy(update={"teacher": str(dense)})
         folders = {"dense": dense} | {
             name: run.work / name.replace(" ", "-")
             for name in ("random split", "converted", "recovered")

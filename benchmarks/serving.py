@@ -1,0 +1,152 @@
+"""GGUF files behind llama.cpp's server, with several clients at once.
+
+    python benchmarks/serving.py DENSE.gguf MOE.gguf [--clients 8] [--requests 2] [--rounds 3]
+
+Every client asks for streamed chat completions through OpenAI's protocol, one behind another. The
+files take turns, and a round's ratio is to the first file in the same round; the medians go into
+docs/speed/serving.csv and docs/runtimes.md. A request that fails or is cut ends the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from publish import publish_table
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULT, PAGE = DOCS / "speed" / "serving.csv", DOCS / "runtimes.md"
+_SLOT = 512
+"""Tokens of a client's prompt and answer together."""
+_SERVER = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_parallel = sys.argv[1], int(sys.argv[2])
+params.n_ctx = params.n_parallel * int(sys.argv[3])
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request got."""
+
+    text: str
+    tokens: int
+    first_s: float  # until the first piece of text
+    total_s: float
+
+
+@contextmanager
+def server(file: Path, clients: int) -> Iterator[str]:
+    """Run llama.cpp's server with a slot for each client; yield host and port."""
+    command = [sys.executable, "-c", _SERVER, str(file), str(clients), str(_SLOT)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout
+        address = next((line.strip() for line in process.stdout if line.startswith("http")), "")
+        try:
+            assert address, f"llama.cpp cannot run {file}"
+            yield address.removeprefix("http://")
+        finally:
+            process.kill()
+
+
+def ask(address: str, question: str, tokens: int) -> Answer:
+    """Send one streamed chat request, and read its events to the end."""
+    body = {
+        "model": "any",
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    started = time.perf_counter()
+    connection = http.client.HTTPConnection(address, timeout=600)
+    connection.request(
+        "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    response = connection.getresponse()
+    assert response.status == 200, response.read()
+    first, text, used, ended = 0.0, "", 0, False
+    for line in response:
+        event = line.decode().strip().removeprefix("data: ")
+        ended = ended or event == "[DONE]"
+        if not event.startswith("{"):
+            continue
+        piece = json.loads(event)
+        used = (piece.get("usage") or {}).get("completion_tokens", used)
+        for choice in piece.get("choices", ()):
+            new = choice["delta"].get("content") or ""
+            first = first or (time.perf_counter() - started if new else 0.0)
+            text += new
+    connection.close()
+    assert ended, f"the stream was cut: {text!r}"
+    assert used == tokens, f"{used} of {tokens} tokens came: {text!r}"
+    return Answer(text, used, first, time.perf_counter() - started)
+
+
+def load(file: Path, clients: int, requests: int, tokens: int) -> tuple[float, float]:
+    """Return tokens/s of all clients together, and the median seconds to a first token."""
+    questions = [
+        [f"Tell me a story about the number {client * requests + i}." for i in range(requests)]
+        for client in range(clients)
+    ]
+    with server(file, clients) as address, ThreadPoolExecutor(clients) as threads:
+        ask(address, "Hello", 1)  # loads what is loaded once
+        started = time.perf_counter()
+
+        def several(each: list[str]) -> list[Answer]:
+            return [ask(address, question, tokens) for question in each]
+
+        answers = [answer for found in threads.map(several, questions) for answer in found]
+        seconds = time.perf_counter() - started
+    assert len(answers) == clients * requests
+    return sum(answer.tokens for answer in answers) / seconds, median(a.first_s for a in answers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    for name, value in (("clients", 8), ("requests", 2), ("rounds", 3), ("tokens", 64)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    how = options.clients, options.requests, options.tokens
+    rounds = [[load(file, *how) for file in options.files] for _ in range(options.rounds)]
+    rows = [["file", "clients", "tokens/s", "vs. the first", "s to first token", "vs. the first"]]
+    for place, file in enumerate(options.files):
+        speeds, waits = zip(*(found[place] for found in rounds), strict=True)
+        ratios = [
+            median(found[place][kind] / found[0][kind] for found in rounds) for kind in (0, 1)
+        ]
+        rows.append(
+            [
+                file.name,
+                str(options.clients),
+                f"{median(speeds):.1f}",
+                f"{ratios[0]:.2f}",
+                f"{median(waits):.2f}",
+                f"{ratios[1]:.2f}",
+            ]
+        )
+    publish_table(rows, RESULT, PAGE)
+    print("\n".join(map(", ".join, rows)))
+
+
+if __name__ == "__main__":
+    main()
