@@ -23,6 +23,7 @@ from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import builtin
 from moefy.errors import MoefyError
 from moefy.evaluation.llama_cpp import gguf_cost
+from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none"}
@@ -178,8 +179,11 @@ def test_the_cost_of_a_gguf_file(tmp_path: Path, choices: dict[str, Any]) -> Non
     dense, moe = tmp_path / "dense", tmp_path / "moe"
     write_small_model(dense, "llama")
     moefy.convert(dense, moe, **EXACT | {"experts": 16, "active": 4} | choices)
-    file = moefy.export_gguf(moe, tmp_path / "moe.gguf")
+    told: list[Progress] = []
+    file = moefy.export_gguf(moe, tmp_path / "moe.gguf", report=told.append)
     assert gguf_cost(file, 512) == cost(read_config(moe))
+    assert told[-1].done == told[-1].total == pytest.approx(file.stat().st_size / 1e6, rel=0.4)
+    assert [each.done for each in told] == sorted(each.done for each in told)
 
 
 @pytest.mark.slow

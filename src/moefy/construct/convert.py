@@ -281,6 +281,7 @@ def _write(
         if dense.tied and not config["tie_word_embeddings"]:
             writer.add("lm_head.weight", dense["model.embed_tokens.weight"])
         slots, errors = [], []
+        report(Progress("convert", 0, dense.num_layers))
         for layer_idx, ffn in enumerate(layers):
             for name, tensor in native_layer(dense, layer_idx, ffn, target):
                 writer.add(name, tensor)

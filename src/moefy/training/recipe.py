@@ -180,7 +180,7 @@ class TrainRecipe(LoopRecipe):
 
     mixture: Annotated[
         Mixture | dict[str, NonNegative],
-        option("Shares of the domains, as in wikipedia=0.7,book=0.3, or their name"),
+        option("Shares of the domains, as in book=0.7,arxiv=0.3, or their name"),
     ] = "Uniform"
     mixture_interval_steps: Positive = 170  # LLaMA-MoE's: 2.5B tokens of 14.7M a step
     # what a dynamic mixture compares the losses with, nats per token; dense: the teacher's losses
