@@ -4,7 +4,7 @@
 
 Every client asks for streamed chat completions through OpenAI's protocol, one behind another. The
 files take turns, and a round's ratio is to the first file in the same round; the medians go into
-docs/speed/serving.csv and docs/runtimes.md. A request that fails or is cut ends the measurement.
+docs/runtimes/serving.csv and docs/runtimes.md. A request that fails or is cut ends the measurement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from statistics import median
 from publish import publish_table
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULT, PAGE = DOCS / "speed" / "serving.csv", DOCS / "runtimes.md"
+RESULT, PAGE = DOCS / "runtimes" / "serving.csv", DOCS / "runtimes.md"
 _SLOT = 512
 """Tokens of a client's prompt and answer together."""
 _SERVER = """

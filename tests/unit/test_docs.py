@@ -35,6 +35,7 @@ TABLES = {
     "fit": "construction/fit",
     "frontier": "construction/frontier",
     "frontier-speed": "construction/frontier-speed",
+    "serving": "runtimes/serving",
     "max-loss": "construction/max-loss",
     "config_keys": "reliability/config_keys",
     "fuzz": "reliability/fuzz",

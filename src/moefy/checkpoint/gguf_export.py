@@ -14,6 +14,7 @@ from typing import Any
 from moefy.checkpoint.families import FAMILIES, sliding_window
 from moefy.checkpoint.quantise import QUANTISED, rewrite
 from moefy.checkpoint.reader import read_config, weight_files
+from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import TARGETS, check_known
 from moefy.errors import ArchitectureError, CheckpointError, UsageError, reason
 from moefy.progress import Progress, ProgressFn, silent
@@ -40,7 +41,8 @@ def export_gguf(
     """Write a model as a GGUF file with llama.cpp's own converter and quantiser.
 
     Args:
-        model: a converted (or dense) model folder with its tokenizer.
+        model: a converted (or dense) model with its tokenizer: a folder, or any source that
+            `convert` takes.
         out: the file to write; it appears whole or not at all.
         dtype: what most matrices are stored as, one of `DTYPES`. Norms and routers stay float32.
         overwrite: replace an existing file.
@@ -52,9 +54,10 @@ def export_gguf(
         CheckpointError: the converter refused the folder; its last words are in the message.
         OutputError: `out` is in the way.
     """
-    folder, out = Path(model).expanduser(), Path(out).expanduser()
+    out = Path(out).expanduser()
     if dtype not in DTYPES:
         raise UsageError(f"--quantize {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    folder = resolve(model, report=report)
     config = read_config(folder)
     check_known(config.get("model_type"), folder)
     _check_expressible(config, folder)
