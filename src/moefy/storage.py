@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ except ImportError:  # Windows has no such locks: there two processes are not ke
     fcntl = None
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LARGE_BYTES = 1 << 20  # smaller files are hashed as fast as their sum is looked up
+_SETTLED_NS = 2_000_000_000
 _HOLDER = {"pid", "host", "since"}
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR}
 
@@ -48,6 +51,27 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, kept in moefy's cache until the file changes."""
+    seen = _state(path)
+    kept = cache_folder() / "sums" / digest([str(path.resolve()), *seen])
+    with suppress(OSError):
+        return kept.read_text(encoding="ascii")
+    found, now = file_sha256(path), time.time_ns()
+    # a file that was just written may change again within one tick of the disk's clock
+    if _state(path) == seen and now - max(seen[3:]) > _SETTLED_NS and seen[0] > _LARGE_BYTES:
+        with suppress(OSError, StorageError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(kept, found)
+    return found
+
+
+def _state(path: Path) -> list[int]:
+    """Return what a change of a file's content changes."""
+    found = path.stat()
+    return [found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

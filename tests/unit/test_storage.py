@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from moefy import storage
 from moefy.errors import OutputError
-from moefy.storage import cache_folder, cached_folder, check_place, read_records, replace_file
+from moefy.storage import (
+    cache_folder,
+    cached_folder,
+    check_place,
+    file_sha256,
+    known_sha256,
+    read_records,
+    replace_file,
+)
 
 
 def test_a_cache_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -52,3 +62,22 @@ def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.delenv("MOEFY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert cache_folder() == Path("/x/moefy")
+
+
+def test_the_sum_of_a_file_is_kept_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEFY_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "weights"
+    file.write_bytes(b"a" * (2 << 20))
+    first = known_sha256(file)
+    assert first == file_sha256(file)
+    assert not (tmp_path / "cache").exists()  # it may change within the disk's tick
+    monkeypatch.setattr(storage, "_SETTLED_NS", 0)
+    assert known_sha256(file) == first
+    monkeypatch.setattr(storage, "file_sha256", lambda path: "hashed again")
+    assert known_sha256(file) == first
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_bytes(b"b" * (2 << 20))
+    os.utime(file, ns=times)  # same size, same time
+    assert known_sha256(file) == "hashed again"

@@ -1,27 +1,33 @@
 """Quantised weight files, one weight at a time: a row of `METHODS` for each `quant_method`.
 
 A function takes the tensors of one module (names behind its prefix) and the settings under
-`quantization_config`. It takes out those that make the weight, and returns that as float32, rows
-first; None where the module is not quantised. The formulas are those of the libraries that write
-the formats, whose kernels need a GPU.
+`quantization_config`. It takes out those that make the weight, and returns how they make it; None
+where the module is not quantised. The formulas are those of the libraries that write the formats,
+whose kernels need a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moefy.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile
 from moefy.errors import ArchitectureError, CheckpointError, reason
 
 Parts = dict[str, Tensor]
+Rows = Callable[[slice], Tensor]
+"""Gives some rows of a matrix as a new float32 tensor."""
 Settings = Mapping[str, Any]
 
 _NAME = re.compile(r"(.*?)\.(weight\..+|[^.]+)")  # a module, and what a tensor is to it
@@ -30,6 +36,7 @@ _FOR_ACTIVATIONS = {
     *("q_scale", "k_scale", "v_scale"),
 }
 _MOST_STATE_BYTES = 1 << 16
+_BAND = 1 << 17  # numbers
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = torch.cat([_E2M1, -_E2M1])
@@ -42,38 +49,92 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
     return (numbers & (2**bits - 1)).flatten(-2)
 
 
-def _scaled(
-    numbers: Tensor,
-    scale: Tensor,
-    zero: Tensor | float = 0.0,
-    group: Tensor | None = None,
-    block: tuple[int, int] | None = None,
-) -> Tensor:
-    """Return (numbers - zero) * scale, scales standing for blocks, or columns for their group."""
-    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):  # an exponent
-        scale = torch.exp2(scale.view(torch.uint8).float() - 127)
-    scale = scale.float().reshape(scale.shape if scale.ndim == 2 else (scale.numel(), 1))
-    (rows, columns), (down, across) = numbers.shape, scale.shape
-    steps = [
-        given or size // max(count, 1)
-        for size, count, given in zip(numbers.shape, scale.shape, block or (0, 0), strict=True)
-    ]
-    fits = -(-rows // steps[0]) == down and (group is not None or -(-columns // steps[1]) == across)
-    if not fits or (group is not None and len(group) != columns):
-        raise ValueError(f"scales of shape {[down, across]} for numbers of {[rows, columns]}")
-    if group is not None and torch.equal(group.long(), torch.arange(columns) // steps[1]):
-        group = None  # the order is the usual one
-    found = numbers.float()
-    zeros = zero.float().reshape(scale.shape) if isinstance(zero, Tensor) else None
-    if group is None and (down * steps[0], across * steps[1]) == (rows, columns):
-        parts = found.view(down, steps[0], across, steps[1])  # much faster than a scale for each
-        parts.sub_(zero if zeros is None else zeros[:, None, :, None])
-        parts.mul_(scale[:, None, :, None])
-        return found
-    places = torch.arange(columns) // steps[1] if group is None else group.long()
-    down_to_rows = torch.arange(rows) // steps[0] if steps[0] > 1 else slice(None)
-    found.sub_(zero if zeros is None else zeros.index_select(1, places)[down_to_rows])
-    return found.mul_(scale.index_select(1, places)[down_to_rows])
+def _looked_up(
+    packed: Tensor, bits: int, codebook: Tensor | None = None, *, high_first: bool = False
+) -> Rows:
+    """Return the numbers in rows of bytes, or what a codebook has for them, by one look-up each."""
+    codes = _unpacked(torch.arange(256, dtype=torch.uint8)[:, None], bits).int()
+    codes = codes.flip(-1) if high_first else codes
+    numbers = codes.float() if codebook is None else codebook.float()[codes]
+    table = numbers.contiguous().numpy().view(f"V{32 // bits}").ravel()
+
+    def rows(chosen: slice) -> Tensor:
+        places = packed[chosen].contiguous().view(torch.uint8).numpy()
+        # numpy looks up several times as fast as torch, and "clip" is its mode without a test
+        return torch.from_numpy(table.take(places, mode="clip").view(np.float32))
+
+    return rows
+
+
+def _stored(weight: Tensor) -> Rows:
+    """Return the numbers of a weight of integers or float8, which torch converts slowly."""
+    if weight.is_floating_point() and weight.dtype.itemsize == 1:
+        codebook = torch.arange(256, dtype=torch.uint8).view(weight.dtype).float()
+        return _looked_up(weight, 8, codebook)
+    return lambda chosen: weight[chosen].float()
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of values (numbers - zero) * scale, scales standing for blocks.
+
+    `group` says for every column which scale of its row it has; `block` is a block's size, where
+    the number of scales does not say it.
+    """
+
+    numbers: Rows
+    shape: Sequence[int]  # two
+    scale: Tensor
+    zero: Tensor | float = 0.0
+    group: Tensor | None = None
+    block: tuple[int, int] | None = None
+    whole: list[int] | None = None  # shape of the weight, where `shape` is not
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in a dtype.
+
+        Its float32 values are made in bands of rows that stay in the processor's cache: pages that
+        were not used before cost more than the arithmetic.
+        """
+        scale, group, (rows, columns) = self.scale, self.group, self.shape
+        if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):  # an exponent
+            scale = torch.exp2(scale.view(torch.uint8).float() - 127)
+        scale = scale.float().reshape(scale.shape if scale.ndim == 2 else (scale.numel(), 1))
+        down, across = scale.shape
+        high, wide = (
+            given or size // max(count, 1)
+            for size, count, given in zip(
+                self.shape, scale.shape, self.block or (0, 0), strict=True
+            )
+        )
+        fits = -(-rows // high) == down and (group is not None or -(-columns // wide) == across)
+        if not fits or (group is not None and len(group) != columns):
+            raise ValueError(f"scales of shape {[down, across]} for numbers of {[rows, columns]}")
+        if group is not None and torch.equal(group.long(), torch.arange(columns) // wide):
+            group = None  # the order is the usual one
+        if group is None and across * wide != columns:  # a block sticks out
+            group = torch.arange(columns) // wide
+        group = None if group is None else group.long()
+        affine = [scale]
+        if isinstance(self.zero, Tensor):
+            affine.append(self.zero.float().reshape(scale.shape))
+        if high > 1:
+            affine = [each.repeat_interleave(min(high, rows), 0)[:rows] for each in affine]
+        found = torch.empty(self.shape, dtype=dtype)
+        step = max(8, _BAND // columns // 8 * 8)
+        for start in range(0, rows, step):
+            band = slice(start, start + step)
+            # [rows, scales, columns of a scale], or a scale for each column
+            here = [each[band] for each in affine]
+            if group is not None:
+                here = [each.index_select(1, group) for each in here]
+            here = [each[..., None] for each in here]
+            values = self.numbers(band).view(len(here[0]), here[0].shape[1], -1)
+            values.sub_(here[1] if len(here) == 2 else self.zero).mul_(here[0])
+            found[band] = values.view(len(values), columns)
+        if self.whole is None:
+            return found
+        return found.view(-1)[: math.prod(self.whole)].view(self.whole)
 
 
 def _only(settings: Settings, key: str, allowed: tuple[Any, ...]) -> Any:
@@ -83,27 +144,30 @@ def _only(settings: Settings, key: str, allowed: tuple[Any, ...]) -> Any:
     return found
 
 
-def _float8(parts: Parts, settings: Settings) -> Tensor | None:
+def _float8(parts: Parts, settings: Settings) -> _Weight | None:
     name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
     if name not in parts:
         return None
     sizes = settings.get("weight_block_size")
-    return _scaled(parts.pop("weight"), parts.pop(name), block=tuple(sizes) if sizes else None)
+    block = tuple(sizes) if sizes else None
+    weight = parts.pop("weight")
+    return _Weight(_stored(weight), weight.shape, parts.pop(name), block=block)
 
 
-def _float4(parts: Parts, settings: Settings) -> Tensor | None:
+def _float4(parts: Parts, settings: Settings) -> _Weight | None:
     packed, scales = "weight_packed", "weight_scale"
     if "weight_blocks" in parts:  # 16 bytes and a scale each
         packed, scales = "weight_blocks", "weight_scales"
     if packed not in parts:
         return None
-    scale = parts.pop(scales)
+    scale, codes = parts.pop(scales), parts.pop(packed).flatten(1)
     if "weight_global_scale" in parts:  # NVFP4
         scale = scale.float() / parts.pop("weight_global_scale").float()
-    return _scaled(_E2M1[_unpacked(parts.pop(packed).flatten(1), 4).int()], scale)
+    shape = (len(codes), 2 * codes.shape[1] * codes.element_size())
+    return _Weight(_looked_up(codes, 4, _E2M1), shape, scale)
 
 
-def _compressed(parts: Parts, settings: Settings) -> Tensor | None:
+def _compressed(parts: Parts, settings: Settings) -> _Weight | None:
     if settings.get("transform_config"):
         raise ArchitectureError("it has a transform_config, which moefy does not undo")
     _only(settings.get("sparsity_config") or {}, "format", ("dense",))
@@ -118,7 +182,8 @@ def _compressed(parts: Parts, settings: Settings) -> Tensor | None:
         return None
     zero: Tensor | float | None = parts.pop("weight_zero_point", None)
     if packed is None:
-        return _scaled(parts.pop("weight"), scale, 0.0 if zero is None else zero, group, block)
+        weight, zero = parts.pop("weight"), 0.0 if zero is None else zero
+        return _Weight(_stored(weight), weight.shape, scale, zero, group, block)
     del parts["weight_packed"]
     rows, columns = parts.pop("weight_shape").tolist()
     fits = [b for b in (2, 4, 8) if -(-columns * b // 32) == packed.shape[1]]
@@ -128,10 +193,13 @@ def _compressed(parts: Parts, settings: Settings) -> Tensor | None:
         zero = _unpacked(zero.T, fits[0]).T[:rows]
     else:
         zero = float(2 ** (fits[0] - 1))
-    return _scaled(_unpacked(packed, fits[0])[:, :columns], scale, zero, group)
+    numbers = _looked_up(packed, fits[0])
+    return _Weight(
+        lambda band: numbers(band)[:, :columns].contiguous(), (rows, columns), scale, zero, group
+    )
 
 
-def _gptq(parts: Parts, settings: Settings) -> Tensor | None:
+def _gptq(parts: Parts, settings: Settings) -> _Weight | None:
     if "qweight" not in parts:
         return None
     bits = _only(settings, "bits", (4, 2, 8))
@@ -139,46 +207,57 @@ def _gptq(parts: Parts, settings: Settings) -> Tensor | None:
     zero = _unpacked(parts.pop("qzeros"), bits)
     if stored == "gptq":  # which stores one less
         zero = (zero + 1) & (2**bits - 1)
-    numbers = _unpacked(parts.pop("qweight").T, bits)
-    return _scaled(numbers, parts.pop("scales").T, zero.T, parts.pop("g_idx", None))
+    packed = parts.pop("qweight").T
+    shape = (len(packed), packed.shape[1] * packed.element_size() * 8 // bits)
+    scale, group = parts.pop("scales").T, parts.pop("g_idx", None)
+    return _Weight(_looked_up(packed, bits), shape, scale, zero.T, group)
 
 
-def _awq(parts: Parts, settings: Settings) -> Tensor | None:
+def _awq(parts: Parts, settings: Settings) -> _Weight | None:
     if "qweight" not in parts:
         return None
     _only(settings, "bits", (4,))
     _only({"version": str(settings.get("version", "gemm")).lower()}, "version", ("gemm",))
-    numbers, zero = (
-        _unpacked(parts.pop(name), 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2).T
-        for name in ("qweight", "qzeros")
-    )
-    return _scaled(numbers, parts.pop("scales").T, zero)
+    zero = _unpacked(parts.pop("qzeros"), 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2).T
+    # A word holds eight rows of a column. Bands are of whole words.
+    words = parts.pop("qweight").T
+    shifts = 4 * torch.tensor(_AWQ_ORDER, dtype=words.dtype)[:, None]
+
+    def numbers(band: slice) -> Tensor:
+        some = words[band.start // 8 : -(-band.stop // 8)].contiguous()[:, None]
+        return (some >> shifts & 15).float().flatten(0, 1)
+
+    return _Weight(numbers, (8 * len(words), words.shape[1]), parts.pop("scales").T, zero)
 
 
-def _bitsandbytes(parts: Parts, settings: Settings) -> Tensor | None:
+def _bitsandbytes(parts: Parts, settings: Settings) -> _Weight | None:
     if "SCB" in parts:
         parts.pop("weight_format", None)
-        return _scaled(parts.pop("weight"), parts.pop("SCB").float() / 127)
+        weight = parts.pop("weight")
+        return _Weight(_stored(weight), weight.shape, parts.pop("SCB").float() / 127)
     states = [name for name in parts if name.startswith("weight.quant_state.")]
     if not states:
         return None
     state = json.loads(bytes(parts.pop(states[0])[:_MOST_STATE_BYTES].tolist()))
+    scales, codebook = parts.pop("weight.absmax"), parts.pop("weight.quant_map")
+    if scales.dtype == torch.uint8:
+        own, size = parts.pop("weight.nested_absmax"), state["nested_blocksize"]
+        if -(-len(scales) // size) != len(own):
+            raise ValueError(f"{len(own)} scales for {len(scales)} scales")
+        values = parts.pop("weight.nested_quant_map")[scales.int()]
+        scales = values * own.repeat_interleave(min(size, len(scales)))[: len(scales)]
+        scales += state["nested_offset"]
+    packed, shape = parts.pop("weight").flatten(), state["shape"]
+    if 2 * len(packed) != math.prod(shape):
+        raise ValueError(f"{2 * len(packed)} numbers for shape {shape}")
+    size = min(state["blocksize"], 2 * len(packed))
+    # a block, the last one filled up, is a row
+    packed = F.pad(packed, (0, -len(packed) % (size // 2))).view(-1, size // 2)
+    numbers = _looked_up(packed, 4, codebook, high_first=True)
+    return _Weight(numbers, (len(packed), size), scales, block=(1, size), whole=shape)
 
-    def blocks(codes: Tensor, prefix: str, size: int) -> Tensor:
-        codebook, scales = (parts.pop(f"weight.{prefix}{name}") for name in ("quant_map", "absmax"))
-        if scales.dtype == torch.uint8:
-            scales = blocks(scales, "nested_", state["nested_blocksize"]) + state["nested_offset"]
-        if -(-len(codes) // size) != len(scales):
-            raise ValueError(f"{len(scales)} scales for {len(codes)} numbers")
-        repeated = scales.repeat_interleave(min(size, len(codes)))
-        return codebook[codes.int()] * repeated[: len(codes)]
 
-    # the first number is in the high bits
-    codes = _unpacked(parts.pop("weight").flatten(), 4).unflatten(-1, (-1, 2)).flip(-1).flatten()
-    return blocks(codes, "", state["blocksize"]).view(state["shape"])
-
-
-METHODS: dict[str, Callable[[Parts, Settings], Tensor | None]] = {
+METHODS: dict[str, Callable[[Parts, Settings], _Weight | None]] = {
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
@@ -231,7 +310,8 @@ def dequantised_tensors(
         parts = {name[start:]: files[name].read(name) for name in names}
         where = f"{folder}: {module} is quantised ({method})"
         try:
-            weight = METHODS[method](parts, settings)
+            read = METHODS[method](parts, settings)
+            weight = read.values(dtype) if read else None
         except ArchitectureError as error:
             raise ArchitectureError(
                 f"{where}, and {error}: convert the unquantised checkpoint"
@@ -243,7 +323,7 @@ def dequantised_tensors(
         prefix = module + "." * bool(module)
         if weight is not None:
             quantised += 1
-            yield f"{prefix}weight", weight.to(dtype)
+            yield f"{prefix}weight", weight
             del weight
         for part in parts.keys() - _FOR_ACTIVATIONS:
             if parts[part].dtype not in (torch.float32, torch.bfloat16, torch.float16):

