@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the 
     bench, suite = measure_speed, evaluate_suite
     routing: Callable[..., RoutingResult]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "MoefyError": "errors.MoefyError",

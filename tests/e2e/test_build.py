@@ -1,0 +1,72 @@
+"""The wheel and the sdist hold what moefy needs, and run beside the installed libraries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import moefy
+
+ROOT = Path(__file__).parents[2]
+NEEDED = {
+    "recipes/llama-moe.yaml",
+    "checkpoint/families.yaml",
+    "checkpoint/card.md.j2",
+    "report/report.html.j2",
+    "studies/speed.csv",
+    "py.typed",
+}
+
+
+def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> str:
+    given = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=folder, env=given | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_sdist_runs(tmp_path: Path) -> None:
+    # not `pip wheel`, which makes no sdist: the backend that pyproject.toml names makes both
+    pip = (sys.executable, "-m", "pip", "--quiet")
+    run(*pip, "install", "--target", tmp_path / "backend", "hatchling")
+    build = (sys.executable, "-m", "hatchling", "build", "-d", tmp_path / "dist", "-t")
+    run(*build, "sdist", PYTHONPATH=str(tmp_path / "backend"))
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    run(*build, "wheel", folder=source, PYTHONPATH=str(tmp_path / "backend"))
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name == f"moefy-{moefy.__version__}-py3-none-any.whl"
+    assert wheel.stat().st_size < 1 << 20
+    assert sdist.stat().st_size < 1 << 20
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name.removeprefix("moefy/") for name in archive.namelist()}
+    assert held >= NEEDED
+    package = ROOT / "src/moefy"
+    files = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file()}
+    assert held >= {file for file in files if "__pycache__" not in file}
+
+    # an empty environment that reads the libraries where they are; the editable moefy is not among
+    # them, because a .pth file names it, and Python reads none in a folder that a .pth file adds
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    (place,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (place / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    python = tmp_path / "venv/bin/python"
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    command = tmp_path / "venv/bin/moefy"
+    assert run(command, "--version", folder=tmp_path) == f"moefy {moefy.__version__}\n"
+    assert "llama-moe-7b-train" in run(command, "recipes", folder=tmp_path)
+    assert "6.74B" in run(command, "inspect", "llama-2-7b", folder=tmp_path)
+    where = run(python, "-c", "import moefy; print(moefy.__file__)", folder=tmp_path)
+    assert where.startswith(str(place))
