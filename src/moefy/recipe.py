@@ -103,6 +103,7 @@ Target = Literal[
     "flex_olmo",
     "cohere2_moe",
     "qwen3_5_moe_text",
+    "qwen3_vl_moe_text",
     "qwen3_moe",
     "glm4_moe",
     "granitemoe_swa",
@@ -219,7 +220,10 @@ class ConvertRecipe(Recipe):
     ] = None
     part: Annotated[
         Literal["text"] | None,
-        option("Model inside of a vision-language model that is converted alone", unset="none"),
+        option(
+            "Model inside of a vision-language model that is converted alone",
+            unset="the whole, where its MoE class exists: Qwen3-VL, Qwen3.5",
+        ),
     ] = None
     calibration_tokens: Annotated[
         int | None, Field(ge=1, description="Tokens of the calibration text; None: by effort")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.conftest import tiny_config, write_tiny_model
 from tests.parity.test_construct import TOKENS, research_logits
+from tests.toys import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moefy
@@ -19,7 +20,7 @@ from moefy.calibrate.text import calibration_windows
 from moefy.calibrate.walk import CalibrationWalk
 from moefy.checkpoint.card import read_record
 from moefy.checkpoint.cost import cost
-from moefy.checkpoint.families import FAMILIES, NOT_CARRIED
+from moefy.checkpoint.families import FAMILIES, NOT_CARRIED, WHOLES
 from moefy.checkpoint.reader import DenseCheckpoint, read_config
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
 from moefy.recipe import LLAMA_MOE
@@ -275,8 +276,9 @@ def test_the_text_model_of_a_vision_language_model(
     whole = AutoModelForImageTextToText.from_config(config)
     whole.save_pretrained(dense)
     choices = EXACT | {"experts": 6, "active": 6, "shared": 2}
-    with pytest.raises(ArchitectureError, match="pass --part text"):
-        moefy.convert(dense, out, **choices)
+    if wrapper not in WHOLES:
+        with pytest.raises(ArchitectureError, match="pass --part text"):
+            moefy.convert(dense, out, **choices)
     made = moefy.convert(dense, out, part="text", **choices)
     assert read_record(out)["source"]["config"]["model_type"] == family
     ids = token_ids(60)
@@ -287,6 +289,83 @@ def test_the_text_model_of_a_vision_language_model(
         moefy.convert(
             write_tiny_model(tmp_path / "text", "llama"), tmp_path / "b", part="text", **choices
         )
+
+
+def write_tiny_whole(folder: Path, wrapper: str) -> Any:
+    """Write a random vision-language model whose images have four patches of 2 x 2."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 64, "patch_size": 2}
+    if wrapper == "qwen3_vl":
+        vision["deepstack_visual_indexes"] = [0]
+    text = tiny_config(f"{wrapper}_text", tie_word_embeddings=False)
+    text["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = AutoConfig.for_model(
+        wrapper, text_config=text, vision_config=vision, tie_word_embeddings=False, **IMAGE
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.uniform_(0.5, 1.5)
+            elif "visual" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+IMAGE = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252}
+IMAGE |= {"vision_end_token_id": 253}
+
+
+def whole_logits(model: Any, brightness: float | None) -> torch.Tensor:
+    ids = token_ids(40)[:1] % 250
+    if brightness is None:
+        with torch.inference_mode():
+            return model(input_ids=ids).logits
+    ids[0, 4:10] = torch.tensor([252, 250, 250, 250, 250, 253])
+    pixels = brightness * torch.randn(16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        return model(
+            input_ids=ids,
+            pixel_values=pixels,
+            image_grid_thw=torch.tensor([[1, 4, 4]]),
+            mm_token_type_ids=(ids == 250).int(),
+        ).logits
+
+
+@pytest.mark.parametrize(("wrapper", "shared"), [("qwen3_vl", 0), ("qwen3_5", 2)])
+def test_a_vision_language_model_is_converted_whole(
+    tmp_path: Path, wrapper: str, shared: int
+) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "moe"
+    whole = write_tiny_whole(dense, wrapper)
+    (dense / "preprocessor_config.json").write_text("{}")
+    choices = EXACT | {"experts": 6, "active": 6, "shared": shared}
+    made = moefy.convert(dense, out, **choices)
+    assert made.recipe.target == WHOLES[wrapper]["target"]
+    found, notes = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(notes.values())
+    assert type(found).__name__ == WHOLES[wrapper]["architecture"]
+    prompts = (None, 1.0, 0.1)
+    text, image, other = (whole_logits(whole, each) for each in prompts)
+    assert (image - other).abs().max() > 0.001
+    for expected, prompt in zip((text, image, other), prompts, strict=True):
+        assert (expected - whole_logits(found, prompt)).abs().max() < 1e-4
+    assert (out / "preprocessor_config.json").is_file()
+    stored = load_file(out / "model.safetensors")
+    first = "model.language_model.layers.0.mlp.experts"
+    if wrapper == "qwen3_vl":  # columns first, as in the released models
+        assert stored[f"{first}.gate_up_proj"].shape == (6, 32, 16)
+    for wrong in ({"shared": 6}, {"target": "mixtral"}):
+        with pytest.raises(ArchitectureError, match=r"layer by layer only|mixtral cannot hold"):
+            moefy.convert(dense, tmp_path / "other", **choices | wrong)
+    damaged = load_file(dense / "model.safetensors")
+    del damaged["model.visual.blocks.1.attn.qkv.bias"]
+    save_file(damaged, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"blocks.1.attn.qkv.bias is missing"):
+        moefy.convert(dense, tmp_path / "other", **choices)
 
 
 def test_glm4_moe_has_an_output_matrix_of_its_own(tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ FAMILIES = {name: DenseFamily(name, **row) for name, row in _DATA["families"].it
 NOT_CARRIED: dict[str, str] = _DATA["not_carried"]
 """Well-known dense architectures that are refused, with the reason."""
 
+WHOLES: dict[str, dict[str, str]] = _DATA["wholes"]
+"""Vision-language models that are converted whole, by `model_type`."""
+
 _INHERITED = ("dtype", "torch_dtype", "quantization_config", "bos_token_id", "eos_token_id")
 
 MULTIPLIERS = dict.fromkeys(
@@ -169,14 +172,14 @@ def text_part(config: Mapping[str, Any], part: str | None, source: str) -> dict[
     """Return the config.json of a vision-language model's text model; another one as it is.
 
     Raises:
-        ArchitectureError: `part` does not say so, or there is no such part.
+        ArchitectureError: `part` does not say so and there is no whole, or there is no such part.
     """
     text, kind = config.get("text_config"), reason(repr(config.get("model_type")), 60)
     if config.get("model_type") in [*FAMILIES] or not isinstance(text, dict):
         if part:
             raise ArchitectureError(f"{source} ({kind}) has no text_config: leave --part out")
         return dict(config)
-    if not part:
+    if not part and config.get("model_type") not in WHOLES:
         raise ArchitectureError(
             f"{source} ({kind}) has its text model, {reason(text.get('model_type'), 60)}, among "
             "others: pass --part text to convert that alone"

@@ -7,7 +7,7 @@ somebody holds it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.families import FAMILIES, DenseFamily, dense_config, layer_shapes, text_part
+from moefy.checkpoint.families import (
+    FAMILIES,
+    WHOLES,
+    DenseFamily,
+    dense_config,
+    layer_shapes,
+    text_part,
+)
 from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.targets import TARGETS
 from moefy.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile, open_tensors
+from moefy.checkpoint.whole import VISION, WHOLE, check_vision
 from moefy.errors import CheckpointError, reason
 from moefy.storage import known_sha256
 
@@ -29,6 +37,7 @@ GENERATION = "generation_config.json"
 _SIDE_FILES = (
     GENERATION,
     "tokenizer*",
+    "*processor_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -150,13 +159,17 @@ def tensor_files(folder: Path) -> dict[str, TensorFile]:
     return found
 
 
+def _is_of_text(name: str) -> bool:
+    return "language_model." in name or name.startswith("lm_head.")
+
+
 class _TextFile(TensorFile):
     """The tensors of a vision-language model's text model, by their names in that alone."""
 
     def __init__(self, file: TensorFile) -> None:
         self._file, self._names = file, {}
         for name in file.headers:
-            if "language_model." in name or name.startswith("lm_head."):
+            if _is_of_text(name):
                 self._names[name.replace("language_model.", "", 1)] = name
         self.headers = {name: file.headers[stored] for name, stored in self._names.items()}
 
@@ -189,8 +202,10 @@ class DenseCheckpoint:
 
     def __init__(self, folder: Path, part: str | None = None) -> None:
         self.folder = folder
-        config = text_part(read_config(folder), part, str(folder))
+        read = read_config(folder)
+        config = text_part(read, part, str(folder))
         self.config = dense_config(config, str(folder))
+        is_whole = not part and read.get("model_type") in WHOLES
         self.family: DenseFamily = FAMILIES[self.config["model_type"]]
         self.num_layers: int = self.config["num_hidden_layers"]
         self._layers = [layer_shapes(self.config, idx) for idx in range(self.num_layers)]
@@ -199,9 +214,17 @@ class DenseCheckpoint:
         self._rows: dict[str, tuple[str, slice]] = {}
         # all checks come before the first tensor is read, but for that of a second output matrix
         self._files = tensor_files(folder)
-        if part:
+        # of a whole: what is copied as it is
+        self.vision_files: dict[str, TensorFile] = {}
+        if part or is_whole:
+            everything = self._files
             texts = map(_TextFile, set(self._files.values()))
             self._files = {name: file for file in texts for name in file.headers}
+        if is_whole:
+            self.config[WHOLE] = read
+            rest = {n: f for n, f in everything.items() if not _is_of_text(n)}
+            check_vision(read, {n: f.headers[n][1] for n, f in rest.items()}, str(folder))
+            self.vision_files = {n: f for n, f in rest.items() if n.startswith(VISION)}
         self._shapes = {name: file.headers[name][1] for name, file in self._files.items()}
         self._split_fused()
         self._check()
@@ -219,6 +242,11 @@ class DenseCheckpoint:
     def __getitem__(self, name: str) -> Tensor:
         stored, rows = self._rows.get(name, (name, None))
         return self._files[stored].read(stored, rows)
+
+    def outside_layers(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the names and tensors that a converted model keeps as they are."""
+        yield from ((name, self[name]) for name in self.model_tensors)
+        yield from ((name, file.read(name)) for name, file in self.vision_files.items())
 
     def layer_tensors(self, layer_idx: int) -> list[str]:
         """Return the names of a layer's tensors but for the FFN's three matrices."""

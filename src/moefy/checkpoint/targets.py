@@ -29,6 +29,7 @@ from moefy.checkpoint.families import (
     sliding_window,
 )
 from moefy.checkpoint.meaning import SIZES, own_keys
+from moefy.checkpoint.whole import WHOLE, text_type, whole_config, whole_target
 from moefy.errors import ArchitectureError
 from moefy.split import Split
 
@@ -65,8 +66,10 @@ class NativeTarget:
     up: str
     down: str
     settings: Mapping[str, Any]  # what makes it compute what the conversion relies on
-    # the dense family whose layers it has but for the FFN, with the same config keys
+    # the dense family, or text part of a vision-language model, whose layers it has but for the
+    # FFN, with the same config keys
     of: str | None = None
+    transposed: bool = False  # whether the one tensor of all experts has [columns, rows]
     # the shared expert; None if the architecture has none
     shared_gate: str | None = None
     shared_up: str | None = None
@@ -160,7 +163,11 @@ def _differences(target: NativeTarget, dense: Mapping[str, Any], split: Split) -
     """Return what the target cannot express."""
     family = FAMILIES[dense["model_type"]]
     found = {
-        f"it is for {target.of} models": target.of not in (None, family.model_type),
+        f"it is for {target.of} models": (
+            target.of not in (None, family.model_type, text_type(dense))
+        ),
+        "it is no vision-language model": WHOLE in dense
+        and target.model_type != whole_target(dense),
         f"it has not the {family.own} of {family.model_type}": (
             family.own and target.of != family.model_type
         ),
@@ -252,7 +259,7 @@ def target_config(
     # transformers runs the experts one by one
     if size % 8 or config["hidden_size"] % 8:
         config["experts_implementation"] = "eager"
-    return config
+    return whole_config(dense, config) if WHOLE in dense else config
 
 
 def _rope_settings(dense: Mapping[str, Any]) -> dict[str, Any]:

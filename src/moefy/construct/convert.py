@@ -40,6 +40,7 @@ from moefy.checkpoint.targets import (
     target_config,
 )
 from moefy.checkpoint.tensor_file import open_tensors
+from moefy.checkpoint.whole import WHOLE, for_whole, stored_name
 from moefy.checkpoint.writer import ShardWriter
 from moefy.construct.ffn import SplitFfn, stream
 from moefy.construct.kept import keep_layer, load_layer
@@ -187,6 +188,8 @@ def _for_model(
         UsageError: the model does not allow the split.
         ArchitectureError: no target fits, or one was asked for that does not.
     """
+    if WHOLE in dense.config:
+        asked = for_whole(asked, dense.config)
     recipe = asked.for_model(dense.config["intermediate_size"])
     size = 4 * dense.total_bytes() / getattr(torch, dense.dtype).itemsize
     if asked.end_to_end_epochs is None and (
@@ -270,13 +273,14 @@ def _write(
         config = target_config(target, dense.config, split, dtype=dense.dtype)
     # an upper bound: the header's size must be known before the tensors are
     tensors_per_layer = len(dense.layer_tensors(0)) + 3 * split.routed + 6
-    max_tensors = (dense.num_layers + 1) * tensors_per_layer
+    max_tensors = (dense.num_layers + 1) * tensors_per_layer + len(dense.vision_files)
     with ShardWriter(folder, max_tensors=max_tensors) as writer, ThreadPoolExecutor(1) as beside:
         hashes = beside.submit(fingerprint, dense.folder)
         for file in side_files(dense.folder):
             shutil.copyfile(file, folder / file.name)
-        for name in dense.model_tensors:
-            writer.add(name, dense[name])
+        placed = stored_name if WHOLE in dense.config else str
+        for name, tensor in dense.outside_layers():
+            writer.add(placed(name), tensor)
         # not every runtime lets a target's output matrix be the embeddings, see `NativeTarget.tied`
         if dense.tied and not config["tie_word_embeddings"]:
             writer.add("lm_head.weight", dense["model.embed_tokens.weight"])
@@ -284,7 +288,7 @@ def _write(
         report(Progress("convert", 0, dense.num_layers))
         for layer_idx, ffn in enumerate(layers):
             for name, tensor in native_layer(dense, layer_idx, ffn, target):
-                writer.add(name, tensor)
+                writer.add(placed(name), tensor)
             slots.append(ffn.partition.slots)
             note = ""
             if ffn.error:

@@ -84,8 +84,9 @@ def _experts(
     downs = (_times(factor, columns) for columns in split.down[:, kept:].split(size, dim=1))
     if target.gate == target.up:
         pairs = [torch.cat([split.gate[rows], split.up[rows]]) for rows in neurons]
-        yield target.gate, torch.stack(pairs)
-        yield target.down, torch.stack(list(downs))
+        for name, parts in ((target.gate, pairs), (target.down, list(downs))):
+            stacked = torch.stack(parts)
+            yield name, stacked.mT.contiguous() if target.transposed else stacked
         return
     for expert, (rows, down) in enumerate(zip(neurons, downs, strict=True)):
         yield target.gate.format(expert=expert), split.gate[rows]
