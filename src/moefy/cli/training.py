@@ -80,10 +80,19 @@ def train(
     if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports
         return
     compared = (done.recipe.teacher, model, str(done.folder))
+    figures = {
+        "KL to the dense model": (done.kl_before, done.kl_after),
+        "loss": (done.heldout_before, done.heldout_after),
+    }
+    measured = [
+        f"{name} {before:.3f} → {after:.3f}"
+        for name, (before, after) in figures.items()
+        if before is not None and after is not None
+    ]
     show(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
-        text=f"{done.folder}: training loss {done.first_loss:.3f} → {done.last_loss:.3f} in "
+        text=f"{done.folder}: {', '.join(measured) or 'nothing measured'} on held-out text in "
         f"{done.recipe.num_steps} steps ({done.elapsed_s:.0f} s); every step is in "
         f"{done.folder / 'log.jsonl'}",
         then=f"moefy eval {' '.join(filter(None, compared))}",

@@ -14,7 +14,6 @@ from moefy.checkpoint.load import load_tokenizer
 from moefy.data.records import open_domains
 from moefy.data.shards import RECORD, TokenShards, is_prepared
 from moefy.data.tokenise import pack, scattered
-from moefy.errors import CorpusError
 from moefy.progress import Progress, ProgressFn, silent
 
 Windows = Int[np.ndarray, "sequences length"]
@@ -87,14 +86,15 @@ def open_corpus(
     return Corpus(windows, digest.hexdigest(), heldout)
 
 
-def heldout_of(corpus: Corpus, domains: list[str], max_sequences: int) -> dict[str, Windows]:
-    """Return each domain's held-out sequences; a CorpusError names those that have none."""
+def heldout_of(
+    corpus: Corpus, domains: list[str], max_sequences: int
+) -> tuple[dict[str, Windows], str]:
+    """Return the held-out sequences of the domains that have any, and a note on the others."""
     found = {name: corpus.heldout(name, max_sequences) for name in domains}
-    empty = [name for name, windows in found.items() if not len(windows)]
-    if empty:
-        raise CorpusError(
-            f"{', '.join(empty)}: the held-out text (one document in twenty) is not enough for one "
-            "sequence, so the loss there cannot be followed: add documents, lower "
-            "--sequence-length, or give the domain the weight 0"
-        )
-    return found
+    kept = {name: windows for name, windows in found.items() if len(windows)}
+    note = (
+        f"{', '.join(name for name in found if name not in kept)}: the held-out text (one document "
+        "in twenty) is not enough for one sequence, so the loss there cannot be followed: add "
+        "documents, lower --sequence-length, or give the domain the weight 0"
+    )
+    return kept, note if len(kept) < len(found) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,19 +25,27 @@ from moefy.progress import Progress, ProgressFn, silent
 Windows = Mapping[str, Int[np.ndarray, "_windows sequence"]]  # token ids by domain
 
 
+class Heldout(NamedTuple):
+    """Means over the tokens of each domain, nats."""
+
+    loss: dict[str, float]
+    kl: dict[str, float] | None  # KL(teacher ‖ network); None without a teacher
+
+
 @torch.no_grad()
 def heldout_losses(
     network: Any,
     windows: Windows,
     labels: Windows | None = None,
     *,
+    teacher: Any | None = None,
     precision: str,
     micro_batch_size: int = 1,
     data_idx: int = 0,
     num_data: int = 1,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> dict[str, float]:
-    """Return the mean next-token loss of each domain, nats per token.
+) -> Heldout:
+    """Return the mean next-token loss of each domain, and the distance from a dense model.
 
     The last pass is padded; padding is excluded from the mean, so that all processes of a run
     compute as many passes.
@@ -47,6 +55,7 @@ def heldout_losses(
         windows: token ids by domain.
         labels: the token itself where it counts, else IGNORED; None if all but a window's first do.
             Every label counts the same, and what follows a window's last one is not computed.
+        teacher: the dense model that the network is compared with.
         precision: dtype of matrix products, float32 or bfloat16.
         micro_batch_size: sequences that one process computes at once.
         data_idx: which share of the sequences this process computes.
@@ -58,7 +67,8 @@ def heldout_losses(
     targets = tokens if labels is None else np.concatenate([labels[name] for name in names])
     domain_idxs = np.repeat(np.arange(len(names)), [len(windows[name]) for name in names])
     # float64: the sum must not depend on how many windows a process has
-    sums = torch.zeros(2, len(names), dtype=torch.float64)  # of losses, of their weights
+    # of losses, of divergences, of their weights
+    sums = torch.zeros(3, len(names), dtype=torch.float64)
     was_training = network.training
     network.eval()
     for first in range(0, len(tokens), num_data * micro_batch_size):
@@ -69,20 +79,23 @@ def heldout_losses(
         ids = torch.from_numpy(tokens[idxs % len(tokens), :used]).to(device())
         wanted = torch.from_numpy(targets[idxs % len(tokens), 1:used]).to(ids.device)
         with products_in(precision, ids.device):
-            logits = LogitsInput.of(network, ids).predicting()
-            losses = output_loss(logits, wanted).cross_entropy.double()
+            parent = LogitsInput.of(teacher, ids).predicting() if teacher is not None else None
+            out = output_loss(LogitsInput.of(network, ids).predicting(), wanted, teacher=parent)
+        losses = out.cross_entropy.double()
+        distances = torch.zeros_like(losses) if out.divergence is None else out.divergence.double()
+        by_row = torch.stack([losses, distances, torch.ones_like(losses)])  # [3, rows, length]
         # windows without labels have one length: their means count the same
-        counts = torch.ones(len(ids)) if labels is None else (wanted != IGNORED).sum(1)
-        losses = losses.mean(1) if labels is None else losses.sum(1)
-        for idx, loss, count in zip(idxs.tolist(), losses.cpu(), counts.cpu(), strict=True):
+        by_row = by_row.mean(-1) if labels is None else (by_row * (wanted != IGNORED)).sum(-1)
+        for idx, row in zip(idxs.tolist(), by_row.cpu().unbind(1), strict=True):
             if idx < len(tokens):
-                sums[:, domain_idxs[idx]] += torch.stack([loss, count.double()])
+                sums[:, domain_idxs[idx]] += row
     network.train(was_training)
-    for module in network.modules():
+    for module in (*network.modules(), *(teacher.modules() if teacher is not None else ())):
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the last weights would stay gathered
-    totals, weights = total(sums.to(device())).cpu()
-    return {name: float(totals[i]) / float(weights[i]) for i, name in enumerate(names)}
+    totals = total(sums.to(device())).cpu()
+    loss, kl, _ = (dict(zip(names, row, strict=True)) for row in (totals / totals[2]).tolist())
+    return Heldout(loss, kl if teacher is not None else None)
 
 
 def perplexity(loss: float) -> float:

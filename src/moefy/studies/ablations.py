@@ -44,9 +44,7 @@ class Ablation:
     def arms(self, recipe: StudyRecipe) -> list[Arm]:
         """Return the arms for a study's recipe, the dense model among them."""
         found = [arm_of(entry, recipe) for entry in self.entries]
-        arms = [arm for arm in found if arm is not None]
-        has_dense = any(arm.start == "dense" for arm in arms)
-        return arms if has_dense else [Arm("dense", start="dense"), *arms]
+        return [Arm("dense", start="dense"), *(arm for arm in found if arm is not None)]
 
 
 def arm_of(entry: Mapping[str, Any], recipe: StudyRecipe) -> Arm | None:

@@ -261,7 +261,7 @@ class Runner:
         network = load_model(model, dtype=torch.float32).to(device())
         return heldout_losses(
             network, self._windows, precision="float32", micro_batch_size=_AT_ONCE
-        )
+        ).loss
 
     def _beginning(self, job: Job) -> Path:
         """Return the folder of the model that a job begins with; it is made if it is not there."""

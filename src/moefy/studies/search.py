@@ -232,6 +232,6 @@ class _Prober:
         for done, (domain, rows) in enumerate(self.text.items(), start=1):
             single = {str(idx): row[None] for idx, row in enumerate(rows)}
             found = heldout_losses(network, single, micro_batch_size=_WINDOWS, precision="float32")
-            losses.append([*found.values()])
+            losses.append([*found.loss.values()])
             self.report(Progress("evaluate", done, len(self.text), domain))
         return losses

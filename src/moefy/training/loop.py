@@ -82,15 +82,13 @@ class TrainingLoop:
         self,
         first_step: int,
         shown: Recipe,
-        heldout: Callable[[], Any],
+        heldout: Callable[[], dict[str, Any]],
         report: ProgressFn,
-        *,
-        first_line: dict[str, Any] | None = None,
     ) -> None:
         """Do the steps from `first_step` on, with a line of the log for each.
 
-        `shown` becomes `recipe.yaml`, `heldout` returns the held-out loss at the recipe's interval,
-        and `first_line` precedes the steps in the log of a fresh run.
+        `shown` becomes `recipe.yaml`. What `heldout` measures, if anything, is in the log before
+        the first step, in the line of step 0, and behind every interval of the recipe and the last.
         """
         recipe, num_steps = self.recipe, self.recipe.num_steps
         every = recipe.checkpoint_every_steps
@@ -104,10 +102,12 @@ class TrainingLoop:
         trackers = open_trackers(work, first_step, recipe) if writes else []
         if writes:
             replace_file(work / "recipe.yaml", shown.to_yaml())
-        if writes and not first_step:  # else the log is the checkpoint's, without later steps
-            replace_file(work / LOG, "")
-            if first_line:
-                log_step(work, first_line)
+        interval = recipe.evaluate_every_steps
+        interval = num_steps if interval is None else interval
+        if not first_step:  # else the log is the checkpoint's, without later steps
+            begun = heldout() if interval else {}
+            if writes:
+                replace_file(work / LOG, json.dumps({"step": 0, **begun}) + "\n" if begun else "")
         for step in range(first_step, num_steps):
             samples = self._samples.next_step(self.student)
             rate = learning_rate(
@@ -124,9 +124,8 @@ class TrainingLoop:
             self.elapsed_s += seconds
             line = {"step": step + 1, "tokens": self._samples.tokens, **losses, **samples.notes}
             line["tokens_per_s"] = samples.num_tokens / seconds
-            is_last, interval = step + 1 == num_steps, recipe.evaluate_every_steps
-            if interval and ((step + 1) % interval == 0 or is_last):
-                line["heldout_loss"] = heldout()
+            if interval and ((step + 1) % interval == 0 or step + 1 == num_steps):
+                line |= heldout()
             if writes:
                 log_step(work, line)
             for tracker in trackers:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Unpack
+from statistics import fmean
+from typing import Any, Unpack
 
 from moefy.checkpoint.reader import fingerprint, read_config
-from moefy.checkpoint.source import resolve
+from moefy.checkpoint.source import dense_of, resolve
 from moefy.data.corpus import heldout_of, open_corpus
 from moefy.data.mixture import Mixture
 from moefy.data.strategies import for_domains, initial_weights
-from moefy.errors import UsageError
+from moefy.errors import CheckpointError, CorpusError, MoefyError, UsageError
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
@@ -26,6 +26,9 @@ from moefy.training.samples import Windows, WindowSamples, losses_of
 from moefy.training.state import REFERENCE, begin, open_folder, read_log
 from moefy.training.trackers import check_trackers
 
+_STAGE = "measure on held-out text"
+_MEASURED = 25  # a held-out sequence runs twice, through both models: as one training sequence
+
 
 @dataclass(frozen=True)
 class Training:
@@ -34,8 +37,12 @@ class Training:
     folder: Path  # the trained model, with `recipe.yaml` and `log.jsonl`, one line a step
     recipe: TrainRecipe  # every choice that was made
     resumed_from_step: int  # 0 for a fresh run
-    first_loss: float  # training loss of the first step, nats per token
-    last_loss: float  # and of the last one
+    # KL(dense ‖ model) on held-out text, nats per token, the mean over domains; None where no dense
+    # model is named or found, no text is held out, or nothing is measured
+    kl_before: float | None
+    kl_after: float | None
+    heldout_before: float | None  # and the loss there
+    heldout_after: float | None
     elapsed_s: float  # of this process's own steps
 
 
@@ -102,12 +109,49 @@ def train(
             first_step = loop.resume(folder, report)
             if choice.is_dynamic:
                 samples.follow(heldout, _reference(folder, loop, heldout, first_step, report))
-            measure = partial(losses_of, loop.student, heldout, choice, processes)
+            dense = parent or (_recorded_dense(source, processes, report) if heldout else None)
+
+            def measure() -> dict[str, Any]:
+                if not heldout:
+                    return {}
+                report(Progress(_STAGE, 0, 1))
+                # loaded each time: in training the memory is for gradients and activations
+                compared = loop.teacher or (dense and load_teacher(dense, choice, processes))
+                found = losses_of(loop.student, heldout, choice, processes, teacher=compared)
+                line = {f"heldout_{key}": each for key, each in found._asdict().items() if each}
+                note = ", ".join(f"{key} {fmean(each.values()):.3f}" for key, each in line.items())
+                report(Progress(_STAGE, 1, 1, note))
+                return line
+
             loop.run(first_step, choice, measure, report)
-            loop.write()
-        log = processes.of_first(lambda: read_log(folder.work))
-    losses = log[0]["loss"], log[-1]["loss"]
-    return Training(folder.out, choice, first_step, *losses, loop.elapsed_s)
+            loop.write(result=lambda: _result(folder))
+        result = processes.of_first(lambda: _result(folder))
+    return Training(folder.out, choice, first_step, **result, elapsed_s=loop.elapsed_s)
+
+
+def _result(folder: RunFolder) -> dict[str, float | None]:
+    """Return what the first and the last line of the log have measured on held-out text."""
+    log = read_log(folder.work)
+    found = {"kl": "heldout_kl", "heldout": "heldout_loss"}
+    ends = {"before": log[0], "after": log[-1]}
+    return {
+        f"{name}_{end}": fmean(line[key].values()) if key in line else None
+        for name, key in found.items()
+        for end, line in ends.items()
+    }
+
+
+def _recorded_dense(source: Path, processes: Processes, report: ProgressFn) -> Path | None:
+    """Return the dense model that the source was converted from, where all processes have it."""
+    try:
+        dense = processes.of_first(lambda: dense_of(source))
+        is_here = (dense / "config.json").is_file()
+        processes.agree(None if is_here else CheckpointError(f"{dense} is not on every machine"))
+    except MoefyError as error:
+        note = f"without the KL to the dense model, which --teacher may name: {error}"
+        report(Progress("find the dense model", 1, 1, note))
+        return None
+    return dense
 
 
 def _open_corpus(
@@ -128,10 +172,16 @@ def _open_corpus(
         seed=choice.seed,
         global_batch_size=choice.global_batch_size,
     )
-    heldout = {}
-    if choice.is_dynamic or choice.evaluate_every_steps:
+    heldout: Windows = {}
+    if choice.is_dynamic or choice.evaluate_every_steps != 0:
         weighted = [name for name, weight in mixture.weights.items() if weight > 0]
-        heldout = heldout_of(corpus, weighted, choice.heldout_sequences)
+        share = choice.num_steps * choice.global_batch_size // (_MEASURED * len(weighted))
+        count = choice.heldout_sequences or min(8, max(1, share))
+        heldout, note = heldout_of(corpus, weighted, count)
+        if note and choice.is_dynamic:
+            raise CorpusError(note)
+        if note:
+            report(Progress("hold out text", 1, 1, note))
     return corpus.fingerprint, WindowSamples(corpus, mixture, choice, processes), heldout
 
 
@@ -152,7 +202,7 @@ def _reference(
         report(Progress("measure the dense model", 0, 1))
         # a teacher that runs in every step is loaded already
         dense = loop.teacher or load_teacher(resolve(choice.teacher), choice, processes)
-        losses = losses_of(dense, heldout, choice, processes)
+        losses = losses_of(dense, heldout, choice, processes).loss
         report(Progress("measure the dense model", 1, 1))
     processes.of_first(lambda: replace_file(file, json.dumps(dict(losses), indent=2) + "\n"))
     return losses

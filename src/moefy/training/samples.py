@@ -18,7 +18,7 @@ from torch import Tensor
 from moefy.data.corpus import Corpus
 from moefy.data.mixture import Mixture, MixtureState, Sample, WeightUpdate
 from moefy.data.template import IGNORED, Example
-from moefy.evaluation.heldout import heldout_losses
+from moefy.evaluation.heldout import Heldout, heldout_losses
 from moefy.training.processes import Processes
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
@@ -83,7 +83,7 @@ class WindowSamples:
         if mixture.step == 0:
             update = WeightUpdate(0, mixture.weights, {}, {})
         elif self._heldout and mixture.update_due(recipe.mixture_interval_steps):
-            losses = losses_of(network, self._heldout, recipe, self._processes)
+            losses = losses_of(network, self._heldout, recipe, self._processes).loss
             # the first process's, to the last bit: all must draw the same samples
             update = self._processes.of_first(lambda: mixture.reweight(losses, self._reference))
             mixture.set_weights(update.weights)
@@ -123,12 +123,14 @@ def losses_of(
     recipe: TrainRecipe,
     processes: Processes,
     labels: Windows | None = None,
-) -> dict[str, float]:
-    """Return a model's held-out loss by domain, nats per token, computed by all processes."""
+    teacher: Any | None = None,
+) -> Heldout:
+    """Return a model's held-out losses by domain, computed by all processes."""
     return heldout_losses(
         network,
         windows,
         labels,
+        teacher=teacher,
         precision=recipe.precision,
         micro_batch_size=recipe.micro_batch_size,
         data_idx=processes.data_idx,

@@ -121,12 +121,15 @@ def tune(
             **choice.identity(),
         }
         loop = TrainingLoop("tune", source, None, samples, plan, processes, identity)
-        measure = partial(heldout_loss, loop.student, talks.heldout, plan, processes)
+
+        def measure() -> dict[str, Any]:
+            loss = heldout_loss(loop.student, talks.heldout, plan, processes)
+            return {} if loss is None else {"heldout_loss": loss}
+
         first_step = samples.num_steps
         if not begin(folder, identity, processes):
             first_step = loop.resume(folder, report)
-            begun = None if first_step else {"step": 0, "heldout_loss": measure()}
-            loop.run(first_step, choice, measure, report, first_line=begun)
+            loop.run(first_step, choice, measure, report)
             loop.write(
                 result=lambda: _result(folder, talks, samples),
                 amend=lambda finished: _finish(finished, config, talks),
@@ -158,7 +161,6 @@ def as_training(recipe: TuneRecipe, num_steps: int, config: Mapping[str, Any]) -
         else NoBalance(),
         lora=lora,
         checkpoints_kept=1,
-        evaluate_every_steps=num_steps if recipe.heldout_conversations else 0,
     )
 
 
@@ -171,7 +173,7 @@ def heldout_loss(
     length = max(len(example.ids) for example in examples)
     rows = padded_rows(examples, height=len(examples), length=length)
     windows, labels = {CONVERSATIONS: rows.tokens.numpy()}, {CONVERSATIONS: rows.labels.numpy()}
-    return losses_of(network, windows, recipe, processes, labels)[CONVERSATIONS]
+    return losses_of(network, windows, recipe, processes, labels).loss[CONVERSATIONS]
 
 
 def _read(data: str | Path, source: Path, recipe: TuneRecipe, report: ProgressFn) -> _Talks:
@@ -206,7 +208,7 @@ def _result(folder: RunFolder, talks: _Talks, samples: ConversationSamples) -> d
         "cut": sum(example.is_cut for example in talks.trained),
         "broken": len(talks.broken),
         "steps": samples.num_steps,
-        "heldout_before": log[0]["heldout_loss"],
+        "heldout_before": log[0].get("heldout_loss"),
         "heldout_after": log[-1].get("heldout_loss"),
         "heldout_tokens": num_labels(talks.heldout),
     }
