@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import TRAINED_PASSES, peak_flops
 from publish import publish_table
 
 import moefy
@@ -26,17 +27,10 @@ from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config, side_files
 from moefy.checkpoint.source import resolve
 from moefy.evaluation.contenders import dense_of_active_size, random_model
-from moefy.hardware import device, multiply_rate
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-TRAINED_PASSES = 3  # forward once, backward twice: gradients of inputs and of weights
-_PUBLISHED_TFLOPS = {  # bfloat16, dense, from NVIDIA's data sheets; the longest name that fits
-    **{"B200": 2250.0, "H200": 989.5, "H100": 989.5, "H100 PCIe": 756.5, "H100 NVL": 835.5},
-    **{"A100": 312.0, "A10": 125.0, "A40": 149.7, "L40S": 362.0, "L4": 121.0, "V100": 125.0},
-    **{"RTX 4090": 165.2, "RTX 3090": 71.2},
-}
 
 
 def main() -> None:
@@ -117,6 +111,7 @@ def _steps(
         micro_batch_size=options.sequences,
         precision=precision,
         checkpoint_every_steps=0,
+        evaluate_every_steps=0,
         overwrite=True,
         **choices,
     )
@@ -124,24 +119,6 @@ def _steps(
     mfu = TRAINED_PASSES * one_pass.flops_per_token / peak_flops(precision)
     speeds = [line["tokens_per_s"] for line in read_log(out)[1:]]
     return [(speed, mfu * speed) for speed in speeds]
-
-
-def peak_flops(precision: str) -> float:
-    """Return the published FLOP/s of a known GPU in bfloat16, else those of a large product."""
-    if device().type == "cuda" and precision == "bfloat16":
-        chosen = known_gpu(torch.cuda.get_device_name())
-        if chosen:
-            return _PUBLISHED_TFLOPS[chosen] * 1e12
-    return multiply_rate(getattr(torch, precision))
-
-
-def known_gpu(name: str) -> str | None:
-    """Return which GPU of the data sheets a device's name means; None for others and for slices."""
-    words = name.replace("-", " ").split()
-    if "MIG" in words:
-        return None
-    known = [key for key in _PUBLISHED_TFLOPS if all(part in words for part in key.split())]
-    return max(known, key=len, default=None)
 
 
 if __name__ == "__main__":

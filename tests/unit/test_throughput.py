@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from training_speed import known_gpu
+from gpu import known_gpu
 
 
 @pytest.mark.parametrize(
