@@ -188,6 +188,7 @@ FORMS: dict[str, tuple[dict[str, Any], Encoder]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, gptq(4, 1)),
     "gptq, order of activations": ({"quant_method": "gptq", "bits": 4}, gptq(4, 1, shuffled=True)),
     "gptq, 8 bits": ({"quant_method": "gptq", "bits": 8}, gptq(8, 1)),
+    "gptq, 2 bits": ({"quant_method": "gptq", "bits": 2}, gptq(2, 1)),
     "gptq, second version": (
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
         gptq(4, 0),

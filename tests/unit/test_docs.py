@@ -28,6 +28,7 @@ TABLES = {
     "expert-rows": "performance/expert-rows",
     "step-overhead": "performance/step-overhead",
     "memory": "performance/memory",
+    "quantised": "performance/quantised",
     "training-speed": "performance/training-speed",
     "training-speed-gpu": "performance/training-speed-gpu",
     "suite-time": "results/suite-time",

@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -284,11 +285,15 @@ def _write_plain(
     stage: str,
     report: ProgressFn,
 ) -> None:
-    """Write a model that every command reads, one tensor at a time."""
-    with ShardWriter(folder, max_tensors=count) as writer:
-        for done, (name, tensor) in enumerate(tensors):
+    """Write a model that every command reads, one tensor while the next one is made."""
+    made, done = iter(tensors), 0
+    with ShardWriter(folder, max_tensors=count) as writer, ThreadPoolExecutor(1) as beside:
+        ahead = beside.submit(next, made, None)
+        while found := ahead.result():
+            ahead = beside.submit(next, made, None)
             report(Progress(stage, done, count))
-            writer.add(name, tensor)
+            writer.add(*found)
+            done += 1
         writer.finish(config)
     report(Progress(stage, count, count))
 
