@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -62,9 +61,13 @@ def products_in(precision: str, place: torch.device) -> torch.autocast:
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory that this process has held."""
+    """Return the most memory that this process has held, 0 where that is not known."""
     if found := _status_bytes("VmHWM:"):  # getrusage counts what was before `exec`, too
         return found
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -186,6 +186,8 @@ def sync_files(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
+    if fcntl is None:  # Windows opens no folders, and syncs no file that is open to be read
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems cannot sync a folder
@@ -233,7 +235,7 @@ class Lock:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._handle, 300, 0).decode(errors="replace")
+            holder = self._content()[:300]
             os.close(self._handle)
             raise OutputError(
                 f"another process is writing {out} ({holder}): wait until it ends, or choose "
@@ -242,9 +244,13 @@ class Lock:
         except OSError:
             return  # a network file system without locks
 
+    def _content(self) -> str:
+        os.lseek(self._handle, 0, os.SEEK_SET)  # Windows has no pread
+        return os.read(self._handle, 4096).decode(errors="replace")
+
     def _left(self) -> dict[str, Any]:
         """Return the notes of a holder that was killed."""
-        content = os.pread(self._handle, 4096, 0).decode(errors="replace")
+        content = self._content()
         if not content:
             return {}
         try:
@@ -263,13 +269,17 @@ class Lock:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, **self.notes}
         content = json.dumps(holder).encode()
-        os.pwrite(self._handle, content, 0)
+        os.lseek(self._handle, 0, os.SEEK_SET)
+        os.write(self._handle, content)
         os.truncate(self._handle, len(content))
 
     def release(self) -> None:
         """Give the lock back and remove its file."""
+        if fcntl is None:  # Windows removes no open file
+            os.close(self._handle)
         self._file.unlink(missing_ok=True)
-        os.close(self._handle)
+        if fcntl is not None:
+            os.close(self._handle)  # from here on others may take the lock
         if not self._out.exists():
             for parent in self._made:
                 with suppress(OSError):  # somebody else put files there

@@ -118,7 +118,8 @@ class _Worker:
 
 
 _idle: list[_Worker] = []
-os.register_at_fork(after_in_child=_idle.clear)  # a fork has no threads
+if hasattr(os, "register_at_fork"):  # where there are forks, which have no threads
+    os.register_at_fork(after_in_child=_idle.clear)
 
 
 def _refusal(problem: str) -> CheckpointError:

@@ -94,7 +94,8 @@ class SafetensorsFile(TensorFile):
             memory = mmap.mmap(
                 file.fileno(), skipped + size, access=mmap.ACCESS_COPY, offset=start - skipped
             )
-        with suppress(OSError):  # one call instead of a fault for every few pages; Linux 5.14
+        # one call instead of a fault for every few pages; Linux 5.14, and Windows has no madvise
+        with suppress(OSError, AttributeError):
             memory.madvise(_MADV_POPULATE_READ)
         return torch.frombuffer(memory, dtype=dtype, offset=skipped).view(shape)
 

@@ -9,7 +9,6 @@ section 5, compares a plain writer.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import mmap
 import os
@@ -26,6 +25,7 @@ from torch import Tensor
 from moefy.checkpoint.reader import INDEX, SINGLE, weight_files
 from moefy.checkpoint.tensor_file import SafetensorsFile
 from moefy.errors import CheckpointError
+from moefy.storage import fcntl
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_BYTES_PER_TENSOR = 192
@@ -171,7 +171,8 @@ class FileStream:
     def __init__(self, path: Path, head_bytes: int) -> None:
         assert head_bytes % _BLOCK_BYTES == 0
         self._path = path
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # Windows has it
+        self._handle = os.open(path, how, 0o666)
         with suppress(OSError):  # not every file system can
             _set_direct(self._handle, on=True)
         # direct writes need memory that begins at a page, as mmap gives it
@@ -222,6 +223,8 @@ class FileStream:
 
 def _set_direct(handle: int, *, on: bool) -> bool:
     """Write past the kernel's cache, or through it; say whether that changed anything."""
+    if fcntl is None or not _DIRECT:
+        return False
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
     wanted = flags | _DIRECT if on else flags & ~_DIRECT
     if wanted != flags:
@@ -232,7 +235,8 @@ def _set_direct(handle: int, *, on: bool) -> bool:
 def _write(handle: int, data: memoryview, offset: int) -> None:
     while data:
         try:
-            written = os.pwrite(handle, data, offset)
+            os.lseek(handle, offset, os.SEEK_SET)  # Windows has no pwrite; one thread writes
+            written = os.write(handle, data)
         except OSError as error:
             if error.errno == errno.EINVAL and _set_direct(handle, on=False):
                 continue

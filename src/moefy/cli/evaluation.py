@@ -246,7 +246,8 @@ def _typed_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # noqa: F401  (lets `input` edit the line)
+    with suppress(ImportError):  # Windows edits the line itself
+        import readline  # noqa: F401  (lets `input` edit the line)
 
     with suppress(EOFError, KeyboardInterrupt):
         while True:
