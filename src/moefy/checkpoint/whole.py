@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moefy.checkpoint.families import WHOLES
 from moefy.checkpoint.meaning import meaning_of, own_keys
 from moefy.errors import ArchitectureError, CheckpointError, reason
-from moefy.recipe import ConvertRecipe
+
+if TYPE_CHECKING:  # computing needs no pydantic (benchmarks/gpu.py)
+    from moefy.recipe import ConvertRecipe
 
 WHOLE = "whole"
 """Key of a dense text model's config that holds the config.json which it is a part of."""
