@@ -313,11 +313,7 @@ def calibration_walk(
     """Return the tokens' way through the layers for a recipe; `scratch` as for the walk."""
     precision = training_precision("auto") if recipe.repair == "fit" else "float32"
     return CalibrationWalk(
-        replay,
-        windows,
-        follow_dense=recipe.follows_dense,
-        precision=precision,
-        scratch=scratch,
+        replay, windows, follow_dense=recipe.follows_dense, precision=precision, scratch=scratch
     )
 
 
@@ -343,8 +339,8 @@ def split_layers(
         for layer_idx in range(dense.num_layers):
             # weight-only methods promise the same bytes whatever the number of threads
             with one_thread():  # sums in another order could give other experts
-                split = split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx, score)
-            yield split
+                alone = split_ffn(weights_alone(dense, layer_idx), recipe, layer_idx, score)
+            yield alone
         return
     importance = None
     if recipe.needs_gradients:
@@ -355,10 +351,8 @@ def split_layers(
         for layer_idx in range(dense.num_layers):
             tokens = walk.enter(walk.replay.layer(layer_idx))
             file = kept / f"{layer_idx:03}.safetensors" if kept else None
-            found = load_layer(file, recipe.split.chosen, score) if file else None
-            if found:
-                split = found
-            else:
+            split = load_layer(file, recipe.split.chosen, score) if file else None
+            if split is None:
                 # the closed form needs few tokens, and its cost grows with them
                 sample = tokens.sample(slice(min(recipe.refit_tokens, tokens.num_tokens)))
                 if importance is not None:
