@@ -69,7 +69,7 @@ def test_a_model_type_that_is_no_text_is_refused(make_llama: Callable[..., Path]
     dense = make_llama()
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(config | {"model_type": {"a": []}}))
-    with pytest.raises(UsageError, match="has the architecture"):
+    with pytest.raises(UsageError, match="must be the name of an architecture"):
         load_model(dense, dtype=torch.float32)
 
 

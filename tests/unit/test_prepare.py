@@ -381,6 +381,8 @@ def test_the_command(
     printed = capsys.readouterr()
     table, _, rest = printed.out.partition("1 broken lines skipped")
     assert "xyz" in table
-    assert json.loads(rest)["domains"]["xyz"]["documents"] > 60
+    then, _, record = rest.lstrip().partition("\n")
+    assert then.startswith("What next: moefy train MODEL OUT --data")
+    assert json.loads(record)["domains"]["xyz"]["documents"] > 60
     assert "skipped: ab.jsonl, line 81" in printed.err
     assert re.search(r"prepare [\d,]+/[\d,]+", printed.err)
