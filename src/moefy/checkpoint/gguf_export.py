@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,14 @@ def _run_converter(
     # the converter would ask the hub about the tokenizer
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     megabytes = size // 10**6 + 1
+    # through a pipe: where the disk is full, a file would lack the last words
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with (
-        tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=log, env=environment
-        ) as process,
+        subprocess.Popen(command, text=True, errors="replace", env=environment, **pipes) as process,
+        ThreadPoolExecutor(1) as beside,
     ):
+        assert process.stderr
+        said = beside.submit(process.stderr.read)
         try:
             while process.poll() is None:
                 written = out.stat().st_size // 10**6 if out.is_file() else 0
@@ -112,8 +114,7 @@ def _run_converter(
             process.kill()  # it would be waited for
             raise
         report(Progress("write GGUF, MB", megabytes, megabytes))
-        log.seek(0)
-        return process.returncode, log.read()
+        return process.returncode, said.result()
 
 
 def last_line(text: str) -> str:
