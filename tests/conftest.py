@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ settings.register_profile("moefy", deadline=None)  # a busy machine is no failur
 settings.load_profile("moefy")
 VOCAB_SIZE = 257
 torch.set_num_threads(1)  # tiny models are slower on more
+# pytest loads readline, which writes the terminal's width into the environment of every child
+# behind Python's back: tables would be cut to it
+os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
