@@ -12,31 +12,20 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from publish import publish_table
 
+from moefy.evaluation.llama_cpp import server
+
 DOCS = Path(__file__).parents[1] / "docs"
 RESULT, PAGE = DOCS / "runtimes" / "serving.csv", DOCS / "runtimes.md"
-_SLOT = 512
+SLOT = 512
 """Tokens of a client's prompt and answer together."""
-_SERVER = """
-import sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.n_parallel = sys.argv[1], int(sys.argv[2])
-params.n_ctx = params.n_parallel * int(sys.argv[3])
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()
-"""
 
 
 @dataclass(frozen=True)
@@ -47,22 +36,6 @@ class Answer:
     tokens: int
     first_s: float  # until the first piece of text
     total_s: float
-
-
-@contextmanager
-def server(file: Path, clients: int) -> Iterator[str]:
-    """Run llama.cpp's server with a slot for each client; yield host and port."""
-    command = [sys.executable, "-c", _SERVER, str(file), str(clients), str(_SLOT)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout
-        address = next((line.strip() for line in process.stdout if line.startswith("http")), "")
-        try:
-            assert address, f"llama.cpp cannot run {file}"
-            yield address.removeprefix("http://")
-        finally:
-            process.kill()
 
 
 def ask(address: str, question: str, tokens: int) -> Answer:
@@ -77,7 +50,7 @@ def ask(address: str, question: str, tokens: int) -> Answer:
         "temperature": 0,
     }
     started = time.perf_counter()
-    connection = http.client.HTTPConnection(address, timeout=600)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=600)
     connection.request(
         "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
     )
@@ -107,7 +80,8 @@ def load(file: Path, clients: int, requests: int, tokens: int) -> tuple[float, f
         [f"Tell me a story about the number {client * requests + i}." for i in range(requests)]
         for client in range(clients)
     ]
-    with server(file, clients) as address, ThreadPoolExecutor(clients) as threads:
+    slots = {"context": clients * SLOT, "parallel": clients}
+    with server(file, **slots) as (address, _), ThreadPoolExecutor(clients) as threads:
         ask(address, "Hello", 1)  # loads what is loaded once
         started = time.perf_counter()
 

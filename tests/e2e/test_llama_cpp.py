@@ -22,7 +22,7 @@ from moefy.checkpoint.cost import cost
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.source import builtin
 from moefy.errors import MoefyError
-from moefy.evaluation.llama_cpp import gguf_cost
+from moefy.evaluation.llama_cpp import gguf_cost, server
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 
@@ -163,7 +163,8 @@ def test_a_quantised_split_is_served_to_eight_clients_at_once(tmp_path: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(CLIENT.parents[1]))
         serving = importlib.import_module("serving")
-    with serving.server(file, 8) as address, ThreadPoolExecutor(8) as clients:
+    slots = {"context": 8 * serving.SLOT, "parallel": 8}
+    with server(file, **slots) as (address, _), ThreadPoolExecutor(8) as clients:
         told = [f"Tell me about {i % 4}." for i in range(16)]
         answers = list(clients.map(lambda question: serving.ask(address, question, 12), told))
         alone = serving.ask(address, told[0], 12)

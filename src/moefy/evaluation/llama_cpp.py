@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
@@ -32,7 +32,7 @@ from moefy.hardware import device
 _SERVE = """
 import json, sys, xllamacpp
 ask, params = json.loads(sys.argv[1]), xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel = ask["file"], ask["context"], 1
+params.model.path, params.n_ctx, params.n_parallel = ask["file"], ask["context"], ask["parallel"]
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = ask["threads"]
 if ask["float32"]:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -49,10 +49,46 @@ Ask = Callable[[str, dict[str, Any]], Any]
 
 
 @contextmanager
+def server(
+    file: Path, context: int, *, parallel: int = 1, **how: Any
+) -> Iterator[tuple[str, IO[str]]]:
+    """Run llama.cpp's server on the CPU; yield its address and what it says, a file.
+
+    Args:
+        file: GGUF file.
+        context: tokens of all sequences that are answered at once together.
+        parallel: number of those.
+        **how: `float32` and `states`, see `serving`.
+
+    Raises:
+        UsageError: xllamacpp is not installed.
+    """
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UsageError("a GGUF file runs in llama.cpp: pip install 'moefy[gguf]'")
+    asked = {"file": str(file), "context": context, "parallel": parallel, **how}
+    asked = {"float32": False, "states": False, "threads": torch.get_num_threads()} | asked
+    command = [sys.executable, "-c", _SERVE, json.dumps(asked)]
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        assert process.stdout
+        try:
+            yield (
+                next((line.strip() for line in process.stdout if line.startswith("http")), ""),
+                log,
+            )
+        finally:
+            process.kill()
+
+
+@contextmanager
 def serving(
     file: Path, tokens: int, *, float32: bool = True, states: bool = False
 ) -> Iterator[Ask]:
-    """Run llama.cpp's server on the CPU.
+    """Run llama.cpp's server for one sequence at a time.
 
     Args:
         file: GGUF file.
@@ -64,22 +100,10 @@ def serving(
         UsageError: xllamacpp is not installed.
         CheckpointError: llama.cpp cannot run the file; its last words are in the message.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise UsageError("a GGUF file runs in llama.cpp: pip install 'moefy[gguf]'")
     # llama.cpp pads the context to whole blocks of 256
     context = (tokens + 256) // 256 * 256
-    asked = {"file": str(file), "context": context, "threads": torch.get_num_threads()}
-    asked |= {"float32": float32, "states": states}
-    command = [sys.executable, "-c", _SERVE, json.dumps(asked)]
     opener = build_opener(ProxyHandler({}))
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        ) as server,
-    ):
-        assert server.stdout
-        address = next((line.strip() for line in server.stdout if line.startswith("http")), "")
+    with server(file, context, float32=float32, states=states) as (address, log):
 
         def ask(path: str, body: dict[str, Any]) -> Any:
             request = Request(address + path, json.dumps(body).encode())
@@ -93,10 +117,7 @@ def serving(
                     f"llama.cpp cannot run {file.name}: {reason(said)}"
                 ) from error
 
-        try:
-            yield ask
-        finally:
-            server.kill()
+        yield ask
 
 
 def llama_cpp_seconds(
