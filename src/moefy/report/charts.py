@@ -77,7 +77,7 @@ def quality_charts(comparison: Comparison) -> list[Chart]:
     """Draw the held-out loss against active parameters, and against measured decoding speed."""
     charts = []
     losses = {result.name: math.log(result.perplexity) for result in comparison.results}
-    highest = min(losses.values()) + _HIGHEST
+    highest = min(filter(math.isfinite, losses.values()), default=-math.inf) + _HIGHEST
     outside = [f"{name} ({loss:.1f})" for name, loss in losses.items() if not loss <= highest]
     costs: list[tuple[str, str, Callable[[Result], float | None]]] = [
         ("quality-active", "active parameters (millions)", lambda r: r.cost.active_params / 1e6),
