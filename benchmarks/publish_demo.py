@@ -30,7 +30,8 @@ def shown(results: dict[str, Any]) -> str:
         f"SmolLM2-135M, half of every FFN running per token, trained on "
         f"{results['train_recipe']['tokens']:,} tokens, measured on "
         f"{results['comparison']['tokens']:,} held-out tokens,\n"
-        f"with {results['peak_rss_bytes'] / 2**30:.1f} GiB of memory. "
+        f"with {results['peak_rss_bytes'] / 2**30:.1f} GiB of memory, in "
+        f"{results['elapsed_s'] / 60:.0f} minutes on {results['machine']['threads']} threads. "
         "[All columns](docs/demo/results.md).\n"
     )
 
