@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.conftest import logits, write_tiny_model
+from tests.conftest import logits, tiny_config, write_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import moefy
+from moefy.checkpoint.quantised import METHODS
 from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.source import origin, resolve
 from moefy.errors import ArchitectureError, CheckpointError
@@ -144,6 +147,33 @@ def mxfp4_packed(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
     }, values
 
 
+def mxfp8(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
+    tensors, _ = float8((1, 32), "weight_scale_inv")(weight)
+    exponents = tensors["weight_scale_inv"].log2().ceil().add(127).to(torch.uint8)
+    values = Fp8Dequantize(None)._dequantize_one(tensors["weight"], exponents, torch.float32)
+    return tensors | {"weight_scale_inv": exponents}, values.double()
+
+
+def nvfp4(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
+    rows, columns = weight.shape
+    codes = np.random.default_rng(0).integers(0, 256, (rows, columns // 2), np.uint8)
+    scales = torch.rand(rows, columns // 16, generator=torch.Generator().manual_seed(0)) + 0.5
+    scales, whole = scales.to(torch.float8_e4m3fn), torch.tensor([37.0])
+    book = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = np.stack([codes & 15, codes >> 4], -1).reshape(rows, columns)
+    values = np.where(numbers > 7, -1, 1) * book[numbers & 7]
+    found = torch.from_numpy(values) * scales.double().repeat_interleave(16, 1) / 37
+    parts = {"weight_packed": torch.from_numpy(codes), "weight_scale": scales}
+    return parts | {"weight_global_scale": whole, "input_global_scale": whole.clone()}, found
+
+
+def int4_of_2024(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
+    """Zeros are stored as they are, and not packed."""
+    tensors, values = packed_ints(4, signed=False)(weight)
+    zero = grouped(weight, 4, np.arange(weight.shape[1]) // GROUP)[2] - 8
+    return tensors | {"weight_zero_point": torch.from_numpy(zero.astype(np.int8))}, values
+
+
 def bnb8(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
     most = torch.from_numpy(np.abs(weight).max(1)).float()
     numbers = (torch.from_numpy(weight) * 127 / most.double()[:, None]).round().to(torch.int8)
@@ -193,6 +223,11 @@ FORMS: dict[str, tuple[dict[str, Any], Encoder]] = {
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
         gptq(4, 0),
     ),
+    "gptq, second version by another name": (
+        {"quant_method": "gptq", "bits": 4, "format": "gptq_v2"},
+        gptq(4, 0),
+    ),
+    "gptq, other bits than the rest": ({"quant_method": "gptq", "bits": 4}, gptq(8, 1)),
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True}, awq),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [20, 24]}, float8((20, 24))),
     "fp8, one scale": ({"quant_method": "fp8"}, float8((999, 999))),
@@ -202,6 +237,7 @@ FORMS: dict[str, tuple[dict[str, Any], Encoder]] = {
         {"quant_method": "compressed-tensors"},
         packed_ints(4, signed=False),
     ),
+    "compressed int4, zeros of 2024": ({"quant_method": "compressed-tensors"}, int4_of_2024),
     "compressed int8, packed": (
         {"quant_method": "compressed-tensors"},
         packed_ints(8, signed=True),
@@ -212,6 +248,18 @@ FORMS: dict[str, tuple[dict[str, Any], Encoder]] = {
         float8((1, 999), "weight_scale"),
     ),
     "compressed mxfp4": ({"quant_method": "compressed-tensors"}, mxfp4_packed),
+    "compressed nvfp4": ({"quant_method": "compressed-tensors"}, nvfp4),
+    "compressed float8, blocks": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "attention": {"weights": {"num_bits": 8, "strategy": "channel"}},
+                "mlp": {"weights": {"num_bits": 8, "block_structure": [20, 24]}},
+            },
+        },
+        float8((20, 24), "weight_scale"),
+    ),
+    "mxfp8": ({"quant_method": "mxfp8"}, mxfp8),
     "mxfp4": ({"quant_method": "mxfp4"}, mxfp4),
     "bitsandbytes, 8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bnb8),
     "bitsandbytes, 4 bits": ({"quant_method": "bitsandbytes"}, bnb4(nested=False)),
@@ -219,9 +267,40 @@ FORMS: dict[str, tuple[dict[str, Any], Encoder]] = {
 }
 
 
+def without_order(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
+    tensors, values = gptq(4, 1)(weight)
+    del tensors["g_idx"]
+    return tensors, values
+
+
+def of_turing(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
+    tensors, values = bnb8(weight)
+    return tensors | {"weight_format": torch.tensor(2, dtype=torch.uint8)}, values
+
+
+def fake(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
+    values = torch.from_numpy(weight)
+    return {"weight": values.float(), "weight_scale": torch.full((len(weight), 1), 0.1)}, values
+
+
+def three_bits(weight: np.ndarray) -> tuple[Tensors, torch.Tensor]:
+    """Three words for 32 numbers."""
+    tensors, values = gptq(4, 1)(weight)
+    tensors["qzeros"] = tensors["qzeros"][:, : len(weight) * 3 // 32].contiguous()
+    return tensors, values
+
+
+REFUSED: dict[str, Encoder] = {
+    "gptq, 3 bits": three_bits,
+    "gptq, no g_idx": without_order,
+    "rounded, not stored so": fake,
+    "bitsandbytes, 8 bits of Turing": of_turing,
+}
+
+
 def quantise(folder: Path, form: str, dtype: str = "float32") -> Tensors:
     """Encode a folder's matrices in the layers; return the values by name, float64."""
-    settings, encode = FORMS[form]
+    settings, encode = FORMS.get(form) or ({}, REFUSED[form])
     tensors, values = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if "_proj.weight" in name]:
         parts, values[name] = encode(tensors.pop(name).double().numpy())
@@ -231,6 +310,26 @@ def quantise(folder: Path, form: str, dtype: str = "float32") -> Tensors:
     changed = {"quantization_config": settings, "dtype": dtype}
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     return values
+
+
+BY_LIBRARIES = Path(__file__).parent / "quantised_libraries.safetensors"
+with safe_open(BY_LIBRARIES, "pt") as opened:
+    SETTINGS: dict[str, dict[str, Any]] = json.loads(opened.metadata()["settings"])
+
+
+@pytest.mark.parametrize("form", SETTINGS)
+def test_a_weight_is_what_the_library_makes_of_it(form: str) -> None:
+    """`benchmarks/quantised_libraries.py` wrote the file with the libraries themselves."""
+    tensors = load_file(BY_LIBRARIES)
+    parts = {k.partition("|")[2]: v for k, v in tensors.items() if k.startswith(f"{form}|")}
+    expected = parts.pop("expected")
+    made = METHODS[SETTINGS[form]["quant_method"]](parts, SETTINGS[form])
+    assert made is not None
+    assert not parts
+    found = made.values(torch.float32)
+    assert expected.float().std() > 0.01
+    rounding = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(found, expected.float(), rtol=2 * rounding, atol=1e-7)
 
 
 @pytest.fixture(autouse=True)
@@ -289,8 +388,62 @@ def test_a_split_has_the_logits_of_the_dequantised_model(tmp_path: Path, form: s
     ("form", "settings", "kind", "message"),
     [
         ("gptq", {"quant_method": "hqq"}, ArchitectureError, r"quantised \(hqq\); moefy dequan"),
-        ("gptq", {"quant_method": "gptq", "bits": 3}, ArchitectureError, "bits = 3; allowed are"),
-        ("awq", {"quant_method": "awq", "version": "gemv"}, ArchitectureError, "version = 'gemv'"),
+        ("gptq, 3 bits", {"quant_method": "gptq"}, ArchitectureError, "bits = 3; allowed are"),
+        (
+            "gptq",
+            {"quant_method": "gptq", "format": "gptq_p"},
+            ArchitectureError,
+            "format = 'gptq_p'; allowed are",
+        ),
+        (
+            "gptq",
+            {"quant_method": "gptq", "is_marlin_format": True},
+            ArchitectureError,
+            "format = 'marlin'",
+        ),
+        (
+            "gptq",
+            {"quant_method": "gptq", "format": "gptq", "checkpoint_format": "gptq_v2"},
+            ArchitectureError,
+            "format = 'gptq and gptq_v2'",
+        ),
+        (
+            "gptq, no g_idx",
+            {"quant_method": "gptq", "desc_act": True},
+            CheckpointError,
+            "desc_act without g_idx",
+        ),
+        ("awq", {"quant_method": "awq", "format": "gemv"}, ArchitectureError, "format = 'gemv'"),
+        ("awq", {"quant_method": "awq", "backend": "llm-awq"}, ArchitectureError, "'llm-awq'"),
+        ("awq", {"quant_method": "awq", "zero_point": False}, ArchitectureError, "zero_point = F"),
+        (
+            "compressed int4",
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"num_bits": 6}}},
+            },
+            ArchitectureError,
+            "num_bits = 6; allowed are",
+        ),
+        (
+            "rounded, not stored so",
+            {"quant_method": "compressed-tensors", "quantization_status": "frozen"},
+            CheckpointError,
+            "stored as torch.float32 has a scale",
+        ),
+        (
+            "fp8",  # whose blocks stick out
+            {"quant_method": "fp8"},
+            CheckpointError,
+            "scales of shape",
+        ),
+        (
+            "bitsandbytes, 8 bits of Turing",
+            {"quant_method": "bitsandbytes"},
+            ArchitectureError,
+            "weight_format = 2; allowed are",
+        ),
+        ("awq", {"quant_method": "awq", "version": "gemv"}, ArchitectureError, "format = 'gemv'"),
         (
             "compressed int4",
             {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"a": 1}}},
@@ -321,3 +474,39 @@ def test_plain_weights_under_the_name_of_a_method(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     with pytest.raises(CheckpointError, match=r"quantised \(gptq\) by its config.json, but none"):
         moefy.convert(dense, tmp_path / "moe", **EXACT)
+
+
+def test_the_text_of_a_quantised_vision_language_model(tmp_path: Path) -> None:
+    """As Ministral 3 is published: FP8 with one scale, in a wrapper that stays in bfloat16."""
+    folder, sizes = tmp_path / "dense", {"hidden_size": 64, "intermediate_size": 96}
+    text = tiny_config("ministral3", **sizes) | {"tie_word_embeddings": False}
+    vision = sizes | {"image_size": 28, "patch_size": 14, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(
+        "mistral3",
+        text_config=text,
+        vision_config=vision | {"num_attention_heads": 4},
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    values = whole.state_dict()
+    for name in [name for name in tensors if "language_model.model.layers" in name]:
+        if name.endswith("_proj.weight"):
+            parts, value = float8((999, 999))(tensors.pop(name).double().numpy())
+            parts["activation_scale"] = parts.pop("input_scale")
+            tensors |= {name.removesuffix("weight") + part: each for part, each in parts.items()}
+            values[name.replace("language_model.model", "model.language_model", 1)] = value.float()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    config_file = folder / "config.json"
+    written = json.loads(config_file.read_text()) | {"quantization_config": settings}
+    config_file.write_text(json.dumps(written))
+    whole.load_state_dict(values)
+    moefy.convert(folder, tmp_path / "moe", part="text", **EXACT)
+    ids = torch.randint(0, 257, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = whole(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")(ids).logits
+    assert (expected - found).abs().max() < 1e-4

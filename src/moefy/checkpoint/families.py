@@ -80,6 +80,9 @@ FAMILIES = {name: DenseFamily(name, **row) for name, row in _DATA["families"].it
 NOT_CARRIED: dict[str, str] = _DATA["not_carried"]
 """Well-known dense architectures that are refused, with the reason."""
 
+WRAPPED: dict[str, str] = _DATA["wrapped"]
+"""Families by the `model_type` of text models that compute the same inside of others."""
+
 WHOLES: dict[str, dict[str, str]] = _DATA["wholes"]
 """Vision-language models that are converted whole, by `model_type`."""
 
@@ -187,7 +190,7 @@ def text_part(config: Mapping[str, Any], part: str | None, source: str) -> dict[
     text = {key: config[key] for key in _INHERITED if key in config} | text
     if "tie_word_embeddings" in config:  # the whole model's loader ties by its own key
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    family = _DATA["wrapped"].get(str(text.get("model_type")))
+    family = WRAPPED.get(str(text.get("model_type")))
     if family:
         text = meaning_of(text, source) | {"model_type": family}
         # where images and texts stand; all the same in a text

@@ -177,7 +177,7 @@ def _is_sound(number: float) -> bool:
 
 def _blamed(kind: Any, config: Mapping[str, Any]) -> str:
     """Name the key without which transformers reads a config that it refuses."""
-    for key in config:
+    for key in sorted(config, key=lambda key: "rope" not in key):
         if key == "model_type":
             continue
         try:

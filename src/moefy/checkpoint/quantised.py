@@ -32,11 +32,13 @@ Settings = Mapping[str, Any]
 
 _NAME = re.compile(r"(.*?)\.(weight\..+|[^.]+)")  # a module, and what a tensor is to it
 _FOR_ACTIVATIONS = {
-    *("activation_scale", "input_scale", "input_zero_point", "input_global_scale"),
-    *("q_scale", "k_scale", "v_scale"),
+    f"{what}_{kind}"
+    for what in ("activation", "input", "output", "q", "k", "v")
+    for kind in ("scale", "scale_ub", "global_scale", "zero_point")
 }
 _MOST_STATE_BYTES = 1 << 16
 _BAND = 1 << 17  # numbers
+_ROW = (1, 0)  # a block of one row, as long as the number of scales says
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = torch.cat([_E2M1, -_E2M1])
@@ -68,7 +70,9 @@ def _looked_up(
 
 def _stored(weight: Tensor) -> Rows:
     """Return the numbers of a weight of integers or float8, which torch converts slowly."""
-    if weight.is_floating_point() and weight.dtype.itemsize == 1:
+    if weight.dtype.itemsize != 1:  # rounded by training or calibration, and not yet stored so
+        raise ValueError(f"a weight stored as {weight.dtype} has a scale")
+    if weight.is_floating_point():
         codebook = torch.arange(256, dtype=torch.uint8).view(weight.dtype).float()
         return _looked_up(weight, 8, codebook)
     return lambda chosen: weight[chosen].float()
@@ -99,16 +103,22 @@ class _Weight:
         scale, group, (rows, columns) = self.scale, self.group, self.shape
         if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):  # an exponent
             scale = torch.exp2(scale.view(torch.uint8).float() - 127)
+        if not scale.is_floating_point():
+            raise ValueError(f"scales stored as {scale.dtype}")
         scale = scale.float().reshape(scale.shape if scale.ndim == 2 else (scale.numel(), 1))
         down, across = scale.shape
+        given = self.block or (0, 0)
         high, wide = (
-            given or size // max(count, 1)
-            for size, count, given in zip(
-                self.shape, scale.shape, self.block or (0, 0), strict=True
-            )
+            said or -(-size // max(count, 1))
+            for said, size, count in zip(given, self.shape, scale.shape, strict=True)
         )
-        fits = -(-rows // high) == down and (group is not None or -(-columns // wide) == across)
-        if not fits or (group is not None and len(group) != columns):
+        # a block may stick out only where its size is said: a number of scales fits many sizes
+        fits = -(-rows // high) == down and (given[0] or rows % down == 0)
+        if group is not None:
+            fits = fits and len(group) == columns
+        else:
+            fits = fits and -(-columns // wide) == across and (given[1] or columns % across == 0)
+        if not fits:
             raise ValueError(f"scales of shape {[down, across]} for numbers of {[rows, columns]}")
         if group is not None and torch.equal(group.long(), torch.arange(columns) // wide):
             group = None  # the order is the usual one
@@ -171,28 +181,35 @@ def _compressed(parts: Parts, settings: Settings) -> _Weight | None:
     if settings.get("transform_config"):
         raise ArchitectureError("it has a transform_config, which moefy does not undo")
     _only(settings.get("sparsity_config") or {}, "format", ("dense",))
+    groups = [each.get("weights") or {} for each in (settings.get("config_groups") or {}).values()]
+    for each in groups:
+        _only(each, "num_bits", (8, 4, 2))
     packed = parts.get("weight_packed")
     if packed is not None and packed.dtype == torch.uint8:
         return _float4(parts, settings)
-    groups = settings.get("config_groups") or {}
-    sizes = {str((each.get("weights") or {}).get("block_structure")) for each in groups.values()}
-    block = json.loads(sizes.pop()) if len(sizes) == 1 and "None" not in sizes else None
     scale, group = parts.pop("weight_scale", None), parts.pop("weight_g_idx", None)
     if scale is None:
         return None
     zero: Tensor | float | None = parts.pop("weight_zero_point", None)
     if packed is None:
         weight, zero = parts.pop("weight"), 0.0 if zero is None else zero
+        block = None
+        for each in groups:  # of which one is this weight's
+            sizes = [int(size) for size in re.findall(r"\d+", str(each.get("block_structure")))]
+            counts = [-(-n // size) for n, size in zip(weight.shape, sizes, strict=False)]
+            block = (sizes[0], sizes[1]) if counts == [*scale.shape] else block
         return _Weight(_stored(weight), weight.shape, scale, zero, group, block)
     del parts["weight_packed"]
     rows, columns = parts.pop("weight_shape").tolist()
     fits = [b for b in (2, 4, 8) if -(-columns * b // 32) == packed.shape[1]]
     if rows != len(packed) or len(fits) != 1:
         raise ValueError(f"weight_shape {rows} x {columns} for packed {[*packed.shape]}")
-    if isinstance(zero, Tensor):
-        zero = _unpacked(zero.T, fits[0]).T[:rows]
-    else:
+    if not isinstance(zero, Tensor):
         zero = float(2 ** (fits[0] - 1))
+    elif zero.dtype == torch.int8:  # as files of 2024 have it
+        zero = zero.float() + 2 ** (fits[0] - 1)
+    else:
+        zero = _unpacked(zero.T, fits[0]).T[:rows]
     numbers = _looked_up(packed, fits[0])
     return _Weight(
         lambda band: numbers(band)[:, :columns].contiguous(), (rows, columns), scale, zero, group
@@ -202,22 +219,27 @@ def _compressed(parts: Parts, settings: Settings) -> _Weight | None:
 def _gptq(parts: Parts, settings: Settings) -> _Weight | None:
     if "qweight" not in parts:
         return None
-    bits = _only(settings, "bits", (4, 2, 8))
-    stored = _only(settings, "checkpoint_format", ("gptq", "gptq_v2"))
-    zero = _unpacked(parts.pop("qzeros"), bits)
+    stored = _format(settings, ("gptq", "gptq_v2"))
+    scale, group = parts.pop("scales"), parts.pop("g_idx", None)
+    zero, packed = parts.pop("qzeros"), parts.pop("qweight").T
+    # a module may have other bits than the rest (`dynamic`)
+    word_bits = 8 * packed.element_size()
+    bits = _only({"bits": word_bits * zero.shape[1] // scale.shape[1]}, "bits", (4, 2, 8))
+    if group is None and settings.get("desc_act"):
+        raise ValueError("desc_act without g_idx")
+    zero = _unpacked(zero, bits)
     if stored == "gptq":  # which stores one less
         zero = (zero + 1) & (2**bits - 1)
-    packed = parts.pop("qweight").T
-    shape = (len(packed), packed.shape[1] * packed.element_size() * 8 // bits)
-    scale, group = parts.pop("scales").T, parts.pop("g_idx", None)
-    return _Weight(_looked_up(packed, bits), shape, scale, zero.T, group)
+    shape = (len(packed), packed.shape[1] * word_bits // bits)
+    return _Weight(_looked_up(packed, bits), shape, scale.T, zero.T, group, _ROW)
 
 
 def _awq(parts: Parts, settings: Settings) -> _Weight | None:
     if "qweight" not in parts:
         return None
     _only(settings, "bits", (4,))
-    _only({"version": str(settings.get("version", "gemm")).lower()}, "version", ("gemm",))
+    _only(settings, "zero_point", (True,))
+    _format(settings, ("gemm",))
     zero = _unpacked(parts.pop("qzeros"), 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2).T
     # A word holds eight rows of a column. Bands are of whole words.
     words = parts.pop("qweight").T
@@ -227,12 +249,24 @@ def _awq(parts: Parts, settings: Settings) -> _Weight | None:
         some = words[band.start // 8 : -(-band.stop // 8)].contiguous()[:, None]
         return (some >> shifts & 15).float().flatten(0, 1)
 
-    return _Weight(numbers, (8 * len(words), words.shape[1]), parts.pop("scales").T, zero)
+    shape, scale = (8 * len(words), words.shape[1]), parts.pop("scales").T
+    return _Weight(numbers, shape, scale, zero, block=_ROW)
+
+
+def _format(settings: Settings, allowed: tuple[str, ...]) -> str:
+    """Return the layout of the integers, which has had three names."""
+    keys = ("checkpoint_format", "version", "format")
+    named = {str(settings[key]).lower() for key in keys if settings.get(key)}
+    named |= {"llm-awq"} & {settings.get("backend")}
+    named |= {"marlin"} if settings.get("is_marlin_format") else set()
+    found = " and ".join(sorted(named)) or allowed[0]
+    return str(_only({"format": found}, "format", allowed))
 
 
 def _bitsandbytes(parts: Parts, settings: Settings) -> _Weight | None:
     if "SCB" in parts:
-        parts.pop("weight_format", None)
+        layout = parts.pop("weight_format", torch.zeros(1))
+        _only({"weight_format": int(layout.flatten()[0])}, "weight_format", (0,))  # row by row
         weight = parts.pop("weight")
         return _Weight(_stored(weight), weight.shape, parts.pop("SCB").float() / 127)
     states = [name for name in parts if name.startswith("weight.quant_state.")]
@@ -247,7 +281,7 @@ def _bitsandbytes(parts: Parts, settings: Settings) -> _Weight | None:
         values = parts.pop("weight.nested_quant_map")[scales.int()]
         scales = values * own.repeat_interleave(min(size, len(scales)))[: len(scales)]
         scales += state["nested_offset"]
-    packed, shape = parts.pop("weight").flatten(), state["shape"]
+    packed, shape = parts.pop("weight").flatten().view(torch.uint8), state["shape"]
     if 2 * len(packed) != math.prod(shape):
         raise ValueError(f"{2 * len(packed)} numbers for shape {shape}")
     size = min(state["blocksize"], 2 * len(packed))
@@ -297,7 +331,9 @@ def dequantised_tensors(
         CheckpointError: tensors do not fit together, or none is quantised.
         ArchitectureError: a variant of the format is not read.
     """
-    settings, named = config["quantization_config"], str(config.get("dtype"))
+    settings, text = config["quantization_config"], config.get("text_config") or {}
+    dtypes = [each.get(key) for each in (config, text) for key in ("dtype", "torch_dtype")]
+    named = next((str(each) for each in dtypes if each), "")
     method = settings["quant_method"]
     dtype = getattr(torch, named if named in WEIGHT_DTYPES else "float32")
     modules: dict[str, list[str]] = defaultdict(list)

