@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the table
     from moefy.checkpoint.cost import inspect as inspect
     from moefy.checkpoint.gguf_export import export_gguf as export_gguf
+    from moefy.checkpoint.push import push as push
     from moefy.construct.convert import convert as convert
     from moefy.construct.merge import export_dense as export_dense
     from moefy.data.prepare import prepare as prepare
@@ -54,6 +55,7 @@ _HOME = {
     "measure_speed": "evaluation.speed.measure_speed",
     "plan": "studies.plan.plan",
     "prepare": "data.prepare.prepare",
+    "push": "checkpoint.push.push",
     "routing": "evaluation.routing.measure_routing",
     "search": "studies.search.search",
     "study": "studies.run.study",

@@ -3,6 +3,7 @@
     MoefyError                  run time, exit code 1
     ├── AssetError              something could not be fetched or its hash is wrong
     ├── JudgeError              the judge of a model's answers cannot be asked
+    ├── HubError                the hub does not take a model
     ├── EvaluationError         a benchmark could not be measured
     ├── TrainingError           training stopped because it could not go on (a NaN loss)
     └── UsageError              what was asked for cannot be done here, exit code 2
@@ -38,6 +39,10 @@ class AssetError(MoefyError):
 
 class JudgeError(MoefyError):
     """The judge's endpoint gives no answer."""
+
+
+class HubError(MoefyError):
+    """The hub does not take a model, or cannot be reached; nothing here has changed."""
 
 
 class EvaluationError(MoefyError):

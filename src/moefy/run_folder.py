@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -51,6 +51,16 @@ def read_marker(folder: Path) -> Marker | None:
         return read_json(folder / MARKER, Marker, remedy)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def foreign_files(folder: Path) -> Iterator[str]:
+    """Iterate over the files that a folder's marker does not list; moefy writes no links."""
+    marker = read_marker(folder)
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        ours = name == Path(MARKER) or _is_one_of(name, marker.files if marker else ())
+        if file.is_symlink() or not (ours or file.is_dir()):
+            yield name.as_posix()
 
 
 class RunFolder:
@@ -319,14 +329,8 @@ class RunFolder:
         )
 
     def _foreign(self, folder: Path) -> str | None:
-        """Return a file in the folder that its marker does not list; moefy writes no links."""
-        marker = read_marker(folder)
-        for file in sorted(folder.rglob("*")):
-            name = file.relative_to(folder)
-            ours = name == Path(MARKER) or _is_one_of(name, marker.files if marker else ())
-            if file.is_symlink() or not (ours or file.is_dir()):
-                return name.as_posix()
-        return None
+        """Return a file in the folder that its marker does not list."""
+        return next(foreign_files(folder), None)
 
     def _clear(self, folder: Path) -> None:
         """Remove an unfinished run, refusing where something else lies in its folder."""

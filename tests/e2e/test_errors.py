@@ -125,7 +125,7 @@ def test_an_output_in_the_way(
     assert "no model" in cli(*command, "--overwrite")
     assert (out / "mine.txt").read_text() == "keep"
     assert "its own source" in cli("convert", dense, dense, "--overwrite")
-    assert "holds files but no demo" in cli("demo", "--out", out, "--overwrite")
+    assert "holds files but no demo" in cli("demo", out, "--overwrite")
 
 
 def test_sources_that_do_not_exist(cli: Callable[..., str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moefy.calibrate.walk import HiddenStates
 from moefy.storage import Lock
 
-WRITING = COMMANDS | {"demo": "demo --out out"}
+WRITING = COMMANDS | {"demo": "demo out"}
 INPUTS = {
     "convert": "dense",
     "convert, searching": "text",

@@ -97,7 +97,7 @@ def test_make_demo(tmp_path: Path) -> None:
     """`make demo` as in the README, with less training so that the tests end sooner."""
     assert "make demo" in block("bash", "make demo")
     out = tmp_path / "demo"
-    arguments = f"ARGS=--tokens 4096 --out {out}"
+    arguments = f"ARGS=--tokens 4096 {out}"
     printed = run(["make", "demo", f"VENV={sys.prefix}", arguments], ROOT)
     assert "Report:" in printed
     results = json.loads((out / "results.json").read_text())

@@ -85,6 +85,8 @@ def test_a_secret_lands_in_no_file_and_no_line(
         f"train moe out --data {named} --tokens 64 {SMALL}",
         f"tune moe out --data {named} --set sequence_length=64",
         f"convert {named} out --experts 4 --active 2",
+        f"push moe someone/{SECRET} --license mit",
+        f"--debug push moe someone/{SECRET.partition('/')[0]} --license mit",
     ]
     server = Server()
     said = []

@@ -36,7 +36,7 @@ RECIPES: dict[str, Recipe] = {
 }
 COMMANDS = [
     "bench", "chat", "convert", "demo", "eval", "export dense", "export gguf", "inspect", "judge",
-    "plan", "prepare", "recipes", "recipes show", "report", "routing", "study", "suite",
+    "plan", "prepare", "push", "recipes", "recipes show", "report", "routing", "study", "suite",
     "train", "tune",
 ]  # fmt: skip
 
@@ -176,6 +176,7 @@ def test_the_recipe_checks_an_option(words: list[str], message: str) -> None:
         (["--debug", "eval", "--suite=llama-moe", "a"], "moefy suite"),
         (["eval", "--tasks", "sciq", "a"], "moefy suite --tasks"),
         (["convert", "a", "b", "--rescale", "paper"], "moefy convert --repair"),
+        (["demo", "--out", "a"], "moefy demo OUT"),
         (["leaderboard", "a", "b"], "moefy study OUT --only methods"),
     ],
 )

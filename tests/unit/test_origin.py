@@ -65,6 +65,7 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
     front = yaml.safe_load(card.split("---\n")[1])
     assert front == {
         "base_model": "org/a",
+        "base_model_relation": "finetune",
         "license": "mit",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -107,8 +107,10 @@ def model_card(
     first, is_split = steps[0], steps[0]["stage"] == "convert"
     source = first["source"] if is_split else dense or {}
     base = source.get("base_model") or source.get("name")
+    is_public = bool(base and re.fullmatch(r"[\w.-]+/[\w.-]+", base))  # the hub takes no others
     front = {
-        "base_model": base,
+        "base_model": base if is_public else None,
+        "base_model_relation": "finetune" if is_public else None,
         **{key: source.get(key) for key in ("license", "license_name", "license_link")},
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -80,6 +80,7 @@ _MOVED = {
     "eval --suite": "moefy suite",
     "eval --tasks": "moefy suite --tasks",
     "convert --rescale": "moefy convert --repair",
+    "demo --out": "moefy demo OUT",
     "leaderboard": "moefy study OUT --only methods",
 }
 """Earlier spellings, and what does the same now."""
@@ -155,9 +156,12 @@ def _shown(text: str) -> str:
 def _masked(text: str) -> str:
     """Return a text without secrets of addresses, and without what the environment keeps secret."""
     text = without_secrets(text)
-    for name, value in os.environ.items():
+    secrets = [each for each in os.environ.items() if _SECRET.search(each[0])]
+    if hub := sys.modules.get("huggingface_hub"):  # its token may lie in a file
+        secrets.append(("HF_TOKEN", hub.get_token() or ""))
+    for name, value in secrets:
         # a value out of a file may end with a line end
-        if _SECRET.search(name) and len(value := value.strip()) >= _SHORTEST_SECRET:
+        if len(value := value.strip()) >= _SHORTEST_SECRET:
             text = text.replace(value, f"[${name}]")
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 import moefy
 from moefy.cli.app import App, app
 from moefy.cli.options import Json, Model, Out, Overwrite, recipe_options
-from moefy.cli.output import call, show
+from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
 from moefy.recipe import ConvertRecipe, own_recipes, recipe_text
 from moefy.report import tables
 from moefy.training.recipe import TrainRecipe
@@ -139,6 +140,37 @@ def export_to_dense(model: Model, out: Out, overwrite: Overwrite = False) -> Non
     show(None, text=f"{folder}: dense again", then=f"moefy eval {model} {folder}")
 
 
+@app.command()
+def push(
+    model: Model,
+    name: Annotated[str, typer.Argument(help="OWNER/MODEL on the hub; made if there is none.")],
+    license: Annotated[
+        str | None, typer.Option(help="As in apache-2.0, where the model card names none.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only OWNER sees the model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a model with its card to the Hugging Face hub, in one commit.
+
+    Needs a token: `hf auth login`, or HF_TOKEN.
+
+    Example: `moefy push out/moe someone/smollm2-moe --private`
+    """
+    from huggingface_hub.utils import enable_progress_bars
+
+    from moefy.checkpoint.push import to_push
+
+    quiet_libraries()
+    files = to_push(model, license)[0]
+    listed = ", ".join(f"{file} ({size:,})" for file, size in files.items())
+    warn(f"{len(files)} files, {sum(files.values()):,} bytes: {listed}")
+    if sys.stderr.isatty():  # the hub's own bars know what is sent, which no callback tells
+        enable_progress_bars()
+    done = moefy.push(model, name, license=license, private=private, report=log_lines())
+    text = f"{done.url}: {len(files)} files, {sum(files.values()) / 1e6:.0f} MB, {done.license}"
+    show(done, as_json=as_json, text=text, then=f"moefy eval DENSE {name}, on any machine")
+
+
 recipes = App(invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
 
@@ -169,15 +201,15 @@ def show_recipe(
 @app.command()
 @recipe_options
 def demo(
+    out: Out = Path("moefy-demo"),
     *,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("moefy-demo"),
     split: Counts,
     recipe: Annotated[dict[str, Any], TrainRecipe(tokens=32_768), "tokens", "seed"],
     overwrite: Overwrite = False,
 ) -> None:
     """Do the whole job on SmolLM2-135M and write a report.
 
-    Example: `moefy demo --out moefy-demo`
+    Example: `moefy demo moefy-demo`
     """
     from moefy.report.demo import demo
     from moefy.report.write import verdict
