@@ -7,7 +7,7 @@ ARGS   ?=
 # One thread for each of two processes: the tests' models are too small to gain from more.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-slow check fmt clean
+.PHONY: help setup demo test test-slow check docs fmt clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -37,9 +37,12 @@ check: $(READY)  ## lint, types and layers only
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(READY)  ## the documentation as a site that needs no network: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
 fmt: $(READY)  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv and the tools' caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, the site and the tools' caches
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

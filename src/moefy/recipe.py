@@ -181,7 +181,7 @@ class ConvertRecipe(Recipe):
     ] = None
     partition: Annotated[Partition, option("How neurons are assigned to slices")] = "alternating"
     router: Annotated[Router, option("How the router's weights are made")] = "ascent"
-    router_ridge: Annotated[float, Field(gt=0)] = 1.0
+    router_ridge: float = Field(1.0, gt=0, description="Ridge of the router's regression")
     effort: Annotated[
         Effort, option("Time that is spent on quality: closed form alone, minutes, or hours")
     ] = "normal"
@@ -192,7 +192,7 @@ class ConvertRecipe(Recipe):
             unset="fit; refit where --effort is fast",
         ),
     ] = None
-    refit_ridge: Annotated[float, Field(gt=0)] = 0.3
+    refit_ridge: float = Field(0.3, gt=0, description="Ridge of the refit of down_proj")
     refit_tokens: Annotated[
         int, Field(ge=1, description="Most calibration tokens that the closed form reads")
     ] = 28_672
@@ -214,7 +214,7 @@ class ConvertRecipe(Recipe):
     end_to_end_learning_rate: Annotated[
         float, Field(gt=0, description="Of that training, times each tensor's root mean square")
     ] = 0.003
-    aim: Literal["ffn", "residual"] = "residual"
+    aim: Literal["ffn", "residual"] = Field("residual", description="Dense output to come near to")
     target: Annotated[
         Target | None, option("Architecture to write", unset="the first that is exact")
     ] = None
@@ -228,7 +228,7 @@ class ConvertRecipe(Recipe):
     calibration_tokens: Annotated[
         int | None, Field(ge=1, description="Tokens of the calibration text; None: by effort")
     ] = None
-    calibration_length: Annotated[int, Field(ge=2)] = 512
+    calibration_length: int = Field(512, ge=2, description="Tokens of a window of that text")
     seed: Seed = 0
 
     @model_validator(mode="after")

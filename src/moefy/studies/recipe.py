@@ -35,13 +35,14 @@ class StudyRecipe(Recipe):
 
     tokens: Annotated[int, option("Number of tokens that every arm trains on", ge=1)] = 32_768
     seeds: Annotated[int, option("Number of seeds of every arm", ge=1)] = 3
-    first_seed: Annotated[int, Field(ge=0)] = 0  # several machines share a study by seeds
+    first_seed: int = Field(0, ge=0, description="Several machines share a study by seeds")
     sequence_length: Annotated[int, option("Tokens per held-out window", ge=2)] = 512
     windows: Annotated[int, option("Number of held-out windows per domain", ge=1)] = 8
-    experts: Positive = 16
-    active: Annotated[int, Field(ge=2)] = 4  # the paper's 4/16, in all ablations but size
-    convert: Settings = Field(default_factory=dict)
-    train: Settings = Field(default_factory=dict)
+    # the paper's 4/16
+    experts: Positive = Field(16, description="Slices of every FFN, in all ablations but size")
+    active: int = Field(4, ge=2, description="Slices that run for a token; even")
+    convert: Settings = Field(default_factory=dict, description="Keys of a ConvertRecipe")
+    train: Settings = Field(default_factory=dict, description="Keys of a TrainRecipe")
 
     @model_validator(mode="after")
     def _half_is_whole(self) -> StudyRecipe:

@@ -28,25 +28,25 @@ class SwitchBalance(Recipe):
     """The auxiliary loss of the native architectures (`balance.switch_loss`)."""
 
     kind: Literal["switch"] = "switch"
-    coefficient: NonNegative = 1e-2
-    # the mean of every pass's own loss, as transformers' Trainer has it, not that of all together
-    per_pass: bool = False
+    coefficient: NonNegative = Field(1e-2, description="Weight of the loss")
+    # transformers' Trainer has it so
+    per_pass: bool = Field(False, description="Mean of every pass's own loss, not that of the step")
 
 
 class ImportanceLoadBalance(Recipe):
     """LLaMA-MoE's loss (`balance.importance_and_load_loss`), with its noisy gate if `noise` > 0."""
 
     kind: Literal["importance-load"] = "importance-load"
-    coefficient: NonNegative = 1e-2
+    coefficient: NonNegative = Field(1e-2, description="Weight of the loss")
     # 1 is the paper's gate, too noisy for a router that `convert` has fitted (docs/objective.md)
-    noise: NonNegative = 0.0
+    noise: NonNegative = Field(0.0, description="Scale of the gate's noise; 1 is the paper's")
 
 
 class SelectionBiasBalance(Recipe):
     """DeepSeek-V3's balancing without a loss (`selection_bias`); for glm4_moe models."""
 
     kind: Literal["selection-bias"] = "selection-bias"
-    rate: NonNegative = 1e-3
+    rate: NonNegative = Field(1e-3, description="Step of the bias after each step of training")
 
 
 Balance = Annotated[
@@ -60,29 +60,28 @@ class Distillation(Recipe):
 
     renamed: ClassVar[dict[str, str]] = {"weight": "alpha"}
 
-    # the teacher's share λ of the loss, the rest is next-token loss; half did best on text that is
-    # not the teacher's own (docs/objective.md)
-    alpha: Fraction = 0.5
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    layers: Literal["none", "residual", "ffn"] = "none"
-    layer_weight: NonNegative = 1.0  # of the layers' distance from the teacher's (`LayerMatch`)
+    # half did best on text that is not the teacher's own (docs/objective.md)
+    alpha: Fraction = Field(0.5, description="Teacher's share of the loss; the rest is next-token")
+    temperature: float = Field(1.0, gt=0, description="Divides both models' logits")
+    layers: Literal["none", "residual", "ffn"] = Field("none", description="Outputs to match too")
+    layer_weight: NonNegative = Field(1.0, description="Weight of the layers' distance")
 
 
 class Lora(Recipe):
     """Low-rank adapters (arXiv 2106.09685) through peft: the weights themselves do not move."""
 
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    modules: Literal["attention", "all"] = "attention"  # all: of the layers, but the routers
+    rank: Positive = Field(16, description="Rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="Scale of the adapters, times 1 / rank")
+    modules: Literal["attention", "all"] = Field("attention", description="all: but the routers")
 
 
 class Parallel(Recipe):
     """How shard × replicate × tensor processes, which torchrun starts, share the work."""
 
-    shard: Positive | None = None  # hold a copy of the weights (FSDP2); None takes what is left
-    replicate: Positive = 1  # such copies, which read different sequences
-    tensor: Positive = 1  # compute every product of an expert together
-    expert: Positive = 1  # hold different experts; divides shard × tensor
+    shard: Positive | None = Field(None, description="Hold one copy (FSDP2); None: the rest")
+    replicate: Positive = Field(1, description="Number of such copies; each reads other sequences")
+    tensor: Positive = Field(1, description="Compute each product of an expert together")
+    expert: Positive = Field(1, description="Hold different experts; divides shard × tensor")
 
 
 class LoopSettings(TypedDict, total=False):
@@ -137,17 +136,17 @@ class LoopRecipe(Recipe):
     }
 
     sequence_length: Annotated[int, option("Tokens of the longest sequence", ge=2)] = 512
-    global_batch_size: Positive = 1  # of all processes together
-    micro_batch_size: Positive = 1  # what one process computes at once
+    global_batch_size: Positive = Field(1, description="Sequences of a step, of all processes")
+    micro_batch_size: Positive = Field(1, description="Sequences a process computes at once")
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
-    warmup_fraction: Fraction = 0.1
-    weight_decay: NonNegative = 0.1
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    router_lr_scale: NonNegative = 0.01
-    precision: Precision = "auto"
-    parallel: Parallel = Parallel()
-    gradient_checkpointing: bool = False
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_fraction: Fraction = Field(0.1, description="Share of the steps with a rising rate")
+    weight_decay: NonNegative = Field(0.1, description="AdamW's, of matrices alone")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are scaled down to it")
+    router_lr_scale: NonNegative = Field(0.01, description="Routers' rate over the others'")
+    precision: Precision = Field("auto", description="Of products; auto: bfloat16 if it is fast")
+    parallel: Parallel = Field(Parallel(), description="How processes share the work")
+    gradient_checkpointing: bool = Field(False, description="Less memory, a third more time")
+    checkpoint_every_steps: int = Field(100, ge=0, description="Steps between checkpoints; 0: none")
     seed: Seed = 0
 
     def identity(self) -> dict[str, Any]:
@@ -182,30 +181,35 @@ class TrainRecipe(LoopRecipe):
         Mixture | dict[str, NonNegative],
         option("Shares of the domains, as in book=0.7,arxiv=0.3, or their name"),
     ] = "Uniform"
-    mixture_interval_steps: Positive = 170  # LLaMA-MoE's: 2.5B tokens of 14.7M a step
-    # what a dynamic mixture compares the losses with, nats per token; dense: the teacher's losses
-    reference_losses: Literal["dense"] | dict[str, Annotated[float, Field(gt=0)]] = "dense"
+    # LLaMA-MoE's: 2.5B tokens of 14.7M a step
+    mixture_interval_steps: Positive = Field(170, description="Steps between dynamic weights")
+    reference_losses: Literal["dense"] | dict[str, Annotated[float, Field(gt=0)]] = Field(
+        "dense",
+        description="Losses that dynamic weights are compared with; dense: the teacher's",
+    )
 
-    min_lr_ratio: Fraction = 0.1
-    adam_betas: tuple[Share, Share] = (0.9, 0.95)
-    frozen: tuple[Part, ...] = ()
-    lora: Lora | None = None
+    min_lr_ratio: Fraction = Field(0.1, description="Last learning rate over the peak")
+    adam_betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's averages")
+    frozen: tuple[Part, ...] = Field((), description="Parts that do not learn")
+    lora: Lora | None = Field(None, description="Adapters in place of weights, merged at the end")
 
-    balance: Balance = SwitchBalance()
-    z_loss: NonNegative = 0.0
+    balance: Balance = Field(SwitchBalance(), description="How experts are kept evenly used")
+    z_loss: NonNegative = Field(0.0, description="Weight of the routers' squared logsumexp")
     teacher: Annotated[
         str | None, option("Dense model to distil from", unset="next-token loss alone")
     ] = None
-    distillation: Distillation = Distillation()
+    distillation: Distillation = Field(Distillation(), description="What the teacher teaches")
 
-    compile: bool = False
-    experts_implementation: ExpertsImplementation = "lean"
-    checkpoints_kept: Positive = 2
-    # when held-out loss and KL to the dense model are measured, besides before and after; 0: never
-    evaluate_every_steps: Annotated[int, Field(ge=0)] | None = None
-    # of each domain; None: 8, in a short run as few as measuring in about 5% of it allows, or 1
-    heldout_sequences: Positive | None = None
-    trackers: tuple[Tracker, ...] = ()  # of every step, besides log.jsonl
+    compile: bool = Field(False, description="Compile the layers once")
+    experts_implementation: ExpertsImplementation = Field("lean", description="Expert layers")
+    checkpoints_kept: Positive = Field(2, description="Newest checkpoints that stay")
+    evaluate_every_steps: int | None = Field(
+        None, ge=0, description="Steps between held-out losses; None: before and after, 0: never"
+    )
+    heldout_sequences: Positive | None = Field(
+        None, description="Sequences of each domain for that; None: 8, fewer in a short run"
+    )
+    trackers: tuple[Tracker, ...] = Field((), description="Where steps are logged, too")
 
     @field_validator("mixture", mode="before")
     @classmethod
@@ -286,24 +290,24 @@ class TuneRecipe(LoopRecipe):
     """
 
     sequence_length: Annotated[int, option("Tokens of the longest sequence", ge=2)] = 2048
-    global_batch_size: Positive = 128
+    global_batch_size: Positive = Field(128, description="Conversations of a step")
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 2e-5
-    warmup_fraction: Fraction = 0.03
-    weight_decay: NonNegative = 0.0
-    checkpoint_every_steps: Annotated[int, Field(ge=0)] = 25
+    warmup_fraction: Fraction = Field(0.03, description="Share of the steps with a rising rate")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's, of matrices alone")
+    checkpoint_every_steps: int = Field(25, ge=0, description="Steps between checkpoints; 0: none")
 
     epochs: Annotated[int, option("Number of passes over the conversations", ge=1)] = 2
     router: Annotated[
         Literal["frozen", "balanced"], option("Whether routers stay or learn, kept balanced")
     ] = "frozen"
-    balance_coefficient: NonNegative = 1e-2
+    balance_coefficient: NonNegative = Field(1e-2, description="Weight of the loss that does it")
     lora_rank: Annotated[int, option("Rank of LoRA adapters; 0 trains all weights", ge=0)] = 0
-    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    lora_alpha: float | None = Field(None, gt=0, description="Scale of these; None: twice the rank")
     chat_template: Annotated[
         str | None,
         option("chatml or a Jinja file", unset="the model's own, else chatml"),
     ] = None
-    heldout_conversations: Annotated[int, Field(ge=0)] = 100
+    heldout_conversations: int = Field(100, ge=0, description="Most that are measured")
 
     @model_validator(mode="after")
     def _choices_fit(self) -> TuneRecipe:
