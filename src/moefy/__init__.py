@@ -13,6 +13,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moefy.version import __version__ as __version__
+
 if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the table
     from moefy.checkpoint.cost import inspect as inspect
     from moefy.checkpoint.gguf_export import export_gguf as export_gguf
@@ -37,8 +39,6 @@ if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the 
 
     bench, suite = measure_speed, evaluate_suite
     routing: Callable[..., RoutingResult]
-
-__version__ = "0.2.0"
 
 _HOME = {
     "MoefyError": "errors.MoefyError",

@@ -217,7 +217,9 @@ class RunFolder:
             marker = read_marker(self.work)
             self._mark(self.work, "unfinished", marker.identity if marker else {})
             sync_files(folder)
+            mode = (self.work / MARKER).stat().st_mode & 0o777
             for file in files:
+                file.chmod(mode)  # safetensors lets only the owner read what it writes
                 file.replace(self.work / file.name)
             folder.rmdir()
 

@@ -20,6 +20,7 @@ from huggingface_hub.utils import _http
 from tests.conftest import logits, serving, write_tiny_llama
 
 import moefy
+from moefy.checkpoint.card import steps_of
 from moefy.cli import main
 from moefy.errors import CheckpointError, UsageError
 
@@ -140,6 +141,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     how = {"sequence_length": 32, "global_batch_size": 1, "tokens": 64}
     moefy.train(place / "moe", place / "trained", data=place / "text.jsonl", **how)
     return place
+
+
+@pytest.mark.parametrize("name", ["moe", "trained"])
+def test_the_model_has_what_travels_with_it_and_may_be_read_as_any_new_file(
+    name: str, made: Path
+) -> None:
+    (made / "new").touch()
+    for file in (made / name).iterdir():
+        assert file.stat().st_mode == (made / "new").stat().st_mode, file
+    for each in (*TOKENIZER, "chat_template.jinja", "generation_config.json"):
+        assert (made / name / each).read_bytes() == (made / "dense" / each).read_bytes()
+    for step in steps_of(json.loads((made / name / "moefy.json").read_text())):
+        assert step["moefy"] == moefy.__version__
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -14,9 +14,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.models import CommandFunctionType
 
-from moefy import __version__
 from moefy.errors import MoefyError, UsageError, without_secrets
 from moefy.hardware import ask_for_huge_pages
+from moefy.version import __version__
 
 _FIRST_SCREEN = """\
 moefy turns a dense language model into a Mixture-of-Experts model.

@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 
 _UNLIMITED = 10_000  # columns
 _MAIN = (
-    *("", "model", "phase", "tok/s", "/ dense", "perplexity", "KL to dense", "active"),
-    *("decode tok/s", "prefill tok/s", "decode", "prefill", "nats above dense"),
+    *("", "model", "phase", "tok/s", "/ dense", "KL to dense", "loss above", "active"),
+    *("decode tok/s", "perplexity", "prefill tok/s", "decode", "prefill", "nats above dense"),
 )
 """Columns that a narrow terminal keeps as long as it can; "" marks rows."""
 _MINOR = {"items": 1, "metric": 2, "shots": 3}

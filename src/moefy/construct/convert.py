@@ -57,6 +57,7 @@ from moefy.recipe import ConvertRecipe, ConvertSettings
 from moefy.run_folder import MARKER, RunFolder
 from moefy.split import Split
 from moefy.storage import replace_file, storage_errors
+from moefy.version import __version__
 
 PARTITION = "partition.npy"
 """Which neuron of the dense model fills each slot, [layers, slots]; see `construct.merge`."""
@@ -380,7 +381,7 @@ def _record(
     It has no times and no paths, so that the same conversion gives the same bytes on any machine.
     """
     record: dict[str, Any] = {
-        "moefy": version("moefy"),
+        "moefy": __version__,
         "stage": "convert",
         "recipe": recipe.model_dump(mode="json"),
         "source": {

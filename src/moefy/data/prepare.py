@@ -31,6 +31,7 @@ from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file, storage_errors, sync
+from moefy.version import __version__
 
 _BATCH_BYTES = 1 << 20
 _COMMIT_EVERY_S = 10.0
@@ -192,7 +193,7 @@ class _Preparation:
         self._sources = find_sources(data, domain_key=domain_key, report=report)
         listing = json.dumps([(source.name, source.num_bytes) for source in self._sources])
         self.identity = {
-            "moefy": version("moefy"),
+            "moefy": __version__,
             "data": str(data),
             "files": hashlib.sha256(listing.encode()).hexdigest(),
             "tokenizer": described,

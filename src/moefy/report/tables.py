@@ -43,9 +43,10 @@ def comparison_rows(comparison: Comparison) -> Rows:
     ]
     columns: Columns[Result] = [
         ("model", lambda r: r.name),
+        ("KL to dense", lambda r: shown(r.kl_to_reference, ".3f")),
+        ("loss above", lambda r: shown(r.excess_loss.value if r.excess_loss else None, ".3f")),
         ("perplexity", lambda r: number(r.perplexity)),
         *domains,
-        ("KL to dense", lambda r: shown(r.kl_to_reference, ".3f")),
         ("top-1", lambda r: shown(r.top1_agreement, ".1%")),
         ("params", lambda r: millions(r.cost.total_params)),
         ("active", lambda r: millions(r.cost.active_params)),

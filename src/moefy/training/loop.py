@@ -36,6 +36,7 @@ from moefy.training.samples import Samples
 from moefy.training.state import FINISHED, LOG, RunState, log_step
 from moefy.training.step import train_step
 from moefy.training.trackers import numbers, open_trackers
+from moefy.version import __version__
 
 
 class TrainingLoop:
@@ -215,7 +216,7 @@ def _record(
 ) -> dict[str, Any]:
     """Return moefy.json: what was done, with which versions, and the source's own moefy.json."""
     return {
-        "moefy": version("moefy"),
+        "moefy": __version__,
         "stage": stage,
         "run": identity,
         **({"result": result} if result else {}),
