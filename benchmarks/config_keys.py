@@ -1,4 +1,4 @@
-"""Change every key of every family's config.json, and compare each split with transformers.
+"""Change every key of a family's or wrapper's config.json, and compare splits with transformers.
 
 `python benchmarks/config_keys.py [FAMILY …] [--write]` takes about a minute and a half of processor
 time for each family. `--write` puts the counts into docs/reliability/config_keys.csv and
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.fuzz.__main__ import write_figures
-from tests.parity.test_config_keys import ends
+from tests.parity.test_config_keys import WRAPPERS, ends
 
 from moefy.checkpoint.families import FAMILIES
 
@@ -27,7 +27,7 @@ ENDS = ("equal", "refused", "wrong")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("families", nargs="*", default=[*FAMILIES, *WRAPPERS])
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -30,6 +30,7 @@ MODELS = {
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",
+    "cwm": "Code World Model",
     "granite": "Granite 3.x dense",
     "seed_oss": "Seed-OSS",
     "ministral3": "Ministral 3, up to the context before YaRN",

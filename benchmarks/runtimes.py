@@ -1,13 +1,15 @@
-"""SmolLM2 split in every form, in every runtime at hand: docs/runtimes.md.
+"""SmolLM2 and random models of every family split, in every runtime at hand: docs/runtimes.md.
 
     python benchmarks/runtimes.py WORK RUNTIME [PYTHON]
+    python benchmarks/runtimes.py WORK RUNTIME [PYTHON] families
 
 Agreement, for RUNTIME one of `CLIENTS` or transformers: float32 weights and cache, the prompt and
 32 greedy tokens, against transformers. PYTHON is that of the environment where the runtime is, if
-it is not this one. Speed, for RUNTIME `speed`: the default split in llama.cpp against the dense
-model and against the dense model of its active size, each in turn, three times, medians; 512 tokens
-of prompt, 64 decoded. Writes docs/runtimes/*.csv, where the other runtimes' rows stay, and the
-tables in docs/runtimes.md. Conversions are kept in WORK.
+it is not this one. With `families`: every family in each of its targets, those that the CSV file
+has no row for (take rows out to measure them again). Speed, for RUNTIME `speed`: the default split
+in llama.cpp against the dense model and against the dense model of its active size, each in turn,
+three times, medians; 512 tokens of prompt, 64 decoded. Writes docs/runtimes/*.csv, where the other
+runtimes' rows stay, and the tables in docs/runtimes.md. Conversions are kept in WORK.
 """
 
 from __future__ import annotations
@@ -23,11 +25,23 @@ from typing import Any
 
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from publish import publish_table, replace_table, rows_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from tests.conftest import tiny_config
+from tests.parity.test_families import CASES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import moefy
 from moefy.checkpoint.source import builtin
+from moefy.errors import MoefyError
 from moefy.recipe import LLAMA_MOE
 from moefy.report.tables import Rows, write_csv
 
@@ -45,6 +59,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "granitemoeshared 8/16": FITTED,
     "glm4_moe 8/16": FITTED | {"target": "glm4_moe"},
 }
+SIZES = {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+SIZES |= {"initializer_range": 0.1, "block_auto_adjust_ff_dim": False}
+SIZES |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
+"""Family, settings and recipe of the first case of every family and target."""
+for family, settings, shared, target in CASES:
+    FAMILIES.setdefault(f"`{family}` as {target}", (family, settings, {"shared": shared}))
+# which has biases in vLLM, too
+FAMILIES["`qwen2` as glm4_moe"] = ("qwen2", {}, {"shared": 2, "target": "glm4_moe"})
+IN_FAMILIES = ("transformers", "llama.cpp", "mistral.rs", "vLLM")
 QWEN3 = ("qwen3_moe", "glm4_moe of Qwen3")
 HALF: dict[str, dict[str, Any]] = {
     "dense (same active size)": LLAMA_MOE | {"experts": 2, "active": 1, "shared": 1},
@@ -141,6 +165,25 @@ def random_qwen3(folder: Path) -> Path:
     return folder
 
 
+def random_model(folder: Path, family: str, settings: dict[str, Any]) -> Path:
+    """Write a small random model, its norms and biases random too."""
+    if (folder / "tokenizer.json").exists():
+        return folder
+    torch.manual_seed(0)
+    sizes = {key: SIZES[key] for key in SIZES if key in tiny_config(family)}
+    config = AutoConfig.for_model(**tiny_config(family, **settings | sizes))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(builtin()).save_pretrained(folder)
+    return folder
+
+
 def converted(work: Path, name: str, dense: str | Path, choices: dict[str, Any]) -> Path:
     folder = work / name.replace("/", "-")
     if not (folder / "config.json").exists():
@@ -156,25 +199,47 @@ def exported(work: Path, name: str, folder: Path) -> Path:
 
 
 def agreement(work: Path, runtime: str, python: str) -> list[dict[str, str]]:
-    tokenizer = AutoTokenizer.from_pretrained(builtin())
-    ids = tokenizer(PROMPT)["input_ids"]
     rows = []
     for form, choices in FORMS.items():
         dense = random_qwen3(work / "qwen3") if form in QWEN3 else builtin()
-        folder = converted(work, form, dense, choices)
-        reference = dense if choices["active"] == choices["experts"] else folder
-        expected = greedy(
-            AutoModelForCausalLM.from_pretrained(reference, experts_implementation="eager"), ids
-        )
-        expected["text"] = tokenizer.decode(expected["tokens"])
-        found = [
-            compared(expected, answer) for answer in asked(runtime, work, form, folder, ids, python)
-        ]
-        worst = max(
-            found, key=lambda row: (-int(row["same tokens"]), float(row["largest difference"] or 0))
-        )
-        rows.append({"form": form, "runtime": runtime} | worst)
+        rows.append(row_of(work, runtime, python, form, dense, choices))
     return rows
+
+
+def of_families(work: Path, runtime: str, python: str) -> list[dict[str, str]]:
+    rows = [row for row in read_csv(DOCS / "runtimes/families.csv") if row["runtime"] == runtime]
+    rows = [row for row in rows if row["form"] in FAMILIES]
+    known = [row["form"] for row in rows]
+    for form, (family, settings, choices) in FAMILIES.items():
+        if form in known:
+            continue
+        dense = random_model(work / f"dense of {form}", family, settings)
+        rows.append(row_of(work, runtime, python, form, dense, EXACT | choices))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def row_of(
+    work: Path, runtime: str, python: str, form: str, dense: Path, choices: dict[str, Any]
+) -> dict[str, str]:
+    """Return what a runtime makes of a form, the worst answer where there are several."""
+    tokenizer = AutoTokenizer.from_pretrained(builtin())
+    ids = tokenizer(PROMPT)["input_ids"]
+    folder = converted(work, form, dense, choices)
+    reference = dense if choices["active"] == choices["experts"] else folder
+    expected = greedy(
+        AutoModelForCausalLM.from_pretrained(reference, experts_implementation="eager"), ids
+    )
+    expected["text"] = tokenizer.decode(expected["tokens"])
+    try:
+        answers = [*asked(runtime, work, form, folder, ids, python)]
+    except MoefyError as error:  # no file of this architecture is written
+        answers = [{"error": str(error).partition(";")[0]}]
+    found = [compared(expected, answer) for answer in answers]
+    worst = max(
+        found, key=lambda row: (-int(row["same tokens"]), float(row["largest difference"] or 0))
+    )
+    return {"form": form, "runtime": runtime} | worst
 
 
 def compared(expected: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]:
@@ -201,8 +266,11 @@ def agreement_tables(rows: list[dict[str, str]]) -> tuple[Rows, Rows]:
     """Return the forms by runtimes, and the reasons of those that refuse."""
     versions = {row["runtime"]: row["version"] for row in rows if row["version"]}
     cells = {(row["form"], row["runtime"]): _cell(row) for row in rows}
+    forms = [
+        form for form in (*FORMS, *FAMILIES) if any((form, name) in cells for name in versions)
+    ]
     table = [["form", *(f"{name} {version}" for name, version in versions.items())]]
-    table += [[form, *(cells[form, runtime] for runtime in versions)] for form in FORMS]
+    table += [[f, *(cells.get((f, name), "not run") for name in versions)] for f in forms]
     refused: dict[tuple[str, str], str] = {}
     for row in rows:
         if row["error"]:
@@ -260,18 +328,22 @@ def read_csv(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def main(work: Path, runtime: str, python: str = sys.executable) -> None:
+def main(work: Path, runtime: str, *more: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    page, file = DOCS / "runtimes.md", DOCS / "runtimes/agreement.csv"
+    page = DOCS / "runtimes.md"
     if runtime == "speed":
         publish_table(rows_of(speed(work)), DOCS / "runtimes/speed.csv", page)
         return
-    rows = agreement(work, runtime, python)
+    python = next((each for each in more if each != "families"), sys.executable)
+    kind, measure = ("families", of_families) if "families" in more else ("agreement", agreement)
+    file = DOCS / f"runtimes/{kind}.csv"
+    rows = measure(work, runtime, python)
     rows += [row for row in read_csv(file) if row["runtime"] != runtime]
     order = ["transformers", *CLIENTS]
     rows.sort(key=lambda row: order.index(row["runtime"]))
     write_csv(file, rows_of(rows))
-    for mark, table in zip(("agreement", "refusals"), agreement_tables(rows), strict=True):
+    marks = {"agreement": ("agreement", "refusals"), "families": ("in_runtimes", "not_run")}[kind]
+    for mark, table in zip(marks, agreement_tables(rows), strict=True):
         replace_table(page, mark, table)
 
 

@@ -48,6 +48,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         name: {"head_dim": 8}
         for name in ("ministral", "ministral3", "hunyuan_v1_dense", "ernie4_5", "seed_oss")
     },
+    "cwm": {"head_dim": 8, "sliding_window": 16, "rope_parameters": {"rope_type": "default"}},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 48},
     "cohere2": {"sliding_window": 16, "sliding_window_pattern": 2, "logit_scale": 2.0},
     "qwen3_5_text": {

@@ -19,7 +19,8 @@ import pytest
 import torch
 from tests.conftest import write_tiny_model
 from tests.fuzz.model_folders import FOREIGN_KEYS, VALUES
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tests.parity.test_families import write_tiny_wrapper
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moefy
 from moefy.checkpoint.families import FAMILIES
@@ -39,6 +40,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [{}, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}],
     "smollm3": [{"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 16}],
     "phi3": [{}, {"sliding_window": 16}],
+    "cwm": [{}, {"layer_types": ["full_attention", "full_attention"]}],
     "cohere2": [{}, {"layer_types": ["full_attention", "full_attention"]}],
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -109,6 +111,14 @@ MEANT: dict[str, list[Any]] = {
     "logits_scaling": [0.3, 2],
 }
 MISSING = object()
+WRAPPERS = {
+    "mistral3": "mistral",
+    "mistral3 of ministral3": "ministral3",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen3_5": "qwen3_5_text",
+}
+"""Vision-language models whose keys are changed, and the keys of their text part."""
+TEXT = "text_config"
 
 
 def declared_keys(family: str) -> set[str]:
@@ -132,26 +142,29 @@ def changes(family: str) -> Iterator[tuple[str, Any]]:
 
 def theirs(folder: Path, ids: torch.Tensor) -> torch.Tensor | None:
     """Return the logits of a model as transformers reads it, None where it does not or guesses."""
+    is_wrapper = TEXT in json.loads((folder / "config.json").read_text())
+    kind = AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         if any(info.values()):
             return None
         model.config.return_dict = True
         with torch.inference_mode():
-            logits: torch.Tensor = model(ids).logits
+            logits: torch.Tensor = model(input_ids=ids).logits
     except Exception:
         return None
     return logits
 
 
-def end_of(folder: Path, out: Path, key: str, declared: set[str], ids: torch.Tensor) -> str:
+def end_of(
+    folder: Path, out: Path, key: str, declared: set[str], ids: torch.Tensor, place: str | None
+) -> str:
     """Convert, and say how that ends: "equal", "refused", or what is wrong."""
+    part = {"part": "text"} if (folder / "wrapper").exists() else {}
     for shared in (0, 2, 1):  # some families have a target for one of them alone
         shutil.rmtree(out, ignore_errors=True)
         try:
-            moefy.convert(folder, out, **EXACT | {"shared": shared})
+            moefy.convert(folder, out, **EXACT | {"shared": shared} | part)
             break
         except MoefyError as error:
             said = " ".join(str(error).split())
@@ -167,7 +180,7 @@ def end_of(folder: Path, out: Path, key: str, declared: set[str], ids: torch.Ten
     ids = ids[:, : max(longest, 1)]
     expected, found = theirs(folder, ids), theirs(out, ids)
     if expected is None and key not in declared:  # moefy reads a model without such a key
-        rewritten(folder, key, MISSING)
+        rewritten(folder, key, MISSING, place)
         expected = theirs(folder, ids)
     if expected is None or found is None:
         return f"wrong: only {'the split' if expected is None else 'the dense model'} can be read"
@@ -176,28 +189,44 @@ def end_of(folder: Path, out: Path, key: str, declared: set[str], ids: torch.Ten
     return "equal"
 
 
-def rewritten(folder: Path, key: str, value: Any) -> Mapping[str, Any]:
-    """Change one key of a config.json; NaN and infinity are written as Python writes them."""
+def rewritten(folder: Path, key: str, value: Any, place: str | None = None) -> Mapping[str, Any]:
+    """Change one key of a config.json, or of a part; return the text model's.
+
+    NaN and infinity are written as Python writes them.
+    """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    config = {k: v for k, v in config.items() if k != key}
+    changed = config[place] if place else config
+    changed.pop(key, None)
     if value is not MISSING:
-        config[key] = value
+        changed[key] = value
     (folder / "config.json").write_text(json.dumps(config))
-    return config
+    text = config.get(TEXT)
+    return text if isinstance(text, dict) else config
 
 
 def ends(family: str, folder: Path, every: int) -> tuple[Counter[str], list[str]]:
     """Try one change in so many of a family; count the ends, and say what was wrong."""
     dense, out, counts, wrong = folder / "dense", folder / "moe", Counter[str](), []
-    for number, form in enumerate(FORMS.get(family, [{}])):
-        base = write_tiny_model(folder / f"base{number}", family, **form)
-        for key, value in islice(changes(family), 0, None, every):
+    is_wrapper = family in WRAPPERS
+    forms = [{}, {"place": TEXT}] if is_wrapper else FORMS.get(family, [{}])
+    for number, form in enumerate(forms):
+        base, place, changed = folder / f"base{number}", None, family
+        if is_wrapper:
+            wrapper, place = family.partition(" ")[0], form.get("place")
+            changed = WRAPPERS[family] if place else wrapper
+            write_tiny_wrapper(base, wrapper, WRAPPERS[family])
+            (base / "wrapper").touch()
+        else:
+            write_tiny_model(base, family, **form)
+        # what is around the text model may be damaged where its text alone is read
+        declared = declared_keys(changed) if place or not is_wrapper else set()
+        for key, value in islice(changes(changed), 0, None, every):
             shutil.rmtree(dense, ignore_errors=True)
             shutil.copytree(base, dense)
-            config = rewritten(dense, key, value)
+            config = rewritten(dense, key, value, place)
             longest = config.get("max_position_embeddings")
             length = min(100, longest) if isinstance(longest, int) and longest > 0 else 100
-            end = end_of(dense, out, key, declared_keys(family), IDS[:, :length])
+            end = end_of(dense, out, key, declared, IDS[:, :length], place)
             counts[end.partition(":")[0]] += 1
             if end.startswith("wrong"):
                 shown = "missing" if value is MISSING else repr(value)[:80]
@@ -208,7 +237,7 @@ def ends(family: str, folder: Path, every: int) -> tuple[Counter[str], list[str]
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 def test_every_key_means_what_transformers_reads_or_is_refused(tmp_path: Path, family: str) -> None:
     counts, wrong = ends(family, tmp_path, EVERY)
     print(family, dict(counts))

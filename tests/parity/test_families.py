@@ -87,6 +87,7 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
     ("qwen3", {}, "qwen3_moe", "glm4_moe"),
     ("qwen3", {"head_dim": 16, "tie_word_embeddings": False}, "qwen3_moe", "glm4_moe"),
     ("qwen3", {"attention_bias": True}, "qwen3_moe", ""),
+    ("cwm", {}, "granitemoe_swa", "granitemoe_swa"),
     ("granite", GRANITE_SCALES, "granitemoe", "granitemoeshared"),
     ("granite", GRANITE_SCALES | {"attention_bias": True}, "granitemoe", "granitemoeshared"),
     ("seed_oss", {"head_dim": 16}, "granitemoe", "granitemoeshared"),
@@ -252,6 +253,21 @@ VISION: dict[str, dict[str, Any]] = {
 }
 
 
+def write_tiny_wrapper(folder: Path, wrapper: str, text: str) -> Any:
+    """Write a random vision-language model for its text."""
+    vision = VISION[wrapper] | {"num_hidden_layers": 1, "num_attention_heads": 4, "num_heads": 4}
+    settings = tiny_config(text, sliding_window=None) | {"tie_word_embeddings": False}
+    if text == "qwen3_vl_text":
+        settings["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = AutoConfig.for_model(
+        wrapper, text_config=settings, vision_config=vision, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(folder)
+    return whole
+
+
 @pytest.mark.parametrize(
     ("wrapper", "text", "family"),
     [
@@ -265,16 +281,7 @@ def test_the_text_model_of_a_vision_language_model(
     tmp_path: Path, wrapper: str, text: str, family: str
 ) -> None:
     dense, out = tmp_path / "dense", tmp_path / "moe"
-    vision = VISION[wrapper] | {"num_hidden_layers": 1, "num_attention_heads": 4, "num_heads": 4}
-    settings = tiny_config(text, sliding_window=None) | {"tie_word_embeddings": False}
-    if text == "qwen3_vl_text":
-        settings["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    config = AutoConfig.for_model(
-        wrapper, text_config=settings, vision_config=vision, tie_word_embeddings=False
-    )
-    torch.manual_seed(0)
-    whole = AutoModelForImageTextToText.from_config(config)
-    whole.save_pretrained(dense)
+    whole = write_tiny_wrapper(dense, wrapper, text)
     choices = EXACT | {"experts": 6, "active": 6, "shared": 2}
     if wrapper not in WHOLES:
         with pytest.raises(ArchitectureError, match="pass --part text"):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from moefy.checkpoint.meaning import meaning_of, own_keys
+from moefy.checkpoint.meaning import check_around, meaning_of, own_keys
 from moefy.checkpoint.skeleton import Shapes, skeleton_of
 from moefy.errors import ArchitectureError, reason
 
@@ -38,7 +38,7 @@ class DenseFamily:
     # what no other architecture computes but the target that is `of` this family
     own: str = ""
     window: Window = "no"  # layers that have the sliding window, if the config has one
-    needs_window: bool = False  # whether transformers runs it only with a sliding window's size
+    needs: Sequence[str] = ()  # config keys without which transformers runs no model of it
     mixers: Sequence[str] = ()  # `layer_types` without attention
     parallel: bool = False  # whether attention and FFN read the same normed stream
     multipliers: bool = False  # whether embeddings, attention, residuals and logits are scaled
@@ -113,7 +113,6 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         )
     read = meaning_of(config, source)
     heads = read["num_attention_heads"]
-    read["head_dim"] = read.get("head_dim") or read["hidden_size"] // heads
     rope, part = read["rope_parameters"], rotary_fraction(read)
     layers, longest = read["num_hidden_layers"], read["max_position_embeddings"]
     window = read.get("sliding_window")
@@ -143,9 +142,11 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "rope_scaling)": (
             family.tempered and not {TEMPERATURE, "original_max_position_embeddings"} <= {*rope}
         ),
-        f"has sliding_window = null, with which transformers runs no {family.model_type} model": (
-            family.needs_window and window is None
-        ),
+        **{
+            f"has {key} = null, with which transformers runs no {family.model_type} model": True
+            for key in family.needs
+            if read.get(key) is None
+        },
         "has residual_multiplier = 0, by which the experts' weights are divided": (
             read.get("residual_multiplier") == 0
         ),
@@ -163,11 +164,13 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for what, holds in refused.items():
         if holds:
             raise ArchitectureError(f"{source} {reason(what)}")
+    read["head_dim"] = read.get("head_dim") or read["hidden_size"] // heads
     read |= rope_settings(read)
     if family.sized:
         read["intermediate_size"] = skeleton_of(read).shapes(0)[family.gate][0]
         read |= family.sized
-    # null means no dropout for one family, and nothing for the others
+    # null means no dropout or cache for some families, and nothing for the others
+    read["use_cache"] = bool(read.get("use_cache", True))
     return {**read, "attention_dropout": read.get("attention_dropout") or 0.0}
 
 
@@ -187,10 +190,13 @@ def text_part(config: Mapping[str, Any], part: str | None, source: str) -> dict[
             f"{source} ({kind}) has its text model, {reason(text.get('model_type'), 60)}, among "
             "others: pass --part text to convert that alone"
         )
+    check_around(config, source)
     text = {key: config[key] for key in _INHERITED if key in config} | text
+    family = WRAPPED.get(str(text.get("model_type")))
+    if family or text.get("model_type") in [*FAMILIES]:
+        meaning_of(text, source)  # what the next lines leave out must be sound, too
     if "tie_word_embeddings" in config:  # the whole model's loader ties by its own key
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    family = WRAPPED.get(str(text.get("model_type")))
     if family:
         text = meaning_of(text, source) | {"model_type": family}
         # where images and texts stand; all the same in a text

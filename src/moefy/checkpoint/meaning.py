@@ -111,6 +111,20 @@ def meaning_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     return found
 
 
+def check_around(config: Mapping[str, Any], source: str) -> None:
+    """Check the keys around a text model, of which transformers gives some to it, too.
+
+    Raises:
+        CheckpointError: one of `_ALLOWED` has another value.
+    """
+    for key in sorted(config.keys() & _ALLOWED.keys() - {"text_config"}):
+        if config[key] not in _ALLOWED[key]:
+            raise CheckpointError(
+                f"{source} has {key} = {reason(repr(config[key]), 60)}: moefy reads models that "
+                "leave this key out"
+            )
+
+
 def own_keys(config: Mapping[str, Any]) -> frozenset[str]:
     """Return the config keys that the class of this `model_type` declares."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
