@@ -61,6 +61,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 SIZES = {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 SIZES |= {"initializer_range": 0.1, "block_auto_adjust_ff_dim": False}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2}  # the tokenizer's
 SIZES |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
 """Family, settings and recipe of the first case of every family and target."""
@@ -170,7 +171,7 @@ def random_model(folder: Path, family: str, settings: dict[str, Any]) -> Path:
     if (folder / "tokenizer.json").exists():
         return folder
     torch.manual_seed(0)
-    sizes = {key: SIZES[key] for key in SIZES if key in tiny_config(family)}
+    sizes = {key: SIZES[key] for key in SIZES if key in tiny_config(family, **settings)}
     config = AutoConfig.for_model(**tiny_config(family, **settings | sizes))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -234,7 +235,7 @@ def row_of(
     try:
         answers = [*asked(runtime, work, form, folder, ids, python)]
     except MoefyError as error:  # no file of this architecture is written
-        answers = [{"error": str(error).partition(";")[0]}]
+        answers = [{"error": str(error).partition(";")[0].replace(f"{work}/", "")}]
     found = [compared(expected, answer) for answer in answers]
     worst = max(
         found, key=lambda row: (-int(row["same tokens"]), float(row["largest difference"] or 0))
@@ -248,9 +249,9 @@ def compared(expected: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]
     if "text" in answer:
         same = COUNT * (answer["text"] == expected["text"])
     if "tokens" in answer:
-        pairs = list(zip(expected["tokens"], answer["tokens"], strict=True))
-        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), COUNT)
-    if "logprobs" in answer:
+        pairs = list(zip(expected["tokens"], answer["tokens"], strict=False))  # it may stop early
+        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
+    if "logprobs" in answer and len(pairs) == COUNT:
         both = zip(reversed(expected["logprobs"]), reversed(answer["logprobs"]), strict=False)
         differences = [abs(ours - theirs) for ours, theirs in both]
         largest = f"{max(differences[COUNT - same :], default=0):.1e}"
@@ -285,7 +286,9 @@ def _cell(row: dict[str, str]) -> str:
     difference = row["largest difference"]
     if row["same tokens"] == str(COUNT):
         return difference or "same text"
-    return f"{row['same tokens']} tokens, {difference}" if difference else "other text"
+    if difference:
+        return f"{row['same tokens']} tokens, {difference}"
+    return f"{row['same tokens']} tokens" if int(row["same tokens"]) else "other text"
 
 
 def speed(work: Path) -> list[dict[str, str]]:

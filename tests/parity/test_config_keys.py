@@ -221,6 +221,8 @@ def ends(family: str, folder: Path, every: int) -> tuple[Counter[str], list[str]
         # what is around the text model may be damaged where its text alone is read
         declared = declared_keys(changed) if place or not is_wrapper else set()
         for key, value in islice(changes(changed), 0, None, every):
+            if key == "vision_config":  # whose text alone is read
+                continue
             shutil.rmtree(dense, ignore_errors=True)
             shutil.copytree(base, dense)
             config = rewritten(dense, key, value, place)

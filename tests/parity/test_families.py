@@ -146,6 +146,9 @@ def test_all_active_equals_dense(
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.model_type == target
     assert cost(read_config(out)).total_params == model.num_parameters()
+    told = "vLLM 0.32 leaves out the biases" in (out / "README.md").read_text()
+    biased = getattr(model.config, "attention_bias", False)
+    assert told == (biased and target.startswith("granitemoe"))
     ids = token_ids(100)
     expected = logits(dense, ids)
     assert (expected - logits(out, ids)).abs().max() < 1e-4

@@ -127,6 +127,7 @@ def model_card(
         done=done,
         base=base,
         model_type=config["model_type"],
+        biased=config.get("attention_bias") and config["model_type"].startswith("granitemoe"),
         recipe=first["recipe"] if is_split else None,
         steps=steps,
         command_of=command_of,

@@ -150,6 +150,7 @@ def dense_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "has residual_multiplier = 0, by which the experts' weights are divided": (
             read.get("residual_multiplier") == 0
         ),
+        f"has num_attention_heads = {heads}, more than hidden_size": heads > read["hidden_size"],
         f"has {heads} num_attention_heads, no multiple of its num_key_value_heads": (
             heads % read["num_key_value_heads"]
         ),
