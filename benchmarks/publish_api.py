@@ -124,8 +124,7 @@ def cli() -> str:
         text, _, example = inspect.cleandoc(command.help or "").partition("Example: ")
         parts += [f"## {name}", text.strip()]
         if example:
-            # its files are not there; tests/unit/test_docs.py parses it
-            parts += ["<!-- not run: an example -->", f"```bash\n{example.strip('` ')}\n```"]
+            parts.append(f"```bash\n{example.strip('` ')}\n```")
         records = (p.get_help_record(command.context_class(command)) for p in command.params)
         rows = [f"| {cell(f'`{what}`')} | {cell(text)} |" for what, text in filter(None, records)]
         if rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moefy
+from moefy.checkpoint.source import builtin
 from moefy.recipe import LLAMA_MOE
 from moefy.storage import cache_folder
 from tests.kills import Server
@@ -108,6 +110,16 @@ def write_tiny_llama(folder: Path, **settings: Any) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**_SHAPE | settings)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_small_llama(folder: Path) -> Path:
+    """Write a random LLaMA with SmolLM2's tokenizer, which every command takes in seconds."""
+    shape = {"vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 512}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**_SHAPE | shape)).save_pretrained(folder)
+    for file in builtin().glob("*token*"):
+        shutil.copy(file, folder)
     return folder
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from publish_demo import shown
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-from moefy.checkpoint.source import builtin
+from tests.conftest import write_small_llama
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -46,19 +43,7 @@ def run(command: list[str], folder: Path) -> str:
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A random model with SmolLM2's tokenizer, which takes seconds, and the README's own."""
     if request.param == "tiny":
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=49_152,
-            hidden_size=64,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-        LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-        for file in builtin().glob("*token*"):
-            shutil.copy(file, tmp_path / "tiny")
+        write_small_llama(tmp_path / "tiny")
     return str(request.param)
 
 
@@ -134,8 +119,3 @@ class Page(HTMLParser):
 def test_the_readmes_table_is_the_committed_result() -> None:
     results = json.loads((ROOT / "docs/demo/results.json").read_text())
     assert f"<!-- demo -->\n{shown(results)}<!-- /demo -->" in README
-
-
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert link.startswith("https://") or (ROOT / link).exists()

@@ -1,19 +1,25 @@
-"""The tables in docs/ are those that the committed CSV files give."""
+"""The documentation is what files and code say: tables, reference, commands and links."""
 
 from __future__ import annotations
 
+import ast
 import csv
+import importlib
+import json
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import publish_api
 import pytest
+import yaml
+from tests.pages import PAGES, ROOT, blocks, check, commands, found_command, prose
 
+import moefy
 from moefy.report.tables import markdown
 from moefy.studies.report import page
 
-ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
 TABLES = {
     "calibrated": "experiments/calibrated",
@@ -154,3 +160,51 @@ def test_the_reference_is_what_the_code_says(name: str) -> None:
 def test_the_families_are_those_of_the_rows() -> None:
     tables = runpy.run_path(str(ROOT / "benchmarks/families.py"))["tables"]()
     assert all(marked()[mark] == markdown(rows) for mark, rows in tables.items())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_can_be_read(page: Path) -> None:
+    for block in blocks(page, "bash", ""):
+        if block.language == "bash":
+            done = subprocess.run(["bash", "-n"], input=block.text, text=True, check=False)
+            assert done.returncode == 0, block
+        for words in commands(block.text):
+            check(words)
+    for block in blocks(page, "python"):
+        tree = ast.parse(block.text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, name.name) for name in node.names), block
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "moefy":
+                assert hasattr(moefy, node.attr), block
+    for block in blocks(page, "yaml"):
+        values = yaml.safe_load(block.text)
+        if kind := re.match(r"# (\w+): ", block.text):
+            publish_api.RECIPES[kind[1]].build(**values)
+    for block in blocks(page, "json"):
+        assert all(json.loads(line) for line in block.text.splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_options_in_the_text_exist(page: Path) -> None:
+    for line in re.findall(r"`moefy ([a-z][^`]*)`", prose(page)):
+        names, command, rest = found_command(re.split(r"\s+", line))
+        assert names, line
+        known = {"--help", *(name for option in command.params for name in option.opts)}
+        assert {word.split("=")[0] for word in rest if word.startswith("--")} <= known, line
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        file, _, anchor = link.partition("#")
+        if not file.startswith("https://"):
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
