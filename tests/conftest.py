@@ -116,6 +116,7 @@ def write_tiny_llama(folder: Path, **settings: Any) -> Path:
 def write_small_llama(folder: Path) -> Path:
     """Write a random LLaMA with SmolLM2's tokenizer, which every command takes in seconds."""
     shape = {"vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 512}
+    shape["max_position_embeddings"] = 2048
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**_SHAPE | shape)).save_pretrained(folder)
     for file in builtin().glob("*token*"):
