@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moefy.checkpoint.cost import config_of, split_config
-from moefy.experts.layers import register
+from moefy.checkpoint.expert_layers import register
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "lean")

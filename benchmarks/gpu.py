@@ -47,9 +47,9 @@ except ImportError:  # annotations alone need it
     vars(sys.modules["jaxtyping"]).update(dict.fromkeys(("Bool", "Float", "Int"), _Shape))
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from moefy.checkpoint.expert_layers import register
 from moefy.evaluation.output_loss import LogitsInput, output_loss
 from moefy.experts.balance import switch_loss
-from moefy.experts.layers import register
 from moefy.experts.routers import RouterTrace, routers_of
 from moefy.hardware import device, multiply_rate, products_in, synchronise
 

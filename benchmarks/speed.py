@@ -13,20 +13,22 @@ import json
 import sys
 from pathlib import Path
 
-from publish import rows_of
+from publish import replace_block, rows_of
 from runtimes import read_csv
 
-from moefy.report.tables import Rows, markdown, write_csv
+from moefy.report.tables import markdown, write_csv
 
 DOCS = Path(__file__).parents[1] / "docs"
 RATIOS = ("prefill / dense", "decode / dense")
+ASKED = "asked"
 Record = dict[str, str]
 HEAD = """# How fast a split is
 
 Written by `python benchmarks/speed.py` from docs/speed/ and docs/construction/frontier-speed.csv.
 Tokens per second over the dense parent's at the same shape, random weights, one sequence; medians
-of ratios within a round. `moefy bench SHAPE` measures any shape on your machine before anything is
-converted, and `moefy plan MODEL --speedup 1.4` reads the figures of the frontier.
+of ratios within a round. *Pruned*: a dense model of the same active size. `moefy bench SHAPE`
+measures any shape on your machine before anything is converted, and `moefy plan MODEL` reads the
+figures of the frontier.
 
 """
 
@@ -56,29 +58,69 @@ def of_frontier(row: Record) -> Record:
     }
 
 
+def share(model: str) -> float:
+    """Return the part of the FFN that runs."""
+    active, _, rest = model.removeprefix("pruned to ").partition("/")
+    return int(active) / int(rest.split(",")[0])
+
+
 def verdict(row: Record) -> str:
     """Say where a split is faster by more than 5%."""
     faster = [name.split()[0] for name in RATIOS if float(row[name]) > 1.05]
     return {0: "not faster", 2: "faster"}.get(len(faster), f"{''.join(faster)} alone")
 
 
-def glance(records: list[Record]) -> Rows:
-    """Return the first table: every split that was measured, the fastest to decode first."""
-    splits = [row for row in records if row["model"][0].isdigit() and row.get("batch", "1") == "1"]
-    splits.sort(key=lambda row: -float(row["decode / dense"]))
-    keys = ("shape", "runtime", "model", *RATIOS, "measured on")
-    return rows_of([{key: row[key] for key in keys} | {"": verdict(row)} for row in splits])
+def glance(records: list[Record]) -> list[Record]:
+    """Return every split beside the pruned model of its active size, the fastest decoding first."""
+    rows = []
+    for row in records:
+        if not row["model"][0].isdigit() or row.get("batch", "1") != "1":
+            continue
+        about = {key: row[key] for key in ("shape", "runtime", "model")}
+        rivals = [
+            each
+            for each in records
+            if each["model"].startswith("pruned")
+            and all(each[key] == row[key] for key in ("shape", "runtime", "measured on"))
+            and share(each["model"]) == share(row["model"])
+        ]
+        for name in reversed(RATIOS):
+            about[name] = f"{float(row[name]):.2f}"
+            about[f"pruned, {name.split()[0]}"] = f"{float(rivals[0][name]):.2f}" if rivals else "–"
+        rows.append(about | {"in short": verdict(row), "measured on": row["measured on"]})
+    return sorted(rows, key=lambda row: -float(row[RATIOS[1]]))
+
+
+def in_short(rows: list[Record]) -> str:
+    """Say how much is gained, and when not to convert; the README has it too."""
+    shape, best = rows[0]["shape"], {name: max(float(row[name]) for row in rows) for name in RATIOS}
+    slow = [row["model"] for row in rows if float(row[RATIOS[0]]) <= 1.05]
+    ahead = [row for row in rows if row["pruned, decode"] != "–"]
+    wins = [row["model"] for row in ahead if float(row[RATIOS[1]]) > float(row["pruned, decode"])]
+    # the second of two columns of one name, in the last row
+    clients = (DOCS / "runtimes/serving.csv").read_text().splitlines()[-1].split(",")
+    decode, prefill = best[RATIOS[1]], best[RATIOS[0]]
+    return f"""At the shape of {shape} a split decodes up to {decode:.2f} times and reads
+prompts up to {prefill:.2f} times as fast as the dense model. **Do not convert for speed if**
+
+- prompts are long and answers short, with {", ".join(slow) or "none"}: their prefill is not faster;
+- a smaller dense model would do: pruned to the same active size it reads prompts faster than
+  any split, and decodes as fast or faster than all but {", ".join(wins) or "none"};
+  a split pays by its lower loss;
+- {clients[1]} clients ask at once: together they need most experts, and get {clients[3]} of the
+  dense model's tokens per second (SmolLM2-135M, 8 of 16 slices).
+"""
 
 
 def page() -> str:
     frontier = read_csv(DOCS / "construction/frontier-speed.csv")
-    files = sorted((DOCS / "speed").glob("*.csv"))
+    files = [file for file in sorted((DOCS / "speed").glob("*.csv")) if file.stem != ASKED]
     records = [row for file in files for row in read_csv(file)] + [*map(of_frontier, frontier)]
-    text = HEAD + markdown(glance(records))
-    slow = [row for row in records if row["model"][0].isdigit() and verdict(row) == "not faster"]
-    listed = "; ".join(f"{row['model']} at {row['shape']} in {row['runtime']}" for row in slow)
-    text += "\nDo not convert for speed if prefill matters and the table says *decode alone*, or\n"
-    text += f"if it says *not faster*: {listed or 'no row does'}.\n"
+    rows = glance(records)
+    text = HEAD + markdown(rows_of(rows)) + "\n" + in_short(rows)
+    if asked := read_csv(DOCS / f"speed/{ASKED}.csv"):
+        text += "\n## What was asked, and what was found\n\n"
+        text += f"By `python benchmarks/speed_asked.py WORK`.\n\n{markdown(rows_of(asked))}"
     for file in files:
         text += f"\n## {file.stem}\n\n{markdown(rows_of(read_csv(file)))}"
     return text
@@ -89,6 +131,8 @@ def main(files: list[Path]) -> None:
     for file in files:
         write_csv(DOCS / "speed" / f"{file.stem}.csv", rows_of(measured(file)))
     (DOCS / "speed.md").write_text(page())
+    frontier = [*map(of_frontier, read_csv(DOCS / "construction/frontier-speed.csv"))]
+    replace_block(DOCS.parent / "README.md", "speed-in-short", in_short(glance(frontier)))
 
 
 if __name__ == "__main__":

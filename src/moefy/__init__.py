@@ -18,6 +18,7 @@ from moefy.version import __version__ as __version__
 if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the table
     from moefy.checkpoint.cost import inspect as inspect
     from moefy.checkpoint.gguf_export import export_gguf as export_gguf
+    from moefy.checkpoint.load import load_model
     from moefy.checkpoint.push import push as push
     from moefy.construct.convert import convert as convert
     from moefy.construct.merge import export_dense as export_dense
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # for editors and mypy; a test compares these lines with the 
     from moefy.training.run import train as train
     from moefy.training.tune import tune as tune
 
-    bench, suite = measure_speed, evaluate_suite
+    bench, load, suite = measure_speed, load_model, evaluate_suite
     routing: Callable[..., RoutingResult]
 
 _HOME = {
@@ -50,6 +51,7 @@ _HOME = {
     "export_dense": "construct.merge.export_dense",
     "export_gguf": "checkpoint.gguf_export.export_gguf",
     "inspect": "checkpoint.cost.inspect",
+    "load": "checkpoint.load.load_model",
     "judge": "evaluation.judge.judge",
     "measure_routing": "evaluation.routing.measure_routing",
     "measure_speed": "evaluation.speed.measure_speed",

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moefy.experts.layers import can_run, register
+from moefy.checkpoint.expert_layers import can_run, register
 
 HIDDEN, TOKENS = 48, 40
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -35,7 +35,7 @@ def test_editors_see_the_names_that_there_are() -> None:
         for alias in node.names
         if alias.asname
     }
-    aliases = {"bench", "routing", "suite"}
+    aliases = {"bench", "load", "routing", "suite"}
     assert {name: f"moefy.{moefy._HOME[name]}" for name in set(moefy.__all__) - aliases} == shown
     assert moefy.bench is moefy.measure_speed
 

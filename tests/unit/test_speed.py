@@ -117,5 +117,5 @@ def test_experts_that_torch_cannot_group(make_llama: Callable[..., Path], tmp_pa
     rows = moefy.measure_speed(moe, batches=[1], **sizes).speeds
     assert {row.implementation for row in rows if row.model == str(moe)} <= {
         "eager",
-        "expert_views",
+        "lean",
     }

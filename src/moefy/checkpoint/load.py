@@ -9,21 +9,35 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.bounded import try_added_tokens
+from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.expert_layers import register
 from moefy.checkpoint.reader import GENERATION, read_config, read_json, tensor_files
 from moefy.checkpoint.targets import check_known
 from moefy.errors import CheckpointError, reason
+from moefy.hardware import device
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
-    """Load a dense or converted model, on the CPU, in evaluation mode, weights of `dtype`.
+def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
+    """Load a dense or converted model, on the CPU, in evaluation mode.
+
+    Where no GPU is used, experts are computed by `lean`, which answers faster there than
+    transformers' own implementations.
+
+    Args:
+        folder: the model's.
+        dtype: of the weights; "auto" for that of config.json.
+        **options: for transformers' `from_pretrained`.
 
     Raises:
         CheckpointError: the folder is no model, or a damaged one.
         ArchitectureError: a model that moefy neither converts nor writes.
     """
     # before transformers, which would load a stranger, or make what the files do not hold
+    folder = Path(folder).expanduser()
     config = read_config(folder)
     check_known(config.get("model_type"), folder)
+    if ffn_shape(config).experts and device().type == "cpu":
+        options = {"experts_implementation": register()} | options
     names = (name.split(".") for name in tensor_files(folder) if name.startswith("model.layers."))
     layers = {parts[2] for parts in names}
     if len(layers) != config["num_hidden_layers"]:

@@ -27,13 +27,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
-from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.load import load_model, load_tokenizer
-from moefy.checkpoint.reader import read_config
 from moefy.errors import EvaluationError
 from moefy.evaluation.suite import Benchmark
 from moefy.evaluation.suite_data import archive_files, data_version
-from moefy.experts.layers import register
 from moefy.hardware import device
 from moefy.progress import Progress, ProgressFn
 from moefy.storage import cache_folder, digest, read_json, storage_errors, write_records
@@ -104,12 +101,7 @@ def task_configs(benchmark: Benchmark, *, report: ProgressFn) -> dict[str, dict[
 
 def open_model(folder: Path, dtype: str) -> HarnessModel:
     """Return the model of a folder, loaded in "float32" or "bfloat16"."""
-    options = {}
-    if ffn_shape(read_config(folder)).experts and device().type == "cpu" and dtype == "bfloat16":
-        # oneDNN compiles a product for every new shape, and prompts differ in length. These
-        # experts round their shapes up.
-        options["experts_implementation"] = register()
-    network = load_model(folder, dtype=getattr(torch, dtype), **options).to(device())
+    network = load_model(folder, dtype=getattr(torch, dtype)).to(device())
     return HarnessModel(network, load_tokenizer(folder))
 
 

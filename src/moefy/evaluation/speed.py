@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moefy.checkpoint.cost import cost, ffn_shape
+from moefy.checkpoint.expert_layers import register
 from moefy.checkpoint.quantise import QUANTISED
 from moefy.errors import UsageError
 from moefy.evaluation.contenders import (
@@ -28,7 +29,6 @@ from moefy.evaluation.contenders import (
     gguf_file,
 )
 from moefy.evaluation.llama_cpp import llama_cpp_seconds
-from moefy.experts.layers import VIEWS, register
 from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.split import PRESETS
@@ -104,7 +104,7 @@ def measure_speed(
     A dense model needs no weights, since speed does not depend on them: they are random. Where no
     converted model is named, splits of the first dense one are measured too, and beside every
     active size a dense model of that size. The prompt is random tokens. In transformers its expert
-    implementations `eager` and `grouped_mm` and our `expert_views` are tried, and the fastest
+    implementations `eager` and `grouped_mm` and our `lean` are tried, and the fastest
     counts, for each phase and batch size. Medians over the rounds, the models taking turns in each.
 
     Args:
@@ -349,22 +349,19 @@ def _transformers_seconds(
     """Time both phases once, with every implementation of the experts."""
     network, config = contender.load(dtype), contender.config
     seconds: Seconds = defaultdict(dict)
+    row_bytes = math.gcd(ffn_shape(config).size, config["hidden_size"]) * network.dtype.itemsize
     for batch in batches:
         ids = _random_prompt(config["vocab_size"], batch, sizes[0])
-        names = [""] if contender.is_dense else ["eager"]
         # torch refuses grouped products of rows that are no multiple of 16 bytes
-        row_bytes = math.gcd(ffn_shape(config).size, config["hidden_size"]) * network.dtype.itemsize
-        if names[0] and row_bytes % 16 == 0:
-            # with several tokens VIEWS is grouped_mm
-            names += ["grouped_mm", register(VIEWS)] if batch == 1 else ["grouped_mm"]
+        grouped = ["grouped_mm"] if row_bytes % 16 == 0 else []
+        names = [""] if contender.is_dense else ["eager", *grouped, register()]
         for name in names:
             if name:  # a dense model has none
                 network.set_experts_implementation(name)
             # the first run of an implementation is slow
             decode(network, *prefill(network, ids[:, :8])[:2], 1)
             cache, token, elapsed_s = prefill(network, ids)
-            if name != VIEWS:
-                seconds["prefill", batch][name] = elapsed_s
+            seconds["prefill", batch][name] = elapsed_s
             seconds["decode", batch][name] = decode(network, cache, token, sizes[1]) / sizes[1]
     return seconds
 

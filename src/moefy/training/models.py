@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from moefy.checkpoint.cost import ffn_shape
+from moefy.checkpoint.expert_layers import register
 from moefy.checkpoint.load import load_model
 from moefy.checkpoint.reader import read_config
 from moefy.checkpoint.targets import TARGETS
 from moefy.errors import UsageError
-from moefy.experts.layers import register
 from moefy.experts.routers import routers_of
 from moefy.hardware import device
 from moefy.training.processes import Processes

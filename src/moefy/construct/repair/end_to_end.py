@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefy.calibrate.walk import CalibrationWalk
+from moefy.checkpoint.expert_layers import register
 from moefy.checkpoint.load import load_model
 from moefy.checkpoint.targets import NativeTarget
 from moefy.checkpoint.writer import replace_tensors
 from moefy.construct.ffn import FitError
 from moefy.construct.repair.fit import adam, shuffled
-from moefy.experts.layers import register
 from moefy.experts.routers import routers_of
 from moefy.hardware import device, freed_memory_kept, products_in, training_precision
 from moefy.progress import Progress, ProgressFn, silent

@@ -1,18 +1,18 @@
-"""Two implementations of transformers' expert layers.
+"""`lean`, an implementation of transformers' expert layers for training and answering.
 
-`lean` keeps little for the backward pass. `grouped_mm` keeps, of every token, a copy of its hidden
-state for each expert that was chosen, and each expert's output: with 32 of 64 experts chosen that
-is 64 hidden states a token and layer. Kept here are the hidden states once, the products with the
-gate and up matrices (which are narrow where experts are small), the weights and the choice. The
-copies are gathered again in the backward pass; no product is computed twice.
+In training it keeps little for the backward pass. transformers' `grouped_mm` keeps, of every token,
+a copy of its hidden state for each expert that was chosen, and each expert's output: with 32 of 64
+experts chosen that is 64 hidden states a token and layer. Kept here are the hidden states once, the
+products with the gate and up matrices (which are narrow where experts are small), the weights and
+the choice. The copies are gathered again in the backward pass; no product is computed twice.
 
-`expert_views` decodes faster on a CPU. For one token there, transformers' `eager` spends its time
-on finding out which token goes where, `grouped_mm` calls a matrix product for every expert, chosen
-or not, and `batched_mm` copies the chosen experts' weights. Here each chosen expert is multiplied
-where it lies. Use it with
+For one token without gradients on a CPU, each chosen expert is multiplied where it lies. There
+`eager` spends its time on finding out which token goes where, `grouped_mm` calls a product for
+every expert, chosen or not, and `batched_mm` copies the chosen experts' weights. moefy loads its
+models with it; so does
 
-    from moefy.experts.layers import VIEWS, register
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, experts_implementation=register(VIEWS))
+    from moefy.checkpoint.expert_layers import register
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, experts_implementation=register())
 """
 
 from __future__ import annotations
@@ -25,22 +25,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moefy.errors import ArchitectureError
-
-LEAN, VIEWS = "lean", "expert_views"
+LEAN = "lean"
 _ROUND_ROWS = 32
-"""In bfloat16 on a CPU every expert gets a multiple of so many rows. oneDNN compiles a product for
-every shape that it meets, and routing would give it new ones in every step."""
+"""In 16 bits on a CPU every expert gets a multiple of so many rows in training, of half of it in
+answering, where fewer shapes come. oneDNN compiles a product for every shape that it meets, and
+routing would give it new ones in every step."""
 
 
-def register(name: str = LEAN) -> str:
-    """Make both implementations known to transformers; return the name to ask for one."""
+def register() -> str:
+    """Make the implementation known to transformers, and return its name there."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     # torch.compile cannot see through the gradient inside the backward pass
     ALL_EXPERTS_FUNCTIONS.register(LEAN, torch.compiler.disable(lean_experts))
-    ALL_EXPERTS_FUNCTIONS.register(VIEWS, expert_views)
-    return name
+    return LEAN
 
 
 def is_plain(experts: Any) -> bool:
@@ -57,14 +55,16 @@ def is_plain(experts: Any) -> bool:
 def can_run(experts: Any) -> bool:
     """Say whether `lean` computes a module of experts.
 
-    It must be `is_plain`, with rows of a multiple of 16 bytes, which torch's grouped product wants.
+    It must be `is_plain`, not in float64, and with rows of a multiple of 16 bytes: torch's grouped
+    product wants that.
     """
     weight = experts.gate_up_proj
     widths = weight.shape[1:] + experts.down_proj.shape[2:]
     # torch's grouped product does not know GPUs before NVIDIA's Ampere
     if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
-    return is_plain(experts) and all(width % 8 == 0 for width in widths)
+    fits = weight.dtype != torch.float64 and all(width % 8 == 0 for width in widths)
+    return fits and is_plain(experts)
 
 
 def lean_experts(
@@ -89,6 +89,10 @@ def lean_experts(
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    is_real = not isinstance(hidden_states, FakeTensor)  # which has no numbers to count
+    if is_real and _decodes(experts, hidden_states):
+        weights = top_k_weights[0, :, None]
+        return _decode(experts, hidden_states, top_k_index[0].tolist(), weights)
     if not can_run(experts):
         loop = type(experts).forward.__wrapped__
         return loop(experts, hidden_states, top_k_index, top_k_weights)
@@ -98,11 +102,11 @@ def lean_experts(
     starts = torch.searchsorted(chosen, experts_at)
     rows, ends = torch.arange(len(order), device=order.device), starts[1:]
     tokens, weights = order // top_k_index.shape[1], top_k_weights.reshape(-1)[order]
-    is_real = not isinstance(hidden_states, FakeTensor)  # which has no numbers to count
     on_cpu = hidden_states.device.type == "cpu"
-    if is_real and on_cpu and _computes_in(hidden_states) == torch.bfloat16:
+    if is_real and on_cpu and _computes_in(hidden_states).itemsize == 2:
         counts = starts.diff()
-        rounded = -(counts // -_ROUND_ROWS) * _ROUND_ROWS
+        multiple = _ROUND_ROWS if torch.is_grad_enabled() else _ROUND_ROWS // 2
+        rounded = -(counts // -multiple) * multiple
         rows += (rounded - counts).cumsum(0)[chosen]  # the empty ones come first
         ends = rounded.cumsum(0)
         num_rows = int(ends[-1])
@@ -154,7 +158,7 @@ class _Experts(torch.autograd.Function):
         # neither the gathered rows nor the experts' outputs are kept
         ctx.save_for_backward(hidden, gate_up, down, weights, tokens, places, offsets, products)
         ctx.apply_gate, ctx.dtype = apply_gate, dtype
-        return out[places].sum(1).to(hidden.dtype)
+        return F.embedding_bag(places, out, mode="sum").to(hidden.dtype)  # a sum of rows
 
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,37 +184,21 @@ class _Experts(torch.autograd.Function):
                 gate_up_grad = F.grouped_mm(products_grad.T, rows, offs=offsets).to(gate_up.dtype)
                 del rows
             hidden_grad = F.grouped_mm(products_grad, gate_up.to(dtype), offs=offsets)
-            hidden_grad = hidden_grad[places].sum(1)  # always in the same order
+            # always in the same order
+            hidden_grad = F.embedding_bag(places, hidden_grad, mode="sum")
         return hidden_grad.to(hidden.dtype), gate_up_grad, down_grad, weights_grad, *[None] * 4
 
 
-def expert_views(
-    experts: Any,
-    hidden_states: Float[Tensor, "tokens hidden"],
-    top_k_index: Int[Tensor, "tokens active"],
-    top_k_weights: Float[Tensor, "tokens active"],
-) -> Float[Tensor, "tokens hidden"]:
-    """Return Σ_i w_i · down_e(act(gate_e(x)) · up_e(x)), e the i-th expert chosen for x.
+def _decodes(experts: Any, hidden: Tensor) -> bool:
+    """Say whether it is one token on a CPU, nothing is trained and no product in another type."""
+    idle = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    alone = len(hidden) == 1 and hidden.device.type == "cpu"
+    return alone and idle and is_plain(experts) and hidden.dtype == experts.gate_up_proj.dtype
 
-    Differentiable. Works for every architecture that moefy writes. The arguments are those of
-    `lean_experts`.
 
-    Raises:
-        ArchitectureError: the experts have biases, another layout, no gate, or lie on several
-            devices.
-    """
-    if not is_plain(experts):
-        raise ArchitectureError(
-            f"{type(experts).__name__} has biases, transposed weights, no gate, a norm behind it "
-            f"or experts on several devices, which {VIEWS} does not compute: choose "
-            "experts_implementation='grouped_mm'"
-        )
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
-    if len(hidden_states) > 1:  # as fast there
-        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-    gate_up, down, x = experts.gate_up_proj, experts.down_proj, hidden_states
-    chosen = top_k_index[0].tolist()
+def _decode(experts: Any, x: Tensor, chosen: list[int], weights: Tensor) -> Tensor:
+    """Compute `lean_experts` for one token, each chosen expert where it lies."""
+    gate_up, down = experts.gate_up_proj, experts.down_proj
     # torch's product of a matrix and a vector is the faster one in float32 only
     vectors = x.dtype == torch.float32
     # [active, 2·size]
@@ -218,7 +206,7 @@ def expert_views(
         products = torch.stack([torch.mv(gate_up[e], x[0]) for e in chosen])
     else:
         products = torch.cat([F.linear(x, gate_up[e]) for e in chosen])
-    gated = (experts._apply_gate(products) * top_k_weights[0, :, None]).to(x.dtype)
+    gated = (experts._apply_gate(products) * weights).to(x.dtype)
     if not vectors:
         parts = [F.linear(g, down[e]) for g, e in zip(gated.split(1), chosen, strict=True)]
         return torch.cat(parts).sum(0, keepdim=True)
