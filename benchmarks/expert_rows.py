@@ -18,7 +18,7 @@ from pathlib import Path
 from publish import publish_table
 
 import moefy
-from moefy.experts import layers
+from moefy.checkpoint import expert_layers as layers
 from moefy.recipe import LLAMA_MOE
 from moefy.training.state import read_log
 

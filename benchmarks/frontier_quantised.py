@@ -8,7 +8,8 @@
 FOLDER holds the models that benchmarks/fit.py made (8-of-16-normal, …). Losses are those of `moefy
 eval FILE.gguf`; speeds those of `moefy bench --layers 4`, every type and design in turns, over
 the dense F16 file's in the same round. What WORK has is not measured again. Writes
-docs/construction/quantised.csv, the picture beside it and the blocks of docs/construction.md.
+docs/construction/frontier-quantised.csv and the picture beside it; benchmarks/speed.py puts
+them on docs/speed.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from publish import publish_table, replace_block, rows_of
+from publish import rows_of
 from runtimes import read_csv
 
 import moefy
@@ -29,11 +30,11 @@ from moefy.evaluation.contenders import contenders_of, gguf_file
 from moefy.evaluation.speed import PHASES
 from moefy.progress import silent
 from moefy.report.frontier import Design, at_equal, frontier_figure, pruned_loss
+from moefy.report.tables import markdown, write_csv
 from moefy.storage import replace_file
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "construction.md"
-RESULT = DOCS / "construction/quantised.csv"
+RESULT = DOCS / "construction/frontier-quantised.csv"
 SHAPE, MODEL = "llama-3.2-1b", "smollm2-135m"
 TYPES = {"F16": "float16", "Q8_0": "q8_0", "Q4_K_M": "q4_k_m"}  # as `bench` calls them
 # as `bench` takes them; all shared: pruned
@@ -53,7 +54,9 @@ Record = dict[str, str]
 def losses(work: Path, data: str, models: Path) -> None:
     """Measure every file whose loss WORK does not have, of models that are there."""
     for design in DESIGNS:
-        source = models / f"{design.replace(' ', '-')}-normal" if design != "dense" else MODEL
+        source = MODEL
+        if design != "dense":
+            source = str(models / f"{design.replace(' ', '-')}-normal")
         for kind in TYPES:
             found, file = work / f"{design}-{kind}.json", work / f"{design}-{kind}.gguf"
             if found.exists() or not (source == MODEL or (Path(source) / "config.json").exists()):
@@ -167,10 +170,23 @@ def draw(rows: list[Record]) -> None:
     title = f"Loss of SmolLM2-135M over speed at the shape of {SHAPE}, by type of the GGUF file"
     title += "\npruned: dense files, whole or pruned, of any type"
     frontier_figure(found, title).savefig(RESULT.with_suffix(".png"), dpi=150)
-    publish_table(rows_of(rows), RESULT, PAGE)
-    picture = "![Loss over speed, by type](construction/quantised.png)\n"
-    replace_block(PAGE, "quantised-says", sentences(found) + picture)
+    write_csv(RESULT, rows_of(rows))
     print(sentences(found))
+
+
+def section(rows: list[Record]) -> str:
+    """Return what docs/speed.md says."""
+    picture = f"![Loss over speed, by type](construction/{RESULT.stem}.png)"
+    return f"""
+## On top of quantisation
+
+A quantised dense file is also faster and costs little. Here are losses of {MODEL} by `moefy eval
+FILE.gguf` over speeds of the same design and type at the shape of {SHAPE}, all over the dense F16
+file (`python benchmarks/frontier_quantised.py`).
+
+{sentences(designs(rows))}{picture}
+
+{markdown(rows_of(rows))}"""
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import frontier_quantised
 from publish import replace_block, rows_of
 from runtimes import read_csv
 
@@ -112,16 +113,25 @@ prompts up to {prefill:.2f} times as fast as the dense model. **Do not convert f
 """
 
 
-def page() -> str:
+def shapes() -> list[Path]:
+    return [file for file in sorted((DOCS / "speed").glob("*.csv")) if file.stem != ASKED]
+
+
+def all_splits() -> list[Record]:
     frontier = read_csv(DOCS / "construction/frontier-speed.csv")
-    files = [file for file in sorted((DOCS / "speed").glob("*.csv")) if file.stem != ASKED]
-    records = [row for file in files for row in read_csv(file)] + [*map(of_frontier, frontier)]
-    rows = glance(records)
+    measured = [row for file in shapes() for row in read_csv(file)]
+    return glance([*measured, *map(of_frontier, frontier)])
+
+
+def page() -> str:
+    rows = all_splits()
     text = HEAD + markdown(rows_of(rows)) + "\n" + in_short(rows)
     if asked := read_csv(DOCS / f"speed/{ASKED}.csv"):
         text += "\n## What was asked, and what was found\n\n"
         text += f"By `python benchmarks/speed_asked.py WORK`.\n\n{markdown(rows_of(asked))}"
-    for file in files:
+    if quantised := read_csv(frontier_quantised.RESULT):
+        text += frontier_quantised.section(quantised)
+    for file in shapes():
         text += f"\n## {file.stem}\n\n{markdown(rows_of(read_csv(file)))}"
     return text
 
@@ -131,8 +141,7 @@ def main(files: list[Path]) -> None:
     for file in files:
         write_csv(DOCS / "speed" / f"{file.stem}.csv", rows_of(measured(file)))
     (DOCS / "speed.md").write_text(page())
-    frontier = [*map(of_frontier, read_csv(DOCS / "construction/frontier-speed.csv"))]
-    replace_block(DOCS.parent / "README.md", "speed-in-short", in_short(glance(frontier)))
+    replace_block(DOCS.parent / "README.md", "speed-in-short", in_short(all_splits()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 
 Parts: llama.cpp, transformers, quick, copy. WORK keeps what each found, and a part that is named
 again is measured again. Ratios are to the dense model of the same active size, medians of those
-within a round. The loss that Q8_0 costs is read from docs/construction/quantised.csv.
+within a round. The loss that Q8_0 costs is read from docs/construction/frontier-quantised.csv.
+`python benchmarks/speed.py` then puts the table on docs/speed.md.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def q8_losses() -> list[Record]:
     """Return what Q8_0 costs over F16, of the worst design whose loss was measured."""
     nats = {
         (each["design"], each["type"]): float(each["nats above dense F16"])
-        for each in read_csv(DOCS / "construction/quantised.csv")
+        for each in read_csv(DOCS / "construction/frontier-quantised.csv")
     }
     costs = [nats[design, "Q8_0"] - nats[design, "F16"] for design, kind in nats if kind == "Q8_0"]
     what = "GGUF Q8_0 over F16, nats, the worst design"

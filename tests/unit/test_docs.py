@@ -56,7 +56,7 @@ TABLES = {
 COMPUTED = {
     *("families", "not_carried"),
     *("agreement", "refusals", "benchmarks", "heldout", "prototype", "frontier-says"),
-    "frontier-in-short",  # the README's
+    *("frontier-in-short", "speed-in-short"),  # the README's
     *(f"distillation-{name}" for name in ("stories260k", "smollm2-135m", "smollm2-135m-h200")),
 }
 """Marks of those that are worked out; each has a test here or beside what computes it."""
@@ -142,7 +142,9 @@ def test_the_studies() -> None:
 
 def test_the_page_about_speed() -> None:
     parts = runpy.run_path(str(ROOT / "benchmarks/speed.py"))
-    assert parts["page"]() == (ROOT / "docs/speed.md").read_text()
+    page = (ROOT / "docs/speed.md").read_text()
+    assert parts["page"]() == page
+    assert marked()["speed-in-short"] in page
 
 
 def test_the_table_of_plan() -> None:

@@ -208,8 +208,10 @@ def _decode(experts: Any, x: Tensor, chosen: list[int], weights: Tensor) -> Tens
         products = torch.cat([F.linear(x, gate_up[e]) for e in chosen])
     gated = (experts._apply_gate(products) * weights).to(x.dtype)
     if not vectors:
-        parts = [F.linear(g, down[e]) for g, e in zip(gated.split(1), chosen, strict=True)]
-        return torch.cat(parts).sum(0, keepdim=True)
+        # faster than with the vector on the left: oneDNN then leaves the matrix as it lies
+        columns = gated.mT.split(1, dim=1)
+        parts = [torch.mm(down[e], g) for g, e in zip(columns, chosen, strict=True)]
+        return torch.cat(parts, dim=1).sum(1)[None]
     out = torch.mv(down[chosen[0]], gated[0])
     for g, e in zip(gated[1:], chosen[1:], strict=True):
         out = out.addmv_(down[e], g)
