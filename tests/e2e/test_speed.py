@@ -94,14 +94,16 @@ def test_a_shape(tmp_path: Path) -> None:
         assert each == [str(tmp_path), *half, "pruned to 4/16"]
 
 
-def test_the_table(
+def test_the_table_and_the_figure(
     make_llama: Callable[..., Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A dense model alone: splits of it are compared."""
     counts = ["--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--batch", "2"]
     command = ["moefy", "bench", str(make_llama()), *counts, "--dtype", "bfloat16"]
+    command += ["--figure", str(tmp_path / "speed.png")]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit_info:
         main()
@@ -111,6 +113,7 @@ def test_the_table(
     assert "bfloat16" in printed
     assert "4/8" in printed
     assert "GFLOP/s" in printed
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,9 @@ def test_the_table(
         ("--splits", "half", "write ACTIVE/ALL+SHARED, as in 8/16+4"),
         ("--splits", "5/7", "cannot be split into 7 equal experts"),
         ("--dtype", "int3", "allowed are float32, bfloat16 in transformers; float32, "),
-        ("--runtime", "onnx", "allowed are transformers and llama.cpp"),
+        ("--runtime", "onnx", "allowed are transformers, llama.cpp, vllm, vllm=PYTHON"),
+        ("--figure", "speed.txt", "name a .png, .svg or .pdf file"),
+        ("--runtime", "vllm=/nowhere/python", "/nowhere/python has no vLLM: install vllm"),
         ("--prompt-tokens", "600", "has room for 512 tokens, not for 600 of prompt and 64 new"),
     ],
 )

@@ -16,6 +16,7 @@ from moefy.cli import options
 from moefy.cli.app import app
 from moefy.cli.options import recipe_options
 from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
+from moefy.errors import UsageError
 from moefy.report import tables
 from moefy.studies.recipe import StudyRecipe
 
@@ -64,8 +65,8 @@ def bench(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="transformers, llama.cpp, or both with a comma. [default: what is "
-            "installed; for converted folders transformers]"
+            help="transformers, llama.cpp, vllm=PYTHON (of its environment), or several with "
+            "commas. [default: what is installed; for converted folders transformers]"
         ),
     ] = None,
     splits: Annotated[
@@ -78,6 +79,7 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="4 layers, a short prompt, the presets alone.")
     ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Picture to write, as in speed.png.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode speed beside the dense model, and one of the same active size.
@@ -86,10 +88,18 @@ def bench(
 
     Example: `moefy bench llama-1b --quick`
     """
+    if figure and (figure.suffix not in (".png", ".svg", ".pdf") or not figure.parent.is_dir()):
+        raise UsageError(
+            f"--figure {figure}: name a .png, .svg or .pdf file in a folder that exists"
+        )
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
     how: dict[str, Any] = {"dtype": dtype, "runtime": runtime, "layers": layers, "quick": quick}
     how["splits"] = options.listed(splits)
     done = call(moefy.bench, models, batches=options.counts("--batch", batch), **how, **sizes)
+    if figure:
+        from moefy.report.charts import speed_figure  # here, because it imports matplotlib
+
+        speed_figure(done).savefig(figure, dpi=150)
     one = len(models) == 1
     then = f"moefy plan {models[0]} --speedup 1.4" if one else f"moefy eval {' '.join(models)}"
     show(done, (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json, then=then)

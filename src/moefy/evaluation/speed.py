@@ -22,13 +22,9 @@ from moefy.checkpoint.cost import cost, ffn_shape
 from moefy.checkpoint.expert_layers import register
 from moefy.checkpoint.quantise import QUANTISED
 from moefy.errors import UsageError
-from moefy.evaluation.contenders import (
-    GGUF_NAMES,
-    Contender,
-    contenders_of,
-    gguf_file,
-)
+from moefy.evaluation.contenders import GGUF_NAMES, Contender, contenders_of, gguf_file
 from moefy.evaluation.llama_cpp import llama_cpp_seconds
+from moefy.evaluation.vllm import require_vllm, vllm_seconds
 from moefy.hardware import device, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.split import PRESETS
@@ -38,8 +34,9 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _DTYPES = {
     "transformers": ("float32", "bfloat16"),
     "llama.cpp": (*GGUF_NAMES, *QUANTISED),
+    "vllm": ("float32", "bfloat16"),
 }
-_USUAL_DTYPE = {"transformers": "float32", "llama.cpp": "q8_0"}
+_USUAL_DTYPE = {"transformers": "float32", "llama.cpp": "q8_0", "vllm": "bfloat16"}
 _QUICK = {"prompt_tokens": 256, "new_tokens": 16, "layers": 4}
 
 
@@ -114,8 +111,9 @@ def measure_speed(
         prompt_tokens: of each sequence.
         new_tokens: decoded after it.
         rounds: times that everything is measured.
-        runtime: "transformers", on the accelerator if there is one, "llama.cpp", on the CPU, or
-            both with a comma; None for both where that is installed and no converted model named.
+        runtime: "transformers", on the accelerator if there is one, "llama.cpp", on the CPU, "vllm"
+            or "vllm=PYTHON", that of its environment, or several with commas; None for the first
+            two where the second is installed and no converted model named.
         dtype: of weights: "float32", "bfloat16", in llama.cpp also "float16" and `QUANTISED`, or
             several with commas; None for float32, and q8_0 in llama.cpp.
         splits: as in "8/16+4" (8 of 16 slices active, 4 of these shared); None for the presets, and
@@ -216,15 +214,18 @@ def _runs(
     if runtime is None and alone and set(batches) == {1} and find_spec("xllamacpp"):
         runtimes.append("llama.cpp")
     pairs = []
-    for name in runtimes:
-        if name not in _DTYPES:
-            raise UsageError(f"--runtime {name!r}: allowed are {' and '.join(_DTYPES)}")
+    for each in runtimes:
+        name, _, python = each.partition("=")
+        if name not in _DTYPES or (python and name != "vllm"):
+            raise UsageError(f"--runtime {each!r}: allowed are {', '.join(_DTYPES)}, vllm=PYTHON")
+        if name == "vllm":
+            require_vllm(python)
         wanted = dtype.split(",") if dtype else [_USUAL_DTYPE[name]]
         if name == "llama.cpp" and set(batches) != {1}:
             raise UsageError("--runtime llama.cpp is measured with one sequence: pass --batch 1")
-        pairs += [(name, each) for each in wanted if each in _DTYPES[name]]
+        pairs += [(each, kind) for kind in wanted if kind in _DTYPES[name]]
     if not pairs or set((dtype or "").split(",")) - {"", *(each for _, each in pairs)}:
-        allowed = "; ".join(f"{', '.join(_DTYPES[name])} in {name}" for name in runtimes)
+        allowed = "; ".join(f"{', '.join(_DTYPES[name])} in {name}" for name in _DTYPES)
         raise UsageError(f"--dtype {dtype!r}: allowed are {allowed}")
     return pairs
 
@@ -275,7 +276,7 @@ def _speeds(
             counted = cost(each.config, context=prompt_tokens)
             read = counted.active_params * _weight_bytes(dtype) * tried[best]
             speed = Speed(
-                runtime=runtime,
+                runtime=runtime.partition("=")[0],
                 dtype=dtype,
                 model=each.name,
                 phase=phase,
@@ -337,6 +338,8 @@ def _seconds(
     runtime, dtype, batches, sizes = how
     if runtime == "transformers":
         return _transformers_seconds(each, batches, sizes, dtype)
+    if runtime.startswith("vllm"):
+        return vllm_seconds(each.config, each.folder, runtime[5:], dtype, batches, sizes)
     file = gguf_file(each, dtype, folder)
     ids = _random_prompt(each.config["vocab_size"], 1, sizes[0])[0].tolist()
     found = llama_cpp_seconds(file, ids, sizes[1], float32=dtype == "float32")

@@ -21,6 +21,7 @@ from moefy.report.tables import Rows, write_csv
 
 if TYPE_CHECKING:
     from moefy.evaluation.compare import Comparison, Result
+    from moefy.evaluation.speed import SpeedComparison
 
 # Inches; at this width the letters of a figure can be read on a phone of 390 pixels.
 _WIDTH = 4.6
@@ -110,6 +111,29 @@ def quality_charts(comparison: Comparison) -> list[Chart]:
         if len(rows) > 1:
             charts.append(Chart(name, figure, rows, caption))
     return charts
+
+
+def speed_figure(comparison: SpeedComparison) -> Figure:
+    """Draw every speed over the dense model's, with its lowest and highest round."""
+    panels: dict[str, list[Any]] = {}
+    for each in comparison.speeds:
+        where = f"{each.runtime}, {each.dtype}: {each.phase} of {each.batch}"
+        panels.setdefault(where, []).append(each)
+    height = 0.7 * len(panels) + 0.25 * len(comparison.speeds)
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    parts = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (where, speeds) in zip(parts, panels.items(), strict=True):
+        names, middle = [each.model for each in speeds], [each.of_dense for each in speeds]
+        ends = np.abs(np.array([each.spread for each in speeds]).T - middle)
+        axes.barh(names, middle, xerr=ends, color="C0", alpha=0.7, capsize=2)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_title(where, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    parts[-1].set(xlabel="tokens per second over the dense model's")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
 
 
 def loss_chart(logs: Mapping[str, Log]) -> Chart:
