@@ -37,7 +37,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **optio
     config = read_config(folder)
     check_known(config.get("model_type"), folder)
     if ffn_shape(config).experts and device().type == "cpu":
-        options = {"experts_implementation": register()} | options
+        options.setdefault("experts_implementation", register())
     names = (name.split(".") for name in tensor_files(folder) if name.startswith("model.layers."))
     layers = {parts[2] for parts in names}
     if len(layers) != config["num_hidden_layers"]:

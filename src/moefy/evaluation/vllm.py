@@ -74,8 +74,9 @@ def vllm_seconds(
     """
     with tempfile.TemporaryDirectory() as made:
         (Path(made) / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
-        ask = {"model": str(folder or made), "format": "auto" if folder else "dummy"}
-        ask |= {"dtype": dtype, "batches": batches, "prompt": sizes[0], "new": sizes[1]}
+        ask: dict[str, Any] = {"dtype": dtype, "batches": batches, "prompt": sizes[0]}
+        ask |= {"new": sizes[1], "model": str(folder or made)}
+        ask["format"] = "auto" if folder else "dummy"
         command = [python or sys.executable, "-c", _RUN, json.dumps(ask)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
