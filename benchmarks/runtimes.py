@@ -186,7 +186,8 @@ def random_model(folder: Path, family: str, settings: dict[str, Any]) -> Path:
 
 
 def converted(work: Path, name: str, dense: str | Path, choices: dict[str, Any]) -> Path:
-    folder = work / name.replace("/", "-")
+    # llama.cpp expects other special tokens of a file whose name has phi3 in it
+    folder = work / name.replace("/", "-").replace("phi3", "p3")
     if not (folder / "config.json").exists():
         moefy.convert(dense, folder, **choices)
     return folder
