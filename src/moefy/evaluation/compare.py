@@ -273,7 +273,7 @@ def _running(
     prompt = torch.from_numpy(window[:_DECODE_PROMPT])[None].to(device())
     if model.folder.is_dir():
         network = model.load(report)
-        speed = _decode_tokens_per_s(network, prompt) if decode else None
+        speed = _decode_tokens_per_s(network, prompt, report) if decode else None
         yield partial(LogitsInput.of, network), speed
         return
     speed = None
@@ -284,10 +284,14 @@ def _running(
         yield run, speed
 
 
-def _decode_tokens_per_s(network: Any, prompt: Int[Tensor, "1 sequence"]) -> float:
+def _decode_tokens_per_s(
+    network: Any, prompt: Int[Tensor, "1 sequence"], report: ProgressFn
+) -> float:
     """Time greedy generation; the prompt's pass is not counted."""
     seconds = []
-    for _ in range(_DECODE_ROUNDS):
+    for done in range(_DECODE_ROUNDS):
+        report(Progress("time decoding", done, _DECODE_ROUNDS))
         cache, token, _ = prefill(network, prompt)
         seconds.append(decode(network, cache, token, _DECODE_TOKENS))
+    report(Progress("time decoding", _DECODE_ROUNDS, _DECODE_ROUNDS))
     return _DECODE_TOKENS / median(seconds)

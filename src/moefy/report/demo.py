@@ -53,7 +53,8 @@ def demo(
         MoefyError: See `convert`, `train` and `evaluate`.
     """
     started = time.perf_counter()
-    recipe = TrainRecipe.build(tokens=tokens, seed=seed)  # refused before anything is fetched
+    # refused before anything is fetched; the models are measured at the end, and not in training
+    recipe = TrainRecipe.build(tokens=tokens, seed=seed, evaluate_every_steps=0)
     common: dict[str, Any] = {"seed": seed, "report": report}
     with RunFolder(out, "demo", overwrite=overwrite) as run:
         facts = facts_of("moefy demo", data=DEMO, split="heldout")

@@ -50,6 +50,7 @@ from moefy.report.tables import (
 from moefy.run_folder import RunFolder
 from moefy.storage import replace_file, storage_errors
 from moefy.training.state import LOG, read_log
+from moefy.version import __version__
 
 SPLIT_NAMES: dict[Side, str] = {"heldout": "held-out", "train": "training", "all": "all"}
 """What a split's documents are called."""
@@ -98,7 +99,7 @@ class Report:
 
 def facts_of(command: str, **settings: Any) -> dict[str, Any]:
     """Return what a report says of its measurement: what, when, where, with which versions."""
-    packages = ["moefy", "torch", "transformers", *(["lm_eval"] if settings.get("tasks") else [])]
+    packages = ["torch", "transformers", *(["lm_eval"] if settings.get("tasks") else [])]
     on_cpu = device().type == "cpu"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -110,7 +111,7 @@ def facts_of(command: str, **settings: Any) -> dict[str, Any]:
             # Speeds on a CPU mean nothing without this number.
             "threads": torch.get_num_threads(),
         },
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "moefy": __version__}
         | {name: version(name) for name in packages},
     }
 
