@@ -54,7 +54,7 @@ TABLES = {
 }
 """Marks of tables in docs/ that are a CSV file as it is."""
 COMPUTED = {
-    *("families", "not_carried"),
+    *("families", "not_carried", "in_runtimes", "not_run"),
     *("agreement", "refusals", "benchmarks", "heldout", "prototype", "frontier-says"),
     *("frontier-in-short", "speed-in-short"),  # the README's
     *(f"distillation-{name}" for name in ("stories260k", "smollm2-135m", "smollm2-135m-h200")),
@@ -100,11 +100,15 @@ def test_the_construction_tables(mark: str, folder: str) -> None:
     assert marked()[mark] == markdown(nats_rows(ROOT / "docs" / folder / "leaderboard.csv"))
 
 
-def test_the_runtimes_tables() -> None:
-    with (ROOT / "docs/runtimes/agreement.csv").open() as file:
-        measured = list(csv.DictReader(file))
-    tables = runpy.run_path(str(ROOT / "benchmarks/runtimes.py"))["agreement_tables"](measured)
-    for mark, table in zip(("agreement", "refusals"), tables, strict=True):
+@pytest.mark.parametrize(
+    ("measured", "marks"),
+    [("agreement", ("agreement", "refusals")), ("families", ("in_runtimes", "not_run"))],
+)
+def test_the_runtimes_tables(measured: str, marks: tuple[str, str]) -> None:
+    with (ROOT / f"docs/runtimes/{measured}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tables = runpy.run_path(str(ROOT / "benchmarks/runtimes.py"))["agreement_tables"](rows)
+    for mark, table in zip(marks, tables, strict=True):
         assert marked()[mark] == markdown(table)
 
 
