@@ -119,13 +119,15 @@ def speed_figure(comparison: SpeedComparison) -> Figure:
     for each in comparison.speeds:
         where = f"{each.runtime}, {each.dtype}: {each.phase} of {each.batch}"
         panels.setdefault(where, []).append(each)
-    height = 0.7 * len(panels) + 0.25 * len(comparison.speeds)
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    height = 1 + 0.9 * len(panels) + 0.25 * len(comparison.speeds)
+    figure = Figure(figsize=(8, height), layout="constrained")
     parts = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (where, speeds) in zip(parts, panels.items(), strict=True):
-        names, middle = [each.model for each in speeds], [each.of_dense for each in speeds]
+        # a folder's path may be longer than the figure is wide
+        names, middle = [each.model[-40:] for each in speeds], [each.of_dense for each in speeds]
         ends = np.abs(np.array([each.spread for each in speeds]).T - middle)
-        axes.barh(names, middle, xerr=ends, color="C0", alpha=0.7, capsize=2)
+        axes.set_yticks(range(len(names)), names)
+        axes.barh(range(len(names)), middle, xerr=ends, color="C0", alpha=0.7, capsize=2)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set_title(where, fontsize=9)
