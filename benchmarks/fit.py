@@ -27,6 +27,7 @@ SPLITS = {
     "8 of 16": ["--experts", "16", "--active", "8", "--shared", "0"],
     "4 of 8, 2 shared": ["--experts", "8", "--active", "4", "--shared", "2"],
     "8 of 16, 4 shared": ["--experts", "16", "--active", "8", "--shared", "4"],
+    "8 of 16, 6 shared": ["--experts", "16", "--active", "8", "--shared", "6"],
     "pruned to 8 of 16": ["--experts", "16", "--active", "8", "--shared", "8"],
     "32 of 64": ["--experts", "64", "--active", "32", "--shared", "16"],
     "12 of 16": ["--experts", "16", "--active", "12", "--shared", "0"],
