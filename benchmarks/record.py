@@ -5,8 +5,8 @@
 The commands are really run, in a pseudo-terminal, and what they print is kept with its times in an
 asciicast (`--cast`; one that exists is drawn again, and nothing is run). pyte is the terminal,
 Pillow draws its cells in the font that matplotlib ships. A command's run is shown in
-`_MOST_S` seconds at most, however long it took, and the last picture stays. It needs no network if
-SmolLM2-135M and the demo's texts are in moefy's cache already.
+`_MOST_S` seconds at most, however long it took, and the last picture stays. It needs pyte, which
+moefy does not install, and no network if SmolLM2-135M and the demo's texts are in moefy's cache.
 """
 
 from __future__ import annotations
