@@ -57,14 +57,16 @@ def test_the_commands(model: str, tmp_path: Path) -> None:
         "eval",
         "export",
     ]
-    outputs = [run(["bash", "-c", line], tmp_path) for line in lines]
+    # wide enough for every column
+    outputs = [run(["bash", "-c", f"COLUMNS=200 {line}"], tmp_path) for line in lines]
     for number in ("6.74B", "2.95B", "3.49B"):
         assert number in outputs[0]
     trained_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/trained")
     assert trained_model.config.model_type == "granitemoeshared"
-    rows = [line for line in outputs[3].splitlines() if line.startswith("│")]
-    perplexities = [float(row.split("│")[2].replace(",", "")) for row in rows]
-    dense, converted, trained = perplexities
+    column = next(line for line in outputs[3].splitlines() if "perplexity" in line)
+    at = [name.strip() for name in re.split("[│┃]", column)].index("perplexity")
+    rows = [line.split("│") for line in outputs[3].splitlines() if line.startswith("│")]
+    dense, converted, trained = (float(row[at].replace(",", "")) for row in rows)
     assert trained < converted
     assert dense < trained or model == "tiny"  # a random model learns the text itself
     assert (tmp_path / "out/moe.gguf").read_bytes()[:4] == b"GGUF"
