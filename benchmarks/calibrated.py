@@ -2,8 +2,8 @@
 
     python benchmarks/calibrated.py WORK    # needs 3 GB of disk, 9 GB of memory, about an hour
 
-Random bfloat16 weights and random tokens; half of the d_ff, so that the growth shows, and the tokens
-of `high`, so that it shows what does not grow. Every case is a process of its own. Writes
+Random bfloat16 weights and random tokens; half of the d_ff, so that the growth shows, and the
+tokens of `high`, so that it shows what does not grow. Every case is a process of its own. Writes
 docs/experiments/calibrated.csv.
 """
 
