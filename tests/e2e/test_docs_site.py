@@ -35,19 +35,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-SEEN = {"bounds", "paper", "random-split", "family"}
-"""Pages all of whose commands were seen to end well; the others wait for a quiet machine."""
-_WAITS = pytest.mark.xfail(strict=False, reason="written while the machine was too busy to run it")
-
-
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=page.stem, marks=() if page.stem in SEEN else _WAITS)
-        for page in TAUGHT
-    ],
-)
+@pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.stem)
 def test_the_blocks_run(page: Path, place: Path) -> None:
     for block in blocks(page, "bash", "python"):
         if block.why_not is None:

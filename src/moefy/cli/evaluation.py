@@ -77,7 +77,7 @@ def bench(
         int | None, typer.Option(help="Measure so many layers, and scale to all.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="4 layers, a short prompt, the presets alone.")
+        bool, typer.Option("--quick", help="A short prompt, the presets alone, 4 layers.")
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="Picture to write, as in speed.png.")] = None,
     as_json: options.Json = False,

@@ -119,7 +119,7 @@ def measure_speed(
         splits: as in "8/16+4" (8 of 16 slices active, 4 of these shared); None for the presets, and
             a half and a quarter of 16 slices.
         layers: random models have 1 layer and then so many, and the time is scaled to all.
-        quick: measure 4 layers, a short prompt and the presets alone.
+        quick: measure a short prompt, the presets alone, and 4 layers of random models of more.
         names: shown instead of `models`.
         work: folder that keeps the GGUF files for the next call; None for a temporary one.
         report: told about progress.
@@ -131,7 +131,7 @@ def measure_speed(
     given = [models] if isinstance(models, str | Path) else list(models)
     if quick:
         prompt_tokens, new_tokens = _QUICK["prompt_tokens"], _QUICK["new_tokens"]
-        layers, splits = layers or _QUICK["layers"], splits or [*PRESETS]
+        splits = splits or [*PRESETS]
     batches = batches or (1,)
     if not given or min(*batches, prompt_tokens, new_tokens, rounds, (layers or 2) - 1) < 1:
         raise UsageError(
@@ -139,6 +139,9 @@ def measure_speed(
             "--new-tokens and --rounds, and 2 for --layers"
         )
     contenders = contenders_of(given, names, splits, report)
+    few = _QUICK["layers"]
+    if quick and all(not c.folder and c.config["num_hidden_layers"] > few for c in contenders):
+        layers = layers or few
     pairs = _runs(runtime, dtype, batches, alone=all(each.folder is None for each in contenders))
     sizes = (prompt_tokens, new_tokens)
     _check_room(contenders, sizes, layers)
