@@ -15,7 +15,6 @@ import gzip
 import itertools
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -88,10 +87,7 @@ def evaluate(place: Path, data: Path) -> None:
     if result.exists():
         return
     model = place / f"{DESIGN.replace(' ', '-')}-{EFFORT}"
-    command = [*fit.MOEFY, "eval", fit.MODEL, str(model), "--data", str(data)]
-    command += ["--no-decode", "--json"]
-    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    dense, split = json.loads(text)["results"]
+    dense, split = fit.results([fit.MODEL, str(model)], str(data))
     before, after = dense["domain_perplexity"], split["domain_perplexity"]
     losses = {"all": split["excess_loss"]["value"]}
     losses |= {domain: math.log(after[domain] / before[domain]) for domain in before}

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import frontier
 from publish import publish_table
@@ -102,17 +103,19 @@ def evaluate(work: Path, data: str) -> None:
     if not new:
         return
     models = [MODEL, *(str(file.with_suffix("")) for file in new)]
-    text = subprocess.run(
-        [*MOEFY, "eval", *models, "--data", data, "--no-decode", "--json"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    for file, found in zip(new, json.loads(text)["results"][1:], strict=True):
+    for file, found in zip(new, results(models, data)[1:], strict=True):
         record = records[file]
         record["nats"] = f"{found['excess_loss']['value']:.3f}"
         record["kl"] = f"{found['kl_to_reference']:.3f}"
         file.write_text(json.dumps(record) + "\n")
+
+
+def results(models: list[str], data: str) -> list[dict[str, Any]]:
+    """Return what `moefy eval` finds for models, in a process of its own."""
+    command = [*MOEFY, "eval", *models, "--data", data, "--no-decode", "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    found: list[dict[str, Any]] = json.loads(done.stdout)["results"]
+    return found
 
 
 if __name__ == "__main__":

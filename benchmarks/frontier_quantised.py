@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
+from fit import MODEL, results
 from publish import rows_of
 from runtimes import read_csv
 
@@ -35,7 +34,7 @@ from moefy.storage import replace_file
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULT = DOCS / "construction/frontier-quantised.csv"
-SHAPE, MODEL = "llama-3.2-1b", "smollm2-135m"
+SHAPE = "llama-3.2-1b"
 TYPES = {"F16": "float16", "Q8_0": "q8_0", "Q4_K_M": "q4_k_m"}  # as `bench` calls them
 # as `bench` takes them; all shared: pruned
 SPLITS = {
@@ -62,13 +61,9 @@ def losses(work: Path, data: str, models: Path) -> None:
             if found.exists() or not (source == MODEL or (Path(source) / "config.json").exists()):
                 continue
             moefy.export_gguf(source, file, dtype=kind.lower(), overwrite=True)
-            command = ["eval", str(file), "--data", data, "--no-decode", "--json"]
-            done = subprocess.run(
-                [sys.executable, "-m", "moefy", *command], check=True, stdout=subprocess.PIPE
-            )
-            result = json.loads(done.stdout)["results"][0]
-            replace_file(found, json.dumps({"ppl": result["perplexity"]}))
-            print(design, kind, result["perplexity"], flush=True)
+            perplexity = results([str(file)], data)[0]["perplexity"]
+            replace_file(found, json.dumps({"ppl": perplexity}))
+            print(design, kind, perplexity, flush=True)
             file.unlink()
 
 

@@ -13,20 +13,16 @@ from pathlib import Path
 import pytest
 from publish_demo import shown
 from tests.conftest import write_small_llama
+from tests.pages import ROOT, blocks
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
 def block(language: str, containing: str) -> str:
-    found = [
-        text
-        for name, text in re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-        if name == language and containing in text
-    ]
+    found = [each.text for each in blocks(ROOT / "README.md", language) if containing in each.text]
     assert len(found) == 1
     return found[0]
 

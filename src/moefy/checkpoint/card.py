@@ -21,6 +21,8 @@ from moefy.storage import parse_json
 
 RECORD = "moefy.json"
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""OWNER/MODEL, a place on the hub."""
 _NOT_CHOSEN = {"train": ("source", "parent", "data", "text"), "tune": ("source", "data", "tokens")}
 _DONE = {"convert": "converted", "train": "trained", "tune": "tuned"}
 _MARKS = "<!-- results -->", "<!-- /results -->"
@@ -107,7 +109,7 @@ def model_card(
     first, is_split = steps[0], steps[0]["stage"] == "convert"
     source = first["source"] if is_split else dense or {}
     base = source.get("base_model") or source.get("name")
-    is_public = bool(base and re.fullmatch(r"[\w.-]+/[\w.-]+", base))  # the hub takes no others
+    is_public = bool(base and HUB_NAME.fullmatch(base))  # the hub takes no others
     front = {
         "base_model": base if is_public else None,
         "base_model_relation": "finetune" if is_public else None,

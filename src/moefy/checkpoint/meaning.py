@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -87,8 +87,7 @@ def meaning_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[config["model_type"]]
-    for key, problem in _problems(config, kind):
-        raise CheckpointError(f"{source} has {key} = {reason(repr(config[key]), 60)}: {problem}")
+    _refuse(config, source, _problems(config, kind))
     try:
         made = _read(kind, config)
     except Exception as error:
@@ -117,12 +116,8 @@ def check_around(config: Mapping[str, Any], source: str) -> None:
     Raises:
         CheckpointError: one of `_ALLOWED` has another value.
     """
-    for key in sorted(config.keys() & _ALLOWED.keys() - {"text_config"}):
-        if config[key] not in _ALLOWED[key]:
-            raise CheckpointError(
-                f"{source} has {key} = {reason(repr(config[key]), 60)}: moefy reads models that "
-                "leave this key out"
-            )
+    found = ((key, _left_out(key, config[key])) for key in sorted(config) if key != "text_config")
+    _refuse(config, source, ((key, problem) for key, problem in found if problem))
 
 
 def own_keys(config: Mapping[str, Any]) -> frozenset[str]:
@@ -150,13 +145,25 @@ def _read(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _refuse(config: Mapping[str, Any], source: str, problems: Iterable[tuple[str, str]]) -> None:
+    """Raise the first of the problems, each a key and what is wrong with its value."""
+    for key, problem in problems:
+        raise CheckpointError(f"{source} has {key} = {reason(repr(config[key]), 60)}: {problem}")
+
+
+def _left_out(key: str, value: Any) -> str:
+    """Say what is wrong with a value that is not among the key's `_ALLOWED` ones, or nothing."""
+    refused = key in _ALLOWED and value not in _ALLOWED[key]
+    return "moefy reads models that leave this key out" if refused else ""
+
+
 def _problems(config: Mapping[str, Any], kind: Any) -> Iterator[tuple[str, str]]:
     """Yield keys whose values must not reach transformers, and why."""
     declared = {field.name for field in fields(kind)} | {*kind.attribute_map}
     for key, value in config.items():
         if key in _ALLOWED:
-            if value not in _ALLOWED[key]:
-                yield key, "moefy reads models that leave this key out"
+            if problem := _left_out(key, value):
+                yield key, problem
         elif hasattr(kind, key) and key not in declared | _SHARED:
             yield key, "it would replace a part of transformers' config class"
         elif key in {*declared, *_ROTARY} and not all(map(_is_sound, _numbers(value))):

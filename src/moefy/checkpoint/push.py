@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.card import RECORD, read_record
+from moefy.checkpoint.card import HUB_NAME, RECORD, read_record
 from moefy.checkpoint.reader import INDEX, side_files, tensor_files, weight_files
 from moefy.errors import CheckpointError, HubError, MoefyError, UsageError, reason
 from moefy.progress import Progress, ProgressFn, silent
@@ -59,9 +59,16 @@ def push(
         HubError: there is no token, or the hub refuses or cannot be reached; no commit is made.
     """
     files, card = to_push(folder, license)
+    return upload(Path(folder).expanduser(), files, card, name, private=private, report=report)
+
+
+def upload(
+    folder: Path, files: dict[str, int], card: Any, name: str, *, private: bool, report: ProgressFn
+) -> Pushed:
+    """Do what `push` does with the files and the card that `to_push` returned."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not HUB_NAME.fullmatch(name):
         raise UsageError(
             f"{name} is no place on the hub: write OWNER/MODEL, as in someone/moe-135m"
         )
@@ -79,7 +86,7 @@ def push(
         old = [file for file in there if _WEIGHTS.fullmatch(file) and file not in files]
         api.create_commit(
             name,
-            [CommitOperationAdd(file, Path(folder) / file) for file in files if file != _CARD]
+            [CommitOperationAdd(file, folder / file) for file in files if file != _CARD]
             + [CommitOperationAdd(_CARD, str(card).encode())]
             + [CommitOperationDelete(file) for file in old],
             commit_message="Upload a model with moefy",
@@ -134,7 +141,7 @@ def to_push(folder: str | Path, license: str | None) -> tuple[dict[str, int], An
             "change the file"
         )
     card.data["license"] = known or license
-    sizes = {name: (folder / name).stat().st_size for name in (*names, *weight_files(folder))}
+    sizes = {name: (folder / name).stat().st_size for name in names}
     return {**sizes, _CARD: len(str(card).encode())}, card
 
 

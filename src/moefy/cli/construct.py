@@ -158,15 +158,15 @@ def push(
     """
     from huggingface_hub.utils import enable_progress_bars
 
-    from moefy.checkpoint.push import to_push
+    from moefy.checkpoint.push import to_push, upload
 
     quiet_libraries()
-    files = to_push(model, license)[0]
+    files, card = to_push(model, license)
     listed = ", ".join(f"{file} ({size:,})" for file, size in files.items())
     warn(f"{len(files)} files, {sum(files.values()):,} bytes: {listed}")
     if sys.stderr.isatty():  # the hub's own bars know what is sent, which no callback tells
         enable_progress_bars()
-    done = moefy.push(model, name, license=license, private=private, report=log_lines())
+    done = upload(Path(model).expanduser(), files, card, name, private=private, report=log_lines())
     text = f"{done.url}: {len(files)} files, {sum(files.values()) / 1e6:.0f} MB, {done.license}"
     show(done, as_json=as_json, text=text, then=f"moefy eval DENSE {name}, on any machine")
 

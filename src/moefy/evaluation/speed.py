@@ -37,7 +37,7 @@ _DTYPES = {
     "vllm": ("float32", "bfloat16"),
 }
 _USUAL_DTYPE = {"transformers": "float32", "llama.cpp": "q8_0", "vllm": "bfloat16"}
-_QUICK = {"prompt_tokens": 256, "new_tokens": 16, "layers": 4}
+_QUICK_SIZES, _QUICK_LAYERS = (256, 16), 4
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ Seconds = dict[Key, dict[str, float]]
 """Of one pass, by implementation of the experts ("": none)."""
 Rounds = Sequence[Mapping[int, Seconds]]
 """By round and contender."""
+How = tuple[str, str, Sequence[int], tuple[int, int]]
+"""Runtime, dtype, batch sizes, and the tokens of a prompt and behind it."""
 
 
 def measure_speed(
@@ -129,21 +131,16 @@ def measure_speed(
         CheckpointError: llama.cpp cannot run a file; its last words are in the message.
     """
     given = [models] if isinstance(models, str | Path) else list(models)
-    if quick:
-        prompt_tokens, new_tokens = _QUICK["prompt_tokens"], _QUICK["new_tokens"]
-        splits = splits or [*PRESETS]
+    sizes = _QUICK_SIZES if quick else (prompt_tokens, new_tokens)
     batches = batches or (1,)
-    if not given or min(*batches, prompt_tokens, new_tokens, rounds, (layers or 2) - 1) < 1:
+    if not given or min(*batches, *sizes, rounds, (layers or 2) - 1) < 1:
         raise UsageError(
             "name at least one model, and give at least 1 for --batch, --prompt-tokens, "
             "--new-tokens and --rounds, and 2 for --layers"
         )
-    contenders = contenders_of(given, names, splits, report)
-    few = _QUICK["layers"]
-    if quick and all(not c.folder and c.config["num_hidden_layers"] > few for c in contenders):
-        layers = layers or few
+    contenders = contenders_of(given, names, splits or ([*PRESETS] if quick else None), report)
+    layers = layers or (_quick_layers(contenders) if quick else None)
     pairs = _runs(runtime, dtype, batches, alone=all(each.folder is None for each in contenders))
-    sizes = (prompt_tokens, new_tokens)
     _check_room(contenders, sizes, layers)
     speeds = []
     with tempfile.TemporaryDirectory(prefix="moefy-speed-") as made:
@@ -153,12 +150,12 @@ def measure_speed(
             how, stage = (runtime, dtype, batches, sizes), f"measure {runtime}, {dtype}"
             seconds = partial(_scaled_seconds, layers=layers, how=how, folder=folder)
             measured = _in_turns(contenders, rounds, seconds, stage, report)
-            speeds += _speeds(contenders, runtime, dtype, prompt_tokens, measured)
+            speeds += _speeds(contenders, runtime, dtype, sizes[0], measured)
     return SpeedComparison(
         device=torch.cuda.get_device_name() if device().type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        prompt_tokens=sizes[0],
+        new_tokens=sizes[1],
         rounds=rounds,
         layers=layers,
         read_bytes_per_s=_read_rate(),
@@ -231,6 +228,12 @@ def _runs(
         allowed = "; ".join(f"{', '.join(_DTYPES[name])} in {name}" for name in _DTYPES)
         raise UsageError(f"--dtype {dtype!r}: allowed are {allowed}")
     return pairs
+
+
+def _quick_layers(contenders: list[Contender]) -> int | None:
+    """Return the layers that `quick` measures; None where a model is real, or has no more."""
+    layers = (0 if each.folder else each.config["num_hidden_layers"] for each in contenders)
+    return _QUICK_LAYERS if min(layers) > _QUICK_LAYERS else None
 
 
 def _check_room(contenders: list[Contender], sizes: tuple[int, int], layers: int | None) -> None:
@@ -316,12 +319,7 @@ def _read_rate() -> float:
     return tensor.nbytes / min(seconds)
 
 
-def _scaled_seconds(
-    each: Contender,
-    layers: int | None,
-    how: tuple[str, str, Sequence[int], tuple[int, int]],
-    folder: Path,
-) -> Seconds:
+def _scaled_seconds(each: Contender, layers: int | None, how: How, folder: Path) -> Seconds:
     """Time one pass; with fewer layers, what each beyond the first adds counts for the rest."""
     if layers is None:
         return _seconds(each, how, folder)
@@ -333,11 +331,7 @@ def _scaled_seconds(
     }
 
 
-def _seconds(
-    each: Contender,
-    how: tuple[str, str, Sequence[int], tuple[int, int]],
-    folder: Path,
-) -> Seconds:
+def _seconds(each: Contender, how: How, folder: Path) -> Seconds:
     runtime, dtype, batches, sizes = how
     if runtime == "transformers":
         return _transformers_seconds(each, batches, sizes, dtype)
