@@ -67,8 +67,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
 """Family, settings and recipe of the first case of every family and target."""
 for family, settings, shared, target in CASES:
     FAMILIES.setdefault(f"`{family}` as {target}", (family, settings, {"shared": shared}))
-# which has biases in vLLM, too
-FAMILIES["`qwen2` as glm4_moe"] = ("qwen2", {}, {"shared": 2, "target": "glm4_moe"})
+# which lose their biases in vLLM
+for family in ("qwen2", "seed_oss"):
+    asked_for = {"shared": 2, "target": "granitemoeshared"}
+    FAMILIES[f"`{family}` as granitemoeshared"] = (family, {}, asked_for)
 IN_FAMILIES = ("transformers", "llama.cpp", "mistral.rs", "vLLM")
 QWEN3 = ("qwen3_moe", "glm4_moe of Qwen3")
 HALF: dict[str, dict[str, Any]] = {

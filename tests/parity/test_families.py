@@ -64,13 +64,8 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
         "granitemoe_swa",
         "granitemoe_swa",
     ),
-    ("qwen2", {}, "granitemoe", "granitemoeshared"),
-    (
-        "qwen2",
-        {"tie_word_embeddings": False, "rms_norm_eps": 1e-3},
-        "granitemoe",
-        "granitemoeshared",
-    ),
+    ("qwen2", {}, "granitemoe", "glm4_moe"),
+    ("qwen2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-3}, "granitemoe", "glm4_moe"),
     (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
@@ -90,7 +85,7 @@ FORMS: list[tuple[str, dict[str, Any], str, str]] = [
     ("cwm", {}, "granitemoe_swa", "granitemoe_swa"),
     ("granite", GRANITE_SCALES, "granitemoe", "granitemoeshared"),
     ("granite", GRANITE_SCALES | {"attention_bias": True}, "granitemoe", "granitemoeshared"),
-    ("seed_oss", {"head_dim": 16}, "granitemoe", "granitemoeshared"),
+    ("seed_oss", {"head_dim": 16}, "granitemoe", "glm4_moe"),
     ("seed_oss", {"attention_out_bias": True}, "granitemoe", "granitemoeshared"),
     (
         "seed_oss",
@@ -142,13 +137,16 @@ def test_all_active_equals_dense(
     tmp_path: Path, family: str, settings: dict[str, Any], shared: int, target: str
 ) -> None:
     dense, out = write_tiny_model(tmp_path / "dense", family, **settings), tmp_path / "moe"
-    moefy.convert(dense, out, experts=6, active=6, **EXACT | {"shared": shared})
+    said: list[str] = []
+    heard = {"report": lambda progress: said.append(progress.note)}
+    moefy.convert(dense, out, experts=6, active=6, **heard, **EXACT | {"shared": shared})
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.model_type == target
     assert cost(read_config(out)).total_params == model.num_parameters()
     told = "vLLM 0.32 leaves out the biases" in (out / "README.md").read_text()
     biased = getattr(model.config, "attention_bias", False)
     assert told == (biased and target.startswith("granitemoe"))
+    assert told == any("vLLM 0.32 answers nonsense" in note for note in said)
     ids = token_ids(100)
     expected = logits(dense, ids)
     assert (expected - logits(out, ids)).abs().max() < 1e-4
@@ -477,6 +475,16 @@ def test_unknown_settings_are_refused(tmp_path: Path, change: dict[str, Any], me
         del config["rope_parameters"]
     (dense / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ArchitectureError, match=message):
+        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
+
+
+def test_what_transformers_refuses_is_named_by_its_keys(tmp_path: Path) -> None:
+    """Also where a default, 48 heads, is at odds with what the file says."""
+    dense = write_tiny_model(tmp_path / "dense", "cwm")
+    config = json.loads((dense / "config.json").read_text())
+    del config["num_attention_heads"]
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="because of hidden_size and num_attention_heads"):
         moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
 
 

@@ -23,6 +23,7 @@ from moefy.checkpoint.reader import DenseCheckpoint
 from moefy.checkpoint.source import origin, resolve
 from moefy.errors import ArchitectureError, CheckpointError
 from moefy.recipe import LLAMA_MOE
+from moefy.storage import file_sha256
 
 EXACT: dict[str, Any] = LLAMA_MOE | {"repair": "none", "experts": 8, "active": 8, "shared": 2}
 GROUP = 16
@@ -379,6 +380,9 @@ def test_a_split_has_the_logits_of_the_dequantised_model(tmp_path: Path, form: s
     plain |= {name: value.float() for name, value in values.items()}
     save_file(plain, dense / "model.safetensors", metadata={"format": "pt"})
     moefy.convert(quantised, tmp_path / "moe", **EXACT)
+    record = json.loads((tmp_path / "moe/moefy.json").read_text())
+    names = ("config.json", "model.safetensors")  # of the user's folder, not of the copy
+    assert record["source"]["sha256"] == {name: file_sha256(quantised / name) for name in names}
     expected, found = logits(dense), logits(tmp_path / "moe")
     assert expected.std() > 0.01
     assert (expected - found).abs().max() < 1e-5

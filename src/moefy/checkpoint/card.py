@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel, Field, model_validator
 
 from moefy.checkpoint.reader import read_json
+from moefy.checkpoint.targets import is_unbiased_in_vllm
 from moefy.errors import CheckpointError
 from moefy.recipe import ConvertRecipe
 from moefy.storage import parse_json
@@ -129,7 +130,7 @@ def model_card(
         done=done,
         base=base,
         model_type=config["model_type"],
-        biased=config.get("attention_bias") and config["model_type"].startswith("granitemoe"),
+        unbiased_in_vllm=is_unbiased_in_vllm(config),
         recipe=first["recipe"] if is_split else None,
         steps=steps,
         command_of=command_of,

@@ -195,11 +195,11 @@ def text_part(config: Mapping[str, Any], part: str | None, source: str) -> dict[
     text = {key: config[key] for key in _INHERITED if key in config} | text
     family = WRAPPED.get(str(text.get("model_type")))
     if family or text.get("model_type") in [*FAMILIES]:
-        meaning_of(text, source)  # what the next lines leave out must be sound, too
+        read = meaning_of(text, source)  # what the next lines leave out must be sound, too
+        text = read | {"model_type": family} if family else text
     if "tie_word_embeddings" in config:  # the whole model's loader ties by its own key
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
     if family:
-        text = meaning_of(text, source) | {"model_type": family}
         # where images and texts stand; all the same in a text
         for key in ("mrope_section", "mrope_interleaved"):
             text["rope_parameters"].pop(key, None)

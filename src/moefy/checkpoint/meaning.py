@@ -92,7 +92,7 @@ def meaning_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         made = _read(kind, config)
     except Exception as error:
         raise CheckpointError(
-            f"{source} is refused by transformers, {_blamed(kind, config)}: {reason(error)}"
+            f"{source} is refused by transformers, {_blamed(kind, config, error)}: {reason(error)}"
         ) from error
     vocab, padding = made["vocab_size"], made.get("pad_token_id")
     if padding is not None and not -vocab <= padding < vocab:
@@ -196,8 +196,11 @@ def _is_sound(number: float) -> bool:
     return abs(number) < 1 << 53 if isinstance(number, int) else math.isfinite(number)
 
 
-def _blamed(kind: Any, config: Mapping[str, Any]) -> str:
-    """Name the key without which transformers reads a config that it refuses."""
+def _blamed(kind: Any, config: Mapping[str, Any], error: Exception) -> str:
+    """Name the keys that transformers speaks of, or the one without which it reads a config."""
+    words = {key: key.replace("num_", "number of ").replace("_", " ") for key in SIZES}
+    if named := [key for key in SIZES if words[key] in str(error)]:  # one may be a default
+        return f"because of {' and '.join(named)}"
     for key in sorted(config, key=lambda key: "rope" not in key):
         if key == "model_type":
             continue

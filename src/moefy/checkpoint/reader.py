@@ -28,12 +28,14 @@ from moefy.checkpoint.targets import TARGETS
 from moefy.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile, open_tensors
 from moefy.checkpoint.whole import VISION, WHOLE, check_vision
 from moefy.errors import CheckpointError, reason
-from moefy.storage import known_sha256
+from moefy.storage import cache_folder, known_sha256
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 PICKLED = "pytorch_model.bin"
 GENERATION = "generation_config.json"
+SUMS = "source-sha256.json"
+"""In a copy of moefy's cache: SHA-256 of the files that it was made of, by name."""
 _SIDE_FILES = (
     GENERATION,
     "tokenizer*",
@@ -115,7 +117,12 @@ def side_files(source: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of a model folder's config.json and of every weight file."""
+    """Return the SHA-256 of a model folder's config.json and of every weight file.
+
+    Of a copy in moefy's cache they are those of the source's files, which are known already.
+    """
+    if folder.parent == cache_folder() / "models" and (folder / SUMS).is_file():
+        return read_json(folder / SUMS)
     return {name: known_sha256(folder / name) for name in ["config.json", *weight_files(folder)]}
 
 

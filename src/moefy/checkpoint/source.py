@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -27,6 +28,7 @@ from moefy.checkpoint.quantised import dequantised_tensors, method_of
 from moefy.checkpoint.reader import (
     PICKLED,
     SINGLE,
+    SUMS,
     fingerprint,
     indexed_files,
     read_config,
@@ -179,14 +181,16 @@ def origin(source: str | Path, folder: Path) -> dict[str, str]:
 def dequantised(path: Path, *, report: ProgressFn = silent) -> Path:
     """Return a cached Hugging Face folder (float32) of a GGUF file; errors are `open_gguf`'s."""
     report(Progress(f"read {path.name}", 0, 1))
-    key = [known_sha256(part) for part in parts(path)]
-    folder = cache_folder() / "models" / f"gguf-3-{digest(key)}"
+    sums = {part.name: known_sha256(part) for part in parts(path)}
+    folder = cache_folder() / "models" / f"gguf-3-{digest([*sums.values()])}"
     if not (folder / "config.json").is_file():
-        _dequantise(path, folder, report)
+        _dequantise(path, folder, report, sums)
     return folder
 
 
-def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
+def _dequantise(
+    path: Path, folder: Path, report: ProgressFn, sums: Mapping[str, str] | None = None
+) -> None:
     model = open_gguf(path)
     from transformers import AutoTokenizer
 
@@ -200,6 +204,8 @@ def _dequantise(path: Path, folder: Path, report: ProgressFn) -> None:
         tokenizer.save_pretrained(new)
         tensors = ((name, model.read(name)) for name in model.tensors)
         stage = f"dequantise {path.name}"
+        if sums:
+            (new / SUMS).write_text(json.dumps(sums))
         _write_plain(new, model.config.to_diff_dict(), tensors, len(model.tensors), stage, report)
 
 
@@ -216,9 +222,11 @@ def _plain(folder: Path, report: ProgressFn, offline: bool) -> Path:
         dtypes = {dtype for dtype, _ in file.headers.values()}
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
         names = [PARAMS, CONSOLIDATED]
-        key = {name: known_sha256(folder / name) for name in names}
+        sums = {name: known_sha256(folder / name) for name in names}
         tensors = mistral_tensors(folder, file, config)
-        return _cached(folder, key, config, tensors, len(file.headers), "rename tensors of", report)
+        return _cached(
+            folder, sums, config, tensors, len(file.headers), "rename tensors of", report
+        )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     text = config.get("text_config")
     kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
@@ -247,16 +255,17 @@ def _merged(folder: Path, report: ProgressFn, offline: bool) -> Path:
         raise ArchitectureError(f"{folder} is an adapter of {adapter.base}, an adapter itself")
     base = _plain(base, report, offline)
     config, files = read_config(base), tensor_files(base)
-    names = (folder / ADAPTER, adapter.weights)
-    key = {"base": fingerprint(base), "adapter": [known_sha256(name) for name in names]}
+    added = {name.name: known_sha256(name) for name in (folder / ADAPTER, adapter.weights)}
     tensors = adapter.merged(files)
     stage = f"merge {adapter.base} with"
-    return _cached(folder, key, config, tensors, len(files), stage, report, base)
+    return _cached(
+        folder, fingerprint(base) | added, config, tensors, len(files), stage, report, base
+    )
 
 
 def _cached(
     folder: Path,
-    key: Any,
+    sums: dict[str, str],
     config: dict[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
     count: int,
@@ -264,19 +273,20 @@ def _cached(
     report: ProgressFn,
     base: Path | None = None,
 ) -> Path:
-    """Return the folder of the cache for a key, which is written if there is none.
+    """Return the folder of the cache for SHA-256 of files, which is written if there is none.
 
     Its tokenizer and texts are the folder's, or the base's where that has none.
     """
     places = [place for place in (base, folder) if place]
     files = [file for each in places for file in (*side_files(each), *each.glob("README.md"))]
-    key = [_PLAIN, key, {file.name: file_sha256(file) for file in files}]
+    key = [_PLAIN, sums, {file.name: file_sha256(file) for file in files}]
     # errors name this folder
     plain = cache_folder() / "models" / f"{folder.resolve().name[:80]}-plain-{digest(key)}"
     if not (plain / "config.json").is_file():
         with cached_folder(plain) as new:
             for file in files:
                 shutil.copyfile(file, new / file.name)
+            (new / SUMS).write_text(json.dumps(sums))
             _write_plain(new, config, tensors, count, f"{stage} {folder.name}", report)
     return plain
 

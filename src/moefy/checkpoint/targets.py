@@ -87,6 +87,7 @@ class NativeTarget:
     selection_bias: str | None = None  # shifts the choice alone
     selection_bias_shape: Sequence[int] = (-1,)
     attention_bias: Bias = "none"  # the most that it can express, see `families.attention_bias`
+    unbiased_in_vllm: bool = False  # with biases it is the choice where no other target is exact
     qk_norm: str | bool | None = None  # config key, or True where q and k are always normed by head
     # Whether every runtime lets the output matrix be the embeddings; if not, it is written as a
     # tensor of its own.
@@ -118,11 +119,15 @@ def native_target(
 ) -> NativeTarget:
     """Return the first of `TARGETS` that computes a split of a dense model, or the one `asked` for.
 
+    Those that vLLM runs without the model's biases come last.
+
     Raises:
         ArchitectureError: the target, or every target, computes something else.
     """
     wants = {name: _differences(target, dense, split) for name, target in TARGETS.items()}
-    for name in (asked,) if asked else TARGETS:
+    biased = attention_bias(dense) != "none"
+    order = sorted(TARGETS, key=lambda name: biased and TARGETS[name].unbiased_in_vllm)
+    for name in (asked,) if asked else order:
         if not wants[name]:
             return TARGETS[name]
     if asked:
@@ -209,6 +214,12 @@ def _differences_in_attention(target: NativeTarget, dense: Mapping[str, Any]) ->
             fraction != 1 and not target.partial_rotary
         ),
     }
+
+
+def is_unbiased_in_vllm(config: Mapping[str, Any]) -> bool:
+    """Say whether vLLM 0.32 leaves out the attention's biases of a model, by its config.json."""
+    target = TARGETS.get(config["model_type"])
+    return bool(target and target.unbiased_in_vllm and config.get("attention_bias"))
 
 
 def target_config(

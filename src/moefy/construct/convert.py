@@ -35,6 +35,7 @@ from moefy.checkpoint.targets import (
     NativeTarget,
     RouterScore,
     expressible,
+    is_unbiased_in_vllm,
     native_target,
     pruned_config,
     target_config,
@@ -272,6 +273,9 @@ def _write(
         config = pruned_config(dense.config, split)
     else:
         config = target_config(target, dense.config, split, dtype=dense.dtype)
+    if is_unbiased_in_vllm(config):
+        note = "vLLM 0.32 answers nonsense from it: see Limits in its README.md"
+        report(Progress(f"write {config['model_type']} with biases", 1, 1, note))
     # an upper bound: the header's size must be known before the tensors are
     tensors_per_layer = len(dense.layer_tensors(0)) + 3 * split.routed + 6
     max_tensors = (dense.num_layers + 1) * tensors_per_layer + len(dense.vision_files)
