@@ -15,8 +15,7 @@ import argparse
 from importlib.metadata import version
 from pathlib import Path
 
-from publish import replace_block, rows_of
-from runtimes import read_csv
+from publish import read_csv, replace_block, rows_of
 
 import moefy
 from moefy.checkpoint.cost import SHAPES

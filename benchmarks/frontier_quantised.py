@@ -21,8 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from fit import MODEL, results
-from publish import rows_of
-from runtimes import read_csv
+from publish import read_csv, rows_of
 
 import moefy
 from moefy.evaluation.contenders import contenders_of, gguf_file

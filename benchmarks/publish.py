@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moefy.report.tables import Rows, markdown, write_csv
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a measured table, none where there is no file yet."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
 
 
 def rows_of(records: Sequence[Mapping[str, str]]) -> Rows:

@@ -14,7 +14,6 @@ runtimes' rows stay, and the tables in docs/runtimes.md. Conversions are kept in
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from publish import publish_table, replace_table, rows_of
+from publish import publish_table, read_csv, replace_table, rows_of
 from tests.conftest import tiny_config
 from tests.parity.test_families import CASES
 from transformers import (
@@ -325,13 +324,6 @@ def speed(work: Path) -> list[dict[str, str]]:
 
 def _share(row: dict[str, Any], same_size: dict[str, Any], key: str) -> str:
     return f"{row[key] / same_size[key]:.0%}"
-
-
-def read_csv(file: Path) -> list[dict[str, str]]:
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def main(work: Path, runtime: str, *more: str) -> None:

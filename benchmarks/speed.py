@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 import frontier_quantised
-from publish import replace_block, rows_of
-from runtimes import read_csv
+from publish import read_csv, replace_block, rows_of
 
 from moefy.report.tables import markdown, write_csv
 

@@ -23,8 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import streaming
-from publish import rows_of
-from runtimes import read_csv
+from publish import read_csv, rows_of
 
 import moefy
 from moefy.checkpoint.expert_layers import LEAN

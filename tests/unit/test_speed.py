@@ -25,6 +25,7 @@ from moefy.evaluation.contenders import (
     splits_of,
     with_stand_ins,
 )
+from moefy.hardware import fastest
 from moefy.progress import silent
 from moefy.recipe import LLAMA_MOE
 
@@ -119,3 +120,11 @@ def test_experts_that_torch_cannot_group(make_llama: Callable[..., Path], tmp_pa
         "eager",
         "lean",
     }
+
+
+def test_the_fastest_of_short_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([[2.0, 5.0], [1.0, 6.0], [3.0, 4.0], [0.0, 0.0]])
+    assert fastest(lambda: next(times)) == [1.0, 4.0]
+    clock = iter([0.0, 5.0])  # a run that is long
+    monkeypatch.setattr("moefy.hardware.time.perf_counter", lambda: next(clock))
+    assert fastest(lambda: [7.0]) == [7.0]

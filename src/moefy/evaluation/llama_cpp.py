@@ -26,7 +26,7 @@ from moefy.checkpoint.gguf import own_settings, read_header
 from moefy.checkpoint.gguf_export import last_line
 from moefy.errors import ArchitectureError, CheckpointError, UsageError, reason
 from moefy.evaluation.output_loss import LogitsInput
-from moefy.hardware import device
+from moefy.hardware import device, fastest
 
 # The server answers on this machine alone, until standard input ends.
 _SERVE = """
@@ -120,14 +120,16 @@ def serving(
         yield ask
 
 
-def llama_cpp_seconds(
-    file: Path, ids: list[int], new_tokens: int, *, float32: bool
-) -> tuple[float, float]:
+def llama_cpp_seconds(file: Path, ids: list[int], new_tokens: int, *, float32: bool) -> list[float]:
     """Return the seconds of the prompt's pass and of one decoded token; see `serving`."""
+    body = {"prompt": ids, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
+
+    def run() -> list[float]:
+        timings = ask("/completion", {**body, "cache_prompt": False})["timings"]
+        return [timings["prompt_ms"] / 1e3, timings["predicted_per_token_ms"] / 1e3]
+
     with serving(file, len(ids) + new_tokens, float32=float32) as ask:
-        how = {"n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
-        timings = ask("/completion", {"prompt": ids, "cache_prompt": False, **how})["timings"]
-    return timings["prompt_ms"] / 1e3, timings["predicted_per_token_ms"] / 1e3
+        return fastest(run)
 
 
 class _Encoding(NamedTuple):

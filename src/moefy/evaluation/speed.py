@@ -25,7 +25,7 @@ from moefy.errors import UsageError
 from moefy.evaluation.contenders import GGUF_NAMES, Contender, contenders_of, gguf_file
 from moefy.evaluation.llama_cpp import llama_cpp_seconds
 from moefy.evaluation.vllm import require_vllm, vllm_seconds
-from moefy.hardware import device, synchronise
+from moefy.hardware import device, fastest, synchronise
 from moefy.progress import Progress, ProgressFn, silent
 from moefy.split import PRESETS
 
@@ -104,7 +104,8 @@ def measure_speed(
     converted model is named, splits of the first dense one are measured too, and beside every
     active size a dense model of that size. The prompt is random tokens. In transformers its expert
     implementations `eager` and `grouped_mm` and our `lean` are tried, and the fastest
-    counts, for each phase and batch size. Medians over the rounds, the models taking turns in each.
+    counts, for each phase and batch size. A short pass runs up to three times, and the fastest
+    counts. Medians over the rounds, the models taking turns in each.
 
     Args:
         models: model folders, config.json files, names that `inspect` knows, or anything else that
@@ -360,9 +361,13 @@ def _transformers_seconds(
                 network.set_experts_implementation(name)
             # the first run of an implementation is slow
             decode(network, *prefill(network, ids[:, :8])[:2], 1)
-            cache, token, elapsed_s = prefill(network, ids)
-            seconds["prefill", batch][name] = elapsed_s
-            seconds["decode", batch][name] = decode(network, cache, token, sizes[1]) / sizes[1]
+
+            def run(ids: Tensor = ids) -> list[float]:
+                cache, token, elapsed_s = prefill(network, ids)
+                return [elapsed_s, decode(network, cache, token, sizes[1]) / sizes[1]]
+
+            for phase, elapsed_s in zip(PHASES, fastest(run), strict=True):
+                seconds[phase, batch][name] = elapsed_s
     return seconds
 
 
