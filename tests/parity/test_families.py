@@ -478,6 +478,16 @@ def test_unknown_settings_are_refused(tmp_path: Path, change: dict[str, Any], me
         moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "head_dim"])
+def test_a_size_that_no_model_has_costs_no_memory(tmp_path: Path, key: str) -> None:
+    """A head of 2^31 had 13 GB of rotary frequencies."""
+    dense = write_tiny_model(tmp_path / "dense", "ernie4_5")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {key: 1 << 31}))
+    with pytest.raises(CheckpointError, match=rf"{key} = 2147483648: at most \d+ are read"):
+        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
+
+
 def test_what_transformers_refuses_is_named_by_its_keys(tmp_path: Path) -> None:
     """Also where a default, 48 heads, is at odds with what the file says."""
     dense = write_tiny_model(tmp_path / "dense", "cwm")

@@ -32,7 +32,8 @@ _KEPT = (
     # read where they are, although not every class declares them
     *("head_dim", "layer_types", "original_max_position_embeddings", "sliding_window"),
 )
-_MOST_LAYERS = 4096  # lists and modules of this length are made before a weight is looked at
+# lists, modules and frequencies of this length are made before a weight is looked at
+_MOST = {"num_hidden_layers": 4096, "hidden_size": 1 << 20, "head_dim": 1 << 16}
 _ROTARY = (
     "rope_theta",
     "rope_scaling",
@@ -172,9 +173,9 @@ def _problems(config: Mapping[str, Any], kind: Any) -> Iterator[tuple[str, str]]
             yield key, "a positive integer is needed"
         elif key.endswith(("dropout", "_pdrop")) and any(not 0 <= p <= 1 for p in _numbers(value)):
             yield key, "a probability is needed"
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        yield "num_hidden_layers", f"at most {_MOST_LAYERS} are read"
+    for key, most in _MOST.items():
+        if isinstance(config.get(key), int) and config[key] > most:
+            yield key, f"at most {most} are read"
 
 
 def _numbers(value: Any) -> Iterator[float]:
