@@ -133,7 +133,7 @@ def rows_for(efforts: dict[str, list[Design]]) -> list[Record]:
 def sentences(efforts: dict[str, list[Design]]) -> str:
     """Return where splits or pruning win."""
     says = [
-        f"*{effort}*: {' '.join(filter(None, (at_equal(designs, each) for each in MEASURES)))}"
+        " ".join([f"`--effort {effort}`:", *filter(None, (at_equal(designs, m) for m in MEASURES))])
         for effort, designs in efforts.items()
     ]
     return "\n\n".join(says) + "\n"

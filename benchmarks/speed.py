@@ -103,12 +103,11 @@ def in_short(rows: list[Record]) -> str:
     return f"""At the shape of {shape} a split decodes up to {decode:.2f} times and reads
 prompts up to {prefill:.2f} times as fast as the dense model. **Do not convert for speed if**
 
-- prompts are long and answers short, with {", ".join(slow) or "none"}: their prefill is not faster;
-- a smaller dense model would do: pruned to the same active size it reads prompts faster than
-  any split, and decodes as fast or faster than all but {", ".join(wins) or "none"};
-  a split pays by its lower loss;
-- {clients[1]} clients ask at once: together they need most experts, and get {clients[3]} of the
-  dense model's tokens per second (SmolLM2-135M, 8 of 16 slices).
+- prompts are long and answers short: {", ".join(slow) or "no split"} read prompts no faster;
+- a smaller dense model is good enough: pruned to the same active size, it reads prompts faster
+  than any split, and only {", ".join(wins) or "no split"} decode faster. But splits lose less;
+- {clients[1]} clients ask at once: together they need most of the experts, and get {clients[3]}
+  times as many tokens per second as from the dense model (SmolLM2-135M, 8 of 16 slices).
 """
 
 

@@ -196,5 +196,6 @@ def _download(url: str, partial: Path, asset: Asset, report: ProgressFn) -> str:
             file.write(chunk)
             digest.update(chunk)
             done += len(chunk)
-            report(Progress(f"fetch {asset.project}", done, asset.size))
+            # in kB, rounded up, so that the last one is the whole
+            report(Progress(f"fetch {asset.project}, kB", -(-done // 1000), -(-asset.size // 1000)))
     return digest.hexdigest()

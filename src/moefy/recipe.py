@@ -176,14 +176,14 @@ class ConvertRecipe(Recipe):
     preset: Annotated[
         Literal["speed", "quality"] | None,
         option(
-            "What the counts are chosen for where they are not given", unset="none", flag="--for"
+            "Purpose for which counts are chosen that are not given", unset="none", flag="--for"
         ),
     ] = None
     partition: Annotated[Partition, option("How neurons are assigned to slices")] = "alternating"
     router: Annotated[Router, option("How the router's weights are made")] = "ascent"
     router_ridge: float = Field(1.0, gt=0, description="Ridge of the router's regression")
     effort: Annotated[
-        Effort, option("Time that is spent on quality: closed form alone, minutes, or hours")
+        Effort, option("Time spent on quality (closed form alone, minutes, or hours)")
     ] = "normal"
     repair: Annotated[
         Repair | None,
@@ -194,13 +194,13 @@ class ConvertRecipe(Recipe):
     ] = None
     refit_ridge: float = Field(0.3, gt=0, description="Ridge of the refit of down_proj")
     refit_tokens: Annotated[
-        int, Field(ge=1, description="Most calibration tokens that the closed form reads")
+        int, Field(ge=1, description="Calibration tokens that the closed form reads at most")
     ] = 28_672
     fit_epochs: Annotated[
         float | None, Field(gt=0, description="Passes of the fit; None: by effort")
     ] = None
     fit_learning_rate: Annotated[
-        float, Field(gt=0, description="Of the fit, times each matrix's root mean square")
+        float, Field(gt=0, description="Its learning rate, times each matrix's root mean square")
     ] = 0.02
     fit_batch_tokens: Annotated[int, Field(ge=1, description="Tokens of a step of the fit")] = 512
     end_to_end_epochs: Annotated[
@@ -212,9 +212,9 @@ class ConvertRecipe(Recipe):
         ),
     ] = None
     end_to_end_learning_rate: Annotated[
-        float, Field(gt=0, description="Of that training, times each tensor's root mean square")
+        float, Field(gt=0, description="Its learning rate, times each tensor's root mean square")
     ] = 0.003
-    aim: Literal["ffn", "residual"] = Field("residual", description="Dense output to come near to")
+    aim: Literal["ffn", "residual"] = Field("residual", description="Dense output to fit to")
     target: Annotated[
         Target | None, option("Architecture to write", unset="the first that is exact")
     ] = None

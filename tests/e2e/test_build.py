@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import moefy
 
@@ -32,6 +36,31 @@ def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def brought_by(*names: str) -> set[str]:
+    """Return the installed packages that packages need without their extras, and these packages."""
+    found: set[str] = set()
+    wanted = [(canonicalize_name(name), {""}) for name in names]
+    while wanted:
+        name, extras = wanted.pop()
+        found.add(name)
+        for text in distribution(name).requires or ():
+            need = Requirement(text)
+            if need.marker is None or any(need.marker.evaluate({"extra": e}) for e in extras):
+                below = (canonicalize_name(need.name), need.extras or {""})
+                wanted += [below] if below[0] not in found else []
+    return found
+
+
+def test_the_page_lists_what_is_installed_and_it_is_little() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    listed = re.findall(r"^\| (.*?) \|", page.partition("## What moefy needs")[2], re.MULTILINE)
+    table = listed[2 : listed.index("backports.zstd") + 1]
+    needs = [Requirement(text) for text in distribution("moefy").requires or ()]
+    own = {canonicalize_name(need.name) for need in needs if "extra" not in str(need.marker)}
+    assert {canonicalize_name(name) for row in table for name in row.split(", ")} == own
+    assert len(brought_by(*own) - brought_by("torch", "transformers")) <= 20
 
 
 @pytest.mark.slow

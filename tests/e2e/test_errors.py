@@ -154,6 +154,14 @@ def test_a_bug_is_one_line_with_exit_code_1(
     assert "--debug" in cli("inspect", "llama-2-7b", code=1)
 
 
+def test_ctrl_c_is_one_line(cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moefy.checkpoint.cost.inspect", stopped)
+    assert "stopped; the same command goes on" in cli("inspect", "llama-2-7b", code=130)
+
+
 def test_gguf_files(
     cli: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,8 +138,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     how: dict[str, Any] = {"partition": "random", "router": "random", "repair": "none"}
     moefy.convert(dense, place / "moe", experts=4, active=2, **how)
     (place / "text.jsonl").write_text('{"text": "some words of a text"}\n' * 80)
-    how = {"sequence_length": 32, "global_batch_size": 1, "tokens": 64}
-    moefy.train(place / "moe", place / "trained", data=place / "text.jsonl", **how)
+    text, how = place / "text.jsonl", {"sequence_length": 32, "global_batch_size": 1, "tokens": 64}
+    moefy.train(place / "moe", place / "trained", data=text, teacher=str(dense), **how)
+    short: dict[str, Any] = {"windows": 1, "sequence_length": 32, "split": "all"}
+    moefy.write_report(place / "report", [dense, place / "trained"], data=text, **short)
     return place
 
 
@@ -185,7 +187,12 @@ def test_what_arrives_is_the_model_and_nothing_else(
     front = yaml.safe_load(commit["files"]["README.md"].decode().split("---\n")[1])
     assert (front["license"], front["library_name"]) == ("mit", "transformers")
     assert "moe" in front["tags"]
+    if name == "trained":
+        assert b"documents of text.jsonl" in commit["files"]["README.md"]
+        assert b"--data text.jsonl" in commit["files"]["README.md"]
+        assert b"teacher: dense" in commit["files"]["README.md"]
     for each, content in commit["files"].items():
+        assert str(made).encode() not in content, each  # where things lie here is nobody's business
         (tmp_path / each).write_bytes(content)
     assert (logits(tmp_path) == logits(made / name)).all()
     assert bytes_of(made) == before
@@ -200,7 +207,7 @@ def test_the_command_says_what_it_does_on_a_terminal_of_80_columns(
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=True)
     assert "model.safetensors (" in done.stderr
     assert f"{hub.url}/{NAME}: 9 files, 0 MB, mit" in done.stdout
-    assert f"What next: moefy eval DENSE {NAME}" in done.stdout
+    assert f"What next: moefy eval {NAME}" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
     as_json = subprocess.run(
         [*command, "--json"], env=here, capture_output=True, text=True, check=True

@@ -109,7 +109,7 @@ def test_the_table_and_the_figure(
         main()
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
-    assert "8 tokens of prompt and 2 decoded, medians of 1 rounds; " in printed
+    assert "8 tokens of prompt and 2 decoded, medians of 1 round; " in printed
     assert "bfloat16" in printed
     assert "4/8" in printed
     assert "GFLOP/s" in printed

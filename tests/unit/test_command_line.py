@@ -73,6 +73,8 @@ def test_help_has_an_example_and_fits_the_terminal(command: str, width: int) -> 
     assert f"Example: moefy {command}" in " ".join(text.split())
     assert "…" not in text, "a text was cut off"
     assert "bool" not in text, "a flag takes no value"
+    told = " ".join(text.replace("│", " ").split())
+    assert not re.search(r"[:(] (?:or|and)\b|\(\)|: \.", told), "a list without its first part"
 
 
 def test_every_command_is_listed() -> None:

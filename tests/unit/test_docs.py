@@ -77,6 +77,10 @@ def csv_rows(file: Path) -> list[list[str]]:
         return list(csv.reader(lines))
 
 
+def test_the_first_screen_is_not_too_long() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
 def test_no_table_is_without_its_file() -> None:
     assert set(marked()) == {*TABLES, *COMPUTED}
 

@@ -46,13 +46,14 @@ def test_a_pruned_model_that_gains_nothing_by_its_loss_is_no_rival() -> None:
 
 def test_where_it_wins_and_by_how_much() -> None:
     assert at_equal(DESIGNS, "decode speed") == (
-        "At equal decode speed splits are better by 0.10 (12 of 16), 0.10 (8 of 16), "
-        "0.10 (8 of 16, 4 shared) nats; no pruned model reaches that of 2 of 8."
+        "At equal decode speed, the split has the lower loss for 12 of 16 (by 0.10 nats), "
+        "8 of 16 (by 0.10 nats), 8 of 16, 4 shared (by 0.10 nats). "
+        "No pruned model was as fast as 2 of 8."
     )
     # slower than the dense model, which loses nothing; at 1.6 pruning stands 0.76 above dense
     assert at_equal(DESIGNS, "prefill speed") == (
-        "At equal prefill speed pruning is better by 0.20 (12 of 16), 0.20 (8 of 16), "
-        "0.20 (8 of 16, 4 shared), 0.34 (2 of 8) nats."
+        "At equal prefill speed, pruning has the lower loss for 12 of 16 (by 0.20 nats), "
+        "8 of 16 (by 0.20 nats), 8 of 16, 4 shared (by 0.20 nats), 2 of 8 (by 0.34 nats)."
     )
     assert at_equal(DESIGNS[:2], "decode speed") == ""
 

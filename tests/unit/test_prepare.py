@@ -379,10 +379,10 @@ def test_the_command(
             main()
         assert not exit_info.value.code
     printed = capsys.readouterr()
-    table, _, rest = printed.out.partition("1 broken lines skipped")
+    table, _, rest = printed.out.partition("1 broken line skipped")
     assert "xyz" in table
     then, _, record = rest.lstrip().partition("\n")
-    assert then.startswith("What next: moefy train MODEL OUT --data")
+    assert then.startswith(f"What next: moefy train {tokenizer} {tmp_path / 'trained'} --data")
     assert json.loads(record)["domains"]["xyz"]["documents"] > 60
     assert "skipped: ab.jsonl, line 81" in printed.err
     assert re.search(r"prepare [\d,]+/[\d,]+", printed.err)

@@ -115,6 +115,15 @@ def is_hub_name(source: str | Path) -> bool:
     return bool(named) and not path.exists()
 
 
+def name_of(place: str | Path) -> str:
+    """Return what a record says of a model or a text: of a path only the last part.
+
+    Where files lie is nobody's business who reads what `push` uploads.
+    """
+    is_named = is_hub_name(place) or str(place).startswith("hf:")
+    return str(place) if is_named else Path(place).absolute().name
+
+
 def builtin(*, report: ProgressFn = silent, offline: bool = False) -> Path:
     """Return the folder of SmolLM2-135M-Instruct, dequantised from a PyPI wheel."""
     folder = cache_folder() / _BUILTIN_FOLDER

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.models import CommandFunctionType
 
+from moefy.cli.output import warn
 from moefy.errors import MoefyError, UsageError, without_secrets
 from moefy.hardware import ask_for_huge_pages
 from moefy.version import __version__
@@ -72,6 +73,7 @@ _SECRET = re.compile(
     r"KEY|TOKEN|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE
 )  # in a variable's name
 _SHORTEST_SECRET = 8  # characters; a shorter value may be a word of the message
+_STOPPED = 130  # what Typer makes of Ctrl-C
 _debug = False  # set by the callback, which runs before the command
 
 _MOVED = {
@@ -107,7 +109,10 @@ def main() -> None:
     try:
         _refuse_moved(sys.argv[1:])
         # not standalone: Typer would draw a box around a usage error of its own
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == _STOPPED:
+            warn("moefy: stopped; the same command goes on where it can, and else begins again")
+        sys.exit(code)
     except Exception as error:
         if _debug:
             print(_masked(traceback.format_exc()), file=sys.stderr)
@@ -120,7 +125,7 @@ def main() -> None:
             time.sleep(20)
         # one line, whatever the message holds: a traceback helps nobody but us
         text, code = _explained(error)
-        print(f"moefy: {_shown(text)}", file=sys.stderr)
+        warn(f"moefy: {_shown(text)}")
         sys.exit(code)
 
 

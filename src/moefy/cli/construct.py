@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 
 import moefy
 from moefy.cli.app import App, app
-from moefy.cli.options import Json, Model, Out, Overwrite, recipe_options
+from moefy.cli.options import Json, Model, Out, Overwrite, recipe_options, text_words
 from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
 from moefy.recipe import ConvertRecipe, own_recipes, recipe_text
 from moefy.report import tables
@@ -45,8 +46,8 @@ def inspect(
     title = f"{found.name}, FLOPs at a context of {length:,} tokens"
     record = {label: vars(cost) for label, cost in found.costs.items()}
     is_dense = "dense" in found.costs
-    then = f"moefy plan {source} --speedup 1.4" if is_dense else f"moefy eval {source}"
-    show(record, (tables.inspection_rows(found), title), as_json=as_json, then=then)
+    then = ["plan", source, "--speedup", "1.4"] if is_dense else ["eval", source]
+    show(record, (tables.inspection_rows(found), title), as_json=as_json, then=[then])
 
 
 @app.command()
@@ -96,12 +97,14 @@ def convert(
     else:
         size = made.split.shared * done.expert_size
         layers = f"a dense model of {done.num_layers} layers with {size} neurons each"
+    text = text_words(data)
+    taught = ["train", done.folder, f"{done.folder}-trained", "--teacher", source, *text]
     show(
         vars(done) | {"recipe": made.model_dump(mode="json")} | curve,
         *tried,
         as_json=as_json,
         text=f"{done.folder}: {layers}; {done.written_bytes / 1e6:.0f} MB{quality}",
-        then=f"moefy eval {source} {done.folder}, or moefy train {done.folder} OUT",
+        then=[["eval", source, done.folder, *text], taught],
     )
 
 
@@ -126,8 +129,8 @@ def export_to_gguf(
     Example: `moefy export gguf out/moe out/moe.gguf --quantize q4_k_m`
     """
     file = call(moefy.export_gguf, model, out, dtype=quantize, overwrite=overwrite)
-    size = f"{file}: {file.stat().st_size / 1e6:.0f} MB"
-    show(None, text=size, then=f"moefy eval {model} {file}, or llama-cli -m {file}")
+    text = f"{file}: {file.stat().st_size / 1e6:.0f} MB; llama.cpp runs it: llama-cli -m {file}"
+    show(None, text=text, then=[["eval", model, file]])
 
 
 @export.command("dense")
@@ -137,7 +140,7 @@ def export_to_dense(model: Model, out: Out, overwrite: Overwrite = False) -> Non
     Example: `moefy export dense out/moe out/dense`
     """
     folder = call(moefy.export_dense, model, out, overwrite=overwrite)
-    show(None, text=f"{folder}: dense again", then=f"moefy eval {model} {folder}")
+    show(None, text=f"{folder}: dense again", then=[["eval", model, folder]])
 
 
 @app.command()
@@ -145,7 +148,8 @@ def push(
     model: Model,
     name: Annotated[str, typer.Argument(help="OWNER/MODEL on the hub; made if there is none.")],
     license: Annotated[
-        str | None, typer.Option(help="As in apache-2.0, where the model card names none.")
+        str | None,
+        typer.Option(help="Licence such as mit, where the model card names none."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Only OWNER sees the model.")] = False,
     as_json: Json = False,
@@ -166,9 +170,15 @@ def push(
     warn(f"{len(files)} files, {sum(files.values()):,} bytes: {listed}")
     if sys.stderr.isatty():  # the hub's own bars know what is sent, which no callback tells
         enable_progress_bars()
+        with suppress(ImportError):  # its bar of large files leaves the time out
+            from huggingface_hub.utils import _xet_progress_reporting as xet
+
+            xet.XET_BYTES_BAR_FORMAT = "{l_bar}{bar}| {n_fmt}B/{total_fmt}B, {remaining} left"
     done = upload(Path(model).expanduser(), files, card, name, private=private, report=log_lines())
+    dense = card.data.get("base_model")  # a name of the hub
+    then = ["eval", *([dense] if dense else []), name]
     text = f"{done.url}: {len(files)} files, {sum(files.values()) / 1e6:.0f} MB, {done.license}"
-    show(done, as_json=as_json, text=text, then=f"moefy eval DENSE {name}, on any machine")
+    show(done, as_json=as_json, text=text, then=[then])
 
 
 recipes = App(invoke_without_command=True)
@@ -184,7 +194,7 @@ def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         texts = {name: file.read_text().partition("\n")[0] for name, file in own_recipes().items()}
         lines = [f"{name:19} {text.removeprefix('# ')}" for name, text in texts.items()]
-        show(None, text="\n".join(lines), then="moefy recipes show NAME, or --recipe NAME")
+        show(None, text="\n".join(lines), then=[["recipes", "show", next(iter(texts))]])
 
 
 @recipes.command("show")
@@ -220,5 +230,5 @@ def demo(
         (tables.comparison_rows(done.comparison), "SmolLM2-135M, held-out text"),
         text=f"{verdict(done)}\n{done.facts['elapsed_s'] / 60:.1f} minutes, "
         f"{done.facts['peak_rss_bytes'] / 2**30:.1f} GiB. Report: {done.folder / 'report.html'}",
-        then="moefy convert path/to/your-model out/moe",
+        then=[["convert", "path/to/your-model", "out/moe"]],
     )

@@ -14,7 +14,7 @@ import typer
 import moefy
 from moefy.cli import options
 from moefy.cli.app import app
-from moefy.cli.options import recipe_options
+from moefy.cli.options import recipe_options, text_words
 from moefy.cli.output import call, log_lines, quiet_libraries, show, warn
 from moefy.errors import UsageError
 from moefy.report import tables
@@ -44,8 +44,8 @@ def evaluate(
 
     done = call(moefy.evaluate, models, data=data, split=split, decode=not no_decode, **sizes)
     title = f"{done.tokens:,} {SPLIT_NAMES[split]} tokens per model"
-    then = f"moefy report out/report {' '.join(models)}"
-    show(done, (tables.comparison_rows(done), title), as_json=as_json, then=then)
+    then = ["report", "out/report", *models, *text_words(data)]
+    show(done, (tables.comparison_rows(done), title), as_json=as_json, then=[then])
 
 
 @app.command()
@@ -54,19 +54,19 @@ def bench(
         list[str],
         typer.Argument(help="Model folders, or shapes: a config.json, llama-1b or qwen3-4b."),
     ],
-    batch: Annotated[str | None, typer.Option(help="Numbers of sequences at once.")] = "1",
+    batch: Annotated[str | None, typer.Option(help="Sequences at once, as in 1,8.")] = "1",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 64,
     rounds: Annotated[int, typer.Option(help="Number of repetitions.")] = 3,
     dtype: Annotated[
         str | None,
-        typer.Option(help="As in bfloat16,q4_0. [default: float32, and q8_0 in llama.cpp]"),
+        typer.Option(help="Types, as in bfloat16,q4_0. [default: float32; q8_0 in llama.cpp]"),
     ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="transformers, llama.cpp, vllm=PYTHON (of its environment), or several with "
-            "commas. [default: what is installed; for converted folders transformers]"
+            help="transformers, llama.cpp or vllm=PYTHON, the Python of its environment; several "
+            "with commas. [default: what is installed; for converted folders transformers]"
         ),
     ] = None,
     splits: Annotated[
@@ -74,10 +74,10 @@ def bench(
         typer.Option(help="Splits of a shape, as in speed,8/16+4: 8 of 16 slices, 4 shared."),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="Measure so many layers, and scale to all.")
+        int | None, typer.Option(help="Measure so many layers, and scale the result to all.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A short prompt, the presets alone, 4 layers.")
+        bool, typer.Option("--quick", help="Short prompt, only the presets' splits, 4 layers.")
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="Picture to write, as in speed.png.")] = None,
     as_json: options.Json = False,
@@ -101,8 +101,8 @@ def bench(
 
         speed_figure(done).savefig(figure, dpi=150)
     one = len(models) == 1
-    then = f"moefy plan {models[0]} --speedup 1.4" if one else f"moefy eval {' '.join(models)}"
-    show(done, (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json, then=then)
+    then = ["plan", *models, "--speedup", "1.4"] if one else ["eval", *models]
+    show(done, (tables.speed_rows(done), tables.speed_title(done)), as_json=as_json, then=[then])
 
 
 @app.command()
@@ -121,8 +121,8 @@ def routing(
     """
     done = call(moefy.routing, models, data=data, split=split, **sizes)
     title = f"Use of the experts, {sum(done.tokens.values()):,} tokens"
-    then = f"moefy report out/report {' '.join(models)}"
-    show(done, (tables.routing_rows(done), title), as_json=as_json, then=then)
+    then = ["report", "out/report", *models, *text_words(data)]
+    show(done, (tables.routing_rows(done), title), as_json=as_json, then=[then])
 
 
 @app.command()
@@ -138,13 +138,14 @@ def suite(
     Example: `moefy suite smollm2-135m out/moe --limit 100`
     """
     names = options.listed(tasks) or ["llama-moe"]  # what a person means who names no tasks
+    few = [] if limit is None else ["--limit", limit]
     done = call(moefy.suite, models, tasks=names, limit=limit, dtype=dtype)
     show(
         done,
         (tables.suite_rows(done), "Score in percent ± standard error [95 % interval]"),
         as_json=as_json,
         text="\n".join(tables.suite_notes(done)),
-        then=f"moefy report out/report {' '.join(models)} --tasks {','.join(names)}",
+        then=[["report", "out/report", *models, "--tasks", ",".join(names), *few]],
     )
 
 
@@ -188,7 +189,10 @@ def chat(
     max_new_tokens: options.NewTokens = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="0 takes the likeliest token. [default: the model's own]"),
+        typer.Option(
+            min=0,
+            help="0 takes the likeliest token. [default: the model's own temperature]",
+        ),
     ] = None,
 ) -> None:
     """Talk to a model. Ctrl-C cuts an answer off, Ctrl-D ends; lines can be piped in.
@@ -217,7 +221,8 @@ def judge(
     model: options.Model,
     out: Annotated[Path, typer.Argument(help="Folder for answers and judgements; resumes.")],
     questions: Annotated[
-        Path | None, typer.Option(help="jsonl of question_id, category, turns. [default: MT-bench]")
+        Path | None,
+        typer.Option(help="jsonl with question_id, category, turns. [default: MT-bench]"),
     ] = None,
     endpoint: Annotated[
         str | None,
@@ -238,17 +243,16 @@ def judge(
     judged_by = {"endpoint": endpoint, "judge_model": judge_model}
     asked = {"questions": questions, "max_new_tokens": max_new_tokens, "overwrite": overwrite}
     done = call(moefy.judge, model, out, **asked, **judged_by)
-    then = f"moefy chat {model}"
     text = f"{done.unscored} of {2 * done.questions} judgements hold no mark. All are in {out}"
     if endpoint is None:
-        text = f"{out}: {done.questions} questions answered, none judged"
-        then = f"moefy judge {model} {out} --endpoint URL"
+        text = f"{out}: {done.questions} questions answered; with --endpoint URL a judge marks them"
     marks = []
     if done.score is not None:
         rows = [["", "mark"], ["all", f"{done.score:.2f}"]]
         rows += [[name, f"{mark:.2f}"] for name, mark in sorted(done.scores.items())]
         marks = [(rows, f"{model}, marked from 1 to 10 by {judge_model}")]
-    show({**vars(done), "folder": str(out)}, *marks, as_json=as_json, text=text, then=then)
+    record, then = {**vars(done), "folder": str(out)}, [["chat", model]]
+    show(record, *marks, as_json=as_json, text=text, then=then)
 
 
 def _typed_lines() -> Iterator[str]:

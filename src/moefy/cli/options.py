@@ -119,8 +119,9 @@ def _options_of(recipe: Recipe, keys: list[str]) -> Iterator[inspect.Parameter]:
         if get_origin(kind) in (Union, UnionType):  # such as `int | None`: None is "not given"
             kind = get_args(kind)[0]
         if get_origin(kind) is Literal:
-            *names, last = get_args(kind)
-            kind, text = str, f"{text}: {', '.join(names)} or {last}"
+            *others, last = get_args(kind)
+            names = " or ".join(filter(None, [", ".join(others), last]))
+            kind, text = str, f"{text}: {names}"
         default = getattr(recipe, key)
         text = f"{text}. [default: {marked['unset'] if default is None else default}]"
         # click gets a string: the recipe reads it, so that there is one check and one message
@@ -140,6 +141,15 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UsageError(f"--set {setting}: {value!r} is not valid YAML") from error
     return choices
+
+
+def text_words(data: str) -> list[str]:
+    """Return the option by which another command reads the same text; `demo` needs none."""
+    from moefy.data.shards import is_prepared, read_record
+
+    if is_prepared(data):  # only train reads tokens
+        data = read_record(Path(data).expanduser())["inputs"]["data"]
+    return [] if data in ("demo", "self") else ["--data", data]
 
 
 def counts(option: str, text: str | None) -> list[int] | None:

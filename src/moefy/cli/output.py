@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -40,11 +43,12 @@ def show(
     *tables: tuple[list[list[str]], str],
     as_json: bool | None = None,
     text: str = "",
-    then: str = "",
+    then: str | Sequence[Sequence[object]] = (),
 ) -> None:
     """Print a result: as JSON for programs, or as tables, a text and the next command for people.
 
-    `as_json` is None for a command that has no `--json`.
+    `as_json` is None for a command that has no `--json`. `then` are commands of moefy, each as its
+    words, which must run as they are printed; or a sentence.
     """
     if as_json:
         if is_dataclass(record) and not isinstance(record, type):
@@ -54,7 +58,9 @@ def show(
     for rows, title in tables:
         _print_table(rows, title, "" if as_json is None else ", or --json,")
     if text:
-        print(text)
+        print(fitted(text, sys.stdout))
+    if not isinstance(then, str):  # the second command stands below the first
+        then = f"\n{'':11}".join(f"moefy {shlex.join(map(str, words))}" for words in then)
     if then:
         print(f"What next: {then}")
 
@@ -62,7 +68,16 @@ def show(
 def warn(*lines: str) -> None:
     """Print lines on standard error, so that JSON stays JSON."""
     for line in lines:
-        print(line, file=sys.stderr)
+        print(fitted(line, sys.stderr), file=sys.stderr)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """Return a text for a terminal, which would break words; elsewhere lines stay as they are."""
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, width, **how) for line in text.splitlines())
 
 
 @contextmanager
@@ -80,25 +95,40 @@ def bars() -> Iterator[ProgressFn]:
 
     from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
     from rich.text import Text
 
     class TimeLeft(TimeRemainingColumn):
-        """The time left; of a stage that is one step, the time so far."""
+        """The time left; of a stage that is one step, the time so far or that it took."""
 
         def render(self, task: Task) -> Text:
-            so_far = f"{timedelta(seconds=round(task.elapsed or 0))} so far"
-            return Text(so_far) if task.total == 1 else super().render(task)
+            if task.total != 1:
+                return super().render(task)
+            took = task.elapsed if task.finished_time is None else task.finished_time
+            return Text(
+                f"{timedelta(seconds=round(took or 0))}{'' if task.finished else ' so far'}"
+            )
 
-    name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    # long texts go on in the next line, because the end of a note is as important as its beginning
+    name, note = (
+        TextColumn(text, markup=False, table_column=Column(overflow="fold"))
+        for text in ("{task.description}", "{task.fields[note]}")
+    )
     tasks: dict[str, Any] = {}
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeLeft(), note)
+    bar = BarColumn(bar_width=min(40, max(8, console.width - 72)))
+    columns = (name, bar, MofNCompleteColumn(), TimeLeft(), note)
     with Bars(*columns, console=console) as shown:
 
         def report(progress: Progress) -> None:
-            if progress.stage not in tasks:  # a stage begins with its first sign of life
-                tasks[progress.stage] = shown.add_task(progress.stage, note="")
-            task = tasks[progress.stage]
-            shown.update(task, total=progress.total, completed=progress.done, note=progress.note)
+            state: dict[str, Any] = {"total": progress.total, "completed": progress.done}
+            state["note"] = progress.note
+            task, done = tasks.get(progress.stage, (None, 0))
+            if task is None:  # a stage begins with its first sign of life
+                task = shown.add_task(progress.stage, **state)
+            elif progress.done < done:  # it came again, and its time begins again
+                shown.reset(task, **state)
+            shown.update(task, **state)
+            tasks[progress.stage] = task, progress.done
 
         yield report
 

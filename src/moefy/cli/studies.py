@@ -11,6 +11,7 @@ from moefy.cli.app import app
 from moefy.cli.options import Data, Json, Overwrite, ResumedOut, listed, recipe_options
 from moefy.cli.output import call, show, warn
 from moefy.errors import UsageError
+from moefy.report.tables import counted
 from moefy.studies.recipe import StudyRecipe
 
 
@@ -46,15 +47,18 @@ def study(
         "skipped": done.skipped,
         "tables": done.tables,
     }
-    text = f"{done.folder / 'study.md'}: {len(done.runs)} runs, {done.measured} of them new"
+    text = (
+        f"{done.folder / 'study.md'}: {counted(len(done.runs), 'run')}, {done.measured} of them new"
+    )
     tables = [(rows, name) for name, rows in done.tables.items()]
-    show(record, *tables, as_json=as_json, text=text, then=f"moefy plan {model} --speedup 1.4")
+    then = ["plan", model, "--speedup", "1.4"]
+    show(record, *tables, as_json=as_json, text=text, then=[then])
 
 
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Dense model folder, config.json, or as in llama-1b.")
+        str, typer.Argument(help="Dense model folder, config.json, or a shape such as llama-1b.")
     ],
     speedup: Annotated[
         float | None, typer.Option(min=0, help="Speed relative to the dense model, as in 1.5.")
@@ -63,7 +67,7 @@ def plan(
         str | None, typer.Option(help="Parameters that may run for a token, as in 80M or 3.5B.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--for", help="Splits as convert --for makes: speed or quality.")
+        str | None, typer.Option("--for", help="Purpose as in convert --for: speed or quality.")
     ] = None,
     phase: Annotated[
         Literal["decode", "prefill"], typer.Option(help="Phase that --speedup refers to.")

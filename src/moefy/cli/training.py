@@ -9,9 +9,9 @@ import typer
 
 import moefy
 from moefy.cli.app import app
-from moefy.cli.options import Data, Json, Model, Overwrite, ResumedOut, recipe_options
+from moefy.cli.options import Data, Json, Model, Overwrite, ResumedOut, recipe_options, text_words
 from moefy.cli.output import call, show, warn
-from moefy.report import tables
+from moefy.report.tables import corpus_rows, counted
 from moefy.training.recipe import TrainRecipe, TuneRecipe
 
 
@@ -37,7 +37,7 @@ def prepare(
         bool, typer.Option("--skip-broken", help="Skip broken records and count them.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads. [default: one per core]")
+        int | None, typer.Option(min=1, help="Number of threads. [default: one per core]")
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -52,11 +52,11 @@ def prepare(
     warn(*(f"skipped: {line}" for line in done.record["broken_examples"]))
     show(
         {**done.record, "folder": str(done.folder), "tokens_per_s": speed},
-        (tables.corpus_rows(done.record), f"{done.folder}, tokens of {tokenizer}"),
+        (corpus_rows(done.record), f"{done.folder}, tokens of {tokenizer}"),
         as_json=as_json,
         text=f"{done.tokens:,} tokens in {done.elapsed_s:.0f} s, {speed:,.0f} per second; "
-        f"{done.record['broken_lines']:,} broken lines skipped",
-        then=f"moefy train MODEL OUT --data {done.folder}",
+        f"{counted(done.record['broken_lines'], 'broken line')} skipped",
+        then=[["train", tokenizer, done.folder.with_name("trained"), "--data", done.folder]],
     )
 
 
@@ -93,9 +93,9 @@ def train(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
         text=f"{done.folder}: {', '.join(measured) or 'nothing measured'} on held-out text in "
-        f"{done.recipe.num_steps} steps ({done.elapsed_s:.0f} s); every step is in "
+        f"{counted(done.recipe.num_steps, 'step')} ({done.elapsed_s:.0f} s); every step is in "
         f"{done.folder / 'log.jsonl'}",
-        then=f"moefy eval {' '.join(filter(None, compared))}",
+        then=[["eval", *filter(None, compared), *text_words(data)]],
     )
 
 
@@ -133,7 +133,8 @@ def tune(
     show(
         {**vars(done), "folder": str(out), "recipe": done.recipe.model_dump(mode="json")},
         as_json=as_json,
-        text=f"{done.folder}: {loss}; {done.conversations:,} conversations ({done.cut:,} cut), "
-        f"{done.steps} steps ({done.elapsed_s:.0f} s), chat template: {done.chat_template}",
-        then=f"moefy chat {done.folder}",
+        text=f"{done.folder}: {loss}; {counted(done.conversations, 'conversation')} "
+        f"({done.cut:,} cut), {counted(done.steps, 'step')} ({done.elapsed_s:.0f} s), "
+        f"chat template: {done.chat_template}",
+        then=[["chat", done.folder]],
     )

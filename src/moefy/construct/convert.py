@@ -30,7 +30,7 @@ from moefy.checkpoint.reader import (
     side_files,
     weight_files,
 )
-from moefy.checkpoint.source import is_hub_name, origin, resolve
+from moefy.checkpoint.source import name_of, origin, resolve
 from moefy.checkpoint.targets import (
     NativeTarget,
     RouterScore,
@@ -50,7 +50,6 @@ from moefy.construct.partition.sharing import importance_by_cluster
 from moefy.construct.pipeline import split_ffn
 from moefy.construct.repair.end_to_end import train_end_to_end
 from moefy.construct.repair.fit import fit_ffn
-from moefy.data.records import HUB
 from moefy.errors import ArchitectureError
 from moefy.hardware import freed_memory_kept, training_precision
 from moefy.progress import Progress, ProgressFn, silent
@@ -389,7 +388,7 @@ def _record(
         "stage": "convert",
         "recipe": recipe.model_dump(mode="json"),
         "source": {
-            "name": str(source) if is_hub_name(source) else Path(source).name,
+            "name": name_of(source),
             **origin(source, dense.folder),
             "sha256": {},  # known when all files have been read
             "config": dense.config,
@@ -399,6 +398,6 @@ def _record(
     if windows is not None:
         # the same bytes on machines of either byte order
         tokens = hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()
-        name = str(data) if str(data).startswith(HUB) else Path(data).name
-        record["calibration"] = {"data": name, "tokens": windows.size, "sha256": tokens}
+        about = {"data": name_of(data), "tokens": windows.size, "sha256": tokens}
+        record["calibration"] = about
     return record

@@ -96,7 +96,7 @@ def _watch(model: ComparedModel, text: Windows, report: ProgressFn) -> RoutingSt
             found = trace.runs().double().sum(1).cpu().numpy()
             counts[domain] = counts[domain] + found
             trace.clear()
-            report(Progress(model.name, done, len(rows)))
+            report(Progress("routing", done, len(rows), model.name))
     loads = [load_shares(each) for each in counts.values()]
     choices = np.sum([*counts.values()], axis=0)
     load = load_shares(choices)

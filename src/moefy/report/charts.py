@@ -161,8 +161,8 @@ def loss_chart(logs: Mapping[str, Log]) -> Chart:
     axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)")
     _legend_below(figure, axes)
     caption = (
-        "Training loss: the mean over a quarter of the steps around each one, behind it every "
-        "step, which says more about the domains that it drew than about the model."
+        "Training loss. The line is a running mean over a quarter of the steps. The thin line is "
+        "each step, whose loss depends mostly on the domains that it drew."
     )
     return Chart("loss", figure, rows, caption)
 

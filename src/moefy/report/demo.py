@@ -60,7 +60,7 @@ def demo(
         facts = facts_of("moefy demo", data=DEMO, split="heldout")
         run.begin(facts)
         dense = resolve(BUILTIN, report=report)
-        recipe = recipe.model_copy(update={"teacher": str(dense)})
+        recipe = recipe.model_copy(update={"teacher": BUILTIN})
         folders = {"dense": dense} | {
             name: run.work / name.replace(" ", "-")
             for name in ("random split", "converted", "recovered")

@@ -53,18 +53,22 @@ def pruned_loss(designs: Sequence[Design], measure: str, gain: float) -> float |
 
 def at_equal(designs: Sequence[Design], measure: str) -> str:
     """Say by how many nats each split beats pruning at its own gain, or pruning beats it."""
-    wins: dict[str, list[str]] = {"splits are": [], "pruning is": []}
+    wins: dict[str, list[str]] = {"the split": [], "pruning": []}
     beyond = []
     for each in (each for each in designs if not each.pruned):
         rival = pruned_loss(designs, measure, each.gain(measure))
         if rival is None:
             beyond.append(each.name)
         else:
-            winner = "splits are" if each.nats < rival else "pruning is"
-            wins[winner].append(f"{abs(rival - each.nats):.2f} ({each.name})")
-    found = [f"{who} better by {', '.join(cases)} nats" for who, cases in wins.items() if cases]
-    found += [f"no pruned model reaches that of {', '.join(beyond)}"] if beyond else []
-    return f"At equal {measure} {'; '.join(found)}." if found else ""
+            winner = "the split" if each.nats < rival else "pruning"
+            wins[winner].append(f"{each.name} (by {abs(rival - each.nats):.2f} nats)")
+    found = [
+        f"{who} has the lower loss for {', '.join(all_)}" for who, all_ in wins.items() if all_
+    ]
+    says = [f"At equal {measure}, {'; '.join(found)}."] if found else []
+    more = "small" if measure == SIZE else "fast"
+    says += [f"No pruned model was as {more} as {', '.join(beyond)}."] if beyond else []
+    return " ".join(says)
 
 
 def frontier_figure(designs: Sequence[Design], title: str) -> Figure:

@@ -80,15 +80,21 @@ def _work(speed: Speed) -> str:
     return f"{number(speed.flops_per_s / 1e9)} GFLOP/s"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things, as in 1 round and 2 rounds."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def speed_title(comparison: SpeedComparison) -> str:
     """Say what was measured, and on what."""
     done, place = comparison, comparison.device
     if place == "cpu":
-        place = f"{done.threads} CPU threads"
+        place = counted(done.threads, "CPU thread")
     scaled = f"; measured with 1 and {done.layers} layers, and scaled to all" if done.layers else ""
     return (
         f"{done.prompt_tokens} tokens of prompt and {done.new_tokens} decoded, medians of "
-        f"{done.rounds} rounds{scaled}; {place}, which read {done.read_bytes_per_s / 1e9:.1f} GB/s"
+        f"{counted(done.rounds, 'round')}{scaled}; {place}, memory at "
+        f"{done.read_bytes_per_s / 1e9:.1f} GB/s"
     )
 
 

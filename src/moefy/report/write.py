@@ -25,7 +25,7 @@ from moefy.checkpoint.card import (
     with_results,
 )
 from moefy.checkpoint.reader import read_config
-from moefy.checkpoint.source import resolve
+from moefy.checkpoint.source import name_of, resolve
 from moefy.data.records import Side
 from moefy.errors import UsageError
 from moefy.evaluation.compare import Comparison, Result, evaluate
@@ -79,7 +79,7 @@ class Report:
     def text(self) -> str:
         """How much text was read, and which."""
         kind = SPLIT_NAMES[self.facts["settings"]["split"]]
-        data = self.facts["settings"]["data"]
+        data = name_of(self.facts["settings"]["data"])  # it goes into cards, too
         return f"{self.comparison.tokens:,} tokens of the {kind} documents of {data}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -135,7 +136,8 @@ def plan(
         )
     # A shape or a config.json has no weights, so commands cannot name it.
     has_weights = Path(model).expanduser().is_dir() or str(model) == BUILTIN
-    command = f"moefy convert {model if has_weights else 'MODEL'} OUT" + "".join(
+    named = shlex.quote(str(model)) if has_weights else "MODEL"
+    command = f"moefy convert {named} out/moe" + "".join(
         f" --{name} {count}" for name, count in asdict(best.split).items()
     )
     basis = (

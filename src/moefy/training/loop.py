@@ -21,7 +21,7 @@ import torch
 from moefy.checkpoint.card import model_card, read_record
 from moefy.checkpoint.load import mended_generation
 from moefy.checkpoint.reader import GENERATION, read_config, side_files, weight_files
-from moefy.checkpoint.source import origin, resolve
+from moefy.checkpoint.source import name_of, origin, resolve
 from moefy.errors import CheckpointError
 from moefy.progress import Progress, ProgressFn
 from moefy.recipe import Recipe
@@ -215,10 +215,12 @@ def _record(
     result: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return moefy.json: what was done, with which versions, and the source's own moefy.json."""
+    places = ("data", "teacher", "chat_template")
+    named = {key: name_of(identity[key]) for key in places if identity.get(key)}
     return {
         "moefy": __version__,
         "stage": stage,
-        "run": identity,
+        "run": identity | named,
         **({"result": result} if result else {}),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "from": came_from,

@@ -72,7 +72,7 @@ class Lora(Recipe):
 
     rank: Positive = Field(16, description="Rank of the adapters")
     alpha: float = Field(32.0, gt=0, description="Scale of the adapters, times 1 / rank")
-    modules: Literal["attention", "all"] = Field("attention", description="all: but the routers")
+    modules: Literal["attention", "all"] = Field("attention", description="all: all but routers")
 
 
 class Parallel(Recipe):
@@ -140,10 +140,10 @@ class LoopRecipe(Recipe):
     micro_batch_size: Positive = Field(1, description="Sequences a process computes at once")
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 1e-4
     warmup_fraction: Fraction = Field(0.1, description="Share of the steps with a rising rate")
-    weight_decay: NonNegative = Field(0.1, description="AdamW's, of matrices alone")
+    weight_decay: NonNegative = Field(0.1, description="AdamW's weight decay, on matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are scaled down to it")
     router_lr_scale: NonNegative = Field(0.01, description="Routers' rate over the others'")
-    precision: Precision = Field("auto", description="Of products; auto: bfloat16 if it is fast")
+    precision: Precision = Field("auto", description="Number type; auto: bfloat16 if fast")
     parallel: Parallel = Field(Parallel(), description="How processes share the work")
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more time")
     checkpoint_every_steps: int = Field(100, ge=0, description="Steps between checkpoints; 0: none")
@@ -207,7 +207,7 @@ class TrainRecipe(LoopRecipe):
         None, ge=0, description="Steps between held-out losses; None: before and after, 0: never"
     )
     heldout_sequences: Positive | None = Field(
-        None, description="Sequences of each domain for that; None: 8, fewer in a short run"
+        None, description="Held-out sequences of a domain; None: 8, fewer in a short run"
     )
     trackers: tuple[Tracker, ...] = Field((), description="Where steps are logged, too")
 
@@ -293,21 +293,21 @@ class TuneRecipe(LoopRecipe):
     global_batch_size: Positive = Field(128, description="Conversations of a step")
     learning_rate: Annotated[float, option("Peak learning rate", gt=0)] = 2e-5
     warmup_fraction: Fraction = Field(0.03, description="Share of the steps with a rising rate")
-    weight_decay: NonNegative = Field(0.0, description="AdamW's, of matrices alone")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's weight decay, on matrices")
     checkpoint_every_steps: int = Field(25, ge=0, description="Steps between checkpoints; 0: none")
 
     epochs: Annotated[int, option("Number of passes over the conversations", ge=1)] = 2
     router: Annotated[
-        Literal["frozen", "balanced"], option("Whether routers stay or learn, kept balanced")
+        Literal["frozen", "balanced"], option("Whether routers stay as they are, or learn balanced")
     ] = "frozen"
-    balance_coefficient: NonNegative = Field(1e-2, description="Weight of the loss that does it")
+    balance_coefficient: NonNegative = Field(1e-2, description="Weight of the loss that balances")
     lora_rank: Annotated[int, option("Rank of LoRA adapters; 0 trains all weights", ge=0)] = 0
-    lora_alpha: float | None = Field(None, gt=0, description="Scale of these; None: twice the rank")
+    lora_alpha: float | None = Field(None, gt=0, description="Their scale; None: twice the rank")
     chat_template: Annotated[
         str | None,
-        option("chatml or a Jinja file", unset="the model's own, else chatml"),
+        option("Chat template: chatml or a Jinja file", unset="the model's own, else chatml"),
     ] = None
-    heldout_conversations: int = Field(100, ge=0, description="Most that are measured")
+    heldout_conversations: int = Field(100, ge=0, description="Held-out conversations at most")
 
     @model_validator(mode="after")
     def _choices_fit(self) -> TuneRecipe:
