@@ -31,6 +31,7 @@ TABLES = {
     "speed": "runtimes/speed",
     "output-loss": "training/output-loss",
     "router-noise": "training/router-noise",
+    "recovery": "training/recovery",
     "expert-layers": "performance/expert-layers",
     "expert-rows": "performance/expert-rows",
     "step-overhead": "performance/step-overhead",

@@ -60,8 +60,8 @@ class Distillation(Recipe):
 
     renamed: ClassVar[dict[str, str]] = {"weight": "alpha"}
 
-    # half did best on text that is not the teacher's own (docs/objective.md)
-    alpha: Fraction = Field(0.5, description="Teacher's share of the loss; the rest is next-token")
+    # nearest to the teacher; half learns the training text besides (docs/training.md)
+    alpha: Fraction = Field(1.0, description="Teacher's share of the loss; the rest is next-token")
     temperature: float = Field(1.0, gt=0, description="Divides both models' logits")
     layers: Literal["none", "residual", "ffn"] = Field("none", description="Outputs to match too")
     layer_weight: NonNegative = Field(1.0, description="Weight of the layers' distance")
