@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from importlib.metadata import distribution
@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from tests.conftest import write_tiny_llama
 
 import moefy
 
 ROOT = Path(__file__).parents[2]
+CHOICES = ("--experts", "4", "--active", "2", "--effort", "fast", "--data", "text")
 NEEDED = {
     "recipes/llama-moe.yaml",
     "checkpoint/families.yaml",
@@ -86,11 +88,14 @@ def test_the_wheel_of_the_sdist_runs(tmp_path: Path) -> None:
     files = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file()}
     assert held >= {file for file in files if "__pycache__" not in file}
 
-    # an empty environment that reads the libraries where they are; the editable moefy is not among
-    # them, because a .pth file names it, and Python reads none in a folder that a .pth file adds
+    # an environment that has what pip would install beside the wheel, and nothing else
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     (place,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (place / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    for name in brought_by("moefy") - {"moefy"}:
+        package = distribution(name)
+        for top in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
+            if not (place / top).exists():
+                (place / top).symlink_to(package.locate_file(top))
     python = tmp_path / "venv/bin/python"
     run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
     command = tmp_path / "venv/bin/moefy"
@@ -99,3 +104,14 @@ def test_the_wheel_of_the_sdist_runs(tmp_path: Path) -> None:
     assert "6.74B" in run(command, "inspect", "llama-2-7b", folder=tmp_path)
     where = run(python, "-c", "import moefy; print(moefy.__file__)", folder=tmp_path)
     assert where.startswith(str(place))
+
+    write_tiny_llama(tmp_path / "dense")
+    (tmp_path / "text").mkdir()
+    lines = (json.dumps({"text": f"some words {i} " * 60}) + "\n" for i in range(200))
+    (tmp_path / "text/notes.jsonl").write_text("".join(lines))
+    run(command, "convert", "dense", "moe", *CHOICES, folder=tmp_path)
+    lengths = ("--tokens", "256", "--sequence-length", "128", "--data", "text")
+    run(command, "train", "moe", "trained", "--teacher", "dense", *lengths, folder=tmp_path)
+    assert "perplexity" in run(
+        command, "eval", "dense", "trained", "--data", "text", folder=tmp_path
+    )
