@@ -1,4 +1,4 @@
-"""moefy turns a dense LLaMA-family language model into a Mixture-of-Experts model.
+"""moefy turns a dense language model into a Mixture-of-Experts model.
 
 >>> import moefy
 >>> moefy.convert("smollm2-135m", "out/moe", experts=16, active=4)   # doctest: +SKIP

@@ -317,10 +317,11 @@ class RunFolder:
                 )
 
     def _in_the_way(self, marker: Marker | None) -> OutputError:
-        what = f"holds a {marker.state} {marker.kind}" if marker else "exists"
-        return OutputError(
-            f"{self.out} {what} and is not empty: choose another folder or pass --overwrite"
-        )
+        what = "exists and is not empty"
+        if marker:
+            an = "an" if marker.state == "unfinished" else "a"
+            what = f"holds {an} {marker.state} {marker.kind}"
+        return OutputError(f"{self.out} {what}: choose another folder or pass --overwrite")
 
     def _other_settings(self, marker: Marker, identity: Mapping[str, Any]) -> OutputError:
         an = "an" if marker.state == "unfinished" else "a"

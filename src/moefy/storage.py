@@ -75,10 +75,10 @@ def _state(path: Path) -> list[int]:
 
 
 def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say of each key that differs what it was and what it is now."""
+    """Say of each key that differs what it was and what it is now, a SHA-256 last."""
     return [
         f"{key}: was {found.get(key)!r}, now {wanted.get(key)!r}"
-        for key in sorted({*found, *wanted})
+        for key in sorted({*found, *wanted}, key=lambda key: (len(str(wanted.get(key))), key))
         if found.get(key) != wanted.get(key)
     ]
 

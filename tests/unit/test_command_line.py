@@ -253,7 +253,7 @@ def test_a_narrow_terminal_shows_the_most_important_columns(
     ]
     rows = comparison_rows(Comparison("smollm2-135m", 8176, 512, results))
     title = "8,176 [i]held-out[/i] tokens"
-    main = ["model", "KL to dense", "loss above", "active", "decode tok/s", "perplexity"]
+    main = ["model", "KL to dense", "loss above", "perplexity", "decode tok/s", "active"]
     for width, count in ((60, 4), (80, 5), (100, 6)):
         monkeypatch.setenv("COLUMNS", str(width))
         lines = drawn(capsys, rows, title)

@@ -33,6 +33,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ("convert", "Missing argument 'source'"),
         ("convert a b --nonsense", "No such option: --nonsense"),
         ("conver a b", "No such command 'conver'"),
+        ("export a b.gguf", "No such command 'a': see `moefy export gguf --help` or `moefy export"),
         ("bench a --rounds many", "Invalid value for '--rounds'"),
     ],
 )
@@ -42,6 +43,16 @@ def test_a_wrong_word_is_named_in_one_line(
     line = said(*words.split())
     assert line.startswith(f"moefy: {message}")
     assert line.endswith("--help`")
+
+
+def test_a_folder_of_nearly_the_same_name_is_named(
+    said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out/moe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = said("eval", "out/moee")
+    assert line.startswith("moefy: out/moee is no local folder (did you mean out/moe?) and the hub")
 
 
 def test_a_message_is_short_and_shows_no_secret(

@@ -135,7 +135,7 @@ def inspect(
     """Count parameters and FLOPs of a model and of its Mixture-of-Experts splits.
 
     Reads config.json only. A dense model is shown beside the given split, or beside the paper's
-    three (2/16, 4/16, 2/8); a converted model is shown alone.
+    three (2/16, 4/16, 2/8), 8/16 and what `convert` makes; a converted model is shown alone.
 
     Args:
         source: a model folder, a config.json, or a name in `SHAPES`.
@@ -158,7 +158,9 @@ def inspect(
         label = f"{counted.active_experts}/{counted.experts}"
         return Inspection(str(source), config, {label: counted})
 
-    splits = [Split(16, 2), Split(16, 4), Split(8, 2)]  # of the paper's three models
+    # the paper's three, half of 16, and what `convert` makes
+    usual = [Split(16, 2), Split(16, 4), Split(8, 2), Split(16, 8)]
+    splits = [*usual, Split.of(config["intermediate_size"])]
     if asked:
         splits = [Split.of(config["intermediate_size"], experts, active, 0)]
     costs = {"dense": counted}

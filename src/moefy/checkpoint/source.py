@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,13 @@ def _write_plain(
     report(Progress(stage, count, count))
 
 
+def _near(name: str) -> str:
+    """Return a folder that lies beside and whose name is nearly the same, for a message."""
+    beside = {file.name: str(file) for file in Path(name).parent.glob("*/")}
+    found = get_close_matches(Path(name).name, beside, 1)
+    return f" (did you mean {beside[found[0]]}?)" if found else ""
+
+
 def _from_hub(name: str, offline: bool) -> Path:
     """Return the hub's snapshot of a model, with the weight files that are read and no others."""
     from huggingface_hub import snapshot_download
@@ -343,7 +351,7 @@ def _from_hub(name: str, offline: bool) -> Path:
     except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{name} is no local folder and the hub did not give it ({first_line}): name a local "
-            f"folder or .gguf file, use {BUILTIN}, or connect to the hub"
+            f"{name} is no local folder{_near(name)} and the hub did not give it ({first_line}): "
+            f"name a local folder or .gguf file, use {BUILTIN}, or connect to the hub"
         ) from error
     return folder

@@ -66,7 +66,7 @@ app = App(
     invoke_without_command=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Turn a dense LLaMA-family model into a Mixture-of-Experts model.",
+    help="Turn a dense language model into a Mixture-of-Experts model.",
 )
 _LONGEST = 480  # characters of a message
 _SECRET = re.compile(
@@ -109,7 +109,7 @@ def main() -> None:
     try:
         _refuse_moved(sys.argv[1:])
         # not standalone: Typer would draw a box around a usage error of its own
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="moefy", standalone_mode=False) or 0
         if code == _STOPPED:
             warn("moefy: stopped; the same command goes on where it can, and else begins again")
         sys.exit(code)
@@ -136,7 +136,11 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.Abort):
         return "stopped", 1
     if hasattr(error, "format_message"):  # of Typer: a word of the command line is wrong
-        return f"{error.format_message().rstrip('.')}: see `moefy … --help`", 2
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "moefy"
+        below = getattr(context.command, "commands", {}) if context and context.parent else {}
+        ways = " or ".join(f"`{path} {name} --help`" for name in below)
+        return f"{error.format_message().rstrip('.')}: see {ways or f'`{path} --help`'}", 2
     if isinstance(error, ImportError):
         parts = "and the extras that you use, as in 'moefy[gguf]'"
         return f"the installation lacks a part ({error}): pip install --upgrade moefy, {parts}", 1
@@ -144,7 +148,7 @@ def _explained(error: Exception) -> tuple[str, int]:
         # the system's and not ours: a file that disappeared, a disk that fails, a lost network
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}: check the place, and run the command again", 2
-    bug = "this is a bug: run `moefy --debug …` for the traceback and report it"
+    bug = "this is a bug: run it again with --debug behind moefy, and report the traceback"
     return f"unexpected {type(error).__name__}: {error} ({bug})", 1
 
 

@@ -37,7 +37,7 @@ def inspect(
 ) -> None:
     """Count parameters and FLOPs of a model and a split, without weights.
 
-    Without --experts and --active, the LLaMA-MoE paper's splits are shown.
+    Without --experts and --active: the LLaMA-MoE paper's splits, 8/16, and what `convert` makes.
 
     Example: `moefy inspect llama-2-7b --experts 16 --active 4`
     """
@@ -129,7 +129,7 @@ def export_to_gguf(
     Example: `moefy export gguf out/moe out/moe.gguf --quantize q4_k_m`
     """
     file = call(moefy.export_gguf, model, out, dtype=quantize, overwrite=overwrite)
-    text = f"{file}: {file.stat().st_size / 1e6:.0f} MB; llama.cpp runs it: llama-cli -m {file}"
+    text = f"{file}: {file.stat().st_size / 1e6:.0f} MB; docs/tutorials/serve.md serves it"
     show(None, text=text, then=[["eval", model, file]])
 
 

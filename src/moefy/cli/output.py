@@ -24,10 +24,11 @@ Result = TypeVar("Result")
 
 _UNLIMITED = 10_000  # columns
 _MAIN = (
-    *("", "model", "phase", "tok/s", "/ dense", "KL to dense", "loss above", "active"),
-    *("decode tok/s", "perplexity", "prefill tok/s", "decode", "prefill", "nats above dense"),
+    *("meets target", "model", "phase", "tok/s", "/ dense", "KL to dense", "loss above"),
+    *("perplexity", "decode tok/s", "active", "prefill tok/s", "decode", "prefill"),
+    "nats above dense",
 )
-"""Columns that a narrow terminal keeps as long as it can; "" marks rows."""
+"""Columns that a narrow terminal keeps as long as it can."""
 _MINOR = {"items": 1, "metric": 2, "shots": 3}
 """Columns that it leaves out before all others."""
 
@@ -115,9 +116,12 @@ def bars() -> Iterator[ProgressFn]:
         for text in ("{task.description}", "{task.fields[note]}")
     )
     tasks: dict[str, Any] = {}
-    bar = BarColumn(bar_width=min(40, max(8, console.width - 72)))
-    columns = (name, bar, MofNCompleteColumn(), TimeLeft(), note)
-    with Bars(*columns, console=console) as shown:
+    # a narrow terminal folds the texts, and cuts no count and no time
+    whole = Column(no_wrap=True)
+    bar = BarColumn(bar_width=min(40, max(8, console.width - 72)), table_column=whole)
+    counts = MofNCompleteColumn(table_column=whole), TimeLeft(table_column=whole)
+    # a step may take minutes, and the time left needs two of them
+    with Bars(name, bar, *counts, note, console=console, speed_estimate_period=3600) as shown:
 
         def report(progress: Progress) -> None:
             state: dict[str, Any] = {"total": progress.total, "completed": progress.done}

@@ -112,7 +112,7 @@ def plan(
             continue
         counted = cost(made, context=context)
         speeds, source = _speeds(split, dense.total_params)
-        fast = speeds[phase] >= (speedup or 0)
+        fast = round(speeds[phase], 2) >= (speedup or 0)  # as the table shows it
         fits = fast and (active_params is None or counted.active_params <= active_params)
         same = [each for each in measured_splits() if _split(each) == split]
         nats = next((each.nats for each in same), None)
@@ -208,12 +208,15 @@ def plan_rows(plan: Plan) -> Rows:
     columns: Columns[PlannedSplit] = [
         ("split", lambda each: f"{each.split.active}/{each.split.experts}"),
         ("shared", lambda each: str(each.split.shared)),
-        ("active parameters", lambda each: millions(each.cost.active_params)),
+        ("active", lambda each: millions(each.cost.active_params)),
         ("of dense", lambda each: f"{each.cost.active_params / plan.dense.total_params:.0%}"),
         ("prefill", lambda each: f"× {each.prefill:.2f}"),
         ("decode", lambda each: f"× {each.decode:.2f}"),
         ("speed measured of", lambda each: each.source),
         ("nats above dense", lambda each: shown(each.nats, ".3f")),
-        ("", lambda each: "recommended" if each == plan.recommended else "yes" * each.fits),
+        (
+            "meets target",
+            lambda each: "recommended" if each == plan.recommended else "yes" * each.fits,
+        ),
     ]
     return table(plan.candidates, columns)
