@@ -488,6 +488,15 @@ def test_a_size_that_no_model_has_costs_no_memory(tmp_path: Path, key: str) -> N
         moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
 
 
+def test_half_a_number_is_no_size(tmp_path: Path) -> None:
+    """LFM2 does not declare the key, so transformers does not check it."""
+    dense = write_tiny_model(tmp_path / "dense", "lfm2")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"head_dim": 0.5}))
+    with pytest.raises(CheckpointError, match=r"head_dim = 0.5: a positive integer is needed"):
+        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
+
+
 def test_what_transformers_refuses_is_named_by_its_keys(tmp_path: Path) -> None:
     """Also where a default, 48 heads, is at odds with what the file says."""
     dense = write_tiny_model(tmp_path / "dense", "cwm")

@@ -169,7 +169,9 @@ def _problems(config: Mapping[str, Any], kind: Any) -> Iterator[tuple[str, str]]
             yield key, "it would replace a part of transformers' config class"
         elif key in {*declared, *_ROTARY} and not all(map(_is_sound, _numbers(value))):
             yield key, "no model has such a number"
-        elif key in (*SIZES, "sliding_window") and isinstance(value, int) and value < 1:
+        elif key in (*SIZES, "sliding_window") and (
+            isinstance(value, float) or (isinstance(value, int) and value < 1)
+        ):
             yield key, "a positive integer is needed"
         elif key.endswith(("dropout", "_pdrop")) and any(not 0 <= p <= 1 for p in _numbers(value)):
             yield key, "a probability is needed"
