@@ -29,6 +29,7 @@ TABLES = {
     "machine": "runtimes/machine",
     "experts": "runtimes/experts",
     "speed": "runtimes/speed",
+    "prefill-profile": "performance/prefill-profile",
     "output-loss": "training/output-loss",
     "router-noise": "training/router-noise",
     "recovery": "training/recovery",
