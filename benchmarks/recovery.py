@@ -130,7 +130,7 @@ def train(asked: argparse.Namespace, start: str, row: str, seed: int) -> None:
         "heldout_tokens": 512 * 7 * asked.heldout,
     }
     file.write_text(json.dumps(record) + "\n")
-    print(name, f"{done.kl_before:.3f} -> {done.kl_after:.3f}", flush=True)
+    print(name, done.kl_before, "->", done.kl_after, flush=True)
     if not asked.keep:
         shutil.rmtree(out)
 
@@ -140,7 +140,8 @@ def publish(runs: Path) -> None:
     found = [json.loads(file.read_text()) for file in sorted(runs.glob("*.json"))]
     dense = {(r["tokens"], r["seed"]): r["loss"] for r in found if r["start"] == "dense"}
     records = []
-    for run in sorted(found, key=lambda r: (r["start"], -r["tokens"], r["kl"], r["seed"])):
+    trained = [run for run in found if run["start"] != "dense"]
+    for run in sorted(trained, key=lambda r: (r["start"], -r["tokens"], r["kl"], r["seed"])):
         twin = dense.get((run["tokens"], run["seed"]))
         records.append(
             {
