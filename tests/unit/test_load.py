@@ -14,6 +14,7 @@ import moefy
 from moefy.checkpoint.families import dense_config
 from moefy.checkpoint.load import load_model, load_tokenizer, mended_generation
 from moefy.errors import ArchitectureError, CheckpointError, UsageError
+from moefy.experts.routers import routers_of
 from moefy.progress import Progress
 from moefy.recipe import LLAMA_MOE
 
@@ -93,3 +94,18 @@ def test_a_longest_text_that_is_no_number_is_refused(make_llama: Callable[..., P
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": []}))
     with pytest.raises(CheckpointError, match="model_max_length is no number"):
         load_tokenizer(file.parent)
+
+
+def test_a_router_of_sigmoids_chooses_in_bfloat16_as_in_float32(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "moe"
+    recipe = LLAMA_MOE | {"partition": "random", "router": "random", "repair": "none"}
+    counts = {"experts": 8, "active": 4, "shared": 1, "target": "glm4_moe"}
+    moefy.convert(make_llama(), out, **recipe | counts)
+    router = routers_of(load_model(out, dtype=torch.float32))[0]
+    inputs = torch.randn(64, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, weights, chosen = router(inputs)
+    _, expected, same = router(inputs)
+    assert torch.equal(chosen, same) and torch.equal(weights, expected)

@@ -12,7 +12,7 @@ from moefy.checkpoint.bounded import try_added_tokens
 from moefy.checkpoint.cost import ffn_shape
 from moefy.checkpoint.expert_layers import register
 from moefy.checkpoint.reader import GENERATION, read_config, read_json, tensor_files
-from moefy.checkpoint.targets import check_known
+from moefy.checkpoint.targets import TARGETS, check_known
 from moefy.errors import CheckpointError, reason
 from moefy.hardware import device
 
@@ -63,6 +63,12 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **optio
                 "the first: the folder is incomplete, or config.json belongs to another model"
             )
     model.config.return_dict = True  # a config.json may say that models return tuples
+    target = TARGETS.get(config.get("model_type", ""))
+    if target and target.score != "softmax":
+        # a fitted router's logits are near 0, and a sigmoid near 1/2 has too few digits in bfloat16
+        for name, module in model.named_modules():
+            if name.endswith(".gate"):
+                module.forward = torch.autocast(device().type, enabled=False)(module.forward)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig(**generation)
     return model.eval()
