@@ -103,9 +103,9 @@ def in_short(rows: list[Record]) -> str:
     return f"""At the shape of {shape} a split decodes up to {decode:.2f} times and reads
 prompts up to {prefill:.2f} times as fast as the dense model. **Do not convert for speed if**
 
-- prompts are long and answers short: {", ".join(slow) or "no split"} read prompts no faster;
-- a smaller dense model is good enough: pruned to the same active size, it reads prompts faster
-  than any split, and only {", ".join(wins) or "no split"} decode faster. But splits lose less;
+- your prompts are long: {", ".join(slow) or "no split"} do not read them noticeably faster;
+- a pruned model is good enough: of the same active size it reads prompts faster than any split,
+  and only {", ".join(wins) or "no split"} decode faster. A split loses less quality;
 - {clients[1]} clients ask at once: together they need most of the experts, and get {clients[3]}
   times as many tokens per second as from the dense model (SmolLM2-135M, 8 of 16 slices).
 """

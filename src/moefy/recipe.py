@@ -164,7 +164,7 @@ class ConvertRecipe(Recipe):
     """
 
     experts: Annotated[
-        int | None, option("Number of slices that every FFN is cut into, E", unset="at most 64")
+        int | None, option("Number of slices that every FFN is cut into, E", unset="64 or fewer")
     ] = None
     active: Annotated[
         int | None, option("Number of slices that run for a token, k", unset="half of --experts")
