@@ -108,4 +108,5 @@ def test_a_router_of_sigmoids_chooses_in_bfloat16_as_in_float32(
     with torch.autocast("cpu", torch.bfloat16):
         _, weights, chosen = router(inputs)
     _, expected, same = router(inputs)
-    assert torch.equal(chosen, same) and torch.equal(weights, expected)
+    assert torch.equal(chosen, same)
+    assert torch.equal(weights, expected)
