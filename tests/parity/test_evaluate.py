@@ -162,7 +162,7 @@ def test_the_text_is_called_what_it_is(make_llama: Callable[..., Path], corpus: 
     short = ["--windows", "1", "--sequence-length", "8", "--no-decode"]
     for split, name in {"heldout": "held-out", "train": "training"}.items():
         command = ["eval", str(make_llama()), "--data", str(corpus), "--split", split, *short]
-        assert f"14 {name} tokens per model" in CliRunner().invoke(app, command).stdout
+        assert f"14 {name} tokens per model; loss above" in CliRunner().invoke(app, command).stdout
 
 
 def test_too_little_text_is_refused(make_llama: Callable[..., Path], corpus: Path) -> None:

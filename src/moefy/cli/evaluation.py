@@ -44,6 +44,8 @@ def evaluate(
 
     done = call(moefy.evaluate, models, data=data, split=split, decode=not no_decode, **sizes)
     title = f"{done.tokens:,} {SPLIT_NAMES[split]} tokens per model"
+    if done.reference:
+        title += f"; loss above {done.reference}'s in nats per token"
     then = ["report", "out/report", *models, *text_words(data)]
     show(done, (tables.comparison_rows(done), title), as_json=as_json, then=[then])
 
