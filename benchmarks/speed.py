@@ -100,12 +100,13 @@ def in_short(rows: list[Record]) -> str:
     # the second of two columns of one name, in the last row
     clients = (DOCS / "runtimes/serving.csv").read_text().splitlines()[-1].split(",")
     decode, prefill = best[RATIOS[1]], best[RATIOS[0]]
+    decoding = f"only {', '.join(wins)} decode faster" if wins else "decodes faster, too"
     return f"""At the shape of {shape} a split decodes up to {decode:.2f} times and reads
 prompts up to {prefill:.2f} times as fast as the dense model. **Do not convert for speed if**
 
 - your prompts are long: {", ".join(slow) or "no split"} do not read them noticeably faster;
 - a pruned model is good enough: of the same active size it reads prompts faster than any split,
-  and only {", ".join(wins) or "no split"} decode faster. A split loses less quality;
+  and {decoding}. A split of its size loses less quality;
 - {clients[1]} clients ask at once: together they need most of the experts, and get {clients[3]}
   times as many tokens per second as from the dense model (SmolLM2-135M, 8 of 16 slices).
 """

@@ -26,7 +26,7 @@ def row(active: int, experts: int, shared: int, decode: float, **other: Any) -> 
 ROWS = [
     row(8, 16, 8, 3.0),  # pruned: never a candidate
     row(8, 16, 0, 1.5, nats=0.5),
-    row(8, 16, 4, 1.4),
+    row(8, 16, 4, 1.399),  # which the table shows as 1.40
     row(4, 16, 0, 1.8),
     row(32, 64, 16, 1.3),
     row(8, 16, 0, 1.1, shape="smollm2-135m"),
@@ -43,7 +43,7 @@ def test_the_speeds_that_come_with_moefy() -> None:
     known = {Split(r.experts, r.active, r.shared): r for r in measured_splits()}
     for each in found.candidates:
         assert (each.prefill, each.decode) == (known[each.split].prefill, known[each.split].decode)
-    assert found.recommended.split == Split(64, 32, 16)  # 1.399, which the table shows as 1.40
+    assert round(known[found.recommended.split].decode, 2) >= 1.4
 
 
 def test_the_largest_share_at_a_speed(rows: None) -> None:
