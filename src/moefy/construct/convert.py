@@ -268,9 +268,8 @@ def _write(
 
     The source is hashed meanwhile.
     """
-    if target is None:
-        config = pruned_config(dense.config, split)
-    else:
+    config = pruned_config(dense.config, split)
+    if target:
         config = target_config(target, dense.config, split, dtype=dense.dtype)
     if is_unbiased_in_vllm(config):
         note = "vLLM 0.32 answers nonsense from it: see Limits in its README.md"
@@ -294,10 +293,9 @@ def _write(
             for name, tensor in native_layer(dense, layer_idx, ffn, target):
                 writer.add(placed(name), tensor)
             slots.append(ffn.partition.slots)
-            note = ""
-            if ffn.error:
-                errors.append(asdict(ffn.error))
-                note = f"held-out error {ffn.error.before:.3f} → {ffn.error.after:.3f}"
+            error = ffn.error
+            errors += [asdict(error)] if error else []
+            note = f"held-out error {error.before:.3f} → {error.after:.3f}" if error else ""
             del ffn  # before the next layer is made, so that only one is in memory
             report(Progress("convert", layer_idx + 1, dense.num_layers, note))
         np.save(folder / PARTITION, np.array(slots, dtype=np.int32))
@@ -397,7 +395,6 @@ def _record(
     }
     if windows is not None:
         # the same bytes on machines of either byte order
-        tokens = hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()
-        about = {"data": name_of(data), "tokens": windows.size, "sha256": tokens}
-        record["calibration"] = about
+        read = hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()
+        record["calibration"] = {"data": name_of(data), "tokens": windows.size, "sha256": read}
     return record
