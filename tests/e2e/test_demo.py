@@ -20,7 +20,7 @@ SMALL = {"experts": 4, "active": 2, "tokens": 2048}
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a tiny model stand in for SmolLM2-135M."""
     dense = write_tiny_llama(tmp_path / "dense", max_position_embeddings=512)
-    monkeypatch.setattr(demo, "resolve", lambda *_, **__: dense)
+    monkeypatch.setattr(demo, "BUILTIN", str(dense))
 
 
 def test_the_folder_and_its_numbers(tmp_path: Path) -> None:
@@ -34,6 +34,7 @@ def test_the_folder_and_its_numbers(tmp_path: Path) -> None:
         results["comparison"]["results"][3]["perplexity"] == done.comparison.results[3].perplexity
     )
     assert results["train_recipe"]["tokens"] == 2048
+    assert results["train_recipe"]["distillation"]["alpha"] == 0.5  # of the recipe "demo"
     assert {"elapsed_s", "peak_rss_bytes", "machine"} < set(results)
     page = (out / "report.html").read_text()
     assert page.count("<img") == 3

@@ -243,7 +243,7 @@ def test_overwrite_keeps_what_the_run_reads(
 def test_a_prepared_corpus_is_no_unfinished_run(moe: Path, corpus: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     moefy.prepare(corpus, tokens, tokenizer=str(moe), workers=1)
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="holds a finished corpus"):
         moefy.train(moe, tokens, data=corpus, tokens=128, **SHORT)
     with pytest.raises(OutputError, match="holds a corpus, so --overwrite will not delete it"):
         moefy.train(moe, tokens, data=corpus, tokens=128, overwrite=True, **SHORT)

@@ -54,13 +54,13 @@ def demo(
     """
     started = time.perf_counter()
     # refused before anything is fetched; the models are measured at the end, and not in training
-    recipe = TrainRecipe.build(tokens=tokens, seed=seed, evaluate_every_steps=0)
+    chosen = {"tokens": tokens, "seed": seed, "teacher": BUILTIN}
+    recipe = TrainRecipe.build("demo", **chosen, evaluate_every_steps=0)
     common: dict[str, Any] = {"seed": seed, "report": report}
     with RunFolder(out, "demo", overwrite=overwrite) as run:
         facts = facts_of("moefy demo", data=DEMO, split="heldout")
         run.begin(facts)
         dense = resolve(BUILTIN, report=report)
-        recipe = recipe.model_copy(update={"teacher": BUILTIN})
         folders = {"dense": dense} | {
             name: run.work / name.replace(" ", "-")
             for name in ("random split", "converted", "recovered")
