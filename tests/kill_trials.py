@@ -164,7 +164,7 @@ def _content(file: Path) -> Any:
         return [{k: v for k, v in row.items() if k not in _SPEEDS} for row in rows]
     if file.name == "study.md":
         lines = re.sub("× [0-9.]+", "×", file.read_text()).splitlines()
-        return [line for line in lines if not line.startswith("At equal")]
+        return [line for line in lines if not line.startswith(("At equal", "No pruned"))]
     # these show speeds
     if file.suffix in (".html", ".png") or file.name in ("results.md", "quality-decode.csv"):
         return "shown"
