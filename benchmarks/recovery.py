@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
+from fit import MODEL
 from publish import publish_table, rows_of
 
 import moefy
 
 DOCS = Path(__file__).parents[1] / "docs"
-MODEL = "smollm2-135m"
 SPLITS: dict[str, dict[str, int]] = {
     "split": {"experts": 16, "active": 8, "shared": 0},
     "pruned": {"experts": 16, "active": 8, "shared": 8},
@@ -104,7 +103,6 @@ def train(asked: argparse.Namespace, start: str, row: str, seed: int) -> None:
         return
     settings = {"sequence_length": 512, "heldout_sequences": asked.heldout} | ROWS[row]
     per_step = settings["sequence_length"] * settings.get("global_batch_size", 1)
-    started = time.monotonic()
     out = asked.work / "models" / name
     done = moefy.train(
         start_of(asked.work, start, asked.data),
@@ -123,11 +121,9 @@ def train(asked: argparse.Namespace, start: str, row: str, seed: int) -> None:
         "seed": seed,
         "kl_before": done.kl_before,
         "kl": done.kl_after,
-        "loss_before": done.heldout_before,
         "loss": done.heldout_after,
         "train_minutes": done.elapsed_s / 60,
-        "minutes": (time.monotonic() - started) / 60,
-        "heldout_tokens": 512 * 7 * asked.heldout,
+        "heldout_tokens": settings["sequence_length"] * 7 * asked.heldout,  # of seven domains
     }
     file.write_text(json.dumps(record) + "\n")
     print(name, done.kl_before, "->", done.kl_after, flush=True)

@@ -43,6 +43,11 @@ class Marker(BaseModel):
     identity: dict[str, Any]  # what must be the same for an unfinished run to go on
     files: list[str]  # that moefy wrote, or of an unfinished run may write
 
+    @property
+    def what(self) -> str:
+        """The folder's content for a message, as in "an unfinished model"."""
+        return f"{'an' if self.state == 'unfinished' else 'a'} {self.state} {self.kind}"
+
 
 def read_marker(folder: Path) -> Marker | None:
     """Return a folder's marker, None where there is none; an OutputError if it is damaged."""
@@ -317,16 +322,12 @@ class RunFolder:
                 )
 
     def _in_the_way(self, marker: Marker | None) -> OutputError:
-        what = "exists and is not empty"
-        if marker:
-            an = "an" if marker.state == "unfinished" else "a"
-            what = f"holds {an} {marker.state} {marker.kind}"
+        what = f"holds {marker.what}" if marker else "exists and is not empty"
         return OutputError(f"{self.out} {what}: choose another folder or pass --overwrite")
 
     def _other_settings(self, marker: Marker, identity: Mapping[str, Any]) -> OutputError:
-        an = "an" if marker.state == "unfinished" else "a"
         return OutputError(
-            f"{self.out} holds {an} {marker.state} {self._kind} with other settings "
+            f"{self.out} holds {marker.what} with other settings "
             f"({'; '.join(changed_settings(marker.identity, identity))}): give the same ones to "
             "continue it, or --overwrite to start again"
         )

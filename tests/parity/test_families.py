@@ -478,22 +478,26 @@ def test_unknown_settings_are_refused(tmp_path: Path, change: dict[str, Any], me
         moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "head_dim"])
-def test_a_size_that_no_model_has_costs_no_memory(tmp_path: Path, key: str) -> None:
-    """A head of 2^31 had 13 GB of rotary frequencies."""
-    dense = write_tiny_model(tmp_path / "dense", "ernie4_5")
+@pytest.mark.parametrize(
+    ("family", "key", "value", "said"),
+    [
+        # a head of 2^31 had 13 GB of rotary frequencies
+        *(
+            ("ernie4_5", key, 1 << 31, rf"{key} = 2147483648: at most \d+ are read")
+            for key in ("num_hidden_layers", "hidden_size", "head_dim")
+        ),
+        # LFM2 does not declare the key, so transformers does not check it
+        ("lfm2", "head_dim", 0.5, r"head_dim = 0.5: a positive integer is needed"),
+        ("phi3", "num_key_value_heads", 4, r"qkv_proj.weight has 64 rows, config.json says 96"),
+    ],
+)
+def test_a_size_that_cannot_be_is_named(
+    tmp_path: Path, family: str, key: str, value: float, said: str
+) -> None:
+    dense = write_tiny_model(tmp_path / "dense", family)
     config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | {key: 1 << 31}))
-    with pytest.raises(CheckpointError, match=rf"{key} = 2147483648: at most \d+ are read"):
-        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
-
-
-def test_half_a_number_is_no_size(tmp_path: Path) -> None:
-    """LFM2 does not declare the key, so transformers does not check it."""
-    dense = write_tiny_model(tmp_path / "dense", "lfm2")
-    config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | {"head_dim": 0.5}))
-    with pytest.raises(CheckpointError, match=r"head_dim = 0.5: a positive integer is needed"):
+    (dense / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError, match=said):
         moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
 
 
@@ -504,12 +508,4 @@ def test_what_transformers_refuses_is_named_by_its_keys(tmp_path: Path) -> None:
     del config["num_attention_heads"]
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="because of hidden_size and num_attention_heads"):
-        moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)
-
-
-def test_a_fused_tensor_of_the_wrong_height_is_named(tmp_path: Path) -> None:
-    dense = write_tiny_model(tmp_path / "dense", "phi3")
-    config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
-    with pytest.raises(CheckpointError, match=r"qkv_proj.weight has 64 rows, config.json says 96"):
         moefy.convert(dense, tmp_path / "moe", experts=8, active=4, **EXACT)

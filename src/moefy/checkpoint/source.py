@@ -214,9 +214,8 @@ def _dequantise(
         tokenizer.save_pretrained(new)
         tensors = ((name, model.read(name)) for name in model.tensors)
         stage = f"dequantise {path.name}"
-        if sums:
-            (new / SUMS).write_text(json.dumps(sums))
-        _write_plain(new, model.config.to_diff_dict(), tensors, len(model.tensors), stage, report)
+        config, count = model.config.to_diff_dict(), len(model.tensors)
+        _write_plain(new, config, tensors, count, stage, report, sums)
 
 
 def _plain(folder: Path, report: ProgressFn, offline: bool) -> Path:
@@ -296,8 +295,7 @@ def _cached(
         with cached_folder(plain) as new:
             for file in files:
                 shutil.copyfile(file, new / file.name)
-            (new / SUMS).write_text(json.dumps(sums))
-            _write_plain(new, config, tensors, count, f"{stage} {folder.name}", report)
+            _write_plain(new, config, tensors, count, f"{stage} {folder.name}", report, sums)
     return plain
 
 
@@ -308,8 +306,14 @@ def _write_plain(
     count: int,
     stage: str,
     report: ProgressFn,
+    sums: Mapping[str, str] | None,
 ) -> None:
-    """Write a model that every command reads, one tensor while the next one is made."""
+    """Write a model that every command reads, one tensor while the next one is made.
+
+    `sums` are the SHA-256 of the files that it is made of; None for the built-in model.
+    """
+    if sums:
+        (folder / SUMS).write_text(json.dumps(sums))
     made, done = iter(tensors), 0
     with ShardWriter(folder, max_tensors=count) as writer, ThreadPoolExecutor(1) as beside:
         ahead = beside.submit(next, made, None)
